@@ -1,0 +1,255 @@
+// max_pool on CUDA. Schemas: cvkernels/ops/max_pool/op.py.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "check.h"
+#include "max_pool.h"
+#include "max_pool_call.h"
+
+namespace cvkernels::max_pool {
+namespace {
+
+constexpr int THREADS = 128;
+
+// 16 bytes of neighbouring channels, the largest access of one thread.
+using Pack = uint4;
+
+template <typename To, typename From>
+__device__ To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// Maximum<T>::max on each element of a word: the 16-bit formats have an instruction for a pair.
+template <typename T>
+struct WordMax;
+
+template <>
+struct WordMax<float> {
+  static __device__ uint32_t lowest() { return __float_as_uint(Maximum<float>::lowest); }
+  static __device__ uint32_t max(uint32_t best, uint32_t next) {
+    return __float_as_uint(Maximum<float>::max(__uint_as_float(best), __uint_as_float(next)));
+  }
+};
+
+template <>
+struct WordMax<float16> {
+  static __device__ uint32_t lowest() { return 0xfc00fc00u; }
+  static __device__ uint32_t max(uint32_t best, uint32_t next) {
+    return bits_as<uint32_t>(__hmax2_nan(bits_as<__half2>(best), bits_as<__half2>(next)));
+  }
+};
+
+template <>
+struct WordMax<bfloat16> {
+  static __device__ uint32_t lowest() { return 0xff80ff80u; }
+  static __device__ uint32_t max(uint32_t best, uint32_t next) {
+    return bits_as<uint32_t>(
+        __hmax2_nan(bits_as<__nv_bfloat162>(best), bits_as<__nv_bfloat162>(next)));
+  }
+};
+
+template <typename T>
+__device__ Pack max_of(Pack best, Pack next) {
+  return {WordMax<T>::max(best.x, next.x), WordMax<T>::max(best.y, next.y),
+          WordMax<T>::max(best.z, next.z), WordMax<T>::max(best.w, next.w)};
+}
+
+__device__ int64_t clamp(int64_t index, int64_t size) {
+  return index < 0 ? 0 : (index < size ? index : size - 1);
+}
+
+// out[n, :, p, :]: one block pools THREADS packs of an output row, each thread one pack of one
+// pixel. Rows of x are read once from memory and again, by neighbouring pixels, from the caches:
+// N*C*H*W + N*C*P*Q elements, the minimum for this op.
+//
+// KERNEL > 0 is a square kernel of that size without dilation, all its loads in flight at once; a
+// tap outside the input is moved to the nearest pixel inside, which is in the same window and so
+// changes no maximum. KERNEL == 0 is any window.
+template <typename T, int KERNEL>
+__global__ void __launch_bounds__(THREADS)
+    max_pool_nhwc_kernel(const T* __restrict__ x_ptr,  // [N, C, H, W], channels innermost
+                         T* __restrict__ out_ptr,      // [N, C, P, Q], channels innermost
+                         Problem problem) {
+  constexpr int LANES = sizeof(Pack) / sizeof(T);
+  const int packs = static_cast<int>(problem.C / LANES);
+  const int item = blockIdx.y * THREADS + threadIdx.x;  // q * packs + c
+  if (item >= problem.Q * packs) return;
+  const int q = item / packs;
+  const int c = (item - q * packs) * LANES;
+
+  for (int64_t row = blockIdx.x; row < problem.N * problem.P; row += gridDim.x) {
+    const int64_t n = row / problem.P;
+    const int64_t p = row - n * problem.P;
+    const T* x = x_ptr + n * problem.x_stride_n + c;
+    const uint32_t lowest = WordMax<T>::lowest();
+    Pack best{lowest, lowest, lowest, lowest};
+    const auto load = [&](int64_t ih, int64_t iw) {
+      return __ldg(
+          reinterpret_cast<const Pack*>(x + ih * problem.x_stride_h + iw * problem.x_stride_w));
+    };
+    if constexpr (KERNEL > 0) {
+      const int64_t h_begin = p * problem.h.stride - problem.h.padding;
+      const int64_t w_begin = q * problem.w.stride - problem.w.padding;
+      Pack taps[KERNEL][KERNEL];
+#pragma unroll
+      for (int r = 0; r < KERNEL; ++r)
+#pragma unroll
+        for (int s = 0; s < KERNEL; ++s)
+          taps[r][s] = load(clamp(h_begin + r, problem.h.size), clamp(w_begin + s, problem.w.size));
+#pragma unroll
+      for (int r = 0; r < KERNEL; ++r)
+#pragma unroll
+        for (int s = 0; s < KERNEL; ++s) best = max_of<T>(best, taps[r][s]);
+    } else {
+      const Taps h = taps_of(problem.h, p);
+      const Taps w = taps_of(problem.w, q);
+      for (int64_t ih = h.begin; ih < h.end; ih += problem.h.dilation)
+        for (int64_t iw = w.begin; iw < w.end; iw += problem.w.dilation)
+          best = max_of<T>(best, load(ih, iw));
+    }
+    T* out = out_ptr + n * problem.out_stride_n + p * problem.out_stride_h +
+             q * problem.out_stride_w + c;
+    *reinterpret_cast<Pack*>(out) = best;
+  }
+}
+
+// Any strides: one thread pools one output element. CHANNELS_INNER says which axis neighbouring
+// threads walk along.
+template <typename T, typename Index, bool CHANNELS_INNER>
+__global__ void __launch_bounds__(THREADS)
+    max_pool_strided_kernel(const T* __restrict__ x_ptr,  // [N, C, H, W]
+                            T* __restrict__ out_ptr,      // [N, C, P, Q]
+                            Problem problem) {
+  using Bits = typename Maximum<T>::Bits;
+  using Key = typename Maximum<T>::Key;
+  const Index N = problem.N, C = problem.C, P = problem.P, Q = problem.Q;
+  const int64_t total = problem.N * problem.C * problem.P * problem.Q;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * THREADS;
+  for (int64_t item = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x; item < total;
+       item += step) {
+    Index rest = item;
+    Index c, q;
+    if constexpr (CHANNELS_INNER) {
+      c = rest % C, rest /= C;
+      q = rest % Q, rest /= Q;
+    } else {
+      q = rest % Q, rest /= Q;
+    }
+    const Index p = rest % P;
+    rest /= P;
+    if constexpr (!CHANNELS_INNER) c = rest % C, rest /= C;
+    const Index n = rest;
+
+    const Taps h = taps_of(problem.h, p);
+    const Taps w = taps_of(problem.w, q);
+    const Bits* x =
+        reinterpret_cast<const Bits*>(x_ptr) + n * problem.x_stride_n + c * problem.x_stride_c;
+    Key best = Maximum<T>::lowest;
+    for (int64_t ih = h.begin; ih < h.end; ih += problem.h.dilation)
+      for (int64_t iw = w.begin; iw < w.end; iw += problem.w.dilation)
+        best = Maximum<T>::max(
+            best, Maximum<T>::key(__ldg(x + ih * problem.x_stride_h + iw * problem.x_stride_w)));
+    Bits* out = reinterpret_cast<Bits*>(out_ptr) + n * problem.out_stride_n +
+                c * problem.out_stride_c + p * problem.out_stride_h + q * problem.out_stride_w;
+    *out = Maximum<T>::value(best);
+  }
+}
+
+// True if every pixel of a tensor with these strides starts on a Pack and holds whole packs.
+bool packable(const void* data, int64_t C, int64_t size, int64_t stride_n, int64_t stride_c,
+              int64_t stride_h, int64_t stride_w) {
+  const auto whole = [&](int64_t elements) { return elements * size % sizeof(Pack) == 0; };
+  return stride_c == 1 && whole(C) && whole(stride_n) && whole(stride_h) && whole(stride_w) &&
+         reinterpret_cast<uintptr_t>(data) % sizeof(Pack) == 0;
+}
+
+unsigned grid_of(int64_t blocks) {
+  return static_cast<unsigned>(std::min<int64_t>(blocks, std::numeric_limits<int32_t>::max()));
+}
+
+template <typename T>
+void launch_nhwc(const Problem& problem, const T* x, T* out, cudaStream_t stream) {
+  const int64_t items = problem.Q * (problem.C * static_cast<int64_t>(sizeof(T)) / sizeof(Pack));
+  const dim3 grid(grid_of(problem.N * problem.P), (items + THREADS - 1) / THREADS);
+  const bool square =
+      problem.h.kernel == problem.w.kernel && problem.h.dilation == 1 && problem.w.dilation == 1;
+  if (square && problem.h.kernel == 3)
+    max_pool_nhwc_kernel<T, 3><<<grid, THREADS, 0, stream>>>(x, out, problem);
+  else if (square && problem.h.kernel == 2)
+    max_pool_nhwc_kernel<T, 2><<<grid, THREADS, 0, stream>>>(x, out, problem);
+  else
+    max_pool_nhwc_kernel<T, 0><<<grid, THREADS, 0, stream>>>(x, out, problem);
+}
+
+template <typename T, typename Index>
+void launch_strided(const Problem& problem, const T* x, T* out, cudaStream_t stream) {
+  const int64_t total = problem.N * problem.C * problem.P * problem.Q;
+  const unsigned grid = grid_of((total + THREADS - 1) / THREADS);
+  if (problem.x_stride_c == 1)
+    max_pool_strided_kernel<T, Index, true><<<grid, THREADS, 0, stream>>>(x, out, problem);
+  else
+    max_pool_strided_kernel<T, Index, false><<<grid, THREADS, 0, stream>>>(x, out, problem);
+}
+
+template <typename T>
+void launch(Type<T>, const Problem& problem, const void* x_data, void* out_data,
+            cudaStream_t stream) {
+  const T* x = static_cast<const T*>(x_data);
+  T* out = static_cast<T*>(out_data);
+  constexpr int64_t GRID_Y_MAX = 65535;
+  constexpr int64_t INDEX_MAX = std::numeric_limits<int32_t>::max() - THREADS;
+  const bool vectorised =
+      packable(x, problem.C, sizeof(T), problem.x_stride_n, problem.x_stride_c, problem.x_stride_h,
+               problem.x_stride_w) &&
+      packable(out, problem.C, sizeof(T), problem.out_stride_n, problem.out_stride_c,
+               problem.out_stride_h, problem.out_stride_w);
+  if (vectorised && problem.Q * problem.C <= GRID_Y_MAX * THREADS)
+    launch_nhwc(problem, x, out, stream);
+  else if (problem.N * problem.C * problem.P * problem.Q <= INDEX_MAX)
+    launch_strided<T, uint32_t>(problem, x, out, stream);
+  else
+    launch_strided<T, int64_t>(problem, x, out, stream);
+}
+
+void run(const Problem& problem, const Tensor& x, const Tensor& out) {
+  const DeviceGuard guard(x.get_device_index());
+  if (problem.N == 0) return;
+  dispatch_floating("max_pool", x.scalar_type(), [&](auto type) {
+    launch(type, problem, x.const_data_ptr(), out.mutable_data_ptr(), current_stream(x));
+  });
+  CVK_CHECK_LAUNCH("max_pool");
+}
+
+void max_pool_out(const Tensor& x, const Ints& kernel_size, const Ints& stride, const Ints& padding,
+                  const Ints& dilation, bool ceil_mode, const Tensor& out) {
+  CVK_CHECK_CUDA("max_pool", x);
+  Problem problem = problem_of(x, {kernel_size, stride, padding, dilation, ceil_mode});
+  check_out(problem, x, out);
+  set_out(problem, out);
+  run(problem, x, out);
+}
+
+Tensor max_pool(const Tensor& x, const Ints& kernel_size, const Ints& stride, const Ints& padding,
+                const Ints& dilation, bool ceil_mode) {
+  CVK_CHECK_CUDA("max_pool", x);
+  Problem problem = problem_of(x, {kernel_size, stride, padding, dilation, ceil_mode});
+  const Tensor out = new_out(problem, x);
+  set_out(problem, out);
+  run(problem, x, out);
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cvkernels, CUDA, library) {
+  library.impl("max_pool", TORCH_BOX(&max_pool));
+  library.impl("max_pool_out", TORCH_BOX(&max_pool_out));
+}
+
+}  // namespace
+}  // namespace cvkernels::max_pool

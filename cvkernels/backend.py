@@ -1,0 +1,132 @@
+"""Which implementation runs a call of an op, and why.
+
+Every op has a ``choose`` function with the op's own signature that returns a :class:`Choice`.
+``"auto"`` follows the rule in the op's docstring; any other name runs that implementation or raises
+:class:`BackendError`. A choice depends on the call's arguments and on :func:`use`, on nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from cvkernels import record
+
+Backend = Literal["auto", "reference", "triton", "native", "cudnn", "onednn"]
+NAMES: tuple[str, ...] = get_args(Backend)
+
+_requested: ContextVar[str] = ContextVar("cvkernels_backend", default="auto")
+# What torch.compile sees and guards on: before torch 2.14 it cannot trace a ContextVar.
+_traced_request = "auto"
+
+
+class BackendError(RuntimeError):
+    """The requested backend cannot run this call; the message says why and what can."""
+
+
+class Choice(NamedTuple):
+    """The implementation that runs a call, and the rule that chose it."""
+
+    backend: str
+    reason: str
+
+
+@contextlib.contextmanager
+def use(backend: Backend) -> Iterator[None]:
+    """Request ``backend`` for the ops called inside the ``with`` block, in this thread or task.
+
+    It binds every op that has such an implementation, which then runs or raises; an op that has none
+    (no ``"triton"`` of max_pool, say) stays at "auto". A call's own ``backend=`` argument wins over it
+    unless that argument is ``"auto"``.
+
+    Raises:
+        ValueError: backend is not one of :data:`NAMES`.
+    """
+    global _traced_request
+    token = _requested.set(_checked(backend))
+    outer, _traced_request = _traced_request, backend
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+        _traced_request = outer
+
+
+def requested(backend: str, implementations: tuple[str, ...]) -> str:
+    """The backend in force for a call with this ``backend=`` argument, of an op with these fused ones."""
+    if _checked(backend) != "auto":
+        return backend
+    used = _traced_request if torch.compiler.is_compiling() else _requested.get()
+    return used if used == "reference" or used in implementations else "auto"
+
+
+def chosen(op: str, *args, **kwargs) -> str:
+    """The backend that ``cvkernels.functional.<op>(*args, **kwargs)`` would run.
+
+    Raises:
+        ValueError: there is no such op, or the arguments are not valid for it.
+        BackendError: the requested backend cannot run this call.
+    """
+    name = f"cvkernels.ops.{op}.op"
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in (name, f"cvkernels.ops.{op}"):
+            raise
+        raise ValueError(f"chosen: there is no op named {op!r} in cvkernels.functional") from None
+    return module.choose(*args, **kwargs).backend
+
+
+def device_type(x: Tensor) -> str:
+    """The device type a call on ``x`` is planned for: CUDA for meta tensors under ``explain``."""
+    recorder = record.active()
+    if x.device.type == "meta" and recorder is not None:
+        return recorder.meta_device
+    return x.device.type
+
+
+def gpu(x: Tensor) -> tuple[str, tuple[int, int]]:
+    """Name and compute capability of the GPU that a call on ``x`` is planned for.
+
+    A meta tensor stands for one on a Hopper GPU.
+    """
+    if x.device.type != "cuda":
+        return "NVIDIA H200", (9, 0)
+    return _gpu(x.device.index)
+
+
+@functools.cache
+def _gpu(index: int) -> tuple[str, tuple[int, int]]:
+    return torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+
+
+@functools.cache
+def lacks_triton(device_type: str) -> str:
+    """Why Triton kernels cannot run on tensors of ``device_type``; empty where they can.
+
+    Triton's interpreter runs them on CPU tensors, when it is asked for by name.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if device_type == "cuda":
+        return ""
+    if device_type == "cpu":
+        import triton
+
+        if triton.knobs.runtime.interpret:
+            return ""
+    return f"Triton needs CUDA tensors, got {device_type}"
+
+
+def _checked(backend: str) -> str:
+    if backend not in NAMES:
+        raise ValueError(f"backend must be one of {list(NAMES)}, got {backend!r}")
+    return backend

@@ -1,0 +1,18 @@
+"""What max_pool computes, in plain PyTorch: the specification, and the fallback everywhere."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def max_pool_reference(
+    x: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """The largest element of each window of each channel."""
+    return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)

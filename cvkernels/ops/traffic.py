@@ -1,0 +1,18 @@
+"""Compulsory traffic of sliding windows: what the ops' byte models share."""
+
+from __future__ import annotations
+
+
+def touched_positions(
+    size: int, taps: int, stride: int, padding: int, dilation: int, windows: int
+) -> int:
+    """How many of ``size`` positions along one axis some of ``windows`` windows reads."""
+    starts = range(-padding, -padding + windows * stride, stride)
+    return len(
+        {
+            position
+            for start in starts
+            for position in range(start, start + taps * dilation, dilation)
+            if 0 <= position < size
+        }
+    )

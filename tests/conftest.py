@@ -1,0 +1,51 @@
+"""Fixtures shared by all tests. Without a GPU, Triton kernels run in its interpreter on CPU tensors."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it when it is first imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=[torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def memory_format(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty* returns NaN, so an output that a kernel forgot to write fails the test."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def ieee_float32():
+    """The eager side of a comparison must not carry TF32's error."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = allowed
