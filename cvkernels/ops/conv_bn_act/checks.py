@@ -1,0 +1,208 @@
+"""Argument checks of conv_bn_act: everything that can be wrong, before anything is allocated or launched."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from cvkernels.ops.aliasing import overlap, same_view
+from cvkernels.ops.conv_bn_act.problem import Problem
+from cvkernels.ops.conv_bn_act.reference import BatchNormParams
+
+ACTIVATIONS = ("none", "relu", "relu6", "silu")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def problem_of(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn: BatchNormParams | None,
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int],
+    dilation: int | tuple[int, int],
+    groups: int,
+    act: str,
+    residual: Tensor | None,
+    input_bn: BatchNormParams | None,
+    input_gate: Tensor | None,
+    out: Tensor | None,
+    dtype: torch.dtype | None = None,
+) -> Problem:
+    """The checked call; ``dtype`` is the one that autocast will convert x, weight and residual to."""
+    problem = _shapes(
+        x.shape,
+        weight.shape,
+        _pair("stride", stride),
+        _pair("padding", padding),
+        _pair("dilation", dilation),
+        groups,
+        dtype or x.dtype,
+        act,
+        bias is not None,
+        bn is not None,
+        residual is not None,
+        input_bn is not None,
+        input_gate is not None,
+        out is not None,
+    )
+    if dtype is None and weight.dtype != x.dtype:
+        raise TypeError(
+            f"conv_bn_act: weight must have x's dtype {x.dtype}, got {weight.dtype}; "
+            f"convert one with .to(), or run under torch.autocast"
+        )
+    _check_device("weight", weight, x)
+    if bias is not None:
+        _check_vector("bias", bias, problem.K, x)
+    if bn is not None:
+        _check_bn("bn", bn, problem.K, x)
+    if input_bn is not None:
+        _check_bn("input_bn", input_bn, problem.C, x)
+    if input_gate is not None:
+        _check_tensor("input_gate", input_gate, (problem.N, problem.C), "[N, C]", x)
+    shape = (problem.N, problem.K, problem.P, problem.Q)
+    if residual is not None:
+        _check_tensor("residual", residual, shape, "[N, K, P, Q]", x)
+        if dtype is None and residual.dtype != x.dtype:
+            raise TypeError(
+                f"conv_bn_act: residual must have x's dtype {x.dtype}, got {residual.dtype}"
+            )
+    if out is not None:
+        _check_out(out, shape, problem.dtype, x, weight, residual)
+    return problem
+
+
+@functools.lru_cache(maxsize=4096)
+def _shapes(
+    x: torch.Size,
+    weight: torch.Size,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    dtype: torch.dtype,
+    act: str,
+    *flags: bool,
+) -> Problem:
+    if len(x) != 4:
+        way_out = "; add the batch dimension with x.unsqueeze(0)" if len(x) == 3 else ""
+        raise ValueError(f"conv_bn_act: x must have shape [N, C, H, W], got {list(x)}{way_out}")
+    if len(weight) != 4 or 0 in weight:
+        raise ValueError(
+            f"conv_bn_act: weight must have shape [K, C/groups, R, S], got {list(weight)}"
+        )
+    if dtype not in DTYPES:
+        raise TypeError(
+            f"conv_bn_act: dtype must be float32, float16, bfloat16 or float64, got {dtype}; "
+            f"convert x and weight with .to(torch.float32)"
+        )
+    if act not in ACTIVATIONS:
+        raise ValueError(f"conv_bn_act: act must be one of {list(ACTIVATIONS)}, got {act!r}")
+    C, K = x[1], weight[0]
+    if groups < 1 or C % groups or K % groups:
+        raise ValueError(
+            f"conv_bn_act: groups must divide the channels of x (C = {C}) and of the output "
+            f"(K = {K}), got groups = {groups}"
+        )
+    if weight[1] != C // groups:
+        raise ValueError(
+            f"conv_bn_act: weight must have C/groups = {C}/{groups} = {C // groups} input channels "
+            f"to match x {list(x)}, got {list(weight)}"
+        )
+    for name, values, least in (
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        if min(values) < least:
+            raise ValueError(f"conv_bn_act: {name} must be at least {least}, got {list(values)}")
+    problem = Problem(*x, K, *weight[2:], stride, padding, dilation, groups, dtype, act, *flags)
+    if problem.P < 1 or problem.Q < 1:
+        raise ValueError(
+            f"conv_bn_act: the {problem.R}x{problem.S} kernel with dilation {list(dilation)} does not "
+            f"fit into the map of {problem.H}x{problem.W} with padding {list(padding)}; "
+            f"the input is too small"
+        )
+    return problem
+
+
+def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    if isinstance(value, int):
+        return (value, value)
+    pair = tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
+        way_out = "; padding='same' has no fused form" if isinstance(value, str) else ""
+        raise ValueError(f"conv_bn_act: {name} must be an int or two, got {value!r}{way_out}")
+    return pair
+
+
+def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(
+            f"conv_bn_act: {name} must be on x's device {x.device}, got {tensor.device}; "
+            f"move it with .to(x.device)"
+        )
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: tuple, letters: str, x: Tensor) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"conv_bn_act: {name} must have shape {letters} = {list(shape)}, got {list(tensor.shape)}"
+        )
+    if not tensor.is_floating_point():
+        raise TypeError(f"conv_bn_act: {name} must have a floating dtype, got {tensor.dtype}")
+    _check_device(name, tensor, x)
+
+
+def _check_vector(name: str, vector: Tensor, channels: int, x: Tensor) -> None:
+    if vector.dim() != 1 or vector.shape[0] != channels:
+        raise ValueError(
+            f"conv_bn_act: {name} must have shape [{channels}], got {list(vector.shape)}"
+        )
+    if not vector.is_floating_point():
+        raise TypeError(f"conv_bn_act: {name} must have a floating dtype, got {vector.dtype}")
+    if vector.device != x.device:
+        _check_device(name, vector, x)
+
+
+def _check_bn(name: str, bn: BatchNormParams, channels: int, x: Tensor) -> None:
+    if not isinstance(bn, BatchNormParams):
+        raise TypeError(
+            f"conv_bn_act: {name} must be BatchNormParams, got {type(bn).__name__}; "
+            f"BatchNormParams.of(module) takes it from an nn.BatchNorm2d"
+        )
+    if (bn.mean is None) != (bn.var is None):
+        raise ValueError(f"conv_bn_act: {name} must have both mean and var, or neither")
+    for part, vector in zip(("weight", "bias", "mean", "var"), bn[:4], strict=True):
+        if vector is not None:
+            _check_vector(f"{name}.{part}", vector, channels, x)
+
+
+def _check_out(
+    out: Tensor,
+    shape: tuple,
+    dtype: torch.dtype,
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+) -> None:
+    _check_tensor("out", out, shape, "[N, K, P, Q]", x)
+    if out.dtype != dtype:
+        raise TypeError(f"conv_bn_act: out must have dtype {dtype}, got {out.dtype}")
+    if out.shape[1] > 1 and out.stride(1) != 1:
+        raise ValueError(
+            f"conv_bn_act: out must have channel stride 1 (channels_last, or a channel slice of a "
+            f"channels_last buffer), got strides {list(out.stride())}"
+        )
+    for name, tensor in (("x", x), ("weight", weight), ("residual", residual)):
+        if tensor is None or not overlap(out, tensor):
+            continue
+        if tensor is residual and same_view(out, tensor):
+            continue  # each element is read before the same program writes it
+        raise ValueError(
+            f"conv_bn_act: out overlaps {name}: out starts at element {out.storage_offset()} with "
+            f"shape {list(out.shape)}, {name} at {tensor.storage_offset()} with shape "
+            f"{list(tensor.shape)}, in one storage; write into other channels, or into a new tensor"
+        )

@@ -1,0 +1,51 @@
+"""conv_bn_act on CUDA through cuDNN's fused convolution + bias (+ add) + ReLU, on folded weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cvkernels.ops.conv_bn_act.folding import DerivedWeights, fold
+from cvkernels.ops.conv_bn_act.problem import Problem
+from cvkernels.ops.conv_bn_act.reference import BatchNormParams
+
+
+def why_not(problem: Problem) -> str:
+    """Why this backend cannot run ``problem`` on CUDA tensors; empty where it can."""
+    if problem.has_prologue:
+        return "cuDNN's fused convolution has no prologue (input_bn, input_gate)"
+    if problem.sliced_out:
+        return "cuDNN's fused convolution cannot write into a channel slice"
+    if problem.act != "relu":
+        return f"cuDNN's fused convolution has no activation but relu, got act={problem.act!r}"
+    if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {problem.dtype} is not float16, bfloat16 or float32"
+    if not torch.backends.cudnn.enabled:
+        return "torch.backends.cudnn.enabled is False"
+    return ""
+
+
+def run(
+    problem: Problem,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn: BatchNormParams | None,
+    residual: Tensor | None,
+    cache: DerivedWeights | None,
+) -> Tensor:
+    def build() -> tuple[Tensor, Tensor]:
+        folded, shift = fold(weight, bias, bn)
+        return folded.contiguous(memory_format=torch.channels_last), shift
+
+    if cache is None:
+        folded, shift = build()
+    else:
+        sources = [weight, bias, *(bn[:4] if bn is not None else ())]
+        folded, shift = cache.get(("cudnn", bn and bn.eps), sources, build)
+    x = x.contiguous(memory_format=torch.channels_last)
+    geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
+    if residual is None:
+        return torch.cudnn_convolution_relu(x, folded, shift, *geometry)
+    residual = residual.contiguous(memory_format=torch.channels_last)
+    return torch.cudnn_convolution_add_relu(x, folded, residual, 1.0, shift, *geometry)

@@ -1,0 +1,105 @@
+"""conv_bn_act on CPU: oneDNN's fused convolution on folded, prepacked weights."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from cvkernels.ops.conv_bn_act.folding import DerivedWeights, fold
+from cvkernels.ops.conv_bn_act.problem import Problem
+from cvkernels.ops.conv_bn_act.reference import BatchNormParams
+
+# act -> torch's name of oneDNN's post-op, and the scalars it takes
+POST_OPS = {
+    "none": ("none", []),
+    "relu": ("relu", []),
+    "relu6": ("hardtanh", [0.0, 6.0]),
+    "silu": ("swish", []),
+}
+
+# After an added residual, torch fuses relu alone.
+AFTER_ADD = {
+    "relu6": lambda y: torch.nn.functional.relu6(y, inplace=True),
+    "silu": torch.ops.aten.silu_,
+}
+
+
+def extra_passes(problem: Problem) -> int:
+    """Passes over the output after the convolution's own."""
+    return int(problem.has_residual and problem.act in AFTER_ADD)
+
+
+@functools.cache
+def lacks(dtype: torch.dtype) -> str:
+    """Why oneDNN cannot convolve in ``dtype`` on this processor; empty where it can."""
+    if not torch.backends.mkldnn.is_available():
+        return "this torch was built without oneDNN"
+    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return "this torch has no fused oneDNN convolution"
+    if dtype == torch.float32:
+        return ""
+    if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return ""
+    if dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return ""
+    return f"oneDNN has no {str(dtype).removeprefix('torch.')} convolution on this processor"
+
+
+def why_not(problem: Problem) -> str:
+    """Why this backend cannot run ``problem`` on CPU tensors; empty where it can."""
+    if problem.has_prologue:
+        return "oneDNN has no prologue (input_bn, input_gate)"
+    if not torch.backends.mkldnn.enabled:
+        return "torch.backends.mkldnn.enabled is False"
+    return lacks(problem.dtype)
+
+
+def run(
+    problem: Problem,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn: BatchNormParams | None,
+    residual: Tensor | None,
+    out: Tensor | None,
+    cache: DerivedWeights | None,
+) -> Tensor:
+    geometry = (problem.padding, problem.stride, problem.dilation, problem.groups)
+
+    def prepack() -> tuple[Tensor, Tensor]:
+        folded, shift = fold(weight, bias, bn)
+        with torch.no_grad():
+            # The layout is oneDNN's best for this input size; without the size it repacks every call.
+            packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
+                folded.contiguous().to_mkldnn(), *geometry, x.shape
+            )
+        return packed, shift
+
+    if cache is None:
+        packed, shift = prepack()
+    else:
+        sources = [weight, bias, *(bn[:4] if bn is not None else ())]
+        packed, shift = cache.get(("onednn", x.shape, x.dtype, bn and bn.eps), sources, prepack)
+    x = x.contiguous(memory_format=torch.channels_last)
+    name, scalars = POST_OPS[problem.act]
+    if residual is None:
+        y = torch.ops.mkldnn._convolution_pointwise(x, packed, shift, *geometry, name, scalars, "")
+    else:
+        unary = "relu" if problem.act == "relu" else None
+        y = torch.ops.mkldnn._convolution_pointwise.binary(
+            x,
+            residual.contiguous(memory_format=torch.channels_last),
+            packed,
+            shift,
+            *geometry,
+            "add",
+            1.0,
+            unary,
+            [],
+            "",
+        )
+        if extra_passes(problem):
+            y = AFTER_ADD[problem.act](y)
+    return y if out is None else out.copy_(y)

@@ -1,0 +1,292 @@
+"""Which backend and which tile runs a problem: tables measured per GPU, and a rule for the rest.
+
+A table is a JSON file::
+
+    {"device": "NVIDIA H200", "capability": [9, 0], "op": "conv_bn_act",
+     "torch": "2.11.0", "triton": "3.6.0", "commit": "abc1234",
+     "entries": {key: config}}
+
+``key`` is :func:`key` of the problem, and ``config`` the fields of :class:`Config`; an entry
+``{"backend": "cudnn"}`` needs no more. Tables shipped under ``cvkernels/tuned/`` are found by the
+device's name; :func:`load_table` adds one, and its entries win over those loaded before.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+
+from cvkernels.ops.conv_bn_act.problem import Problem
+
+_SHIPPED = Path(__file__).parents[2] / "tuned"
+KERNELS = ("1x1", "spatial", "filter_row")
+_BACKENDS = ("triton", "cudnn")
+_DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
+_TABLE_FIELDS = ("device", "capability", "op", "torch", "triton", "commit", "entries")
+_SM_COUNT = {(8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148}
+
+# below this many input channels, a channel block of one tap would be mostly padding
+_FILTER_ROW_BELOW = 16
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a problem runs: the backend, and the tile that Triton runs (or would run) it with.
+
+    The filter-row kernel ignores ``block_k``: its block is as wide as a row of the filter.
+    """
+
+    backend: str
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        if self.backend not in _BACKENDS:
+            raise ValueError(f"backend must be one of {list(_BACKENDS)}, got {self.backend!r}")
+        for name in _TILE_FIELDS:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        for name in ("block_m", "block_n", "block_k"):
+            value = getattr(self, name)
+            if value < 16 or value > 512 or value & (value - 1):
+                raise ValueError(f"{name} must be a power of two from 16 to 512, got {value}")
+        if self.num_warps not in (1, 2, 4, 8, 16):
+            raise ValueError(f"num_warps must be 1, 2, 4, 8 or 16, got {self.num_warps}")
+        if self.num_stages > 8:
+            raise ValueError(f"num_stages must be at most 8, got {self.num_stages}")
+
+
+_TILE_FIELDS = tuple(f.name for f in fields(Config) if f.name != "backend")
+
+
+def kernel(problem: Problem) -> str:
+    """The Triton kernel that runs ``problem``, one of :data:`KERNELS`."""
+    if problem.groups == 1 and problem.pointwise:
+        return "1x1"
+    if problem.groups == 1 and problem.C < _FILTER_ROW_BELOW:
+        return "filter_row"
+    return "spatial"
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(problem: Problem, device_name: str, capability: tuple[int, int]) -> Config:
+    """The table's entry for ``problem`` on this device, else the heuristic's answer."""
+    return lookup(problem, device_name, capability) or heuristic(problem, capability)
+
+
+def heuristic(problem: Problem, capability: tuple[int, int]) -> Config:
+    """The answer for a problem that no table holds.
+
+    cuDNN gets the spatial convolutions that its fused op can do: one group, 16 bits, ReLU, no
+    prologue, a dense output, and C >= 64, since on a 7x7 stem its fused op is many times slower
+    than its plain one. All others are Triton's.
+    """
+    backend = "cudnn" if _cudnn_rule(problem) else "triton"
+    return replace(_tile(problem, capability), backend=backend)
+
+
+def _cudnn_rule(problem: Problem) -> bool:
+    return (
+        problem.R * problem.S > 1
+        and problem.groups == 1
+        and problem.C >= 64
+        and problem.dtype in (torch.float16, torch.bfloat16)
+        and problem.act == "relu"
+        and not problem.has_prologue
+        and not problem.sliced_out
+    )
+
+
+_GROUP_M = 8
+
+# (block_m, block_n) -> (num_warps, num_stages), largest first: few enough accumulators a thread,
+# and a pipeline short enough, that two programs of the largest tile share an H100 SM, and three or
+# more of the others. The filter-row kernel gathers: it wants many warps, and has no pipeline.
+_TILES_16BIT = {
+    (128, 128): (8, 3),
+    (128, 64): (8, 3),
+    (128, 32): (4, 3),
+    (64, 64): (8, 4),
+    (64, 32): (4, 4),
+}
+_TILES_32BIT = {(128, 64): (8, 3), (64, 64): (4, 3), (64, 32): (4, 3)}
+_TILES_FILTER_ROW = {(64, 64): (8, 2), (64, 32): (8, 2)}
+
+
+def _tiles(name: str, itemsize: int) -> dict[tuple[int, int], tuple[int, int]]:
+    if name == "filter_row":
+        return _TILES_FILTER_ROW
+    return _TILES_32BIT if itemsize == 4 else _TILES_16BIT
+
+
+def _tile(problem: Problem, capability: tuple[int, int]) -> Config:
+    """The largest tile that still gives every SM two programs."""
+    name = kernel(problem)
+    tiles = _tiles(name, problem.dtype.itemsize)
+    enough = 2 * _SM_COUNT.get(tuple(capability), 108)
+    pixels = problem.N * problem.P * problem.Q
+    widest = _widest(problem)
+    for block_m, block_n in tiles:
+        programs = _cdiv(pixels, block_m) * _cdiv(problem.K, block_n)
+        if block_n <= widest and programs >= enough:
+            break
+    num_warps, num_stages = tiles[block_m, block_n]
+    block_k = _block_k(problem, block_n)
+    # a pipeline deeper than the loop only takes shared memory from other programs
+    if name == "1x1" and problem.C <= 2 * block_k:
+        num_stages = 2
+    return Config("triton", block_m, block_n, block_k, _GROUP_M, num_warps, num_stages)
+
+
+def _widest(problem: Problem) -> int:
+    """The widest column tile that is not mostly padding."""
+    if problem.groups > 1:
+        # wider than a group, the weight tile is block-diagonal and the rest of it wasted
+        return 32 if problem.K // problem.groups < 64 else 64
+    if problem.K <= 64:
+        return 32 if problem.K <= 32 else 64
+    in_128, in_64 = _cdiv(problem.K, 128) * 128, _cdiv(problem.K, 64) * 64
+    return 128 if 3 * in_128 <= 4 * in_64 else 64
+
+
+def _block_k(problem: Problem, block_n: int) -> int:
+    # the prologue goes through registers, which a block of 64 channels would use up
+    if problem.dtype.itemsize == 4 or problem.has_prologue or kernel(problem) == "filter_row":
+        return 32
+    return 32 if group_span(problem, block_n) <= 32 else 64
+
+
+def group_span(problem: Problem, block_n: int) -> int:
+    """The most input channels that a tile of ``block_n`` output channels needs."""
+    k_group = problem.K // problem.groups
+    if k_group % block_n == 0:
+        groups = 1
+    elif block_n % k_group == 0:
+        groups = block_n // k_group
+    else:
+        groups = (block_n - 2) // k_group + 2
+    return min(groups, problem.groups) * (problem.C // problem.groups)
+
+
+def key(problem: Problem) -> str:
+    """The table key: what the speed depends on, with N rounded up to a power of two.
+
+    ``bf16 C64 K64 R3 S3 stride1x1 pad1x1 dil1x1 groups1 H56 W56 N128 relu`` and then, where the
+    problem has them, ``residual``, ``input_bn``, ``input_gate``, ``sliced_out``.
+    """
+    p = problem
+    words = [
+        _DTYPES[p.dtype],
+        f"C{p.C} K{p.K} R{p.R} S{p.S}",
+        "stride{}x{} pad{}x{} dil{}x{}".format(*p.stride, *p.padding, *p.dilation),
+        f"groups{p.groups} H{p.H} W{p.W} N{1 << max(p.N - 1, 0).bit_length()}",
+        p.act,
+    ]
+    flags = ("has_residual", "has_input_bn", "has_input_gate", "sliced_out")
+    words += [flag.removeprefix("has_") for flag in flags if getattr(p, flag)]
+    return " ".join(words)
+
+
+_KEY = re.compile(
+    r"(f16|bf16|f32) C\d+ K\d+ R\d+ S\d+ stride\d+x\d+ pad\d+x\d+ dil\d+x\d+ groups\d+ H\d+ W\d+ "
+    r"N\d+ (none|relu|relu6|silu)( residual)?( input_bn)?( input_gate)?( sliced_out)?"
+)
+
+
+def lookup(problem: Problem, device_name: str, capability: tuple[int, int]) -> Config | None:
+    """The measured choice for ``problem`` on this device, or None."""
+    entries = _entries(device_name)
+    if not entries:
+        return None
+    entry = entries.get(key(problem))
+    if entry is None:
+        return None
+    return entry if isinstance(entry, Config) else replace(_tile(problem, capability), **entry)
+
+
+def load_table(path: str | Path) -> int:
+    """Use the table in ``path`` on the device it names, from now on; returns its number of entries.
+
+    Raises:
+        ValueError: the file is no table of this op; nothing is loaded.
+    """
+    device, entries = _parse(Path(path).read_text(), str(path))
+    _entries(device).update(entries)
+    choose.cache_clear()
+    return len(entries)
+
+
+@functools.cache
+def _entries(device_name: str) -> dict[str, Config | dict]:
+    """All entries known for a device; starts as the shipped table, if there is one."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+    file = _SHIPPED / f"{slug}.json"
+    return _parse(file.read_text(), str(file))[1] if file.is_file() else {}
+
+
+def _parse(text: str, where: str) -> tuple[str, dict[str, Config | dict]]:
+    """(device, entries) of a table's text."""
+    try:
+        table = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"tuning table {where}: not JSON: {error}") from None
+    if not isinstance(table, dict) or set(table) != set(_TABLE_FIELDS):
+        got = sorted(table) if isinstance(table, dict) else type(table).__name__
+        raise ValueError(f"tuning table {where}: needs the fields {list(_TABLE_FIELDS)}, got {got}")
+    if table["op"] != "conv_bn_act":
+        raise ValueError(f"tuning table {where}: op must be 'conv_bn_act', got {table['op']!r}")
+    if not isinstance(table["device"], str) or not table["device"]:
+        raise ValueError(f"tuning table {where}: device must be a name, got {table['device']!r}")
+    capability = table["capability"]
+    if not isinstance(capability, list) or [type(v) for v in capability] != [int, int]:
+        raise ValueError(
+            f"tuning table {where}: capability must be [major, minor], got {capability!r}"
+        )
+    if not isinstance(table["entries"], dict):
+        raise ValueError(f"tuning table {where}: entries must map keys to configs")
+    entries = {}
+    for name, entry in table["entries"].items():
+        if not _KEY.fullmatch(name):
+            raise ValueError(f"tuning table {where}: {name!r} is not a key; see tuning.key")
+        try:
+            entries[name] = _parse_entry(entry)
+        except ValueError as error:
+            raise ValueError(f"tuning table {where}: entry {name!r}: {error}") from None
+    return table["device"], entries
+
+
+def _parse_entry(entry: object) -> Config | dict:
+    if entry == {"backend": "cudnn"}:
+        return entry
+    names = [f.name for f in fields(Config)]
+    if not isinstance(entry, dict) or set(entry) != set(names):
+        raise ValueError(f"needs the fields {names}, got {entry!r}")
+    return Config(**entry)
+
+
+def _reachable(name: str, itemsize: int) -> tuple[Config, ...]:
+    found = []
+    for (block_m, block_n), (num_warps, num_stages) in _tiles(name, itemsize).items():
+        for block_k in (32,) if itemsize == 4 or name == "filter_row" else (32, 64):
+            for stages in sorted({2, num_stages} if name == "1x1" else {num_stages}):
+                tile = (block_m, block_n, block_k, _GROUP_M, num_warps, stages)
+                found.append(Config("triton", *tile))
+    return tuple(found)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# every tile the heuristic can return, by kernel and element size
+CONFIGS = {(name, size): _reachable(name, size) for name in KERNELS for size in (2, 4)}

@@ -1,0 +1,115 @@
+"""The one tolerance rule: at most twice stock PyTorch's error against float64, plus one rounding."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+def max_error(actual: Tensor, exact: Tensor) -> float:
+    """Largest absolute difference in float64; NaN where either side has one that the other lacks."""
+    actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()
+    difference = (actual - exact).abs()
+    # Equal infinities differ by NaN, and a NaN that the exact answer has too is right.
+    same = (actual == exact) | (actual.isnan() & exact.isnan())
+    return torch.where(same, torch.zeros_like(difference), difference).max().item()
+
+
+def assert_close_as_eager(
+    actual: Tensor, eager: Tensor, exact: Tensor, factor: float = 2.0
+) -> None:
+    """actual is about as close to the float64 answer as stock PyTorch is in actual's dtype."""
+    assert (actual.shape, actual.dtype) == (eager.shape, eager.dtype)
+    if exact.numel() == 0:
+        return
+    finite = exact[exact.isfinite()]
+    largest = finite.abs().max().item() if finite.numel() else 0.0
+    allowed = factor * max_error(eager, exact) + torch.finfo(actual.dtype).eps * largest
+    error = max_error(actual, exact)
+    assert error <= allowed, f"max error {error:.3e}, allowed {allowed:.3e}"
+
+
+def map_floats(function, value):
+    """value with function applied to every floating tensor in it; tuples may be named tuples."""
+    if isinstance(value, Tensor):
+        return function(value) if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        parts = [map_floats(function, part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if isinstance(value, dict):
+        return {key: map_floats(function, part) for key, part in value.items()}
+    return value
+
+
+def assert_matches(op, reference, args, kwargs=None, factor: float = 2.0) -> None:
+    """op(*args) against reference(*args) in the same dtype and in float64."""
+    kwargs = kwargs or {}
+    exact = reference(*map_floats(Tensor.double, args), **map_floats(Tensor.double, kwargs))
+    assert_close_as_eager(op(*args, **kwargs), reference(*args, **kwargs), exact, factor)
+
+
+def tensors_in(value) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [tensor for part in value for tensor in tensors_in(part)]
+    if isinstance(value, dict):
+        return tensors_in(list(value.values()))
+    return []
+
+
+def gradients(function, args, kwargs=None) -> list[Tensor]:
+    """Gradients of <function(*args), cotangent> in every tensor that requires one; one fixed cotangent."""
+    out = function(*args, **(kwargs or {}))
+    generator = torch.Generator().manual_seed(1)
+    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
+    inputs = [t for t in tensors_in([args, kwargs]) if t.requires_grad]
+    return list(torch.autograd.grad(out, inputs, cotangent))
+
+
+def assert_matches_grad(op, reference, args, kwargs=None, factor: float = 2.0) -> None:
+    """Gradients of op against those of reference in the same dtype and in float64."""
+    kwargs = kwargs or {}
+
+    def leaf(tensor):
+        return tensor.detach().requires_grad_(tensor.requires_grad)
+
+    def double_leaf(tensor):
+        return tensor.detach().double().requires_grad_(tensor.requires_grad)
+
+    exact = gradients(reference, map_floats(double_leaf, args), map_floats(double_leaf, kwargs))
+    eager = gradients(reference, map_floats(leaf, args), map_floats(leaf, kwargs))
+    actual = gradients(op, map_floats(leaf, args), map_floats(leaf, kwargs))
+    assert len(actual) == len(eager) == len(exact)
+    for ours, theirs, truth in zip(actual, eager, exact, strict=True):
+        assert_close_as_eager(ours, theirs, truth, factor)
+
+
+def run_with_input_grad(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The output, and the gradient of <output, fixed cotangent> in the input."""
+    x = x.detach().requires_grad_()
+    out = model(x)
+    generator = torch.Generator().manual_seed(1)
+    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
+    (grad,) = torch.autograd.grad(out, x, cotangent)
+    return out.detach(), grad
+
+
+def assert_matches_module(
+    ours: nn.Module, stock: nn.Module, x: Tensor, grad: bool = True, factor: float = 2.0
+) -> None:
+    """ours(x) and its input gradient against stock, and against a float64 copy of stock.
+
+    Each of the three starts from the same random state, so that dropout draws the same numbers.
+    """
+    exact_model = copy.deepcopy(stock).double()
+    results = []
+    for model, image in ((ours, x), (stock, x), (exact_model, x.double())):
+        torch.manual_seed(2)
+        if grad:
+            results.append(run_with_input_grad(model, image))
+        else:
+            with torch.no_grad():
+                results.append((model(image),))
+    for actual, eager, exact in zip(*results, strict=True):
+        assert_close_as_eager(actual, eager, exact, factor)

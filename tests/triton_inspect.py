@@ -1,0 +1,146 @@
+"""Compile a Triton launch for a GPU that is not there, and read what the code needs and uses.
+
+Run as a script it reads cases of conv_bn_act from stdin, a JSON list, and prints the list of their
+results. Tests call it so, since a process that has TRITON_INTERPRET set cannot compile.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from cvkernels.ops.conv_bn_act import triton_launch, tuning
+from cvkernels.ops.conv_bn_act.problem import Problem
+
+_CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+_TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+_INT32 = range(-(2**31), 2**31)
+
+
+def specialize(kernel, args: list, constexprs: dict):
+    """(signature, constants, attributes) that Triton's launcher would give these arguments.
+
+    None and 1 become constants; pointers and sizes divisible by 16 are marked so. Tensors are taken
+    to be aligned, as fresh ones are.
+    """
+    unspecialized = set(kernel.do_not_specialize)
+    signature, constants, attributes = {}, dict(constexprs), {}
+    names = [name for name in kernel.arg_names if name not in constexprs]
+    values = dict(zip(names, args, strict=True))
+    for index, name in enumerate(kernel.arg_names):
+        if name in constexprs:
+            signature[name] = "constexpr"
+            continue
+        value = values[name]
+        free = name in unspecialized or index in unspecialized
+        if value is None or (type(value) is int and value == 1 and not free):
+            signature[name] = "constexpr"
+            constants[name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = _TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if value in _INT32 else "i64"
+            if value % 16 == 0 and not free:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    return signature, constants, attributes
+
+
+def inspect_launch(launch, arch: int) -> dict:
+    """Compile ``launch`` for ``sm_<arch>``; its resources and the instructions tests ask about."""
+    meta = dict(launch.meta)
+    options = {n: meta.pop(n) for n in ("num_warps", "num_stages", "maxnreg") if n in meta}
+    signature, constants, attributes = specialize(launch.kernel, launch.args, meta)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    return {
+        "kernel": launch.kernel.__name__,
+        "arch": arch,
+        "shared": compiled.metadata.shared,
+        **_resources(compiled.asm["cubin"]),
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "tcgen05": ptx.count("tcgen05.mma"),
+        "mma": ptx.count("mma.sync"),
+        "async_16": len(re.findall(r"cp\.async\.\w+\.shared\.global[^;]*, (?:0x10|16)\b", ptx)),
+        "async_narrow": len(
+            re.findall(r"cp\.async\.\w+\.shared\.global[^;]*, (?:0x[48]|4|8)\b", ptx)
+        ),
+        "load_16": len(re.findall(r"ld\.global[\w.:]*\.(?:v4\.b32|v2\.b64|v4\.f32)", ptx)),
+        "load_2": len(re.findall(r"ld\.global[\w.:]*\.b16", ptx)),
+        "store_16": len(re.findall(r"st\.global[\w.:]*\.(?:v4\.b32|v2\.b64|v4\.f32)", ptx)),
+        "store": ptx.count("st.global"),
+    }
+
+
+def _resources(cubin: bytes) -> dict:
+    """Registers, stack and spills per thread, from the cubin's own resource table."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_CUOBJDUMP, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name.lower(): int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": found["reg"], "stack": found["stack"], "local": found["local"]}
+
+
+def conv_launch(case: dict):
+    """The launch of a case: ``problem`` with dtype as a word, ``arch``, and what differs from NHWC.
+
+    Optional: ``config`` (the heuristic's), ``precision`` ("ieee"), ``nchw`` (False).
+    """
+    fields = dict(case["problem"], dtype=getattr(torch, case["problem"]["dtype"]))
+    for name in ("stride", "padding", "dilation"):
+        fields[name] = tuple(fields[name])
+    p = Problem(**fields)
+    capability = divmod(case["arch"], 10)
+    config = case.get("config")
+    config = tuning.Config(**config) if config else tuning.heuristic(p, capability)
+
+    def image(*shape, nchw=False):
+        layout = torch.contiguous_format if nchw else torch.channels_last
+        return torch.empty(shape, dtype=p.dtype, device="meta", memory_format=layout)
+
+    def bn(channels):
+        vector = torch.empty(channels, device="meta")
+        return SimpleNamespace(weight=vector, bias=vector, mean=vector, var=vector, eps=1e-5)
+
+    gate = torch.empty(p.N, p.C, dtype=p.dtype, device="meta")
+    return triton_launch.plan(
+        p,
+        image(p.N, p.C, p.H, p.W, nchw=case.get("nchw", False)),
+        image(p.K, p.C // p.groups, p.R, p.S, nchw=case.get("nchw", False)),
+        torch.empty(p.K, device="meta") if p.has_bias else None,
+        bn(p.K) if p.has_bn else None,
+        image(p.N, p.K, p.P, p.Q) if p.has_residual else None,
+        bn(p.C) if p.has_input_bn else None,
+        gate if p.has_input_gate else None,
+        image(p.N, p.K, p.P, p.Q),
+        precision=case.get("precision", "ieee"),
+        config=config,
+    )
+
+
+def main() -> None:
+    results = []
+    for case in json.load(sys.stdin):
+        launch = conv_launch(case)
+        results.append(inspect_launch(launch, case["arch"]) | {"meta": launch.meta})
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
