@@ -1,0 +1,32 @@
+"""Fused kernels for the five classic image classifiers, in drop-in modules.
+
+See README.md for a tour. Importing this package needs torch alone: what else is missing is one line
+in :func:`cvkernels.info`.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from cvkernels import backend, functional, models, nn
+from cvkernels.backend import BackendError
+from cvkernels.explain import explain
+from cvkernels.info import info
+from cvkernels.models import create_model, list_models
+from cvkernels.verify import verify
+
+try:
+    __version__ = version("cvkernels")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "BackendError",
+    "backend",
+    "create_model",
+    "explain",
+    "functional",
+    "info",
+    "list_models",
+    "models",
+    "nn",
+    "verify",
+]

@@ -1,0 +1,221 @@
+"""``python -m cvkernels demo``: stock networks and ours on real photographs, one table."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cvkernels import models
+from cvkernels.tables import text_table
+
+NETWORKS = ("resnet50",)
+BATCHES = (1, 16)
+# A warm-up run fills caches and prepacks weights.
+WARM_UP = 2
+
+
+class Row(NamedTuple):
+    """One network at one batch size, stock and ours with the same weights on the same photographs."""
+
+    network: str
+    batch: int
+    largest_difference: float
+    top5_agreement: float
+    stock_ms: float
+    ours_ms: float
+    stock_peak_mb: float
+    ours_peak_mb: float
+
+
+class Table:
+    """The demo's rows under their conditions; prints as a table."""
+
+    def __init__(self, rows: list[Row], conditions: str) -> None:
+        self.rows = rows
+        self.conditions = conditions
+
+    def __str__(self) -> str:
+        header = (
+            "network", "batch", "max logit diff", "same top-5", "stock ms", "ours ms", "stock/ours",
+            "stock peak MB", "ours peak MB",
+        )  # fmt: skip
+        rows = [
+            (
+                r.network, r.batch, f"{r.largest_difference:.1e}", f"{r.top5_agreement:.0%}",
+                f"{r.stock_ms:.1f}", f"{r.ours_ms:.1f}", f"{r.stock_ms / r.ours_ms:.2f}x",
+                f"{r.stock_peak_mb:.0f}", f"{r.ours_peak_mb:.0f}",
+            )
+            for r in self.rows
+        ]  # fmt: skip
+        return f"{text_table(header, rows)}\n{self.conditions}"
+
+
+def demo(
+    photos: Sequence[str] = (), *, weights: str | None = None, device: str = "cpu", runs: int = 20
+) -> Table:
+    """Run each network, stock and ours, on photographs and compare logits, time and memory.
+
+    Args:
+        photos: image files; none means the photographs that scikit-learn carries.
+        weights: a torchvision weight name (downloaded) or a checkpoint; None means seeded random
+            weights with batch-norm statistics taken from the photographs. Nothing is downloaded then.
+        device: "cpu" or "cuda". Stock runs in channels_last, its faster layout.
+        runs: timed runs of each; their median is reported, the two interleaved.
+
+    Raises:
+        ImportError: torchvision, pillow, rich or scikit-learn is missing (the ``demo`` extra).
+        ValueError: a file is no image, or runs is not positive.
+    """
+    from rich.progress import Progress
+
+    images = load_photos(photos).to(device)
+    rows = []
+    with Progress(transient=True) as progress:
+        task = progress.add_task("demo", total=len(NETWORKS) * len(BATCHES) * runs)
+        for network in NETWORKS:
+            stock, ours = _pair(network, weights, images)
+            for batch in BATCHES:
+                progress.update(task, description=f"{network}, batch {batch}")
+                x = images[torch.arange(batch) % len(images)]
+                rows.append(_compare(network, stock, ours, x, runs, lambda: progress.advance(task)))
+    where = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
+    source = f"weights {weights}" if weights else "seeded random weights"
+    return Table(
+        rows,
+        f"{len(images)} photograph(s) at 224 x 224, float32, {where}, torch {torch.__version__}, {source}; "
+        f"stock is torchvision in channels_last; medians of {runs} interleaved runs",
+    )
+
+
+def load_photos(paths: Sequence[str]) -> Tensor:
+    """Tensor[N, 3, 224, 224], normalised as ImageNet's: the files, or scikit-learn's photographs."""
+    from PIL import Image, UnidentifiedImageError
+    from torchvision.transforms import v2
+
+    if paths:
+        pictures = []
+        for path in paths:
+            try:
+                pictures.append(Image.open(Path(path)).convert("RGB"))
+            except UnidentifiedImageError as error:
+                raise ValueError(f"demo: {path!r} is not an image that pillow can read") from error
+    else:
+        from sklearn.datasets import load_sample_images
+
+        pictures = [Image.fromarray(array) for array in load_sample_images().images]
+    transform = v2.Compose(
+        [
+            v2.ToImage(),
+            v2.Resize(256, antialias=True),
+            v2.CenterCrop(224),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
+    return torch.stack([transform(picture) for picture in pictures])
+
+
+def _pair(network: str, weights: str | None, images: Tensor) -> tuple[nn.Module, nn.Module]:
+    """(stock, ours) with the same weights, on the photographs' device, in eval."""
+    import torchvision
+
+    torch.manual_seed(0)
+    ours = getattr(models, network)(weights=weights)
+    stock = getattr(torchvision.models, network)()
+    if weights is None:
+        _take_statistics(ours, images.cpu())
+    stock.load_state_dict(ours.state_dict())
+    stock = stock.to(images.device, memory_format=torch.channels_last)
+    return stock.eval(), ours.to(images.device).eval()
+
+
+@torch.no_grad()
+def _take_statistics(model: nn.Module, images: Tensor) -> None:
+    """Set the running statistics to those of the photographs, so that activations keep their scale."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None
+    model.train()(images)
+    for norm in norms:
+        norm.momentum = 0.1
+
+
+@torch.no_grad()
+def _compare(
+    network: str, stock: nn.Module, ours: nn.Module, x: Tensor, runs: int, tick: Callable[[], None]
+) -> Row:
+    channels_last = x.contiguous(memory_format=torch.channels_last)
+    calls = (lambda: stock(channels_last), lambda: ours(x))
+    # What a call derives from the weights counts as its memory: drop it first.
+    ours.train().eval()
+    peaks = [peak_memory(call, x.device) / 1e6 for call in calls]
+    expected, actual = (call() for call in calls)
+    top5 = [logits.topk(5).indices.sort().values for logits in (expected, actual)]
+    for _ in range(WARM_UP):
+        for call in calls:
+            call()
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(runs):
+        for call, measured in zip(calls, times, strict=True):
+            _synchronise(x)
+            start = time.perf_counter()
+            call()
+            _synchronise(x)
+            measured.append((time.perf_counter() - start) * 1e3)
+        tick()
+    return Row(
+        network,
+        len(x),
+        (expected - actual).abs().max().item(),
+        (top5[0] == top5[1]).all(1).double().mean().item(),
+        *map(statistics.median, times),
+        *peaks,
+    )
+
+
+def _synchronise(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> float:
+    """Most bytes that ``call`` holds at once beyond those held before it; NaN where nothing tells.
+
+    On CUDA, PyTorch's allocator tells. On CPU, the kernel's high-water mark of resident memory does
+    (Linux), which libraries' scratch memory is part of.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if not Path("/proc/self/clear_refs").exists():
+        return math.nan
+    gc.collect()
+    # What malloc keeps of freed memory would hide as much of the call's.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_bytes("VmRSS")
+    call()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")

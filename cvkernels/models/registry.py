@@ -1,0 +1,111 @@
+"""Builders by name, and what is common to all of them: weights, fixed arguments, old calling styles."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from cvkernels.models.checkpoints import Pretrained, load_checkpoint, resolve
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {}
+
+
+def model_builder(weights_enum: str, **fixed: Any) -> Callable:
+    """Make a public builder ``name(*, weights=None, progress=True, **kwargs)`` of a function.
+
+    ``weights`` is None, a member of torchvision's enum ``weights_enum`` or its name (downloaded on
+    this request, with a progress bar unless ``progress=False``), a path to a checkpoint, or a state
+    dict. ``fixed`` are constructor arguments that this network prescribes.
+    """
+
+    def register(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        @functools.wraps(build)
+        def builder(*args: Any, **kwargs: Any) -> nn.Module:
+            weights, progress = _weights_and_progress(builder.__name__, args, kwargs)
+            for name, value in fixed.items():
+                _prescribe(kwargs, name, value)
+            source = resolve(weights, weights_enum)
+            if isinstance(source, Pretrained):
+                _prescribe(kwargs, "num_classes", source.num_classes)
+            model = build(**kwargs)
+            if source is not None:
+                load_checkpoint(model, source.load(progress))
+            return model
+
+        builder.__signature__ = inspect.Signature(
+            [
+                inspect.Parameter("weights", inspect.Parameter.KEYWORD_ONLY, default=None),
+                inspect.Parameter("progress", inspect.Parameter.KEYWORD_ONLY, default=True),
+                inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
+            ],
+            return_annotation=nn.Module,
+        )
+        builder.weights_enum = weights_enum
+        _BUILDERS[builder.__name__] = builder
+        return builder
+
+    return register
+
+
+def list_models() -> list[str]:
+    """Names of all builders, sorted."""
+    return sorted(_BUILDERS)
+
+
+def create_model(name: str, **kwargs: Any) -> nn.Module:
+    """``cvkernels.models.<name>(**kwargs)``.
+
+    Raises:
+        ValueError: there is no such builder; the message lists the nearest names.
+    """
+    return get_builder(name)(**kwargs)
+
+
+def get_builder(name: str) -> Callable[..., nn.Module]:
+    if name not in _BUILDERS:
+        import difflib
+
+        near = difflib.get_close_matches(name, _BUILDERS, n=3) or list_models()
+        raise ValueError(f"Unknown model {name}; did you mean {', '.join(near)}?")
+    return _BUILDERS[name]
+
+
+def _prescribe(kwargs: dict[str, Any], name: str, value: Any) -> None:
+    if kwargs.setdefault(name, value) != value:
+        raise ValueError(
+            f"The parameter '{name}' expected value {value} but got {kwargs[name]} instead."
+        )
+
+
+def _weights_and_progress(name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, bool]:
+    """Take weights and progress out of the arguments, the deprecated ways of giving them included."""
+    if len(args) > 2:
+        raise TypeError(f"{name}() takes at most 2 positional arguments, got {len(args)}")
+    if args:
+        warnings.warn(
+            "Using 'weights' or 'progress' as positional parameter(s) is deprecated since 0.13 and "
+            "may be removed in the future. Please use keyword parameter(s) instead.",
+            stacklevel=3,
+        )
+    for key, value in zip(("weights", "progress"), args, strict=False):
+        if key in kwargs:
+            raise TypeError(f"{name}() got multiple values for argument '{key}'")
+        kwargs[key] = value
+    weights, progress = kwargs.pop("weights", None), kwargs.pop("progress", True)
+    pretrained = kwargs.pop("pretrained", None)
+    if isinstance(weights, bool):
+        weights, pretrained = None, weights
+    if pretrained is not None:
+        equivalent = "IMAGENET1K_V1" if pretrained else None
+        warnings.warn(
+            "The parameter 'pretrained' is deprecated since 0.13 and may be removed in the future, "
+            f"please use 'weights' instead; this call is equivalent to weights={equivalent!r}.",
+            stacklevel=3,
+        )
+        weights = equivalent
+    return weights, progress

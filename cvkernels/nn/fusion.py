@@ -1,0 +1,205 @@
+"""How a block runs a few of its submodules as one op, and when it must call them instead.
+
+A block names the modules it would like to run together: ``self.fused(x, self.conv1, self.bn1,
+self.relu)``. Where they are exactly what the op computes and nobody watches them, the op runs on
+their parameters; otherwise the modules are called one by one, which is the stock forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor
+from torch.nn.modules import module as torch_module
+
+from cvkernels import record
+from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act, max_pool
+
+ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
+
+
+class FusedModule(nn.Module):
+    """Base of the blocks: keeps the weights that backends derive from the block's convolutions.
+
+    They are no part of the block: not in ``state_dict``, never pickled or copied, and dropped by
+    ``train()``, ``load_state_dict``, ``.to()`` and the like. Writing a parameter through ``.data``
+    while in eval is the one change that goes unseen; ``block.train().eval()`` drops them.
+    """
+
+    def fused(
+        self,
+        x: Tensor,
+        conv: nn.Module,
+        bn: nn.Module | None = None,
+        act: nn.Module | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """``act(bn(conv(x)) + residual)``, as one op where the modules allow it."""
+
+        def as_modules() -> Tensor:
+            y = conv(x)
+            if bn is not None:
+                y = bn(y)
+            if residual is not None:
+                y += residual
+            return y if act is None else act(y)
+
+        def as_op() -> Tensor:
+            return conv_bn_act(
+                x,
+                conv.weight,
+                conv.bias,
+                None if bn is None else BatchNormParams.of(bn),
+                stride=conv.stride,
+                padding=conv.padding,
+                dilation=conv.dilation,
+                groups=conv.groups,
+                act="none" if act is None else ACTIVATIONS[type(act)],
+                residual=residual,
+                cache=self._derived_weights(conv),
+            )
+
+        return _run_group(conv, why_not_conv_bn_act(x, conv, bn, act), as_op, as_modules)
+
+    def pooled(self, x: Tensor, pool: nn.Module) -> Tensor:
+        """``pool(x)``, without indices where it is exactly a max pool and nobody watches it."""
+
+        def as_op() -> Tensor:
+            return max_pool(
+                x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+            )
+
+        return _run_group(pool, why_not_max_pool(x, pool), as_op, lambda: pool(x))
+
+    def _derived_weights(self, conv: nn.Conv2d) -> DerivedWeights | None:
+        if torch.compiler.is_compiling():
+            return None
+        derived = self.__dict__.setdefault("_derived", {})
+        weights = derived.get(id(conv))
+        if weights is None:
+            weights = derived[id(conv)] = DerivedWeights()
+        return weights
+
+    def drop_derived_weights(self) -> None:
+        """Forget folded and prepacked weights; the next fused call derives them again."""
+        self.__dict__.pop("_derived", None)
+
+    def train(self, mode: bool = True):
+        self.drop_derived_weights()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        self.drop_derived_weights()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.drop_derived_weights()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__.pop("_derived", None)
+        return replica
+
+    def __getstate__(self) -> dict:
+        state = self.__dict__.copy()
+        state.pop("_derived", None)
+        return state
+
+
+def _run_group(
+    leader: nn.Module, reason: str, as_op: Callable[[], Tensor], as_modules: Callable[[], Tensor]
+) -> Tensor:
+    """Run a group of modules as one op, or one by one for ``reason``; ``explain`` sees it under leader."""
+    run = as_modules if reason else as_op
+    if (recorder := record.active()) is None:
+        return run()
+    with recorder.group(leader, reason):
+        y = run()
+    recorder.observe(leader, y)
+    return y
+
+
+def why_not_conv_bn_act(
+    x: Tensor, conv: nn.Module, bn: nn.Module | None, act: nn.Module | None
+) -> str:
+    """Why the modules have to be called one by one; empty where conv_bn_act computes the same."""
+    if type(conv) is not nn.Conv2d:
+        return f"{type(conv).__name__} is not exactly nn.Conv2d"
+    if bn is not None:
+        if type(bn) is not nn.BatchNorm2d:
+            return f"{type(bn).__name__} is not exactly nn.BatchNorm2d"
+        if bn.training or bn.running_mean is None:
+            return "batch norm normalises with batch statistics"
+    if act is not None and type(act) not in ACTIVATIONS:
+        return f"{type(act).__name__} is not one of the fused activations"
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return f"padding={conv.padding!r} with padding_mode={conv.padding_mode!r} is not fused"
+    return why_not_called(x, conv, bn, act)
+
+
+def why_not_max_pool(x: Tensor, pool: nn.Module) -> str:
+    """Why the pool has to be called as a module; empty where max_pool computes the same."""
+    if type(pool) is not nn.MaxPool2d:
+        return f"{type(pool).__name__} is not exactly nn.MaxPool2d"
+    reason = why_not_called(x, pool)
+    if not reason and (pool.return_indices or x.dim() != 4):
+        reason = "max_pool takes [N, C, H, W] and returns no indices"
+    return reason
+
+
+def why_not_called(x: Tensor, *modules: nn.Module | None) -> str:
+    """Why the modules' own ``__call__`` must happen: somebody watches it, or it is being traced."""
+    if isinstance(x, fx.Proxy):
+        return "torch.fx is tracing"
+    if not _is_plain(x):
+        return f"the input is a {type(x).__name__}"
+    for module in modules:
+        if module is None:
+            continue
+        if _has_hooks(module):
+            return f"{type(module).__name__} has a hook"
+        for parameter in module._parameters.values():
+            if parameter is not None and not _is_plain(parameter):
+                return f"a parameter is a {type(parameter).__name__}"
+    if _has_global_hooks():
+        return "a global module hook is registered"
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
+            return "torch.export is tracing"
+        return "inductor fuses it" if x.device.type == "cpu" else ""
+    if torch.jit.is_tracing():
+        return "torch.jit is tracing"
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return "a torch.func transform is active"
+    return ""
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """No subclass with a meaning of its own (DTensor, a quantised tensor, ...)."""
+    return type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, FakeTensor)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _has_global_hooks() -> bool:
+    """Hooks on every module's call, but for the ones that a running ``explain`` registers itself."""
+    hooks = (
+        *torch_module._global_backward_hooks.values(),
+        *torch_module._global_backward_pre_hooks.values(),
+        *torch_module._global_forward_hooks.values(),
+        *torch_module._global_forward_pre_hooks.values(),
+    )
+    if not hooks:
+        return False
+    recorder = record.active()
+    return recorder is None or not all(recorder.owns(hook) for hook in hooks)

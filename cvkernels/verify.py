@@ -1,0 +1,134 @@
+"""``verify``: every layer's error against float64, next to the error that stock PyTorch makes."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cvkernels import backend, record
+from cvkernels.record import Recorder
+from cvkernels.tables import text_table
+
+FACTOR = 2.0
+
+
+class LayerError(NamedTuple):
+    """Largest absolute differences from float64: ours, stock PyTorch's, and what the rule allows ours."""
+
+    layer: str
+    ours: float
+    stock: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.ours <= self.allowed
+
+
+class Verification:
+    """Errors per layer, the model's output last; prints as a table.
+
+    ``ok`` is True where every row is within the rule. ``top1_agreement`` is the share of rows of a
+    two-dimensional output whose largest entry is where float64 has it (None for other outputs).
+    """
+
+    def __init__(self, rows: list[LayerError], top1_agreement: float | None) -> None:
+        self.rows = rows
+        self.top1_agreement = top1_agreement
+
+    @property
+    def ok(self) -> bool:
+        return all(row.ok for row in self.rows)
+
+    def __str__(self) -> str:
+        header = ("layer", "max error", "stock's", "allowed", "verdict")
+        lines = [
+            (
+                r.layer,
+                f"{r.ours:.3e}",
+                f"{r.stock:.3e}",
+                f"{r.allowed:.3e}",
+                "ok" if r.ok else "FAILS",
+            )
+            for r in self.rows
+        ]
+        table = text_table(header, lines)
+        if self.top1_agreement is None:
+            return table
+        return f"{table}\ntop-1 agreement with float64: {self.top1_agreement:.0%}"
+
+    __repr__ = __str__
+
+
+class _Outputs(Recorder):
+    """Keeps the output of every fused group of modules and of every other module without children."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__({id(module): name for name, module in model.named_modules()})
+        self.outputs: dict[str, Tensor] = {}
+
+    def leave_module(self, module: nn.Module, args: object, output: object) -> None:
+        if isinstance(output, Tensor) and not list(module.children()):
+            self.observe(module, output)
+
+    def observe(self, module: object, output: Tensor) -> None:
+        if not self._inside_group and id(module) in self.names:
+            self.outputs[self.names[id(module)]] = output.detach().clone()
+
+
+def verify(model: nn.Module, example: Tensor) -> Verification:
+    """Compare ``model(example)`` with float64 and with stock PyTorch in example's dtype.
+
+    The rule: our error against float64 may be at most twice stock PyTorch's, plus one rounding of the
+    layer's largest value. A row is a convolution with the norm, residual and activation that run with
+    it, or another module; errors are those accumulated since the input.
+
+    Args:
+        model: in eval mode. It is not changed.
+        example: the input, on the model's device.
+
+    Raises:
+        ValueError: the model is in training mode, or example holds no data (meta device).
+    """
+    if model.training:
+        raise ValueError("verify: the model is in training mode; call model.eval() first")
+    if example.is_meta:
+        raise ValueError("verify: example is on the meta device and holds no data; pass a real one")
+    double = copy.deepcopy(model).double()
+    with backend.use("reference"):
+        exact = _outputs(double, example.double())
+        stock = _outputs(model, example)
+    ours = _outputs(model, example)
+    rows = [
+        _layer_error(name, ours[name], stock[name], exact[name]) for name in exact if name in ours
+    ]
+    final, truth = ours[""], exact[""]
+    agreement = None
+    if final.dim() == 2:
+        agreement = (final.argmax(1) == truth.argmax(1)).double().mean().item()
+    return Verification(rows, agreement)
+
+
+def _outputs(model: nn.Module, example: Tensor) -> dict[str, Tensor]:
+    recorder = _Outputs(model)
+    hook = nn.modules.module.register_module_forward_hook(recorder.leave_module)
+    try:
+        with torch.no_grad(), record.recording(recorder):
+            final = model(example)
+    finally:
+        hook.remove()
+    return {**recorder.outputs, "": final}
+
+
+def _layer_error(name: str, ours: Tensor, stock: Tensor, exact: Tensor) -> LayerError:
+    allowed = FACTOR * _max_error(stock, exact)
+    allowed += torch.finfo(ours.dtype).eps * exact.abs().max().item() if exact.numel() else 0.0
+    errors = (_max_error(ours, exact), _max_error(stock, exact))
+    return LayerError(name or "output", *errors, allowed)
+
+
+def _max_error(actual: Tensor, exact: Tensor) -> float:
+    return (actual.double() - exact).abs().max().item() if exact.numel() else 0.0

@@ -1,0 +1,60 @@
+import pytest
+import torch
+from torch import nn
+
+import cvkernels
+from cvkernels.models import resnet18
+from cvkernels.ops.conv_bn_act import onednn
+
+
+@pytest.fixture
+def model(device):
+    return resnet18(num_classes=10).eval().to(device)
+
+
+@pytest.fixture
+def example(device):
+    return torch.randn(3, 3, 64, 64, device=device)
+
+
+def test_every_layer_and_the_output_are_compared(model, example):
+    verification = cvkernels.verify(model, example)
+    layers = [row.layer for row in verification.rows]
+    convolutions = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    assert set(convolutions) | {"maxpool", "avgpool", "fc", "output"} == set(layers)
+    assert verification.ok and verification.top1_agreement == 1.0
+    assert all(0 < row.stock <= row.allowed for row in verification.rows)
+
+
+def test_it_changes_nothing(model, example):
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    cvkernels.verify(model, example)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    from torch.nn.modules import module
+
+    assert not module._global_forward_hooks
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="breaks the CPU backend")
+@pytest.mark.parametrize("wrong", [1e-3, float("nan")])
+def test_a_wrong_kernel_fails_by_name(model, example, monkeypatch, wrong):
+    fold = onednn.fold
+
+    def damaged(weight, bias, bn):
+        folded, shift = fold(weight, bias, bn)
+        if weight is model.layer3[0].conv2.weight:
+            shift = shift + wrong
+        return folded, shift
+
+    monkeypatch.setattr(onednn, "fold", damaged)
+    verification = cvkernels.verify(model, example)
+    failing = [row.layer for row in verification.rows if not row.ok]
+    assert not verification.ok and failing[0] == "layer3.0.conv2"
+    assert "FAILS" in str(verification)
+
+
+def test_training_mode_and_meta_examples_are_refused(model, example):
+    with pytest.raises(ValueError, match="call model.eval"):
+        cvkernels.verify(model.train(), example)
+    with pytest.raises(ValueError, match="holds no data"):
+        cvkernels.verify(model.eval(), example.to("meta"))
