@@ -43,9 +43,9 @@ class Choice(NamedTuple):
 def use(backend: Backend) -> Iterator[None]:
     """Request ``backend`` for the ops called inside the ``with`` block, in this thread or task.
 
-    It binds every op that has such an implementation, which then runs or raises; an op that has none
-    (no ``"triton"`` of max_pool, say) stays at "auto". A call's own ``backend=`` argument wins over it
-    unless that argument is ``"auto"``.
+    It binds every op that has such an implementation, which then runs or raises; an op that has
+    none (no ``"triton"`` of max_pool, say) stays at "auto". A call's own ``backend=`` argument wins
+    over it unless that argument is ``"auto"``.
 
     Raises:
         ValueError: backend is not one of :data:`NAMES`.
@@ -61,7 +61,7 @@ def use(backend: Backend) -> Iterator[None]:
 
 
 def requested(backend: str, implementations: tuple[str, ...]) -> str:
-    """The backend in force for a call with this ``backend=`` argument, of an op with these fused ones."""
+    """The backend in force for a call with this ``backend=``, of an op with these fused ones."""
     if _checked(backend) != "auto":
         return backend
     used = _traced_request if torch.compiler.is_compiling() else _requested.get()

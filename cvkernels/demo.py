@@ -24,7 +24,7 @@ WARM_UP = 2
 
 
 class Row(NamedTuple):
-    """One network at one batch size, stock and ours with the same weights on the same photographs."""
+    """One network at one batch size; stock and ours with the same weights and photographs."""
 
     network: str
     batch: int
@@ -67,7 +67,7 @@ def demo(
     Args:
         photos: image files; none means the photographs that scikit-learn carries.
         weights: a torchvision weight name (downloaded) or a checkpoint; None means seeded random
-            weights with batch-norm statistics taken from the photographs. Nothing is downloaded then.
+            weights with the photographs' batch-norm statistics; nothing is downloaded then.
         device: "cpu" or "cuda". Stock runs in channels_last, its faster layout.
         runs: timed runs of each; their median is reported, the two interleaved.
 
@@ -95,13 +95,13 @@ def demo(
     source = f"weights {weights}" if weights else "seeded random weights"
     return Table(
         rows,
-        f"{len(images)} photograph(s) at 224 x 224, float32, {where}, torch {torch.__version__}, {source}; "
-        f"stock is torchvision in channels_last; medians of {runs} interleaved runs",
+        f"{len(images)} photograph(s) at 224 x 224, float32, {where}, torch {torch.__version__}, "
+        f"{source}; stock is torchvision in channels_last; medians of {runs} interleaved runs",
     )
 
 
 def load_photos(paths: Sequence[str]) -> Tensor:
-    """Tensor[N, 3, 224, 224], normalised as ImageNet's: the files, or scikit-learn's photographs."""
+    """Tensor[N, 3, 224, 224], normalised as ImageNet's: the files, or scikit-learn's photos."""
     from PIL import Image, UnidentifiedImageError
     from torchvision.transforms import v2
 
@@ -144,7 +144,7 @@ def _pair(network: str, weights: str | None, images: Tensor) -> tuple[nn.Module,
 
 @torch.no_grad()
 def _take_statistics(model: nn.Module, images: Tensor) -> None:
-    """Set the running statistics to those of the photographs, so that activations keep their scale."""
+    """Set the running statistics to the photographs', so that activations keep their scale."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = None

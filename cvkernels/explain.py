@@ -1,4 +1,4 @@
-"""``explain``: which kernel runs where, what it moves, and why no fused one runs where none does."""
+"""``explain``: which kernel runs where, what it moves, and where none is fused, why."""
 
 from __future__ import annotations
 
@@ -51,11 +51,8 @@ class Explanation:
             (c.layer, c.op, c.backend, c.kernels, _mb(c.bytes_read), _mb(c.bytes_written), c.reason)
             for c in self.rows
         ]
-        total = self.totals
-        lines.append(
-            ("total", "", "", total["kernels"], _mb(total["bytes_read"]), _mb(total["bytes_written"]),
-             f"on {self.device}")
-        )  # fmt: skip
+        kernels, read, written = self.totals.values()
+        lines.append(("total", "", "", kernels, _mb(read), _mb(written), f"on {self.device}"))
         return text_table(header, lines)
 
     __repr__ = __str__

@@ -1,4 +1,4 @@
-"""``info``: versions, devices, what is available, and for each missing thing why and what mends it."""
+"""``info``: versions, devices, and for each missing thing why and what mends it."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ class Call(NamedTuple):
 class Recorder:
     """Collects :class:`Call` records.
 
-    ``names`` maps ``id(module)`` to the layer's name; ``meta_device`` is the device that meta tensors
-    stand for.
+    ``names`` maps ``id(module)`` to the layer's name; ``meta_device`` is the device that meta
+    tensors stand for.
     """
 
     def __init__(self, names: dict[int, str] | None = None, meta_device: str = "cuda") -> None:
@@ -62,14 +62,14 @@ class Recorder:
 
     @property
     def inside_op(self) -> bool:
-        """True while a recorded op runs: what it does inside is its own and is not counted again."""
+        """True while a recorded op runs: what it does inside is not counted again."""
         return self._inside_op
 
     @contextlib.contextmanager
     def call(
         self, op: str, backend: str, reason: str, kernels: int, bytes_read: int, bytes_written: int
     ) -> Iterator[None]:
-        """Record one op; wrap the op's execution, so that its inner aten calls are not counted too."""
+        """Record one op; wraps its execution, so that its inner aten calls are not counted too."""
         if self._inside_op:
             yield
             return

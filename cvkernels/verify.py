@@ -16,7 +16,7 @@ FACTOR = 2.0
 
 
 class LayerError(NamedTuple):
-    """Largest absolute differences from float64: ours, stock PyTorch's, and what the rule allows ours."""
+    """Largest absolute differences from float64: ours, stock's, and what the rule allows ours."""
 
     layer: str
     ours: float
@@ -64,7 +64,7 @@ class Verification:
 
 
 class _Outputs(Recorder):
-    """Keeps the output of every fused group of modules and of every other module without children."""
+    """Keeps the output of every fused group and of every other module without children."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__({id(module): name for name, module in model.named_modules()})
@@ -82,9 +82,9 @@ class _Outputs(Recorder):
 def verify(model: nn.Module, example: Tensor) -> Verification:
     """Compare ``model(example)`` with float64 and with stock PyTorch in example's dtype.
 
-    The rule: our error against float64 may be at most twice stock PyTorch's, plus one rounding of the
-    layer's largest value. A row is a convolution with the norm, residual and activation that run with
-    it, or another module; errors are those accumulated since the input.
+    The rule: our error against float64 may be at most twice stock PyTorch's, plus one rounding of
+    the layer's largest value. A row is a convolution with the norm, residual and activation that
+    run with it, or another module; errors are those accumulated since the input.
 
     Args:
         model: in eval mode. It is not changed.

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests. Without a GPU, Triton kernels run in its interpreter on CPU tensors."""
+"""Fixtures of all tests. Without a GPU, Triton kernels run in its interpreter on CPU tensors."""
 
 import os
 

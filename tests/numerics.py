@@ -1,4 +1,4 @@
-"""The one tolerance rule: at most twice stock PyTorch's error against float64, plus one rounding."""
+"""The one tolerance rule: twice stock PyTorch's error against float64, plus one rounding."""
 
 import copy
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def max_error(actual: Tensor, exact: Tensor) -> float:
-    """Largest absolute difference in float64; NaN where either side has one that the other lacks."""
+    """Largest absolute difference in float64; NaN where only one side has one."""
     actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()
     difference = (actual - exact).abs()
     # Equal infinities differ by NaN, and a NaN that the exact answer has too is right.
@@ -59,7 +59,7 @@ def tensors_in(value) -> list[Tensor]:
 
 
 def gradients(function, args, kwargs=None) -> list[Tensor]:
-    """Gradients of <function(*args), cotangent> in every tensor that requires one; one fixed cotangent."""
+    """Gradients of <function(*args), fixed cotangent> in every tensor that requires one."""
     out = function(*args, **(kwargs or {}))
     generator = torch.Generator().manual_seed(1)
     cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)

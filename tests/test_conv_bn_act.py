@@ -311,37 +311,57 @@ def test_unknown_backend_and_op_are_named():
 # Bad input
 
 
+def bad(error, message, **change):
+    """A change of good arguments, and the error that names it."""
+    return change, error, message
+
+
 BAD = {
-    "rank": (dict(x=torch.rand(13, 9, 7)), ValueError, r"x must have shape \[N, C, H, W\].*unsqueeze"),
-    "weight-rank": (dict(weight=torch.rand(11, 13)), ValueError, "weight must have shape"),
-    "channels": (dict(weight=torch.rand(11, 12, 3, 3)), ValueError, "weight must have C/groups"),
-    "groups": (dict(groups=2), ValueError, "groups must divide the channels"),
-    "mixed-dtype": (dict(weight=torch.rand(11, 13, 3, 3).half()), TypeError, "weight must have x's dtype"),
-    "int-dtype": (
-        dict(x=torch.ones(2, 13, 9, 7, dtype=torch.int64), weight=torch.ones(11, 13, 3, 3, dtype=torch.int64)),
-        TypeError,
-        "dtype must be float32",
+    "rank": bad(ValueError, r"x must have shape \[N, C, H, W\].*unsqueeze", x=torch.rand(13, 9, 7)),
+    "weight-rank": bad(ValueError, "weight must have shape", weight=torch.rand(11, 13)),
+    "channels": bad(ValueError, "weight must have C/groups", weight=torch.rand(11, 12, 3, 3)),
+    "groups": bad(ValueError, "groups must divide the channels", groups=2),
+    "mixed-dtype": bad(
+        TypeError, "weight must have x's dtype", weight=torch.rand(11, 13, 3, 3).half()
     ),
-    "device": (dict(weight=torch.empty(11, 13, 3, 3, device="meta")), ValueError, "weight must be on x's device"),
-    "bias-shape": (dict(bias=torch.rand(12)), ValueError, r"bias must have shape \[11\], got \[12\]"),
-    "bn-module": (dict(bn=nn.BatchNorm2d(11)), TypeError, "bn must be BatchNormParams, got BatchNorm2d"),
-    "bn-shape": (dict(bn=BatchNormParams(weight=torch.rand(7))), ValueError, "bn.weight must have shape"),
-    "bn-half": (dict(bn=BatchNormParams(mean=torch.rand(11))), ValueError, "both mean and var"),
-    "residual-shape": (dict(residual=torch.rand(2, 11, 9, 9)), ValueError, "residual must have shape"),
-    "residual-dtype": (dict(residual=torch.rand(2, 11, 9, 7).half()), TypeError, "residual must have x's dtype"),
-    "gate-shape": (dict(input_gate=torch.rand(2, 11)), ValueError, r"input_gate must have shape \[N, C\]"),
-    "input-bn-shape": (dict(input_bn=make_bn(11)), ValueError, "input_bn.weight must have shape"),
-    "act": (dict(act="gelu"), ValueError, "act must be one of"),
-    "stride": (dict(stride=0), ValueError, "stride must be at least 1"),
-    "stride-triple": (dict(stride=(1, 1, 1)), ValueError, "stride must be an int or two"),
-    "padding-same": (dict(padding="same"), ValueError, "padding must be an int or two.*'same'"),
-    "too-small": (dict(padding=0, dilation=5), ValueError, "does not fit into the map of 9x7"),
-    "out-shape": (dict(out=torch.rand(2, 10, 9, 7)), ValueError, "out must have shape"),
-    "out-layout": (dict(out=torch.rand(2, 11, 9, 7)), ValueError, "out must have channel stride 1"),
-    "out-dtype": (
-        dict(out=torch.rand(2, 11, 9, 7).half().contiguous(memory_format=torch.channels_last)),
-        TypeError,
-        "out must have dtype",
+    "int-dtype": bad(
+        TypeError, "dtype must be float32",
+        x=torch.ones(2, 13, 9, 7, dtype=torch.int64),
+        weight=torch.ones(11, 13, 3, 3, dtype=torch.int64),
+    ),
+    "device": bad(
+        ValueError, "weight must be on x's device", weight=torch.empty(11, 13, 3, 3, device="meta")
+    ),
+    "bias-shape": bad(ValueError, r"bias must have shape \[11\], got \[12\]", bias=torch.rand(12)),
+    "bn-module": bad(
+        TypeError, "bn must be BatchNormParams, got BatchNorm2d", bn=nn.BatchNorm2d(11)
+    ),
+    "bn-shape": bad(
+        ValueError, "bn.weight must have shape", bn=BatchNormParams(weight=torch.rand(7))
+    ),
+    "bn-half": bad(ValueError, "both mean and var", bn=BatchNormParams(mean=torch.rand(11))),
+    "residual-shape": bad(
+        ValueError, "residual must have shape", residual=torch.rand(2, 11, 9, 9)
+    ),
+    "residual-dtype": bad(
+        TypeError, "residual must have x's dtype", residual=torch.rand(2, 11, 9, 7).half()
+    ),
+    "gate-shape": bad(
+        ValueError, r"input_gate must have shape \[N, C\]", input_gate=torch.rand(2, 11)
+    ),
+    "input-bn-shape": bad(
+        ValueError, "input_bn.weight must have shape", input_bn=make_bn(11)
+    ),
+    "act": bad(ValueError, "act must be one of", act="gelu"),
+    "stride": bad(ValueError, "stride must be at least 1", stride=0),
+    "stride-triple": bad(ValueError, "stride must be an int or two", stride=(1, 1, 1)),
+    "padding-same": bad(ValueError, "padding must be an int or two.*'same'", padding="same"),
+    "too-small": bad(ValueError, "does not fit into the map of 9x7", padding=0, dilation=5),
+    "out-shape": bad(ValueError, "out must have shape", out=torch.rand(2, 10, 9, 7)),
+    "out-layout": bad(ValueError, "out must have channel stride 1", out=torch.rand(2, 11, 9, 7)),
+    "out-dtype": bad(
+        TypeError, "out must have dtype",
+        out=torch.rand(2, 11, 9, 7).half().contiguous(memory_format=torch.channels_last),
     ),
 }  # fmt: skip
 

@@ -53,7 +53,7 @@ def test_plan_needs_no_memory_and_no_run_on_a_meta_model():
 
 
 class AtenLaunches(TorchDispatchMode):
-    """Counts aten calls that compute: whose result is no view of an argument and that are no allocation."""
+    """Counts aten calls that compute: no allocation, and the result no view of an argument."""
 
     def __init__(self, paused):
         super().__init__()
@@ -95,7 +95,7 @@ def test_launches_equal_those_that_run(monkeypatch):
     count_calls(interpreter.GridExecutor, "__call__")
     count_calls(jit.JITFunction, "run")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # Weights that need no copy into the kernel's layout: that would happen once, before the launches.
+    # Weights that need no copy into the kernel's layout, which would happen once, before launches.
     model = resnet50(num_classes=10).eval().to(device, memory_format=torch.channels_last)
     x = torch.randn(1, 3, 32, 32, device=device)
     with cvkernels.backend.use("triton"), AtenLaunches(lambda: depth[0] > 0) as aten:

@@ -1,4 +1,4 @@
-"""Where weights come from: torchvision's enums, files and state dicts; and loading them whole or not at all."""
+"""Where weights come from: torchvision's enums, files and state dicts; and loading them."""
 
 from __future__ import annotations
 
@@ -132,7 +132,12 @@ def load_checkpoint(model: nn.Module, source: Mapping[str, Tensor] | str | os.Pa
     ]
     if complaints:
         raise RuntimeError(
-            f"Error(s) in loading state_dict for {type(model).__name__}; the model is unchanged:\n\t"
-            + "\n\t".join(complaints)
+            "\n\t".join(
+                [
+                    f"Error(s) in loading state_dict for {type(model).__name__}; "
+                    f"the model is unchanged:",
+                    *complaints,
+                ]
+            )
         )
     model.load_state_dict(state)

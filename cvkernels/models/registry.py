@@ -1,4 +1,4 @@
-"""Builders by name, and what is common to all of them: weights, fixed arguments, old calling styles."""
+"""Builders by name, and what they share: weights, fixed arguments, old calling styles."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _prescribe(kwargs: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _weights_and_progress(name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, bool]:
-    """Take weights and progress out of the arguments, the deprecated ways of giving them included."""
+    """Take weights and progress out of the arguments, in the deprecated ways too."""
     if len(args) > 2:
         raise TypeError(f"{name}() takes at most 2 positional arguments, got {len(args)}")
     if args:

@@ -1,4 +1,4 @@
-"""ResNet, ResNeXt and Wide ResNet; mirrors torchvision.models.resnet, names, order and initialisation.
+"""ResNet, ResNeXt and Wide ResNet; mirrors torchvision.models.resnet.
 
 He et al. 2016, arXiv:1512.03385; Xie et al. 2017, arXiv:1611.05431; Zagoruyko and Komodakis 2016,
 arXiv:1605.07146.
@@ -32,7 +32,8 @@ class ResNet(FusedModule):
         norm_layer: called with the channel count; BatchNorm2d by default. Others run unfused.
 
     Raises:
-        ValueError: replace_stride_with_dilation has not three entries, or BasicBlock got groups or width.
+        ValueError: replace_stride_with_dilation has not three entries, or BasicBlock got groups or
+            a width.
         NotImplementedError: BasicBlock with dilation.
     """
 

@@ -12,8 +12,8 @@ from cvkernels.nn.fusion import FusedModule
 class ConvBNAct(nn.Sequential, FusedModule):
     """Convolution, batch norm and activation: one op in eval, the three modules otherwise.
 
-    Children are numbered as in torchvision's ``Conv2dNormActivation``: "0" the convolution, then the
-    norm and the activation where they exist.
+    Children are numbered as in torchvision's ``Conv2dNormActivation``: "0" the convolution, then
+    the norm and the activation where they exist.
 
     Args:
         in_channels, out_channels, kernel_size, stride, groups, dilation: as for nn.Conv2d.
@@ -66,7 +66,7 @@ class ConvBNAct(nn.Sequential, FusedModule):
 
 
 def split_conv_bn_act(layers: list[nn.Module]) -> tuple:
-    """(conv, bn, act) of a sequence conv, conv + norm, conv + act or conv + norm + act; else Nones."""
+    """(conv, bn, act) of a sequence conv [+ norm] [+ act], absent ones None; else all None."""
     if not layers or len(layers) > 3 or not isinstance(layers[0], nn.Conv2d):
         return None, None, None
     if len(layers) == 2 and not isinstance(layers[1], nn.BatchNorm2d):

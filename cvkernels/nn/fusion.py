@@ -112,7 +112,7 @@ class FusedModule(nn.Module):
 def _run_group(
     leader: nn.Module, reason: str, as_op: Callable[[], Tensor], as_modules: Callable[[], Tensor]
 ) -> Tensor:
-    """Run a group of modules as one op, or one by one for ``reason``; ``explain`` sees it under leader."""
+    """Run a group of modules as one op, or one by one for ``reason``; seen under ``leader``."""
     run = as_modules if reason else as_op
     if (recorder := record.active()) is None:
         return run()
@@ -192,7 +192,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _has_global_hooks() -> bool:
-    """Hooks on every module's call, but for the ones that a running ``explain`` registers itself."""
+    """Hooks on every module's call, but for those that a running ``explain`` registers."""
     hooks = (
         *torch_module._global_backward_hooks.values(),
         *torch_module._global_backward_pre_hooks.values(),

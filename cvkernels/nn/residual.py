@@ -1,4 +1,4 @@
-"""The residual blocks; mirror torchvision.models.resnet.BasicBlock and Bottleneck, names and order."""
+"""The residual blocks; mirror torchvision.models.resnet.BasicBlock and Bottleneck."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
 class BasicBlock(FusedModule):
     """Two 3x3 convolutions and a shortcut: ``relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))``.
 
-    Two ops in eval, three with a downsampling shortcut. He et al. 2016, arXiv:1512.03385, figure 5 left.
+    Two ops in eval, three with a downsampling shortcut. He et al. 2016, arXiv:1512.03385, figure 5
+    left.
     """
 
     expansion: int = 1

@@ -11,7 +11,7 @@ def same_view(a: Tensor, b: Tensor) -> bool:
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors may share an element; exact for channel slices of one channels_last buffer."""
+    """Whether two tensors may share an element; exact for channel slices of one NHWC buffer."""
     if a.untyped_storage()._cdata != b.untyped_storage()._cdata or 0 in (a.numel(), b.numel()):
         return False
     first, last = zip(

@@ -1,4 +1,4 @@
-"""Argument checks of conv_bn_act: everything that can be wrong, before anything is allocated or launched."""
+"""Argument checks of conv_bn_act, before anything is allocated or launched."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def problem_of(
     out: Tensor | None,
     dtype: torch.dtype | None = None,
 ) -> Problem:
-    """The checked call; ``dtype`` is the one that autocast will convert x, weight and residual to."""
+    """The checked call; ``dtype`` is what autocast will convert x, weight and residual to."""
     problem = _shapes(
         x.shape,
         weight.shape,
@@ -121,8 +121,8 @@ def _shapes(
     problem = Problem(*x, K, *weight[2:], stride, padding, dilation, groups, dtype, act, *flags)
     if problem.P < 1 or problem.Q < 1:
         raise ValueError(
-            f"conv_bn_act: the {problem.R}x{problem.S} kernel with dilation {list(dilation)} does not "
-            f"fit into the map of {problem.H}x{problem.W} with padding {list(padding)}; "
+            f"conv_bn_act: the {problem.R}x{problem.S} kernel with dilation {list(dilation)} does "
+            f"not fit into the map of {problem.H}x{problem.W} with padding {list(padding)}; "
             f"the input is too small"
         )
     return problem
@@ -149,7 +149,8 @@ def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
 def _check_tensor(name: str, tensor: Tensor, shape: tuple, letters: str, x: Tensor) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(
-            f"conv_bn_act: {name} must have shape {letters} = {list(shape)}, got {list(tensor.shape)}"
+            f"conv_bn_act: {name} must have shape {letters} = {list(shape)}, "
+            f"got {list(tensor.shape)}"
         )
     if not tensor.is_floating_point():
         raise TypeError(f"conv_bn_act: {name} must have a floating dtype, got {tensor.dtype}")

@@ -1,4 +1,4 @@
-"""conv_bn_act on CUDA through cuDNN's fused convolution + bias (+ add) + ReLU, on folded weights."""
+"""conv_bn_act on CUDA: cuDNN's fused convolution + bias (+ add) + ReLU on folded weights."""
 
 from __future__ import annotations
 

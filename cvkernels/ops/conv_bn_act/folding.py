@@ -1,4 +1,4 @@
-"""Batch norm folded into convolution weights, and the cache that keeps what backends derive from them."""
+"""Batch norm folded into convolution weights, and the cache of what backends derive from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cvkernels.ops.conv_bn_act.reference import BatchNormParams
 def scale_shift(
     bias: Tensor | None, bn: BatchNormParams | None, like: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """``act(conv * scale + shift)`` for a convolution with this bias and batch norm, in ``dtype``."""
+    """``conv * scale + shift`` for a convolution with this bias and batch norm, in ``dtype``."""
     K = like.shape[0]
     one = torch.ones(K, dtype=dtype, device=like.device)
     scale, shift = one, torch.zeros_like(one)
@@ -47,8 +47,8 @@ class DerivedWeights:
     """Weights that backends derive from one convolution's parameters: folded, cast or prepacked.
 
     An entry is valid while every tensor it came from is the same memory at the same version, so an
-    optimiser step, ``load_state_dict``, ``.to()`` or ``copy_`` drops it. Writes through ``.data`` do
-    not change a version: call :meth:`clear` after them (``module.train()`` does). Holds at most
+    optimiser step, ``load_state_dict``, ``.to()`` or ``copy_`` drops it. Writes through ``.data``
+    do not change a version: call :meth:`clear` after them (``module.train()`` does). Holds at most
     ``capacity`` entries, the least recently used goes first. Entries carry no gradient.
     """
 
@@ -57,7 +57,7 @@ class DerivedWeights:
         self._entries: OrderedDict[Any, tuple[list[Tensor], tuple, Any]] = OrderedDict()
 
     def get(self, key: Any, sources: list[Tensor | None], build: Callable[[], Any]) -> Any:
-        """The value that ``build()`` gives for ``sources``, from the cache where it is still valid."""
+        """What ``build()`` gives for ``sources``, from the cache where it is still valid."""
         tensors = [t for t in sources if t is not None]
         if any(t.is_inference() or t.is_meta for t in tensors):
             # Neither has a version or memory of its own to recognise a change by.
@@ -67,7 +67,7 @@ class DerivedWeights:
         if entry is not None and entry[1] == stamp:
             self._entries.move_to_end(key)
             return entry[2]
-        # The detached sources keep their memory alive: no other tensor can come to the same address.
+        # The detached sources keep their memory alive: no other tensor can come to its address.
         value = build()
         self._entries[key] = ([t.detach() for t in tensors], stamp, value)
         while len(self._entries) > self._capacity:

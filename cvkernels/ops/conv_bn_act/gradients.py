@@ -20,7 +20,7 @@ from cvkernels.ops.conv_bn_act.reference import BatchNormParams, conv_bn_act_ref
 
 
 def prologue(x: Tensor, bn: BatchNormParams | None, gate: Tensor | None, dtype: torch.dtype):
-    """u, and the parts of it that its gradient needs: u before the gate, and norm's scale, v > 0."""
+    """u, and what its gradient needs: u before the gate, the norm's scale, and v > 0."""
     if bn is None:
         before_gate, scale, positive = x, None, None
     else:

@@ -71,7 +71,7 @@ def run(
     def prepack() -> tuple[Tensor, Tensor]:
         folded, shift = fold(weight, bias, bn)
         with torch.no_grad():
-            # The layout is oneDNN's best for this input size; without the size it repacks every call.
+            # In oneDNN's best layout for this input size; without the size it repacks every call.
             packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
                 folded.contiguous().to_mkldnn(), *geometry, x.shape
             )

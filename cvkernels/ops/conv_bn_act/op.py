@@ -62,15 +62,16 @@ def conv_bn_act(
             convolution. Without it oneDNN and cuDNN fold and pack at every call.
         backend: see :mod:`cvkernels.backend`. "auto" on CUDA tensors runs Triton or cuDNN's fused
             convolution, whichever the table of measured shapes or the heuristic names (Triton
-            missing: cuDNN, else the reference). On CPU tensors it runs oneDNN, in float32 and in the
-            half dtypes that the processor convolves natively; the reference runs when a gradient is
-            needed, with a prologue, for float64, for an image (C <= 4) that holds NaN or infinity, or under torch.compile (inductor fuses it there).
+            missing: cuDNN, else the reference). On CPU tensors it runs oneDNN, in float32 and in
+            the half dtypes that the processor convolves natively; the reference runs when a
+            gradient is needed, with a prologue, for float64, for an image (C <= 4) that holds NaN
+            or infinity, and under torch.compile (inductor fuses it there).
 
     Returns:
-        Tensor[N, K, P, Q], dtype of x (of autocast, where it is active), channels_last; the reference
-        keeps the layout that PyTorch chooses. ``out`` itself where given, else never a view of an
-        argument. Accumulation and the epilogue are in float32 (float64 for float64). Empty input
-        gives empty output.
+        Tensor[N, K, P, Q], dtype of x (of autocast, where it is active), channels_last; the
+        reference keeps the layout that PyTorch chooses. ``out`` itself where given, else never a
+        view of an argument. Accumulation and the epilogue are in float32 (float64 for float64).
+        Empty input gives empty output.
 
     Raises:
         ValueError: a shape, device, stride or option does not fit, or ``out`` overlaps an argument.
@@ -126,7 +127,7 @@ def choose(
     cache: DerivedWeights | None = None,
     backend: Backend = "auto",
 ) -> Choice:
-    """The backend that :func:`conv_bn_act` runs for the same arguments, and the rule that chose it."""
+    """The backend that :func:`conv_bn_act` runs for these arguments, and why."""
     problem = problem_of(
         x, weight, bias, bn, stride, padding, dilation, groups, act, residual, input_bn, input_gate,
         out, _autocast_dtype(x),
@@ -337,7 +338,7 @@ def flatten(tensors: tuple, geometry: tuple, act: str, name: str) -> tuple:
 def _traced(
     tensors: tuple, geometry: tuple, act: str, out: Tensor | None, requested: str
 ) -> Tensor:
-    """The call under torch.compile: the registered op, or on CPU the reference, which inductor fuses."""
+    """The call under torch.compile: the registered op, or on CPU the reference for inductor."""
     x = tensors[0]
     if requested == "reference" or (requested == "auto" and x.device.type == "cpu"):
         return run_reference(tensors, geometry, act, out, "inductor fuses it")

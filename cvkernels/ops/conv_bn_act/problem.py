@@ -12,7 +12,7 @@ from cvkernels.ops.traffic import touched_positions
 
 @dataclass(frozen=True)
 class Problem:
-    """One call, without its data. Letters as in the contract: x[N, C, H, W], weight[K, C/groups, R, S]."""
+    """One call, without its data: x[N, C, H, W], weight[K, C/groups, R, S]."""
 
     N: int
     C: int

@@ -27,7 +27,7 @@ class BatchNormParams(NamedTuple):
 
         Raises:
             TypeError: module is not exactly nn.BatchNorm2d: a subclass may compute something else.
-            ValueError: module normalises with batch statistics (training mode, or none are tracked).
+            ValueError: module normalises with batch statistics (it trains, or tracks none).
         """
         if type(module) is not nn.BatchNorm2d:
             raise TypeError(
@@ -36,8 +36,8 @@ class BatchNormParams(NamedTuple):
             )
         if module.training or module.running_mean is None:
             raise ValueError(
-                "BatchNormParams.of: module uses batch statistics; call module.eval(), and build it "
-                "with track_running_stats=True"
+                "BatchNormParams.of: module uses batch statistics; call module.eval(), and build "
+                "it with track_running_stats=True"
             )
         return cls(module.weight, module.bias, module.running_mean, module.running_var, module.eps)
 

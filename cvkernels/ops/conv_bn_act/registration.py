@@ -1,4 +1,4 @@
-"""The registered ops cvkernels::conv_bn_act and cvkernels::conv_bn_act_out: schema, kernels, fake, autograd."""
+"""The registered ops cvkernels::conv_bn_act and ::conv_bn_act_out."""
 
 from __future__ import annotations
 
