@@ -11,6 +11,7 @@ from cvkernels.backend import BackendError
 from cvkernels.explain import explain
 from cvkernels.info import info
 from cvkernels.models import create_model, list_models
+from cvkernels.patch import patch, restore
 from cvkernels.verify import verify
 
 try:
@@ -28,5 +29,7 @@ __all__ = [
     "list_models",
     "models",
     "nn",
+    "patch",
+    "restore",
     "verify",
 ]

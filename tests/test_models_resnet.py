@@ -179,6 +179,11 @@ def test_jit_trace_agrees():
     assert torch.allclose(torch.jit.trace(ours, x)(x), stock(x), atol=1e-4)
 
 
+def test_jit_script_is_refused_with_the_way_out():
+    with pytest.raises(NotImplementedError, match="use torch.export or torch.jit.trace"):
+        torch.jit.script(cvkernels.models.resnet18())
+
+
 @pytest.mark.parametrize("copied", ["deepcopy", "pickle", "torch.save"])
 def test_copies_carry_no_derived_weights(copied):
     ours, _ = pair("resnet18")

@@ -192,6 +192,20 @@ def _why_not(problem: Problem, x: Tensor, name: str, device: str) -> str:
     return reason
 
 
+def fuses_input_bn(x: Tensor) -> bool:
+    """Whether a call on x can take ``input_bn`` along; if not, apply it first: the rest is fused.
+
+    Only Triton has that prologue. With it, every other backend leaves the whole call to the
+    reference, or refuses.
+    """
+    requested = backends.requested("auto", IMPLEMENTATIONS)
+    if requested != "auto":
+        return requested == "triton"
+    device = backends.device_type(x)
+    # A compiled graph chooses when it runs; inductor on CUDA needs Triton too.
+    return device != "cpu" and (torch.compiler.is_compiling() or not backends.lacks_triton(device))
+
+
 def needs_grad(tensors: tuple) -> bool:
     """Whether autograd has to see this call."""
     if not torch.is_grad_enabled():

@@ -131,7 +131,7 @@ def conv_bn_act_1x1_kernel(
                     u *= load_gate_row(gate_ptr, gate_strides, image, c_start + c_offs, C)[None, :]
                 else:
                     u *= load_gate(gate_ptr, gate_strides, image, c_start + c_offs, C)
-            # padding is zero after the prologue, not before
+            # channels past C are zero after the prologue, whatever it makes of them
             x = tl.where(c_mask[None, :], u, 0.0).to(x.dtype)
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)
         x_ptrs += c_step * x_stride_c

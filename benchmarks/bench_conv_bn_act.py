@@ -1,0 +1,182 @@
+"""conv_bn_act against the stock modules, eager and compiled, on every convolution of ResNet-50.
+
+``python -m benchmarks.bench_conv_bn_act [--quick]`` prints the table (``--help``: options),
+``pytest benchmarks/bench_conv_bn_act.py`` gives the rows to pytest-benchmark. Forward everywhere;
+backward and the host's time per call on a few shapes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from cases_conv_bn_act import ODD, RESNET50, Conv, make_inputs
+from torch import Tensor
+
+from benchmarks import harness
+from benchmarks.harness import Case
+from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act
+from cvkernels.ops.conv_bn_act.problem import Problem
+from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
+
+QUICK = (
+    "stem", "layer1.conv3", "layer2.1.conv2", "layer3.0.downsample", "layer4.1.conv1", "grouped",
+)  # fmt: skip
+BACKWARD = ("stem", "layer2.1.conv2", "layer3.conv3")
+ODD_ONES = ("channels-not-8", "rectangle-kernel", "dilated", "grouped", "resnext-groups")
+HOST = "one-pixel"
+
+
+def stock(
+    x: Tensor,
+    weight: Tensor,
+    bn: BatchNormParams,
+    *,
+    act: str,
+    residual: Tensor | None = None,
+    **geometry,
+) -> Tensor:
+    """What the stock block calls: nn.Conv2d, nn.BatchNorm2d, the addition and nn.ReLU, in place."""
+    y = F.conv2d(x, weight, None, **geometry)
+    y = F.batch_norm(y, bn.mean, bn.var, bn.weight, bn.bias, training=False, eps=bn.eps)
+    if residual is not None:
+        y += residual
+    return y.relu_() if act == "relu" else y
+
+
+def reference(x: Tensor, weight: Tensor, bn: BatchNormParams, **options) -> Tensor:
+    return conv_bn_act_reference(x, weight, None, bn, **options)
+
+
+def fused(backend: str) -> Callable[..., Tensor]:
+    """conv_bn_act as the modules call it: with a cache of what it derives from the weights."""
+    cache = DerivedWeights()
+
+    def call(x: Tensor, weight: Tensor, bn: BatchNormParams, **options) -> Tensor:
+        return conv_bn_act(x, weight, None, bn, cache=cache, backend=backend, **options)
+
+    return call
+
+
+def options_of(name: str) -> tuple[str, bool]:
+    """(act, residual) of the convolution in its block."""
+    if name.endswith("downsample"):
+        return "none", False
+    return "relu", name.endswith("conv3")
+
+
+def problem_of(name: str, conv: Conv, dtype: torch.dtype) -> Problem:
+    act, residual = options_of(name)
+
+    def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+        return (value, value) if isinstance(value, int) else value
+
+    return Problem(
+        conv.N, conv.C, conv.H, conv.W, conv.K, conv.R, conv.S,
+        pair(conv.stride), pair(conv.padding), pair(conv.dilation), conv.groups,
+        dtype, act, has_bn=True, has_residual=residual,
+    )  # fmt: skip
+
+
+def inputs_of(
+    name: str, conv: Conv, dtype: torch.dtype, device: torch.device, grad: bool
+) -> tuple[tuple, dict]:
+    act, residual = options_of(name)
+    (x, weight, _, bn), options = make_inputs(conv, dtype, torch.channels_last, device)
+    options["act"] = act
+    if residual:
+        problem = problem_of(name, conv, dtype)
+        added = torch.randn(conv.N, conv.K, problem.P, problem.Q, device=device).to(dtype)
+        options["residual"] = added.contiguous(memory_format=torch.channels_last)
+    if grad:
+        leaves = [x, weight, bn.weight, bn.bias, *([options["residual"]] if residual else [])]
+        for leaf in leaves:
+            leaf.requires_grad_()
+    return (x, weight, bn), options
+
+
+def variants_of(device: torch.device) -> dict[str, Callable[[], Callable]]:
+    variants = {
+        "eager": lambda: stock,
+        "compile": lambda: harness.compiled(stock),
+        "cvkernels": lambda: fused("auto"),
+    }
+    if device.type == "cuda":
+        variants["cvkernels triton"] = lambda: fused("triton")
+        variants["cvkernels cudnn"] = lambda: fused("cudnn")
+    return variants
+
+
+def backward_traffic(problem: Problem) -> int:
+    """What the gradients of x, weight, bn's affine vectors and residual take, after a ReLU.
+
+    Read once: x, weight, bn, the output and its gradient. The output tells where the ReLU was open;
+    the norm's input is computed again from x and weight. Each gradient is written once.
+    """
+    out = problem.bytes_written
+    read = problem.bytes_read - out * problem.has_residual + 2 * out
+    elements = problem.N * problem.C * problem.H * problem.W
+    elements += problem.K * (problem.C // problem.groups) * problem.R * problem.S
+    written = elements * problem.dtype.itemsize + 2 * 4 * problem.K + out * problem.has_residual
+    return read + written
+
+
+def case_of(
+    name: str, conv: Conv, dtype: torch.dtype, device: torch.device, part: str = "forward"
+) -> Case:
+    problem = problem_of(name, conv, dtype)
+    traffic = {
+        "forward": problem.bytes_read + problem.bytes_written,
+        "backward": backward_traffic(problem),
+        "host": None,
+    }
+    # Backward is two convolutions: for the gradient of x and for that of weight.
+    flops = {"forward": problem.flops, "backward": 2 * problem.flops, "host": None}
+    window = f"{conv.R}x{conv.S}/{conv.stride}"
+    added = " + residual" if problem.has_residual else ""
+    return Case(
+        op="conv_bn_act",
+        name=name,
+        shape=f"{conv.N}x{conv.C}x{conv.H}x{conv.W} {window} -> {conv.K}{added}",
+        dtype=dtype,
+        inputs=functools.partial(inputs_of, name, conv, dtype, device, part == "backward"),
+        reference=reference,
+        variants=variants_of(device),
+        bytes=traffic[part],
+        flops=flops[part],
+        part=part,
+    )
+
+
+def distinct(convs: dict[str, Conv]) -> dict[str, Conv]:
+    """The convolutions that differ in shape or in what follows them, each under its first name."""
+    names: dict[tuple, str] = {}
+    for name, conv in convs.items():
+        names.setdefault((conv, options_of(name)), name)
+    return {name: convs[name] for name in names.values()}
+
+
+def cases(
+    device: torch.device, dtypes: list[torch.dtype], batch: int, quick: bool = False
+) -> list[Case]:
+    resnet = {name: replace(conv, N=batch) for name, conv in distinct(RESNET50).items()}
+    odd = {name: replace(ODD[name], N=batch) for name in ODD_ONES}
+    forward = {name: c for name, c in (resnet | odd).items() if name in QUICK or not quick}
+    backward = {name: resnet[name] for name in BACKWARD if name in QUICK or not quick}
+    made = []
+    for dtype in dtypes:
+        made += [case_of(name, conv, dtype, device) for name, conv in forward.items()]
+        made += [case_of(name, conv, dtype, device, "backward") for name, conv in backward.items()]
+        made.append(case_of(HOST, ODD[HOST], dtype, device, "host"))
+    return made
+
+
+def test_conv_bn_act(measure):
+    measure()
+
+
+if __name__ == "__main__":
+    raise SystemExit(harness.main("conv_bn_act", cases))

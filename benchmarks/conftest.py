@@ -1,0 +1,94 @@
+"""Benchmarks under pytest-benchmark: a row per case and variant, our columns in extra_info.
+
+``pytest benchmarks/bench_<op>.py [-k NAME] [--benchmark-json FILE]``. pytest-benchmark times the
+rows one after another; ``python -m benchmarks.bench_<op>`` interleaves them.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import asdict
+
+import pytest
+
+from benchmarks import harness
+
+SECONDS = 1.0  # of timing per row, about
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info["cvkernels"] = harness.environment(harness.default_device())
+
+
+def pytest_generate_tests(metafunc):
+    if "variant" not in metafunc.fixturenames:
+        return
+    device = harness.default_device()
+    cases = metafunc.module.cases(
+        device, harness.default_dtypes(device), harness.default_batch(device), quick=False
+    )
+    parameters = []
+    for case in cases:
+        timer = time.perf_counter if case.part == "host" else harness.clock_of(device)
+        mark = pytest.mark.benchmark(group=f"{case.op} {case.id}", timer=timer)
+        parameters += [
+            pytest.param(case, variant, marks=mark, id=f"{case.id}-{variant}")
+            for variant in case.variants
+        ]
+    metafunc.parametrize(("case", "variant"), parameters)
+
+
+@pytest.fixture(scope="session")
+def machine():
+    return harness.Machine(harness.default_device())
+
+
+@pytest.fixture(scope="session")
+def trial_of():
+    """A case's inputs and float64 answer, shared by its variants, which follow one another."""
+    return functools.lru_cache(maxsize=1)(harness.Trial)
+
+
+@pytest.fixture(scope="session")
+def measured():
+    """case -> the rows so far, each with the extra_info that it goes to."""
+    return {}
+
+
+@pytest.fixture
+def measure(benchmark, case, variant, machine, trial_of, measured):
+    """Check the variant, let pytest-benchmark time it, and add the harness's columns."""
+
+    def measure() -> None:
+        row = harness.new_row(case, variant)
+        with harness.grad_mode(case):
+            timed = harness.prepare(trial_of(case), row)
+            if row.status == "unavailable":
+                pytest.skip(row.note)
+            assert timed is not None, f"{row.status}: {row.note}"
+            machine.hide_launches([timed])
+            seconds = machine.sample(timed) * timed.repeats
+            rounds = min(max(int(SECONDS / seconds), 8), 100)
+
+            def setup():
+                arguments = timed.setup()
+                machine.make_cold()
+                return arguments, {}
+
+            benchmark.pedantic(
+                timed.run,
+                setup=None if timed.host else setup,
+                rounds=rounds,
+                iterations=timed.repeats,
+            )
+        if benchmark.disabled:
+            return
+        harness.fill(row, benchmark.stats.stats.data, machine.rates(case.dtype))
+        rows = measured.setdefault(case, [])
+        rows.append((row, benchmark.extra_info))
+        harness.compare([row for row, _ in rows])
+        for known, extra_info in rows:
+            extra_info.update(asdict(known))
+
+    return measure

@@ -1,0 +1,210 @@
+"""``patch``: the blocks of somebody's torchvision or timm model swapped for ours, reversibly.
+
+A swap changes the class of one instance and nothing else: parameters, buffers, hooks, children and
+their names stay the objects they are. The new class derives from our block and from the stock
+class, so ``isinstance`` keeps its answer, and it pickles by reference to this module.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+from typing import NamedTuple
+
+from torch import jit, nn
+
+from cvkernels.nn.conv_bn_act import ConvBNAct, split_conv_bn_act
+from cvkernels.nn.fusion import FusedModule
+from cvkernels.tables import text_table
+
+# Stock class -> the class of ours that runs its attributes. Only exact instances are swapped: a
+# subclass may have a forward of its own.
+SWAPS = {
+    "torchvision.models.resnet.BasicBlock": "cvkernels.nn.residual.BasicBlock",
+    "torchvision.models.resnet.Bottleneck": "cvkernels.nn.residual.Bottleneck",
+    "torchvision.models.resnet.ResNet": "cvkernels.models.resnet.ResNet",
+    "torchvision.ops.misc.Conv2dNormActivation": "cvkernels.nn.conv_bn_act.ConvBNAct",
+}
+SEQUENTIAL = "torch.nn.modules.container.Sequential"
+QUANTISED = ("torch.ao.nn.", "torch.nn.quantized.", "torch.nn.intrinsic.", "torchao.")
+
+
+class Replaced(NamedTuple):
+    """A module that :func:`patch` swapped: its name in the model, its class, and ours."""
+
+    name: str
+    stock: str
+    ours: str
+
+
+class Left(NamedTuple):
+    """A module that stays as it is, and why."""
+
+    name: str
+    stock: str
+    reason: str
+
+
+class PatchReport:
+    """What :func:`patch` replaced and what it left; prints as a table."""
+
+    def __init__(self, replaced: list[Replaced], left: list[Left]) -> None:
+        self.replaced = replaced
+        self.left = left
+
+    def __str__(self) -> str:
+        rows = [(r.name, r.stock, f"now {r.ours}") for r in self.replaced]
+        rows += [(r.name, r.stock, f"left: {r.reason}") for r in self.left]
+        summary = f"{len(self.replaced)} module(s) replaced, {len(self.left)} left"
+        return f"{text_table(('module', 'class', 'outcome'), rows)}\n{summary}"
+
+    __repr__ = __str__
+
+
+def patch(model: nn.Module) -> PatchReport:
+    """Swap every block of ``model`` that cvkernels has for ours; :func:`restore` undoes it.
+
+    Args:
+        model: a torchvision or timm network, or any module that holds such blocks.
+
+    Returns:
+        A :class:`PatchReport`. Outputs, ``state_dict``, names, hooks and ``isinstance`` answers
+        stay as they were. Patching again is harmless and finds nothing new.
+
+    Raises:
+        TypeError: model is scripted or holds quantised modules; it is unchanged.
+        ValueError: model holds nothing that could be replaced; it is unchanged.
+    """
+    _refuse_what_has_no_python_blocks(model)
+    downsamples = _downsamples(model)
+    replaced: list[Replaced] = []
+    left: list[Left] = []
+    for name, module in list(model.named_modules()):
+        ours, reason = _swap_of(module, name in downsamples)
+        stock = f"{type(module).__module__}.{type(module).__qualname__}"
+        if ours is not None:
+            module.__class__ = _class_of(stock)
+            replaced.append(Replaced(name, stock, ours.__name__))
+        elif reason:
+            left.append(Left(name, stock, reason))
+    if not replaced and not any(isinstance(module, FusedModule) for module in model.modules()):
+        raise ValueError(
+            f"patch: {type(model).__name__} holds no block that cvkernels has; it takes these of "
+            f"torchvision's and timm's: {', '.join(sorted({k.split('.')[-1] for k in SWAPS}))}"
+        )
+    return PatchReport(replaced, left + _lone_convolutions(model))
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Give every patched module of ``model`` its stock class back, and return ``model``.
+
+    The modules are then what they were before :func:`patch`; one that is not patched is unchanged.
+    """
+    for module in model.modules():
+        if isinstance(module, _Patched):
+            module.drop_derived_weights()
+            module.__class__ = module.stock_class
+    return model
+
+
+class _Patched:
+    """Marks a class that :func:`patch` gives to instances of ``stock_class``."""
+
+    stock_class: type[nn.Module]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # TorchScript compiles the stock forward, and puts prepared children into the tree it gets.
+        return _stock_copy(self, {})
+
+
+def _stock_copy(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
+    """A tree of stock modules that shares its parameters, buffers and hooks with ``module``."""
+    if id(module) not in copies:
+        twin = copies[id(module)] = copy.copy(module)
+        twin.__class__ = getattr(module, "stock_class", type(module))
+        twin.__dict__["_modules"] = {
+            name: child and _stock_copy(child, copies) for name, child in module._modules.items()
+        }
+    return copies[id(module)]
+
+
+def _swap_of(module: nn.Module, is_downsample: bool) -> tuple[type | None, str]:
+    """Our class for a module to swap, or None and why a block that looks like ours is left."""
+    if isinstance(module, FusedModule):
+        return None, ""
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    if name == SEQUENTIAL:
+        conv, _, _ = split_conv_bn_act(list(module))
+        return (ConvBNAct, "") if is_downsample and conv is not None else (None, "")
+    if name not in SWAPS:
+        for base in type(module).__mro__[1:]:
+            if f"{base.__module__}.{base.__qualname__}" in SWAPS:
+                return None, f"a subclass of {base.__name__} may have a forward of its own"
+        return None, ""
+    if "forward" in module.__dict__:
+        return None, "its forward is replaced on the instance"
+    return _resolve(SWAPS[name]), ""
+
+
+def _downsamples(model: nn.Module) -> set[str]:
+    """Names of the shortcut branches of blocks that are swapped."""
+    return {
+        f"{name}.downsample".lstrip(".")
+        for name, module in model.named_modules()
+        if f"{type(module).__module__}.{type(module).__qualname__}" in SWAPS
+        and isinstance(getattr(module, "downsample", None), nn.Sequential)
+    }
+
+
+def _lone_convolutions(model: nn.Module) -> list[Left]:
+    """Convolutions whose direct parent is no block of ours."""
+    return [
+        Left(f"{name}.{child}".lstrip("."), "torch.nn.Conv2d", "no block of cvkernels around it")
+        for name, module in model.named_modules()
+        if not isinstance(module, FusedModule)
+        for child, conv in module.named_children()
+        if isinstance(conv, nn.Conv2d)
+    ]
+
+
+def _refuse_what_has_no_python_blocks(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        where = f"{type(module).__name__} at {name!r}" if name else type(module).__name__
+        if isinstance(module, jit.ScriptModule):
+            raise TypeError(
+                f"patch: {where} is scripted and has no Python blocks; patch the model before "
+                f"scripting it"
+            )
+        if type(module).__module__.startswith(QUANTISED):
+            raise TypeError(
+                f"patch: {where} is quantised, and cvkernels computes in floating point; patch the "
+                f"model before quantising it"
+            )
+
+
+def _resolve(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+@functools.cache
+def _class_of(stock: str) -> type:
+    """The class for patched instances of the class ``stock``."""
+    stock_class = _resolve(stock)
+    ours = ConvBNAct if stock == SEQUENTIAL else _resolve(SWAPS[stock])
+    # pickle finds the class under this name through __getattr__ below.
+    attributes = {
+        "__module__": __name__,
+        "__qualname__": stock.replace(".", "__dot__"),
+        "__doc__": f"{stock}, patched by cvkernels with {ours.__module__}.{ours.__qualname__}.",
+        "stock_class": stock_class,
+    }
+    return type(stock_class.__name__, (_Patched, ours, stock_class), attributes)
+
+
+def __getattr__(name: str) -> type:
+    stock = name.replace("__dot__", ".")
+    if stock != SEQUENTIAL and stock not in SWAPS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _class_of(stock)
