@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,10 +51,8 @@ def resolve(weights: Any, weights_enum: str) -> Pretrained | Checkpoint | None:
     """
     if weights is None:
         return None
-    if isinstance(weights, (Mapping, os.PathLike)):
-        return Checkpoint(weights)
-    if isinstance(weights, str) and _looks_like_path(weights):
-        return Checkpoint(weights)
+    if (checkpoint := given_checkpoint(weights)) is not None:
+        return checkpoint
     try:
         import torchvision.models
     except (ImportError, RuntimeError) as error:
@@ -63,6 +62,15 @@ def resolve(weights: Any, weights_enum: str) -> Pretrained | Checkpoint | None:
             f"a state dict"
         ) from error
     return Pretrained(getattr(torchvision.models, weights_enum).verify(weights))
+
+
+def given_checkpoint(weights: Any) -> Checkpoint | None:
+    """``weights`` as a checkpoint, where it is a state dict or a path; None for any other kind."""
+    if isinstance(weights, (Mapping, os.PathLike)):
+        return Checkpoint(weights)
+    if isinstance(weights, str) and _looks_like_path(weights):
+        return Checkpoint(weights)
+    return None
 
 
 def _looks_like_path(text: str) -> bool:
@@ -105,11 +113,14 @@ def read_checkpoint(path: str | os.PathLike) -> Mapping[str, Tensor]:
 def load_checkpoint(model: nn.Module, source: Mapping[str, Tensor] | str | os.PathLike) -> None:
     """Load a state dict or a checkpoint file into ``model``, strictly, and all of it or nothing.
 
+    Names that an older release of the network gave its entries are understood.
+
     Raises:
         RuntimeError: keys are missing or unexpected, or shapes differ; names them all.
         FileNotFoundError, ValueError: as for :func:`read_checkpoint`.
     """
     state = source if isinstance(source, Mapping) else read_checkpoint(source)
+    state = _with_todays_keys(model, state)
     own = model.state_dict()
     missing = [key for key in own if key not in state]
     if not hasattr(state, "_metadata"):
@@ -141,3 +152,14 @@ def load_checkpoint(model: nn.Module, source: Mapping[str, Tensor] | str | os.Pa
             )
         )
     model.load_state_dict(state)
+
+
+def _with_todays_keys(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A copy of state in which the modules that know old names of their entries renamed them."""
+    renamed = OrderedDict(state)
+    if hasattr(state, "_metadata"):
+        renamed._metadata = state._metadata
+    for name, module in model.named_modules():
+        if hasattr(module, "rename_old_keys"):
+            module.rename_old_keys(renamed, f"{name}." if name else "")
+    return renamed

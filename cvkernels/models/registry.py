@@ -10,17 +10,27 @@ from typing import Any
 
 from torch import nn
 
-from cvkernels.models.checkpoints import Pretrained, load_checkpoint, resolve
+from cvkernels.models.checkpoints import Checkpoint, Pretrained, load_checkpoint, resolve
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
 
 
-def model_builder(weights_enum: str, **fixed: Any) -> Callable:
+Finish = Callable[[nn.Module], None]
+
+
+def model_builder(
+    weights_enum: str,
+    *,
+    prepare: Callable[[dict[str, Any], Pretrained | Checkpoint], Finish | None] | None = None,
+    **fixed: Any,
+) -> Callable:
     """Make a public builder ``name(*, weights=None, progress=True, **kwargs)`` of a function.
 
     ``weights`` is None, a member of torchvision's enum ``weights_enum`` or its name (downloaded on
     this request, with a progress bar unless ``progress=False``), a path to a checkpoint, or a state
-    dict. ``fixed`` are constructor arguments that this network prescribes.
+    dict. ``fixed`` are constructor arguments that this network prescribes. ``prepare(kwargs,
+    source)`` changes the constructor's arguments where there are weights, and may return what is to
+    be done to the model after loading them.
     """
 
     def register(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -28,13 +38,16 @@ def model_builder(weights_enum: str, **fixed: Any) -> Callable:
         def builder(*args: Any, **kwargs: Any) -> nn.Module:
             weights, progress = _weights_and_progress(builder.__name__, args, kwargs)
             for name, value in fixed.items():
-                _prescribe(kwargs, name, value)
+                prescribe(kwargs, name, value)
             source = resolve(weights, weights_enum)
+            finish = prepare(kwargs, source) if prepare and source is not None else None
             if isinstance(source, Pretrained):
-                _prescribe(kwargs, "num_classes", source.num_classes)
+                prescribe(kwargs, "num_classes", source.num_classes)
             model = build(**kwargs)
             if source is not None:
                 load_checkpoint(model, source.load(progress))
+            if finish is not None:
+                finish(model)
             return model
 
         builder.__signature__ = inspect.Signature(
@@ -46,10 +59,15 @@ def model_builder(weights_enum: str, **fixed: Any) -> Callable:
             return_annotation=nn.Module,
         )
         builder.weights_enum = weights_enum
-        _BUILDERS[builder.__name__] = builder
-        return builder
+        return register_builder(builder)
 
     return register
+
+
+def register_builder(builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Let :func:`list_models` and :func:`create_model` know a builder by its name."""
+    _BUILDERS[builder.__name__] = builder
+    return builder
 
 
 def list_models() -> list[str]:
@@ -75,7 +93,12 @@ def get_builder(name: str) -> Callable[..., nn.Module]:
     return _BUILDERS[name]
 
 
-def _prescribe(kwargs: dict[str, Any], name: str, value: Any) -> None:
+def prescribe(kwargs: dict[str, Any], name: str, value: Any) -> None:
+    """Set ``kwargs[name]``, which the caller may leave out or give as this very value.
+
+    Raises:
+        ValueError: the caller gave another value.
+    """
     if kwargs.setdefault(name, value) != value:
         raise ValueError(
             f"The parameter '{name}' expected value {value} but got {kwargs[name]} instead."

@@ -10,14 +10,27 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from cvkernels import record
 from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act, max_pool
+from cvkernels.ops.conv_bn_act.op import fuses_input_bn
 
-ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
+
+def relu_(x: Tensor) -> Tensor:
+    """The activation of the stock blocks that call a function and have no module for it."""
+    return F.relu(x, inplace=True)
+
+
+ACTIVATIONS: dict[type[nn.Module] | Callable[[Tensor], Tensor], str] = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    relu_: "relu",
+}
 
 
 class FusedModule(nn.Module):
@@ -33,13 +46,22 @@ class FusedModule(nn.Module):
         x: Tensor,
         conv: nn.Module,
         bn: nn.Module | None = None,
-        act: nn.Module | None = None,
+        act: nn.Module | Callable[[Tensor], Tensor] | None = None,
         residual: Tensor | None = None,
+        input_bn: tuple[nn.Module, nn.Module] | None = None,
     ) -> Tensor:
-        """``act(bn(conv(x)) + residual)``, as one op where the modules allow it."""
+        """``act(bn(conv(u)) + residual)``, as one op where the modules allow it.
+
+        ``u`` is x, or ``relu(norm(x))`` for ``input_bn=(norm, relu)``. These two are called before
+        the rest where no kernel has them as a prologue, so that the rest is fused all the same.
+        ``act`` is a module, or :func:`relu_`.
+        """
+        if input_bn is not None and (reason := why_not_input_bn(x, *input_bn)):
+            x = _run_group(input_bn[0], reason, None, lambda u=x: _normalised(u, *input_bn))
+            input_bn = None
 
         def as_modules() -> Tensor:
-            y = conv(x)
+            y = conv(x if input_bn is None else _normalised(x, *input_bn))
             if bn is not None:
                 y = bn(y)
             if residual is not None:
@@ -56,8 +78,9 @@ class FusedModule(nn.Module):
                 padding=conv.padding,
                 dilation=conv.dilation,
                 groups=conv.groups,
-                act="none" if act is None else ACTIVATIONS[type(act)],
+                act="none" if act is None else ACTIVATIONS[_kind(act)],
                 residual=residual,
+                input_bn=None if input_bn is None else BatchNormParams.of(input_bn[0]),
                 cache=self._derived_weights(conv),
             )
 
@@ -103,14 +126,32 @@ class FusedModule(nn.Module):
         replica.__dict__.pop("_derived", None)
         return replica
 
+    def __prepare_scriptable__(self):
+        raise NotImplementedError(
+            "torch.jit.script cannot compile cvkernels' blocks (and PyTorch deprecates it); use "
+            "torch.export or torch.jit.trace, which run the stock forward"
+        )
+
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()
         state.pop("_derived", None)
         return state
 
 
+def _kind(act: nn.Module | Callable) -> type[nn.Module] | Callable:
+    """What ``ACTIVATIONS`` knows act by."""
+    return type(act) if isinstance(act, nn.Module) else act
+
+
+def _normalised(x: Tensor, norm: nn.Module, relu: nn.Module) -> Tensor:
+    return relu(norm(x))
+
+
 def _run_group(
-    leader: nn.Module, reason: str, as_op: Callable[[], Tensor], as_modules: Callable[[], Tensor]
+    leader: nn.Module,
+    reason: str,
+    as_op: Callable[[], Tensor] | None,
+    as_modules: Callable[[], Tensor],
 ) -> Tensor:
     """Run a group of modules as one op, or one by one for ``reason``; seen under ``leader``."""
     run = as_modules if reason else as_op
@@ -123,21 +164,38 @@ def _run_group(
 
 
 def why_not_conv_bn_act(
-    x: Tensor, conv: nn.Module, bn: nn.Module | None, act: nn.Module | None
+    x: Tensor, conv: nn.Module, bn: nn.Module | None, act: nn.Module | Callable | None
 ) -> str:
     """Why the modules have to be called one by one; empty where conv_bn_act computes the same."""
     if type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__} is not exactly nn.Conv2d"
-    if bn is not None:
-        if type(bn) is not nn.BatchNorm2d:
-            return f"{type(bn).__name__} is not exactly nn.BatchNorm2d"
-        if bn.training or bn.running_mean is None:
-            return "batch norm normalises with batch statistics"
-    if act is not None and type(act) not in ACTIVATIONS:
+    if bn is not None and (reason := _why_not_affine(bn)):
+        return reason
+    if act is not None and _kind(act) not in ACTIVATIONS:
         return f"{type(act).__name__} is not one of the fused activations"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"padding={conv.padding!r} with padding_mode={conv.padding_mode!r} is not fused"
-    return why_not_called(x, conv, bn, act)
+    return why_not_called(x, conv, bn, act if isinstance(act, nn.Module) else None)
+
+
+def why_not_input_bn(x: Tensor, norm: nn.Module, relu: nn.Module) -> str:
+    """Why norm and relu have to be called before the convolution; empty where they are its prologue."""
+    if reason := _why_not_affine(norm):
+        return reason
+    if type(relu) is not nn.ReLU:
+        return f"{type(relu).__name__} is not exactly nn.ReLU"
+    if reason := why_not_called(x, norm, relu):
+        return reason
+    return "" if fuses_input_bn(x) else "no backend here normalises a convolution's input"
+
+
+def _why_not_affine(bn: nn.Module) -> str:
+    """Why bn is no scale and shift per channel; empty where it is."""
+    if type(bn) is not nn.BatchNorm2d:
+        return f"{type(bn).__name__} is not exactly nn.BatchNorm2d"
+    if bn.training or bn.running_mean is None:
+        return "batch norm normalises with batch statistics"
+    return ""
 
 
 def why_not_max_pool(x: Tensor, pool: nn.Module) -> str:
