@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from cases_conv_bn_act import ODD, RESNET50, Conv, make_inputs
 from torch import Tensor
 
-from benchmarks import harness
+from benchmarks import command_line, harness
 from benchmarks.harness import Case
 from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act
 from cvkernels.ops.conv_bn_act.problem import Problem
@@ -179,4 +179,4 @@ def test_conv_bn_act(measure):
 
 
 if __name__ == "__main__":
-    raise SystemExit(harness.main("conv_bn_act", cases))
+    raise SystemExit(command_line.main("conv_bn_act", cases))

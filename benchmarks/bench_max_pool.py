@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from benchmarks import harness
+from benchmarks import command_line, harness
 from benchmarks.harness import Case
 from cvkernels.functional import max_pool
 from cvkernels.ops.max_pool.reference import max_pool_reference
@@ -107,4 +107,4 @@ def test_max_pool(measure):
 
 
 if __name__ == "__main__":
-    raise SystemExit(harness.main("max_pool", cases))
+    raise SystemExit(command_line.main("max_pool", cases))

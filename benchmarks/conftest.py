@@ -12,21 +12,21 @@ from dataclasses import asdict
 
 import pytest
 
-from benchmarks import harness
+from benchmarks import environment, harness
 
 SECONDS = 1.0  # of timing per row, about
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info["cvkernels"] = harness.environment(harness.default_device())
+    machine_info["cvkernels"] = environment.environment(environment.default_device())
 
 
 def pytest_generate_tests(metafunc):
     if "variant" not in metafunc.fixturenames:
         return
-    device = harness.default_device()
+    device = environment.default_device()
     cases = metafunc.module.cases(
-        device, harness.default_dtypes(device), harness.default_batch(device), quick=False
+        device, environment.default_dtypes(device), environment.default_batch(device), quick=False
     )
     parameters = []
     for case in cases:
@@ -41,7 +41,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def machine():
-    return harness.Machine(harness.default_device())
+    return harness.Machine(environment.default_device())
 
 
 @pytest.fixture(scope="session")

@@ -15,42 +15,27 @@ variant moves. "% bound" is the larger of the shares of copy bandwidth and matri
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import fnmatch
-import functools
-import importlib.metadata
-import json
 import math
-import platform
 import random
-import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from numerics import assert_close_as_eager, gradients, map_floats, max_error, tensors_in
 from torch import Tensor
 
+from benchmarks.environment import environment, last_level_cache
+from benchmarks.report import TOO_NOISY, Rates, Report, Row, dtype_name, summarize
 from cvkernels import record
 from cvkernels.backend import BackendError
-from cvkernels.tables import text_table
 
-ROOT = Path(__file__).resolve().parents[1]
-SCHEMA = 1
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# What computes the peers; a variant of ours tells by itself.
-PEERS = {"eager": "aten", "compile": "inductor"}
 AGAIN = "again"
 WARM_UP = 3
 # A call of an op takes microseconds: a host sample is the mean of this many.
 HOST_CALLS = 50
-TOO_NOISY = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,66 +67,6 @@ class Case:
     @property
     def id(self) -> str:
         return f"{self.name}-{dtype_name(self.dtype)}-{self.part}"
-
-
-@dataclass
-class Row:
-    """One variant of one case. Times are per call; a share is a fraction of the measured rate.
-
-    status: "measured"; "unavailable", where a peer or backend cannot run; "wrong" or "failed",
-        which are bugs. ``note`` says why. "pending" until then: a report holds no such row.
-    again: time of the variant's second measurement in the same rounds over that of the first.
-    """
-
-    op: str
-    part: str
-    case: str
-    shape: str
-    dtype: str
-    variant: str
-    backend: str = ""
-    status: str = "pending"
-    time_us: float | None = None
-    p20_us: float | None = None
-    p80_us: float | None = None
-    samples: int = 0
-    bytes: int | None = None
-    flops: int | None = None
-    gb_per_s: float | None = None
-    copy_share: float | None = None
-    tflop_per_s: float | None = None
-    matrix_share: float | None = None
-    bound_share: float | None = None
-    vs_eager: float | None = None
-    vs_compile: float | None = None
-    max_error: float | None = None
-    again: float | None = None
-    note: str = ""
-
-    @property
-    def peer(self) -> str | None:
-        """What computes it, if it is not ours."""
-        return PEERS.get(self.variant.split()[0])
-
-
-class Rates(NamedTuple):
-    """What the device does at its best in one dtype, measured in the same run."""
-
-    copy_gb_per_s: float
-    matrix_tflop_per_s: float
-
-
-class Timing(NamedTuple):
-    median: float
-    p20: float
-    p80: float
-
-
-def summarize(samples: Sequence[float]) -> Timing:
-    if len(samples) == 1:
-        return Timing(samples[0], samples[0], samples[0])
-    p20, _, _, p80 = statistics.quantiles(samples, n=5, method="inclusive")
-    return Timing(statistics.median(samples), p20, p80)
 
 
 @dataclass(frozen=True)
@@ -256,16 +181,6 @@ class Machine:
 
 def _as_host(timed: Timed) -> Timed:
     return Timed(timed.run, timed.setup, host=True)
-
-
-def last_level_cache(device: torch.device) -> int:
-    """Bytes of the cache that every access to memory goes through; 32 MB where nothing tells."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).L2_cache_size
-    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    units = {"K": 2**10, "M": 2**20}
-    texts = [path.read_text().strip() for path in sizes]
-    return max((int(text[:-1]) * units[text[-1]] for text in texts), default=2**25)
 
 
 class WrongResult(Exception):
@@ -470,163 +385,6 @@ def grad_mode(case: Case) -> contextlib.AbstractContextManager[None]:
     return torch.set_grad_enabled(case.part == "backward")
 
 
-class Noise(NamedTuple):
-    """By how much a variant's two medians differ, as a fraction, over the cases.
-
-    spread: p80 - p20 over the median, of the median row.
-    """
-
-    cases: int
-    median: float
-    p80: float
-    worst: float
-    spread: float
-
-    @property
-    def too_noisy(self) -> bool:
-        return self.p80 > TOO_NOISY
-
-    def __str__(self) -> str:
-        verdict = "quiet enough"
-        if self.too_noisy:
-            verdict = f"THE MACHINE IS TOO NOISY: over {TOO_NOISY:.0%} in a fifth of the cases"
-        return (
-            f"A/A over {self.cases} cases: one variant timed twice differs by {self.median:.1%} in "
-            f"the median, {self.p80:.1%} at p80, {self.worst:.1%} at worst; p20 to p80 of a row "
-            f"spans {self.spread:.1%}: {verdict}"
-        )
-
-
-@dataclass
-class Report:
-    """What one run measured, and where; prints as a table."""
-
-    environment: dict[str, Any]
-    rates: dict[str, Rates] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
-    complete: bool = True
-
-    @property
-    def noise(self) -> Noise | None:
-        differences = [abs(math.log(row.again)) for row in self.rows if row.again]
-        if not differences:
-            return None
-        timed = [row for row in self.rows if row.time_us]
-        spread = statistics.median((row.p80_us - row.p20_us) / row.time_us for row in timed)
-        median, _, p80 = summarize(differences)
-        return Noise(len(differences), median, p80, max(differences), spread)
-
-    @property
-    def sound(self) -> bool:
-        """Whether no variant of ours was wrong or failed."""
-        return not any(row.status in ("wrong", "failed") for row in self.rows if not row.peer)
-
-    def as_dict(self) -> dict[str, Any]:
-        noise = self.noise
-        return {
-            "schema": SCHEMA,
-            "complete": self.complete,
-            "environment": self.environment,
-            "rates": {name: rates._asdict() for name, rates in self.rates.items()},
-            "noise": noise and {**noise._asdict(), "too_noisy": noise.too_noisy},
-            "rows": [asdict(row) for row in self.rows],
-        }
-
-    def __str__(self) -> str:
-        lines = [" | ".join(f"{key} {value}" for key, value in self.environment.items())]
-        lines += [
-            f"{name}: copy {copy:.1f} GB/s, matrix {matrix:.3g} TFLOP/s"
-            for name, (copy, matrix) in self.rates.items()
-        ]
-        lines += [_table(self.rows)] if self.rows else ["nothing was measured"]
-        lines += [] if self.noise is None else [str(self.noise)]
-        lines += [] if self.complete else ["interrupted: this is what was measured"]
-        return "\n".join(lines)
-
-
-# title, field, how the field prints
-COLUMNS = (
-    ("us", "time_us", "{:.1f}"),
-    ("p20", "p20_us", "{:.1f}"),
-    ("p80", "p80_us", "{:.1f}"),
-    ("GB/s", "gb_per_s", "{:.1f}"),
-    ("% copy", "copy_share", "{:.0%}"),
-    ("TFLOP/s", "tflop_per_s", "{:.3f}"),
-    ("% matrix", "matrix_share", "{:.0%}"),
-    ("% bound", "bound_share", "{:.0%}"),
-    ("vs eager", "vs_eager", "{:.2f}x"),
-    ("vs compile", "vs_compile", "{:.2f}x"),
-    ("max error", "max_error", "{:.1e}"),
-)
-
-
-def _table(rows: Sequence[Row]) -> str:
-    used = [c for c in COLUMNS if any(getattr(row, c[1]) is not None for row in rows)]
-    titles = [title.rjust(8) for title, _, _ in used]
-    header = ["op", "case", "shape", "dtype", "variant", "backend", *titles, "note"]
-    lines = []
-    for row in rows:
-        op = row.op if row.part == "forward" else f"{row.op} {row.part}"
-        note = row.note if row.status == "measured" else f"{row.status}: {row.note}"
-        cells = [_cell(getattr(row, name), form) for _, name, form in used]
-        lines.append([op, row.case, row.shape, row.dtype, row.variant, row.backend, *cells, note])
-    return text_table(header, lines)
-
-
-def _cell(value: float | None, form: str) -> str:
-    # Padded here: text_table puts a column with an empty cell to the left.
-    return ("" if value is None else form.format(value)).rjust(8)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype)[6:])
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """The conditions that a time is worth nothing without."""
-    where = {"device": _cpu_name()}
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        where = {"device": name, "driver": _driver(), "cpu": _cpu_name()}
-    return {
-        **where,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"),
-        "python": platform.python_version(),
-        "cache": f"{last_level_cache(device) / 2**20:.0f} MB, cold",
-    }
-
-
-@functools.cache
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _driver() -> str:
-    versions = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return versions.split("\n")[0]
-
-
-def _output(*command: str) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
-
-
 def run(
     cases: Sequence[Case],
     machine: Machine,
@@ -646,89 +404,6 @@ def run(
     return report
 
 
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def default_dtypes(device: torch.device) -> list[torch.dtype]:
-    return [torch.float32] if device.type == "cpu" else [torch.bfloat16, torch.float16]
-
-
-def default_batch(device: torch.device) -> int:
-    return 16 if device.type == "cpu" else 128
-
-
 def compiled(function: Callable) -> Callable:
     """torch.compile's variant of a peer, static in its shapes as the others are."""
     return torch.compile(function, fullgraph=True, dynamic=False)
-
-
-def main(op: str, make_cases: Callable[..., list[Case]], arguments: list[str] | None = None) -> int:
-    """The command line of one op's benchmark; 1 if a variant is wrong, 130 after Ctrl-C.
-
-    ``make_cases(device, dtypes, batch, quick)`` makes its cases.
-    """
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.bench_{op}")
-    parser.add_argument("--case", action="append", help="a case's name, or a pattern: 'layer4*'")
-    parser.add_argument("--batch", type=_count, help="images; default: 16 on CPU, 128 on a GPU")
-    parser.add_argument("--dtype", action="append", choices=list(DTYPES))
-    parser.add_argument("--device", type=_device, default=default_device())
-    parser.add_argument("--quick", action="store_true", help="fewer cases and fewer rounds")
-    parser.add_argument("--seconds", type=float, help="of timing per case, at most")
-    parser.add_argument("--json", "--json-out", type=Path, metavar="FILE", help="write the rows")
-    options = parser.parse_args(arguments)
-    dtypes = [DTYPES[name] for name in options.dtype or ()] or default_dtypes(options.device)
-    batch = options.batch or default_batch(options.device)
-    cases = make_cases(options.device, dtypes, batch, options.quick)
-    if options.case:
-        names = list(dict.fromkeys(case.name for case in cases))
-        chosen = {name for part in options.case for name in fnmatch.filter(names, part)}
-        if not chosen:
-            parser.error(f"no case is named {options.case}; there are: {', '.join(names)}")
-        cases = [case for case in cases if case.name in chosen]
-    settings = QUICK if options.quick else Settings()
-    if options.seconds is not None:
-        settings = Settings(settings.rounds, options.seconds, settings.least)
-    report = _run_with_progress(cases, Machine(options.device), settings)
-    print(report)
-    return _finish(report, options.json)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text}")
-    return int(text)
-
-
-def _device(text: str) -> torch.device:
-    if text.split(":")[0] not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text!r}")
-    if text != "cpu" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("torch finds no CUDA device here; use cpu")
-    return torch.device(text)
-
-
-def _run_with_progress(cases: Sequence[Case], machine: Machine, settings: Settings) -> Report:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("rates", total=len(cases) * settings.rounds)
-
-        def start_case(index: int, case: Case) -> None:
-            progress.update(task, completed=index * settings.rounds, description=case.id)
-
-        return run(cases, machine, settings, start_case, lambda: progress.advance(task))
-
-
-def _finish(report: Report, path: Path | None) -> int:
-    """Write the report where asked; the command's exit status."""
-    if path is not None:
-        try:
-            path.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
-        except OSError as error:
-            print(f"error: cannot write {path}: {error.strerror}", file=sys.stderr)
-            return 2
-    if not report.complete:
-        return 130
-    return 0 if report.sound else 1

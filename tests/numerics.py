@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 def max_error(actual: Tensor, exact: Tensor) -> float:
     """Largest absolute difference in float64; NaN where only one side has one."""
-    actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()
+    actual, exact = (t.detach().double().to(exact.device) for t in (actual, exact))
     difference = (actual - exact).abs()
     # Equal infinities differ by NaN, and a NaN that the exact answer has too is right.
     same = (actual == exact) | (actual.isnan() & exact.isnan())

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_conv_bn_act, bench_max_pool, harness
-from benchmarks.harness import Case, Machine, Rates, Report, Row, Settings, Timed
+from benchmarks import bench_conv_bn_act, bench_max_pool, command_line, harness
+from benchmarks.harness import Case, Machine, Settings, Timed
+from benchmarks.report import SCHEMA, Rates, Report, Row
 from cvkernels import explain, extension, record
 from cvkernels.backend import BackendError
 
@@ -383,7 +384,7 @@ def tiny_cases(device, dtypes, batch, quick):
 def run_main(monkeypatch, *arguments):
     monkeypatch.setattr(harness, "QUICK", Settings(rounds=3, seconds=1.0, least=3))
     monkeypatch.setattr(harness, "last_level_cache", lambda device: 2**16)
-    return harness.main("double", tiny_cases, ["--quick", "--device", "cpu", *arguments])
+    return command_line.main("double", tiny_cases, ["--quick", "--device", "cpu", *arguments])
 
 
 def test_json_holds_rows_rates_and_conditions(monkeypatch, tmp_path, capsys):
@@ -391,7 +392,7 @@ def test_json_holds_rows_rates_and_conditions(monkeypatch, tmp_path, capsys):
     assert run_main(monkeypatch, "--case", "t*", "--json-out", str(path)) == 0
     written = json.loads(path.read_text())
     assert set(written) == {"schema", "complete", "environment", "rates", "noise", "rows"}
-    assert written["schema"] == harness.SCHEMA and written["complete"] is True
+    assert written["schema"] == SCHEMA and written["complete"] is True
     assert {"device", "threads", "torch", "triton", "commit", "cache"} <= set(
         written["environment"]
     )
@@ -431,8 +432,8 @@ def test_bad_options_say_what_was_expected(arguments, message, monkeypatch, caps
 
 def test_exit_status_tells_wrong_and_interrupted():
     row = Row("double", "forward", "one", "4x4", "fp32", "cvkernels", status="wrong")
-    assert harness._finish(Report({}, rows=[row]), None) == 1
-    assert harness._finish(Report({}, complete=False), None) == 130
+    assert command_line._finish(Report({}, rows=[row]), None) == 1
+    assert command_line._finish(Report({}, complete=False), None) == 130
 
 
 def test_rows_under_pytest_benchmark(tmp_path):

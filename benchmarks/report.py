@@ -1,0 +1,191 @@
+"""What a benchmark's run reports: rows, the noise of the machine, and how they print."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from cvkernels.tables import text_table
+
+SCHEMA = 1
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# What computes the peers; a variant of ours tells by itself.
+PEERS = {"eager": "aten", "compile": "inductor"}
+TOO_NOISY = 0.05
+
+
+@dataclass
+class Row:
+    """One variant of one case. Times are per call; a share is a fraction of the measured rate.
+
+    status: "measured"; "unavailable", where a peer or backend cannot run; "wrong" or "failed",
+        which are bugs. ``note`` says why. "pending" until then: a report holds no such row.
+    again: time of the variant's second measurement in the same rounds over that of the first.
+    """
+
+    op: str
+    part: str
+    case: str
+    shape: str
+    dtype: str
+    variant: str
+    backend: str = ""
+    status: str = "pending"
+    time_us: float | None = None
+    p20_us: float | None = None
+    p80_us: float | None = None
+    samples: int = 0
+    bytes: int | None = None
+    flops: int | None = None
+    gb_per_s: float | None = None
+    copy_share: float | None = None
+    tflop_per_s: float | None = None
+    matrix_share: float | None = None
+    bound_share: float | None = None
+    vs_eager: float | None = None
+    vs_compile: float | None = None
+    max_error: float | None = None
+    again: float | None = None
+    note: str = ""
+
+    @property
+    def peer(self) -> str | None:
+        """What computes it, if it is not ours."""
+        return PEERS.get(self.variant.split()[0])
+
+
+class Rates(NamedTuple):
+    """What the device does at its best in one dtype, measured in the same run."""
+
+    copy_gb_per_s: float
+    matrix_tflop_per_s: float
+
+
+class Timing(NamedTuple):
+    median: float
+    p20: float
+    p80: float
+
+
+def summarize(samples: Sequence[float]) -> Timing:
+    if len(samples) == 1:
+        return Timing(samples[0], samples[0], samples[0])
+    p20, _, _, p80 = statistics.quantiles(samples, n=5, method="inclusive")
+    return Timing(statistics.median(samples), p20, p80)
+
+
+class Noise(NamedTuple):
+    """By how much a variant's two medians differ, as a fraction, over the cases.
+
+    spread: p80 - p20 over the median, of the median row.
+    """
+
+    cases: int
+    median: float
+    p80: float
+    worst: float
+    spread: float
+
+    @property
+    def too_noisy(self) -> bool:
+        return self.p80 > TOO_NOISY
+
+    def __str__(self) -> str:
+        verdict = "quiet enough"
+        if self.too_noisy:
+            verdict = f"THE MACHINE IS TOO NOISY: over {TOO_NOISY:.0%} in a fifth of the cases"
+        return (
+            f"A/A over {self.cases} cases: one variant timed twice differs by {self.median:.1%} in "
+            f"the median, {self.p80:.1%} at p80, {self.worst:.1%} at worst; p20 to p80 of a row "
+            f"spans {self.spread:.1%}: {verdict}"
+        )
+
+
+@dataclass
+class Report:
+    """What one run measured, and where; prints as a table."""
+
+    environment: dict[str, Any]
+    rates: dict[str, Rates] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    complete: bool = True
+
+    @property
+    def noise(self) -> Noise | None:
+        differences = [abs(math.log(row.again)) for row in self.rows if row.again]
+        if not differences:
+            return None
+        timed = [row for row in self.rows if row.time_us]
+        spread = statistics.median((row.p80_us - row.p20_us) / row.time_us for row in timed)
+        median, _, p80 = summarize(differences)
+        return Noise(len(differences), median, p80, max(differences), spread)
+
+    @property
+    def sound(self) -> bool:
+        """Whether no variant of ours was wrong or failed."""
+        return not any(row.status in ("wrong", "failed") for row in self.rows if not row.peer)
+
+    def as_dict(self) -> dict[str, Any]:
+        noise = self.noise
+        return {
+            "schema": SCHEMA,
+            "complete": self.complete,
+            "environment": self.environment,
+            "rates": {name: rates._asdict() for name, rates in self.rates.items()},
+            "noise": noise and {**noise._asdict(), "too_noisy": noise.too_noisy},
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        lines = [" | ".join(f"{key} {value}" for key, value in self.environment.items())]
+        lines += [
+            f"{name}: copy {copy:.1f} GB/s, matrix {matrix:.3g} TFLOP/s"
+            for name, (copy, matrix) in self.rates.items()
+        ]
+        lines += [_table(self.rows)] if self.rows else ["nothing was measured"]
+        lines += [] if self.noise is None else [str(self.noise)]
+        lines += [] if self.complete else ["interrupted: this is what was measured"]
+        return "\n".join(lines)
+
+
+# title, field, how the field prints
+COLUMNS = (
+    ("us", "time_us", "{:.1f}"),
+    ("p20", "p20_us", "{:.1f}"),
+    ("p80", "p80_us", "{:.1f}"),
+    ("GB/s", "gb_per_s", "{:.1f}"),
+    ("% copy", "copy_share", "{:.0%}"),
+    ("TFLOP/s", "tflop_per_s", "{:.3f}"),
+    ("% matrix", "matrix_share", "{:.0%}"),
+    ("% bound", "bound_share", "{:.0%}"),
+    ("vs eager", "vs_eager", "{:.2f}x"),
+    ("vs compile", "vs_compile", "{:.2f}x"),
+    ("max error", "max_error", "{:.1e}"),
+)
+
+
+def _table(rows: Sequence[Row]) -> str:
+    used = [c for c in COLUMNS if any(getattr(row, c[1]) is not None for row in rows)]
+    titles = [title.rjust(8) for title, _, _ in used]
+    header = ["op", "case", "shape", "dtype", "variant", "backend", *titles, "note"]
+    lines = []
+    for row in rows:
+        op = row.op if row.part == "forward" else f"{row.op} {row.part}"
+        note = row.note if row.status == "measured" else f"{row.status}: {row.note}"
+        cells = [_cell(getattr(row, name), form) for _, name, form in used]
+        lines.append([op, row.case, row.shape, row.dtype, row.variant, row.backend, *cells, note])
+    return text_table(header, lines)
+
+
+def _cell(value: float | None, form: str) -> str:
+    # Padded here: text_table puts a column with an empty cell to the left.
+    return ("" if value is None else form.format(value)).rjust(8)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype)[6:])
