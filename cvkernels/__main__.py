@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from pathlib import Path
 
 import torch
 
@@ -29,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("photos", nargs="*", help="image files; default: those of scikit-learn")
     demo.add_argument("--weights", help="a name such as IMAGENET1K_V2 (downloads), or a checkpoint")
     demo.add_argument("--device", choices=["cpu", "cuda"], default=_default_device())
+    demo.add_argument("--json", type=Path, metavar="FILE", help="write the rows too")
     demo.add_argument("--runs", type=_positive, default=20, help="timed runs of each")
     options = parser.parse_args(arguments)
     try:
@@ -60,7 +63,10 @@ def _explain(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from cvkernels.demo import demo
 
-    print(demo(options.photos, weights=options.weights, device=options.device, runs=options.runs))
+    table = demo(options.photos, weights=options.weights, device=options.device, runs=options.runs)
+    print(table)
+    if options.json is not None:
+        options.json.write_text(json.dumps(table.as_dict(), indent=1) + "\n")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,11 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cvkernels import models
+from cvkernels import extension, models
 from cvkernels.tables import text_table
 
 NETWORKS = ("resnet50",)
 BATCHES = (1, 16)
+HEADER = (
+    "network", "batch", "max logit diff", "same top-5", "stock ms", "ours ms", "stock/ours",
+    "stock peak MB", "ours peak MB",
+)  # fmt: skip
 # A warm-up run fills caches and prepacks weights.
 WARM_UP = 2
 
@@ -43,20 +48,26 @@ class Table:
         self.rows = rows
         self.conditions = conditions
 
+    def as_dict(self) -> dict:
+        return {"conditions": self.conditions, "rows": [row._asdict() for row in self.rows]}
+
+    @classmethod
+    def from_dict(cls, content: dict) -> Table:
+        return cls([Row(**row) for row in content["rows"]], content["conditions"])
+
     def __str__(self) -> str:
-        header = (
-            "network", "batch", "max logit diff", "same top-5", "stock ms", "ours ms", "stock/ours",
-            "stock peak MB", "ours peak MB",
-        )  # fmt: skip
-        rows = [
+        return f"{text_table(HEADER, self.cells())}\n{self.conditions}"
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """The rows as text, under :data:`HEADER`."""
+        return [
             (
-                r.network, r.batch, f"{r.largest_difference:.1e}", f"{r.top5_agreement:.0%}",
+                r.network, str(r.batch), f"{r.largest_difference:.1e}", f"{r.top5_agreement:.0%}",
                 f"{r.stock_ms:.1f}", f"{r.ours_ms:.1f}", f"{r.stock_ms / r.ours_ms:.2f}x",
                 f"{r.stock_peak_mb:.0f}", f"{r.ours_peak_mb:.0f}",
             )
             for r in self.rows
         ]  # fmt: skip
-        return f"{text_table(header, rows)}\n{self.conditions}"
 
 
 def demo(
@@ -87,17 +98,24 @@ def demo(
                 progress.update(task, description=f"{network}, batch {batch}")
                 x = images[torch.arange(batch) % len(images)]
                 rows.append(_compare(network, stock, ours, x, runs, lambda: progress.advance(task)))
-    where = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"{torch.get_num_threads()} CPU threads"
-    )
+    where = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    revision = extension.build_info().get("git_revision", "")
     source = f"weights {weights}" if weights else "seeded random weights"
     return Table(
         rows,
         f"{len(images)} photograph(s) at 224 x 224, float32, {where}, torch {torch.__version__}, "
-        f"{source}; stock is torchvision in channels_last; medians of {runs} interleaved runs",
+        f"commit {revision or 'unknown'}, {source}; stock is torchvision in channels_last; "
+        f"medians of {runs} interleaved runs",
     )
+
+
+def _processor() -> str:
+    """The CPU's model, where the system tells, and the threads that PyTorch uses."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = models[0] if models else platform.processor()
+    return f"{torch.get_num_threads()} threads of {name}"
 
 
 def load_photos(paths: Sequence[str]) -> Tensor:

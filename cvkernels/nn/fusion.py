@@ -179,7 +179,7 @@ def why_not_conv_bn_act(
 
 
 def why_not_input_bn(x: Tensor, norm: nn.Module, relu: nn.Module) -> str:
-    """Why norm and relu have to be called before the convolution; empty where they are its prologue."""
+    """Why norm and relu have to be called first; empty where they are the op's prologue."""
     if reason := _why_not_affine(norm):
         return reason
     if type(relu) is not nn.ReLU:

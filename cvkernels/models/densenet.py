@@ -1,0 +1,112 @@
+"""DenseNet; mirrors torchvision.models.densenet, names, order and initialisation.
+
+Huang et al. 2017, arXiv:1608.06993.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cvkernels.models.registry import model_builder
+from cvkernels.nn.dense import DenseBlock, DenseLayer, Transition
+from cvkernels.nn.sequential import FusedSequential
+
+# The names that code written for torchvision imports.
+_DenseLayer, _DenseBlock, _Transition = DenseLayer, DenseBlock, Transition
+
+
+class DenseNet(nn.Module):
+    """Stem, dense blocks with transitions between them, global average pool, classifier.
+
+    ``forward`` takes Tensor[N, 3, H, W], any layout, H and W at least 29, and returns logits
+    Tensor[N, num_classes]. In eval the stem and each layer's 1x1 run with the norm and ReLU behind
+    them as one op. ``load_state_dict`` takes checkpoints with the keys of before torch 0.4
+    ("norm.1.weight") too.
+
+    Args:
+        growth_rate: channels that each dense layer adds (k in the paper).
+        block_config: dense layers per block.
+        num_init_features: outputs of the stem.
+        bn_size: a dense layer's 1x1 has ``bn_size * growth_rate`` outputs.
+        drop_rate: of the dropout behind each dense layer.
+        num_classes: outputs of the classifier.
+        memory_efficient: checkpoint the first half of each dense layer in training (Pleiss et al.
+            2017, arXiv:1707.06990): less memory, more time.
+    """
+
+    def __init__(
+        self,
+        growth_rate: int = 32,
+        block_config: tuple[int, int, int, int] = (6, 12, 24, 16),
+        num_init_features: int = 64,
+        bn_size: int = 4,
+        drop_rate: float = 0,
+        num_classes: int = 1000,
+        memory_efficient: bool = False,
+    ) -> None:
+        super().__init__()
+        stem = nn.Conv2d(3, num_init_features, kernel_size=7, stride=2, padding=3, bias=False)
+        self.features = FusedSequential(
+            OrderedDict(
+                conv0=stem,
+                norm0=nn.BatchNorm2d(num_init_features),
+                relu0=nn.ReLU(inplace=True),
+                pool0=nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
+            )
+        )
+        channels = num_init_features
+        for index, layers in enumerate(block_config, start=1):
+            block = DenseBlock(layers, channels, bn_size, growth_rate, drop_rate, memory_efficient)
+            self.features.add_module(f"denseblock{index}", block)
+            channels += layers * growth_rate
+            if index < len(block_config):
+                self.features.add_module(f"transition{index}", Transition(channels, channels // 2))
+                channels //= 2
+        self.features.add_module("norm5", nn.BatchNorm2d(channels))
+        self.classifier = nn.Linear(channels, num_classes)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight)
+            elif isinstance(m, nn.BatchNorm2d):
+                nn.init.constant_(m.weight, 1)
+                nn.init.constant_(m.bias, 0)
+            elif isinstance(m, nn.Linear):
+                nn.init.constant_(m.bias, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        x = F.relu(x, inplace=True)
+        x = F.adaptive_avg_pool2d(x, (1, 1))
+        x = torch.flatten(x, 1)
+        return self.classifier(x)
+
+
+@model_builder("DenseNet121_Weights")
+def densenet121(**kwargs) -> DenseNet:
+    """DenseNet-121: 8.0 M parameters."""
+    return DenseNet(32, (6, 12, 24, 16), 64, **kwargs)
+
+
+@model_builder("DenseNet161_Weights")
+def densenet161(**kwargs) -> DenseNet:
+    """DenseNet-161, growth rate 48: 28.7 M parameters."""
+    return DenseNet(48, (6, 12, 36, 24), 96, **kwargs)
+
+
+@model_builder("DenseNet169_Weights")
+def densenet169(**kwargs) -> DenseNet:
+    """DenseNet-169: 14.1 M parameters."""
+    return DenseNet(32, (6, 12, 32, 32), 64, **kwargs)
+
+
+@model_builder("DenseNet201_Weights")
+def densenet201(**kwargs) -> DenseNet:
+    """DenseNet-201: 20.0 M parameters."""
+    return DenseNet(32, (6, 12, 48, 32), 64, **kwargs)

@@ -1,0 +1,189 @@
+"""EfficientNet's blocks; mirror MBConv and FusedMBConv of torchvision.models.efficientnet.
+
+Sandler et al. 2018, arXiv:1801.04381; with squeeze-and-excitation Tan and Le 2019,
+arXiv:1905.11946; the fused block Tan and Le 2021, arXiv:2104.00298.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+
+from cvkernels.nn.conv_bn_act import ConvBNAct, split_conv_bn_act
+from cvkernels.nn.fusion import FusedModule, why_not_called
+from cvkernels.nn.squeeze_excite import SqueezeExcitation, divisible
+from cvkernels.nn.stochastic_depth import StochasticDepth
+
+
+@dataclass
+class InvertedResidualConfig:
+    """One stage: ``num_layers`` blocks; the first has the stride and changes the channels."""
+
+    expand_ratio: float
+    kernel: int
+    stride: int
+    input_channels: int
+    out_channels: int
+    num_layers: int
+    block: Callable[..., nn.Module]
+
+    @staticmethod
+    def adjust_channels(channels: int, width_mult: float, min_value: int | None = None) -> int:
+        """The multiple of 8 nearest to ``channels * width_mult``, not less than 90 % of it."""
+        return divisible(channels * width_mult, 8, min_value)
+
+
+class MBConvConfig(InvertedResidualConfig):
+    """A stage of MBConv, scaled: ``width_mult`` on its channels, ``depth_mult`` on its layers."""
+
+    def __init__(
+        self,
+        expand_ratio: float,
+        kernel: int,
+        stride: int,
+        input_channels: int,
+        out_channels: int,
+        num_layers: int,
+        width_mult: float = 1.0,
+        depth_mult: float = 1.0,
+        block: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__(
+            expand_ratio,
+            kernel,
+            stride,
+            self.adjust_channels(input_channels, width_mult),
+            self.adjust_channels(out_channels, width_mult),
+            self.adjust_depth(num_layers, depth_mult),
+            MBConv if block is None else block,
+        )
+
+    @staticmethod
+    def adjust_depth(num_layers: int, depth_mult: float) -> int:
+        return math.ceil(num_layers * depth_mult)
+
+
+class FusedMBConvConfig(InvertedResidualConfig):
+    """A stage of FusedMBConv."""
+
+    def __init__(
+        self,
+        expand_ratio: float,
+        kernel: int,
+        stride: int,
+        input_channels: int,
+        out_channels: int,
+        num_layers: int,
+        block: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        block = FusedMBConv if block is None else block
+        super().__init__(
+            expand_ratio, kernel, stride, input_channels, out_channels, num_layers, block
+        )
+
+
+class _InvertedResidual(FusedModule):
+    """``block`` and, where its shape allows, ``stochastic_depth(block(x)) + x``.
+
+    The shortcut is added in the op of the last convolution, where no activation follows that one
+    and stochastic depth drops nothing.
+    """
+
+    def __init__(
+        self, cnf: InvertedResidualConfig, layers: list[nn.Module], stochastic_depth_prob: float
+    ) -> None:
+        super().__init__()
+        self.use_res_connect = cnf.stride == 1 and cnf.input_channels == cnf.out_channels
+        self.block = nn.Sequential(*layers)
+        self.stochastic_depth = StochasticDepth(stochastic_depth_prob, "row")
+        self.out_channels = cnf.out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.use_res_connect:
+            return self.block(x)
+        if self._shortcut_is_separate(x):
+            y = self.stochastic_depth(self.block(x))
+            y += x
+            return y
+        *layers, project = self.block
+        y = x
+        for layer in layers:
+            y = layer(y)
+        conv, bn, _ = split_conv_bn_act(list(project))
+        return project.fused(y, conv, bn, residual=x)
+
+    def _shortcut_is_separate(self, x: Tensor) -> bool:
+        """Whether the block's modules must be called, or something stands before the shortcut."""
+        if self.stochastic_depth.training and self.stochastic_depth.p > 0.0:
+            return True
+        if type(self.block) is not nn.Sequential or not len(self.block):
+            return True
+        project = self.block[-1]
+        if getattr(type(project), "forward", None) is not ConvBNAct.forward:
+            return True
+        conv, _, act = split_conv_bn_act(list(project))
+        if conv is None or act is not None:
+            return True
+        return bool(why_not_called(x, self.block, project, self.stochastic_depth))
+
+
+def _check_stride(cnf: InvertedResidualConfig) -> None:
+    if not 1 <= cnf.stride <= 2:
+        raise ValueError("illegal stride value")
+
+
+class MBConv(_InvertedResidual):
+    """Expand 1x1, depthwise k x k, squeeze-and-excitation, project 1x1; B0's first expands nothing.
+
+    Raises:
+        ValueError: the configuration's stride is neither 1 nor 2.
+    """
+
+    def __init__(
+        self,
+        cnf: MBConvConfig,
+        stochastic_depth_prob: float,
+        norm_layer: Callable[..., nn.Module],
+        se_layer: Callable[..., nn.Module] = SqueezeExcitation,
+    ) -> None:
+        _check_stride(cnf)
+        conv = partial(ConvBNAct, norm_layer=norm_layer, activation_layer=nn.SiLU)
+        expanded = cnf.adjust_channels(cnf.input_channels, cnf.expand_ratio)
+        layers: list[nn.Module] = []
+        if expanded != cnf.input_channels:
+            layers.append(conv(cnf.input_channels, expanded, kernel_size=1))
+        layers.append(conv(expanded, expanded, cnf.kernel, cnf.stride, groups=expanded))
+        squeezed = max(1, cnf.input_channels // 4)
+        layers.append(se_layer(expanded, squeezed, activation=partial(nn.SiLU, inplace=True)))
+        layers.append(conv(expanded, cnf.out_channels, kernel_size=1, activation_layer=None))
+        super().__init__(cnf, layers, stochastic_depth_prob)
+
+
+class FusedMBConv(_InvertedResidual):
+    """Expand k x k and project 1x1, or one k x k where nothing expands; no squeeze-and-excitation.
+
+    Raises:
+        ValueError: the configuration's stride is neither 1 nor 2.
+    """
+
+    def __init__(
+        self,
+        cnf: FusedMBConvConfig,
+        stochastic_depth_prob: float,
+        norm_layer: Callable[..., nn.Module],
+    ) -> None:
+        _check_stride(cnf)
+        conv = partial(ConvBNAct, norm_layer=norm_layer, activation_layer=nn.SiLU)
+        expanded = cnf.adjust_channels(cnf.input_channels, cnf.expand_ratio)
+        if expanded != cnf.input_channels:
+            layers = [
+                conv(cnf.input_channels, expanded, cnf.kernel, cnf.stride),
+                conv(expanded, cnf.out_channels, kernel_size=1, activation_layer=None),
+            ]
+        else:
+            layers = [conv(cnf.input_channels, cnf.out_channels, cnf.kernel, cnf.stride)]
+        super().__init__(cnf, layers, stochastic_depth_prob)
