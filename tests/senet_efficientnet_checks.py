@@ -51,11 +51,18 @@ def assert_same_output(ours, stock, x):
     assert (actual - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 
-def assert_drop_in(ours, stock):
-    """Two networks of one seed: equal state, then equal outputs with norms that have seen data."""
+def assert_drop_in(ours, stock, by_rule=False):
+    """Two networks of one seed: equal state, then equal outputs with norms that have seen data.
+
+    ``by_rule`` compares with a float64 copy: the deepest networks amplify a rounding beyond a
+    thousandth of the largest logit.
+    """
     assert_same_state(ours, stock)
     ours, stock = calibrated(ours, stock)
-    assert_same_output(ours, stock, image(2, SIZE))
+    if by_rule:
+        assert_matches_module(ours, stock, image(2, SIZE), grad=False)
+    else:
+        assert_same_output(ours, stock, image(2, SIZE))
 
 
 def assert_eval_is_pure(ours, stock, x):

@@ -79,7 +79,7 @@ def test_builder_is_torchvisions(name):
     ]
     assert probabilities[0] == probabilities[1]
     assert ours.classifier[0].p == stock.classifier[0].p
-    assert_drop_in(ours, stock)
+    assert_drop_in(ours, stock, by_rule=name in ("efficientnet_b7", "efficientnet_v2_l"))
 
 
 @pytest.mark.parametrize("name", SMALL)
