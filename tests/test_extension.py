@@ -28,6 +28,8 @@ def run(package: Path, code: str) -> str:
     """stdout of ``code`` in a new process that imports ``package``."""
     prelude = f"""
         import sys
+        # An editable install finds its own shared objects for whatever a copy lacks.
+        sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
         sys.path.insert(0, {str(package.parent)!r})
         import cvkernels
         from cvkernels import extension

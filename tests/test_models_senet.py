@@ -7,7 +7,6 @@ from model_checks import (
     check_channels_last,
     check_compiles_in_one_graph,
     check_copy,
-    check_eval,
     check_export,
     check_functional_call,
     check_fx,
@@ -15,20 +14,21 @@ from model_checks import (
     check_hook,
     check_jit_trace,
     check_meta,
-    check_parameter_gradients,
     check_runs_as_modules,
-    check_steps_and_loads,
-    image,
 )
 from numerics import assert_matches_module
 from senet_efficientnet_checks import (
     assert_drop_in,
+    assert_eval_is_pure,
     assert_every_norm_is_fused,
+    assert_follows_parameters,
     assert_hook_is_called,
+    assert_same_gradients,
     assert_same_output,
     assert_same_state,
     assert_trains_like,
     calibrated,
+    seen,
 )
 from torch import nn
 
@@ -70,10 +70,6 @@ def pair(name, **kwargs):
     return ours.eval(), stock.eval()
 
 
-def images(count=2, channels=3):
-    return torch.randn(count, channels, 64, 64)
-
-
 # The networks
 
 
@@ -86,27 +82,23 @@ def test_builder_is_timms(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_eval_output_and_input_gradient_match_stock(name, device):
-    check_eval(name, device, STOCK)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_parameter_gradients_match_stock(name, device):
-    check_parameter_gradients(name, device, STOCK, drop_rate=0.0)
+def test_eval_output_and_gradients_match_stock(name, device):
+    ours, stock = (model.to(device) for model in pair(name))
+    assert_eval_is_pure(ours, stock, seen(2, device))
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_training_matches_stock_down_to_the_random_numbers(name, device):
     ours, stock = (model.train().to(device) for model in pair(name))
-    assert_trains_like(ours, stock, image(4, device=device))
+    assert_trains_like(ours, stock, seen(4, device))
 
 
 @pytest.mark.parametrize("name", ["senet154", "legacy_senet154"])
 def test_senet154_matches_stock_in_eval_and_training(name, device):
-    check_eval(name, device, STOCK, **SHORT)
     ours, stock = (model.to(device) for model in pair(name, **SHORT))
-    assert_every_norm_is_fused(ours, image(device=device))
-    assert_trains_like(ours.train(), stock.train(), image(4, device=device))
+    assert_eval_is_pure(ours, stock, seen(2, device))
+    assert_every_norm_is_fused(ours, seen(1, device))
+    assert_trains_like(ours.train(), stock.train(), seen(4, device))
 
 
 KEYWORDS = {
@@ -134,7 +126,7 @@ def test_keyword_arguments_match_stock(name, kwargs):
     assert_same_state(ours, stock)
     assert ours.feature_info == stock.feature_info
     ours, stock = calibrated(ours, stock)
-    x = images(4, kwargs.get("in_chans", 3))
+    x = seen(4, channels=kwargs.get("in_chans", 3))
     assert_matches_module(ours.eval(), stock.eval(), x, grad=False)
     assert_trains_like(ours.train(), stock.train(), x)
 
@@ -147,7 +139,7 @@ def test_half_precision_channels_last_and_autocast_match_stock(device):
 
 @pytest.mark.parametrize("name", ["seresnet50", "legacy_seresnet18"])
 def test_every_norm_is_fused(name):
-    assert_every_norm_is_fused(pair(name)[0], image())
+    assert_every_norm_is_fused(pair(name)[0], seen())
 
 
 # timm's methods
@@ -156,7 +148,7 @@ def test_every_norm_is_fused(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_methods_are_timms(name):
     ours, stock = pair(name)
-    x = image()
+    x = seen()
     with torch.no_grad():
         features, expected = ours.forward_features(x), stock.forward_features(x)
         assert torch.allclose(features, expected, atol=1e-3)
@@ -182,7 +174,7 @@ def test_methods_are_timms(name):
 def test_gradient_checkpointing_changes_nothing_but_memory():
     ours, stock = (model.train() for model in pair("seresnet18"))
     ours.set_grad_checkpointing()
-    assert_matches_module(ours, stock, image(4))
+    assert_same_gradients(ours, stock, seen(4))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +185,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
 def test_wrong_features_are_refused(kwargs):
     ours = build(cvkernels.create_model, "seresnet18")
     with pytest.raises(ValueError, match="must be"):
-        ours.forward_intermediates(image(), **kwargs)
+        ours.forward_intermediates(seen(), **kwargs)
 
 
 # What stays: tracing, copying, hooks
@@ -251,17 +243,18 @@ def test_a_hook_on_a_fused_part_runs_modules_and_explain_says_so(name, layer):
 
 @pytest.mark.parametrize(("name", "layer"), cases(OTHER_PARTS))
 def test_a_hook_sees_what_stock_computes(name, layer):
-    assert_hook_is_called(*pair(name), layer, image())
+    assert_hook_is_called(*pair(name), layer, seen())
 
 
 def test_a_hook_inside_the_deep_stem_is_called():
     for layer in ("conv1", "conv1.1", "conv1.6", "bn1"):
-        assert_hook_is_called(*pair("senet154", **SHORT), layer, image())
+        assert_hook_is_called(*pair("senet154", **SHORT), layer, seen())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_derived_weights_follow_optimiser_steps_and_loads(name, device):
-    check_steps_and_loads(name, device, STOCK)
+    ours, stock = (model.to(device) for model in pair(name))
+    assert_follows_parameters(ours, stock, seen(2, device))
 
 
 def test_functional_call_vmap_and_meta():
