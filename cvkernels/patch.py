@@ -1,8 +1,9 @@
 """``patch``: the blocks of somebody's torchvision or timm model swapped for ours, reversibly.
 
 A swap changes the class of one instance and nothing else: parameters, buffers, hooks, children and
-their names stay the objects they are. The new class derives from our block and from the stock
-class, so ``isinstance`` keeps its answer, and it pickles by reference to this module.
+their names stay the objects they are. The new class derives from the stock class and from our
+block, so ``isinstance`` keeps its answer, takes over what computes (``forward``) and leaves all
+other methods the stock class's. It pickles by reference to this module.
 """
 
 from __future__ import annotations
@@ -14,19 +15,11 @@ from typing import NamedTuple
 
 from torch import jit, nn
 
-from cvkernels.nn.conv_bn_act import ConvBNAct, split_conv_bn_act
 from cvkernels.nn.fusion import FusedModule
+from cvkernels.nn.sequential import FusedSequential
+from cvkernels.swaps import SEQUENTIAL, SEQUENTIALS, SWAPS
 from cvkernels.tables import text_table
 
-# Stock class -> the class of ours that runs its attributes. Only exact instances are swapped: a
-# subclass may have a forward of its own.
-SWAPS = {
-    "torchvision.models.resnet.BasicBlock": "cvkernels.nn.residual.BasicBlock",
-    "torchvision.models.resnet.Bottleneck": "cvkernels.nn.residual.Bottleneck",
-    "torchvision.models.resnet.ResNet": "cvkernels.models.resnet.ResNet",
-    "torchvision.ops.misc.Conv2dNormActivation": "cvkernels.nn.conv_bn_act.ConvBNAct",
-}
-SEQUENTIAL = "torch.nn.modules.container.Sequential"
 QUANTISED = ("torch.ao.nn.", "torch.nn.quantized.", "torch.nn.intrinsic.", "torchao.")
 
 
@@ -77,12 +70,12 @@ def patch(model: nn.Module) -> PatchReport:
         ValueError: model holds nothing that could be replaced; it is unchanged.
     """
     _refuse_what_has_no_python_blocks(model)
-    downsamples = _downsamples(model)
+    sequentials = _sequentials(model)
     replaced: list[Replaced] = []
     left: list[Left] = []
     for name, module in list(model.named_modules()):
-        ours, reason = _swap_of(module, name in downsamples)
-        stock = f"{type(module).__module__}.{type(module).__qualname__}"
+        ours, reason = _swap_of(module, name in sequentials)
+        stock = _path(type(module))
         if ours is not None:
             module.__class__ = _class_of(stock)
             replaced.append(Replaced(name, stock, ours.__name__))
@@ -129,32 +122,37 @@ def _stock_copy(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
     return copies[id(module)]
 
 
-def _swap_of(module: nn.Module, is_downsample: bool) -> tuple[type | None, str]:
+def _swap_of(module: nn.Module, is_sequential: bool) -> tuple[type | None, str]:
     """Our class for a module to swap, or None and why a block that looks like ours is left."""
     if isinstance(module, FusedModule):
         return None, ""
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
-    if name == SEQUENTIAL:
-        conv, _, _ = split_conv_bn_act(list(module))
-        return (ConvBNAct, "") if is_downsample and conv is not None else (None, "")
-    if name not in SWAPS:
+    path = _path(type(module))
+    if path == SEQUENTIAL:
+        return (FusedSequential if is_sequential else None), ""
+    if path not in SWAPS:
         for base in type(module).__mro__[1:]:
-            if f"{base.__module__}.{base.__qualname__}" in SWAPS:
+            if _path(base) in SWAPS:
                 return None, f"a subclass of {base.__name__} may have a forward of its own"
         return None, ""
-    if "forward" in module.__dict__:
+    swap = SWAPS[path]
+    if any(method in module.__dict__ for method in swap.methods):
         return None, "its forward is replaced on the instance"
-    return _resolve(SWAPS[name]), ""
+    if swap.unless and getattr(module, swap.unless):
+        return None, f"{swap.unless}={getattr(module, swap.unless)!r} is not fused"
+    return _resolve(swap.ours), ""
 
 
-def _downsamples(model: nn.Module) -> set[str]:
-    """Names of the shortcut branches of blocks that are swapped."""
+def _sequentials(model: nn.Module) -> set[str]:
+    """Names of the plain sequences, in networks and blocks that are known, whose parts we fuse."""
     return {
-        f"{name}.downsample".lstrip(".")
+        f"{name}.{child}".lstrip(".")
         for name, module in model.named_modules()
-        if f"{type(module).__module__}.{type(module).__qualname__}" in SWAPS
-        and isinstance(getattr(module, "downsample", None), nn.Sequential)
+        for child in SEQUENTIALS.get(_path(type(module)), ())
     }
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _lone_convolutions(model: nn.Module) -> list[Left]:
@@ -192,15 +190,17 @@ def _resolve(path: str) -> type:
 def _class_of(stock: str) -> type:
     """The class for patched instances of the class ``stock``."""
     stock_class = _resolve(stock)
-    ours = ConvBNAct if stock == SEQUENTIAL else _resolve(SWAPS[stock])
+    path, methods = SWAPS[stock][:2] if stock in SWAPS else (_path(FusedSequential), ("forward",))
+    ours = _resolve(path)
     # pickle finds the class under this name through __getattr__ below.
-    attributes = {
+    attributes = {method: getattr(ours, method) for method in methods} | {
         "__module__": __name__,
         "__qualname__": stock.replace(".", "__dot__"),
-        "__doc__": f"{stock}, patched by cvkernels with {ours.__module__}.{ours.__qualname__}.",
+        "__doc__": f"{stock}, patched by cvkernels with {path}.",
         "stock_class": stock_class,
     }
-    return type(stock_class.__name__, (_Patched, ours, stock_class), attributes)
+    bases = (ours,) if issubclass(ours, stock_class) else (stock_class, ours)
+    return type(stock_class.__name__, (_Patched, *bases), attributes)
 
 
 def __getattr__(name: str) -> type:

@@ -5,34 +5,65 @@ import pickle
 import pytest
 import torch
 from numerics import assert_matches_module
+from senet_efficientnet_checks import (
+    assert_follows_parameters,
+    assert_same_gradients,
+    assert_same_output,
+    assert_trains_like,
+    calibrated,
+    seen,
+)
 from torch import nn
 
 import cvkernels
-from cvkernels.nn import Bottleneck, ConvBNAct
+from cvkernels.nn import Bottleneck, FusedSequential
 
 torchvision = pytest.importorskip("torchvision")
+timm = pytest.importorskip("timm")
 models = torchvision.models
 
-STOCK = {
-    "resnet18": lambda: models.resnet18(num_classes=10),
-    "resnet50": lambda: models.resnet50(num_classes=10),
-    "resnext50_32x4d": lambda: models.resnext50_32x4d(num_classes=10),
+# One of each kind of block, and how many batch norms an explained forward still calls on CPU:
+# DenseNet's are in front of a convolution, where only CUDA fuses them.
+NETWORKS = {
+    "torchvision/googlenet": 0,
+    "torchvision/resnet18": 0,
+    "torchvision/resnext50_32x4d": 0,
+    "torchvision/densenet121": 62,
+    "torchvision/efficientnet_b0": 0,
+    "torchvision/efficientnet_v2_s": 0,
+    "timm/resnet50": 0,
+    "timm/resnet50d": 0,
+    "timm/seresnet18": 0,
+    "timm/seresnext50_32x4d": 0,
+    "timm/legacy_seresnet18": 0,
+    "timm/legacy_seresnet50": 0,
+    "timm/legacy_seresnext50_32x4d": 0,
+    "timm/densenet121": 62,
+    "timm/efficientnet_b0": 0,
+    "timm/efficientnetv2_rw_t": 0,
 }
 
 
-def stock_model(name, seed=0):
-    torch.manual_seed(seed)
-    model = STOCK[name]()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.bias, 0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    return model
+def build(name, **kwargs):
+    library, _, network = name.partition("/")
+    torch.manual_seed(0)
+    if network == "googlenet":
+        kwargs |= {"init_weights": False}
+    return (models.get_model if library == "torchvision" else timm.create_model)(network, **kwargs)
+
+
+def pair(name, **kwargs):
+    """(patched, stock) of one state, with norms that have seen data."""
+    stock = build(name, num_classes=10, **kwargs)
+    patched, stock = calibrated(copy.deepcopy(stock), stock)
+    patched.eval(), stock.eval()
+    cvkernels.patch(patched)
+    return patched, stock
 
 
 @pytest.fixture
 def stock():
-    return stock_model("resnet18").eval()
+    return pair("torchvision/resnet18")[1]
 
 
 @pytest.fixture
@@ -44,30 +75,59 @@ def patched(stock):
 
 @pytest.fixture
 def x():
-    return torch.randn(2, 3, 64, 64)
+    return seen(2)
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("name", STOCK)
-def test_patched_equals_stock_and_restored_is_stock(name, train, x):
-    stock = stock_model(name).train(train)
-    model = copy.deepcopy(stock)
-    report = cvkernels.patch(model)
-    assert report.replaced
-    assert list(model.state_dict()) == list(stock.state_dict())
-    assert model.state_dict()._metadata == stock.state_dict()._metadata
-    assert [n for n, _ in model.named_modules()] == [n for n, _ in stock.named_modules()]
-    assert_matches_module(model, stock, x)
-    if not train:
-        assert_matches_module(model, stock, x, grad=False)
-    assert cvkernels.restore(model) is model
-    for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
+def outputs(model, x):
+    out = model(x)
+    return out if isinstance(out, tuple) else (out,)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_patched_equals_stock_and_restored_is_stock(name):
+    patched, stock = pair(name)
+    assert list(patched.state_dict()) == list(stock.state_dict())
+    assert patched.state_dict()._metadata == stock.state_dict()._metadata
+    assert [n for n, _ in patched.named_modules()] == [n for n, _ in stock.named_modules()]
+    assert repr(patched) == repr(stock)
+    assert_matches_module(patched, stock, seen(2), grad=False)
+    assert_same_gradients(patched, stock, seen(2))
+    rows = cvkernels.explain(patched, seen()).rows
+    assert sum("batch_norm" in row.op for row in rows) == NETWORKS[name]
+    assert sum(row.op == "conv_bn_act" for row in rows) >= 20
+    assert cvkernels.restore(patched) is patched
+    for ours, theirs in zip(patched.modules(), stock.modules(), strict=True):
         assert type(ours) is type(theirs) and set(ours.__dict__) == set(theirs.__dict__)
-    model.load_state_dict(stock.state_dict())
-    torch.manual_seed(3)
-    expected = stock(x)
-    torch.manual_seed(3)
-    assert torch.equal(model(x), expected)
+    with torch.no_grad():
+        assert torch.equal(patched(seen(2)), stock(seen(2)))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_patched_trains_like_stock(name):
+    patched, stock = (model.train() for model in pair(name))
+    if name == "torchvision/googlenet":
+        torch.manual_seed(3)
+        actual = patched(seen(2, size=224))
+        torch.manual_seed(3)
+        expected = stock(seen(2, size=224))
+        assert type(actual) is type(expected) and actual._fields == expected._fields
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-4)
+    else:
+        assert_trains_like(patched, stock, seen(4))
+
+
+@pytest.mark.parametrize("name", ["torchvision/googlenet", "timm/densenet121", "timm/seresnet18"])
+def test_patched_follows_its_parameters(name):
+    assert_follows_parameters(*pair(name), seen(2))
+
+
+@pytest.mark.parametrize("name", cvkernels.list_models())
+def test_every_builder_of_ours_has_a_stock_model_that_patches(name):
+    if name == "efficientnet":
+        pytest.skip("the compound rule at any point has no stock builder")
+    library = "torchvision" if hasattr(models, name) else "timm"
+    assert_same_output(*pair(f"{library}/{name}"), seen(1))
 
 
 def test_the_fused_ops_run(patched, x):
@@ -80,9 +140,8 @@ def test_report_names_what_was_replaced_and_what_was_left(stock):
     model = nn.Sequential(nn.Conv2d(3, 3, 1), stock)
     report = cvkernels.patch(model)
     assert report.replaced[0] == ("1", "torchvision.models.resnet.ResNet", "ResNet")
-    assert ("1.layer2.0.downsample", "torch.nn.modules.container.Sequential", "ConvBNAct") in (
-        report.replaced
-    )
+    shortcut = ("1.layer2.0.downsample", "torch.nn.modules.container.Sequential", "FusedSequential")
+    assert shortcut in report.replaced
     assert report.left == [("0", "torch.nn.Conv2d", "no block of cvkernels around it")]
     assert "12 module(s) replaced, 1 left" in str(report)
 
@@ -101,7 +160,7 @@ def test_it_is_per_instance(patched, stock):
 def test_isinstance_and_names_keep_their_answers(patched, stock):
     assert isinstance(patched, models.ResNet) and isinstance(patched, cvkernels.models.ResNet)
     assert isinstance(patched.layer1[0], models.resnet.BasicBlock)
-    assert isinstance(patched.layer2[0].downsample, (nn.Sequential, ConvBNAct))
+    assert isinstance(patched.layer2[0].downsample, FusedSequential)
     assert repr(patched) == repr(stock)
 
 
@@ -153,11 +212,80 @@ def test_fx_feature_extraction_scripting_and_export(patched, stock, x):
         expected = stock(x)
         assert torch.allclose(torch.fx.symbolic_trace(patched)(x), expected, atol=1e-4)
         features = create_feature_extractor(patched, ["layer2.0.add", "layer4"])(x)
-        assert features["layer4"].shape == (2, 512, 2, 2)
+        assert features["layer4"].shape == (2, 512, 3, 3)
         assert torch.equal(torch.jit.script(patched)(x), expected)
         exported = torch.export.export(patched, (x,)).module()
         assert torch.allclose(exported(x), expected, atol=1e-4)
     assert isinstance(patched.layer1[0], cvkernels.nn.BasicBlock)
+
+
+FAMILIES = [
+    "torchvision/googlenet",
+    "torchvision/densenet121",
+    "torchvision/efficientnet_b0",
+    "timm/densenet121",
+    "timm/efficientnet_b0",
+    "timm/seresnet18",
+    "timm/legacy_seresnet18",
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_copies_traces_exports_and_compiles(name):
+    patched, stock = pair(name)
+    with torch.no_grad():
+        twin = pickle.loads(pickle.dumps(copy.deepcopy(patched)))
+        assert [type(m) for m in twin.modules()] == [type(m) for m in patched.modules()]
+        assert_same_output(twin, stock, seen())
+        assert_same_output(torch.fx.symbolic_trace(patched), stock, seen())
+        assert_same_output(torch.export.export(patched, (seen(),)).module(), stock, seen())
+        assert_same_output(
+            torch.compile(patched, fullgraph=True, backend="aot_eager"), stock, seen()
+        )
+
+
+@pytest.mark.parametrize("name", ["timm/seresnet50", "timm/efficientnet_b0", "timm/densenet121"])
+def test_timms_methods_stay(name):
+    patched, stock = pair(name)
+    for model in (patched, stock):
+        model.reset_classifier(3)
+        nn.init.ones_(model.get_classifier().weight)
+        nn.init.zeros_(model.get_classifier().bias)
+    with torch.no_grad():
+        for method in ("forward_features", "forward"):
+            actual, expected = (getattr(m, method)(seen()) for m in (patched, stock))
+            assert torch.allclose(actual, expected, atol=1e-3 * expected.abs().max().item())
+        ours, theirs = (m.forward_intermediates(seen()) for m in (patched, stock))
+        for actual, expected in zip(ours[1], theirs[1], strict=True):
+            assert torch.allclose(actual, expected, atol=1e-3 * expected.abs().max().item())
+    patched.set_grad_checkpointing(), stock.set_grad_checkpointing()
+    assert_same_gradients(patched.train(), stock.train(), seen(2))
+
+
+def test_a_timm_backbone_patches():
+    stock = build("timm/resnet18", features_only=True).eval()
+    patched = copy.deepcopy(stock)
+    cvkernels.patch(patched)
+    with torch.no_grad():
+        for actual, expected in zip(patched(seen()), stock(seen()), strict=True):
+            assert torch.allclose(actual, expected, atol=1e-3 * expected.abs().max().item())
+
+
+def test_fully_sharded_wrapping(patched, stock, x):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        for layer in (patched.layer1, patched.layer2, patched):
+            fully_shard(layer, mesh=mesh)
+        with torch.no_grad():
+            assert torch.allclose(patched(x), stock(x), atol=1e-4)
+        patched.train()(x).sum().backward()
+        assert all(p.grad is not None for p in patched.parameters())
+    finally:
+        dist.destroy_process_group()
 
 
 def test_sync_batchnorm_conversion(patched, stock, x):
@@ -184,7 +312,7 @@ def test_norms_that_are_not_batch_norm_run_as_modules():
     with torch.no_grad():
         expected = model(x)
         cvkernels.patch(model)
-        assert torch.equal(model(x), expected)
+        assert torch.allclose(model(x), expected, atol=1e-5)
     reasons = {row.reason for row in cvkernels.explain(model, x).rows}
     assert "FrozenBatchNorm2d is not exactly nn.BatchNorm2d" in reasons
 

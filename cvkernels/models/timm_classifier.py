@@ -23,13 +23,13 @@ class TimmClassifier(FusedModule):
     """
 
     classifier_name: str
+    grad_checkpointing: bool = False
 
     def __init__(self, num_classes: int, in_chans: int, drop_rate: float) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.grad_checkpointing = False
 
     def _add_head(self, num_features: int, global_pool: str) -> None:
         self.num_features = num_features
@@ -124,7 +124,7 @@ class TimmClassifier(FusedModule):
         stage = getattr(self, name)
         if not self.grad_checkpointing or not torch.is_grad_enabled():
             return stage(x)
-        for block in stage:
+        for block in stage.children():
             x = checkpoint(block, x, use_reentrant=False)
         return x
 

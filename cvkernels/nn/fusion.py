@@ -48,14 +48,16 @@ class FusedModule(nn.Module):
         bn: nn.Module | None = None,
         act: nn.Module | Callable[[Tensor], Tensor] | None = None,
         residual: Tensor | None = None,
-        input_bn: tuple[nn.Module, nn.Module] | None = None,
+        input_bn: tuple[nn.Module, nn.Module | None] | None = None,
     ) -> Tensor:
         """``act(bn(conv(u)) + residual)``, as one op where the modules allow it.
 
         ``u`` is x, or ``relu(norm(x))`` for ``input_bn=(norm, relu)``. These two are called before
         the rest where no kernel has them as a prologue, so that the rest is fused all the same.
-        ``act`` is a module, or :func:`relu_`.
+        ``act`` is a module, or :func:`relu_`. A norm may be timm's BatchNormAct2d, whose activation
+        is inside it; there ``act`` and ``relu`` are None.
         """
+        fused_act, clash = _fused_act(bn, act, residual)
         if input_bn is not None and (reason := why_not_input_bn(x, *input_bn)):
             x = _run_group(input_bn[0], reason, None, lambda u=x: _normalised(u, *input_bn))
             input_bn = None
@@ -73,18 +75,19 @@ class FusedModule(nn.Module):
                 x,
                 conv.weight,
                 conv.bias,
-                None if bn is None else BatchNormParams.of(bn),
+                None if bn is None else _affine(bn),
                 stride=conv.stride,
                 padding=conv.padding,
                 dilation=conv.dilation,
                 groups=conv.groups,
-                act="none" if act is None else ACTIVATIONS[_kind(act)],
+                act="none" if fused_act is None else ACTIVATIONS[_kind(fused_act)],
                 residual=residual,
-                input_bn=None if input_bn is None else BatchNormParams.of(input_bn[0]),
+                input_bn=None if input_bn is None else _affine(input_bn[0]),
                 cache=self._derived_weights(conv),
             )
 
-        return _run_group(conv, why_not_conv_bn_act(x, conv, bn, act), as_op, as_modules)
+        reason = clash or why_not_conv_bn_act(x, conv, bn, fused_act)
+        return _run_group(conv, reason, as_op, as_modules)
 
     def pooled(self, x: Tensor, pool: nn.Module) -> Tensor:
         """``pool(x)``, without indices where it is exactly a max pool and nobody watches it."""
@@ -143,8 +146,29 @@ def _kind(act: nn.Module | Callable) -> type[nn.Module] | Callable:
     return type(act) if isinstance(act, nn.Module) else act
 
 
-def _normalised(x: Tensor, norm: nn.Module, relu: nn.Module) -> Tensor:
-    return relu(norm(x))
+def _normalised(x: Tensor, norm: nn.Module, relu: nn.Module | None) -> Tensor:
+    return norm(x) if relu is None else relu(norm(x))
+
+
+def _affine(bn: nn.Module) -> BatchNormParams:
+    """The scale and shift of a norm that :func:`_why_not_affine` has nothing against."""
+    return BatchNormParams(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
+
+
+def _fused_act(
+    bn: nn.Module | None, act: nn.Module | Callable | None, residual: Tensor | None
+) -> tuple[nn.Module | Callable | None, str]:
+    """The activation behind bn, which may carry it inside, and why its place forbids fusing."""
+    if type(bn) is nn.BatchNorm2d or not _is_norm_act(bn) or type(bn.act) is nn.Identity:
+        return act, ""
+    if act is not None:
+        return act, "an activation follows a norm that has one inside"
+    return bn.act, "" if residual is None else "the activation stands before the shortcut"
+
+
+def _is_norm_act(bn: nn.Module | None) -> bool:
+    kind = type(bn)
+    return kind.__name__ == "BatchNormAct2d" and kind.__module__ == "timm.layers.norm_act"
 
 
 def _run_group(
@@ -178,10 +202,12 @@ def why_not_conv_bn_act(
     return why_not_called(x, conv, bn, act if isinstance(act, nn.Module) else None)
 
 
-def why_not_input_bn(x: Tensor, norm: nn.Module, relu: nn.Module) -> str:
+def why_not_input_bn(x: Tensor, norm: nn.Module, relu: nn.Module | None) -> str:
     """Why norm and relu have to be called first; empty where they are the op's prologue."""
     if reason := _why_not_affine(norm):
         return reason
+    if relu is None and _is_norm_act(norm):
+        relu = norm.act
     if type(relu) is not nn.ReLU:
         return f"{type(relu).__name__} is not exactly nn.ReLU"
     if reason := why_not_called(x, norm, relu):
@@ -190,9 +216,12 @@ def why_not_input_bn(x: Tensor, norm: nn.Module, relu: nn.Module) -> str:
 
 
 def _why_not_affine(bn: nn.Module) -> str:
-    """Why bn is no scale and shift per channel; empty where it is."""
+    """Why bn is no scale and shift per channel; empty where it is, but for its activation."""
     if type(bn) is not nn.BatchNorm2d:
-        return f"{type(bn).__name__} is not exactly nn.BatchNorm2d"
+        if not _is_norm_act(bn):
+            return f"{type(bn).__name__} is not exactly nn.BatchNorm2d"
+        if type(bn.drop) is not nn.Identity or _has_hooks(bn.drop) or _has_hooks(bn.act):
+            return "BatchNormAct2d drops something, or a part of it has a hook"
     if bn.training or bn.running_mean is None:
         return "batch norm normalises with batch statistics"
     return ""

@@ -24,6 +24,9 @@ class FusedSequential(nn.Sequential, FusedModule):
             if isinstance(first, _BatchNorm) and _next_are(layers, nn.ReLU, nn.Conv2d):
                 relu, conv = layers.pop(0), layers.pop(0)
                 x = self.fused(x, conv, *_norm_and_act(layers), input_bn=(first, relu))
+            elif isinstance(first, _BatchNorm) and _next_are(layers, nn.Conv2d):
+                conv = layers.pop(0)
+                x = self.fused(x, conv, *_norm_and_act(layers), input_bn=(first, None))
             elif isinstance(first, nn.Conv2d):
                 x = self.fused(x, first, *_norm_and_act(layers))
             elif isinstance(first, nn.MaxPool2d):

@@ -1,0 +1,114 @@
+"""The forwards of timm's EfficientNet and DenseNet, over the modules that timm built.
+
+:func:`cvkernels.patch` gives these to blocks that exist; none has a constructor. The norms there
+are timm's BatchNormAct2d, with the activation inside.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cvkernels.nn.fusion import FusedModule, why_not_called
+from cvkernels.nn.squeeze_excite import SqueezeExcite
+
+
+class TimmSqueezeExcite(SqueezeExcite):
+    """Runs timm.models._efficientnet_blocks.SqueezeExcite: conv_reduce, act1, conv_expand, gate."""
+
+    def parts(self) -> tuple:
+        return None, self.conv_reduce, (self.act1,), self.conv_expand, self.gate
+
+    def as_modules(self, x: Tensor) -> Tensor:
+        squeezed = self.conv_reduce(x.mean((2, 3), keepdim=True))
+        return x * self.gate(self.conv_expand(self.act1(squeezed)))
+
+
+class _InvertedResidual(FusedModule):
+    """What timm's blocks share: space-to-depth before them, and the shortcut at their end."""
+
+    def _space_to_depth(self, x: Tensor) -> Tensor:
+        if getattr(self, "conv_s2d", None) is None:
+            return x
+        return self.fused(x, self.conv_s2d, self.bn_s2d)
+
+    def _projected(self, x: Tensor, shortcut: Tensor, conv: nn.Module, bn: nn.Module) -> Tensor:
+        """``drop_path(bn(conv(x))) + shortcut``, where the block has a shortcut."""
+        if not self.has_skip:
+            return self.fused(x, conv, bn)
+        if _drops(self.drop_path) or why_not_called(x, self.drop_path):
+            return self.drop_path(self.fused(x, conv, bn)) + shortcut
+        return self.fused(x, conv, bn, residual=shortcut)
+
+
+def _drops(drop_path: nn.Module) -> bool:
+    """Whether stochastic depth may drop an image now, as far as is known of its class."""
+    if type(drop_path) is nn.Identity:
+        return False
+    known = type(drop_path).__module__ == "timm.layers.drop" and hasattr(drop_path, "drop_prob")
+    return not known or (drop_path.training and drop_path.drop_prob > 0.0)
+
+
+class TimmConvBnAct(_InvertedResidual):
+    """``drop_path(aa(bn1(conv(x)))) + x``; the shortcut stands behind the activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.aa(self.fused(x, self.conv, self.bn1))
+        return self.drop_path(y) + x if self.has_skip else y
+
+
+class TimmDepthwiseSeparableConv(_InvertedResidual):
+    """Depthwise k x k, squeeze-and-excitation, 1x1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fused(self._space_to_depth(x), self.conv_dw, self.bn1)
+        return self._projected(self.se(self.aa(y)), x, self.conv_pw, self.bn2)
+
+
+class TimmInvertedResidual(_InvertedResidual):
+    """MBConv: expand 1x1, depthwise k x k, squeeze-and-excitation, project 1x1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fused(self._space_to_depth(x), self.conv_pw, self.bn1)
+        y = self.fused(y, self.conv_dw, self.bn2)
+        return self._projected(self.se(self.aa(y)), x, self.conv_pwl, self.bn3)
+
+
+class TimmEdgeResidual(_InvertedResidual):
+    """Fused MBConv: expand k x k, squeeze-and-excitation, project 1x1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fused(x, self.conv_exp, self.bn1)
+        return self._projected(self.se(self.aa(y)), x, self.conv_pwl, self.bn2)
+
+
+class TimmEfficientNet(FusedModule):
+    """Stem, blocks, 1x1 head."""
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.fused(x, self.conv_stem, self.bn1)
+        if self.grad_checkpointing:
+            for stage in self.blocks:
+                for block in stage:
+                    x = checkpoint(block, x, use_reentrant=False)
+        else:
+            x = self.blocks(x)
+        return self.fused(x, self.conv_head, self.bn2)
+
+
+class TimmDenseLayer(FusedModule):
+    """``conv2(norm2(conv1(norm1(cat(inputs)))))``, the part up to conv1 checkpointed on request."""
+
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+        inputs = [x] if isinstance(x, Tensor) else x
+        if self.grad_checkpointing and self.any_requires_grad(inputs):
+            bottleneck = self.norm2(self.call_checkpoint_bottleneck(inputs))
+        else:
+            features = torch.cat(inputs, 1)
+            bottleneck = self.fused(features, self.conv1, self.norm2, input_bn=(self.norm1, None))
+        new_features = self.fused(bottleneck, self.conv2)
+        if self.drop_rate > 0:
+            new_features = F.dropout(new_features, p=self.drop_rate, training=self.training)
+        return new_features
