@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--device", choices=devices, default=_default_device())
     demo = commands.add_parser("demo", help="stock and ours on real photographs, side by side")
     demo.add_argument("photos", nargs="*", help="image files; default: those of scikit-learn")
-    demo.add_argument("--weights", help="a name such as IMAGENET1K_V2 (downloads), or a checkpoint")
+    demo.add_argument("--network", action="append", help="of the five, repeatable; default: all")
+    demo.add_argument("--weights", help="a name such as DEFAULT (downloads), or a checkpoint")
     demo.add_argument("--device", choices=["cpu", "cuda"], default=_default_device())
     demo.add_argument("--json", type=Path, metavar="FILE", help="write the rows too")
     demo.add_argument("--runs", type=_positive, default=20, help="timed runs of each")
@@ -61,9 +62,15 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from cvkernels.demo import demo
+    from cvkernels.demo import NETWORKS, demo
 
-    table = demo(options.photos, weights=options.weights, device=options.device, runs=options.runs)
+    table = demo(
+        options.photos,
+        networks=options.network or tuple(NETWORKS),
+        weights=options.weights,
+        device=options.device,
+        runs=options.runs,
+    )
     print(table)
     if options.json is not None:
         options.json.write_text(json.dumps(table.as_dict(), indent=1) + "\n")

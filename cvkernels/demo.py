@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from cvkernels import extension, models
 from cvkernels.tables import text_table
 
-NETWORKS = ("resnet50",)
+# Each network, and the library whose model is the stock one.
+NETWORKS = {
+    "googlenet": "torchvision",
+    "resnet50": "torchvision",
+    "densenet121": "torchvision",
+    "seresnet50": "timm",
+    "efficientnet_b0": "torchvision",
+}
 BATCHES = (1, 16)
 HEADER = (
     "network", "batch", "max logit diff", "same top-5", "stock ms", "ours ms", "stock/ours",
@@ -71,28 +78,39 @@ class Table:
 
 
 def demo(
-    photos: Sequence[str] = (), *, weights: str | None = None, device: str = "cpu", runs: int = 20
+    photos: Sequence[str] = (),
+    *,
+    networks: Sequence[str] = tuple(NETWORKS),
+    weights: str | None = None,
+    device: str = "cpu",
+    runs: int = 20,
 ) -> Table:
     """Run each network, stock and ours, on photographs and compare logits, time and memory.
 
     Args:
         photos: image files; none means the photographs that scikit-learn carries.
-        weights: a torchvision weight name (downloaded) or a checkpoint; None means seeded random
-            weights with the photographs' batch-norm statistics; nothing is downloaded then.
+        networks: of :data:`NETWORKS`.
+        weights: a weight name such as "DEFAULT" (downloaded), or a checkpoint of the one network;
+            None means seeded random weights with the photographs' batch-norm statistics; nothing is
+            downloaded then.
         device: "cpu" or "cuda". Stock runs in channels_last, its faster layout.
         runs: timed runs of each; their median is reported, the two interleaved.
 
     Raises:
-        ImportError: torchvision, pillow, rich or scikit-learn is missing (the ``demo`` extra).
-        ValueError: a file is no image, or runs is not positive.
+        ImportError: a package of the ``demo`` extra is missing.
+        ValueError: a file is no image, or a network is none of those.
     """
     from rich.progress import Progress
+
+    for network in networks:
+        if network not in NETWORKS:
+            raise ValueError(f"demo: network must be one of {', '.join(NETWORKS)}, got {network!r}")
 
     images = load_photos(photos).to(device)
     rows = []
     with Progress(transient=True) as progress:
-        task = progress.add_task("demo", total=len(NETWORKS) * len(BATCHES) * runs)
-        for network in NETWORKS:
+        task = progress.add_task("demo", total=len(networks) * len(BATCHES) * runs)
+        for network in networks:
             stock, ours = _pair(network, weights, images)
             for batch in BATCHES:
                 progress.update(task, description=f"{network}, batch {batch}")
@@ -104,8 +122,8 @@ def demo(
     return Table(
         rows,
         f"{len(images)} photograph(s) at 224 x 224, float32, {where}, torch {torch.__version__}, "
-        f"commit {revision or 'unknown'}, {source}; stock is torchvision in channels_last; "
-        f"medians of {runs} interleaved runs",
+        f"commit {revision or 'unknown'}, {source}; stock is torchvision's, of "
+        f"SENet timm's, in channels_last; medians of {runs} interleaved runs",
     )
 
 
@@ -148,11 +166,27 @@ def load_photos(paths: Sequence[str]) -> Tensor:
 
 def _pair(network: str, weights: str | None, images: Tensor) -> tuple[nn.Module, nn.Module]:
     """(stock, ours) with the same weights, on the photographs' device, in eval."""
-    import torchvision
-
+    kwargs = {}
+    if weights is None and network == "googlenet":
+        kwargs = {"init_weights": False}
+    elif weights is None and network == "seresnet50":
+        kwargs = {"zero_init_last": False}  # else all residual branches are zero
     torch.manual_seed(0)
-    ours = getattr(models, network)(weights=weights)
-    stock = getattr(torchvision.models, network)()
+    ours = models.create_model(network, weights=weights, **kwargs).eval()
+    if network == "googlenet":
+        kwargs = {
+            "init_weights": False,
+            "aux_logits": ours.aux_logits,
+            "transform_input": ours.transform_input,
+        }
+    if NETWORKS[network] == "timm":
+        import timm
+
+        stock = timm.create_model(network, **kwargs)
+    else:
+        import torchvision
+
+        stock = torchvision.models.get_model(network, **kwargs)
     if weights is None:
         _take_statistics(ours, images.cpu())
     stock.load_state_dict(ours.state_dict())
@@ -164,11 +198,12 @@ def _pair(network: str, weights: str | None, images: Tensor) -> tuple[nn.Module,
 def _take_statistics(model: nn.Module, images: Tensor) -> None:
     """Set the running statistics to the photographs', so that activations keep their scale."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.momentum = None
-    model.train()(images)
-    for norm in norms:
-        norm.momentum = 0.1
+        norm.train().momentum = None
+    model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 @torch.no_grad()

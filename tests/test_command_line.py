@@ -28,6 +28,7 @@ def test_explain_a_planned_device(capsys):
     [
         (["verify", "resnet17"], "error: Unknown model resnet17; did you mean"),
         (["demo", "nowhere.jpg"], "error: .*nowhere.jpg"),
+        (["demo", "--network", "resnet18"], "error: demo: network must be one of googlenet, "),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys):
@@ -49,8 +50,9 @@ def test_interrupt_ends_quietly(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_demo_compares_on_given_photographs(tmp_path, monkeypatch):
+def test_demo_compares_every_network_on_given_photographs(tmp_path, monkeypatch):
     pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
     image = pytest.importorskip("PIL.Image")
     numpy = pytest.importorskip("numpy")
     pytest.importorskip("rich")
@@ -58,9 +60,10 @@ def test_demo_compares_on_given_photographs(tmp_path, monkeypatch):
     image.fromarray(pixels).save(tmp_path / "photo.png")
     monkeypatch.setattr(demo, "BATCHES", (2,))
     table = demo.demo([str(tmp_path / "photo.png")], runs=1)
-    (row,) = table.rows
-    assert row.batch == 2 and row.largest_difference < 1e-3 and row.top5_agreement == 1.0
-    assert min(row.stock_ms, row.ours_ms) > 0
+    assert [row.network for row in table.rows] == list(demo.NETWORKS)
+    for row in table.rows:
+        assert row.batch == 2 and row.largest_difference < 1e-3 and row.top5_agreement == 1.0
+        assert min(row.stock_ms, row.ours_ms) > 0
     assert str(table).splitlines()[0].startswith("network")
 
 
