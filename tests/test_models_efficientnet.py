@@ -319,6 +319,12 @@ BAD_CALLS = {
     "b5-norm": ("efficientnet_b5", {"norm_layer": nn.BatchNorm2d}),
     "b7-norm": ("efficientnet_b7", {"norm_layer": None}),
     "v2_s-norm": ("efficientnet_v2_s", {"norm_layer": nn.BatchNorm2d}),
+    "v2_s-unknown-keyword": ("efficientnet_v2_s", {"width_mult": 2.0}),
+    "v2_s-unknown-weights": ("efficientnet_v2_s", {"weights": "bogus"}),
+    "v2_s-classes-with-weights": ("efficientnet_v2_s", {"weights": "DEFAULT", "num_classes": 3}),
+    "v2_s-wrong-enum": (
+        "efficientnet_v2_s", {"weights": torchvision.models.EfficientNet_V2_M_Weights.DEFAULT},
+    ),
     "b0-dropout": ("efficientnet_b0", {"dropout": 1.5}),
 }  # fmt: skip
 

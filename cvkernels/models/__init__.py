@@ -1,6 +1,7 @@
 """The five networks, with the constructors, parameter names and checkpoints that people have."""
 
-from cvkernels.models.checkpoints import load_checkpoint
+from cvkernels.models.checkpoints import load_checkpoint, read_checkpoint
+from cvkernels.models.conversion import convert_checkpoint
 from cvkernels.models.densenet import (
     DenseNet,
     densenet121,
@@ -78,6 +79,7 @@ __all__ = [
     "LegacySENet",
     "ResNet",
     "SEResNet",
+    "convert_checkpoint",
     "create_model",
     "densenet121",
     "densenet161",
@@ -106,6 +108,7 @@ __all__ = [
     "legacy_seresnext101_32x4d",
     "list_models",
     "load_checkpoint",
+    "read_checkpoint",
     "resnet18",
     "resnet34",
     "resnet50",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -12,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from cvkernels.models.checkpoint_names import advice
 
 CONTAINERS = ("state_dict", "model", "model_state_dict")
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
@@ -77,17 +81,59 @@ def _looks_like_path(text: str) -> bool:
     return text.endswith(SUFFIXES) or os.sep in text or os.path.isfile(text)
 
 
-def read_checkpoint(path: str | os.PathLike) -> Mapping[str, Tensor]:
-    """The state dict in a file that torch.save wrote; read with ``weights_only=True``.
+def read_checkpoint(
+    source: str | os.PathLike | Mapping[str, Any],
+    *,
+    entry: str | None = None,
+    prefix: str | None = None,
+) -> Mapping[str, Tensor]:
+    """The state dict in a checkpoint; ``weights=`` and :func:`load_checkpoint` take what it gives.
 
-    A dict that holds the state dict under "state_dict", "model" or "model_state_dict" is unpacked.
+    A file is one that torch.save wrote, and is read with ``weights_only=True``, so no code in it
+    runs; the ``argparse.Namespace`` that training scripts save beside the weights is let through.
+
+    Args:
+        source: path of the file, or its content.
+        entry: the key of the wanted state dict in a training checkpoint, such as "model_ema"
+            (torchvision's scripts) or "state_dict_ema" (timm's). By default a dict that holds the
+            state dict under "state_dict", "model" or "model_state_dict" is unpacked.
+        prefix: what is taken off the front of every key, such as "module."
+            (DistributedDataParallel, AveragedModel) or "_orig_mod." (torch.compile), or several of
+            them one after the other. AveragedModel's ``n_averaged`` is left out then.
+
+    Returns:
+        The state dict; its tensors are source's where that is in memory, else on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint, is damaged, or holds something else than tensors.
+        ValueError: the file is no checkpoint, is damaged, or holds something else than tensors;
+            there is no such entry; a key lacks the prefix.
     """
+    if isinstance(source, Mapping):
+        name, content = "checkpoint", source
+    else:
+        name, content = f"checkpoint {os.fspath(source)!r}", _read_file(source)
+    if entry is not None:
+        content = _entry(content, entry, name)
+    else:
+        for key in CONTAINERS:
+            if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+                content = content[key]
+    if not _is_state_dict(content):
+        raise ValueError(f"{name} holds a {type(content).__name__}, not a state dict")
+    return content if prefix is None else _without_prefix(content, prefix, name)
+
+
+def _is_state_dict(content: Any) -> bool:
+    return isinstance(content, Mapping) and all(isinstance(v, Tensor) for v in content.values())
+
+
+def _read_file(path: str | os.PathLike) -> Any:
+    # A plain container of attributes: building one runs no code.
+    allowed = {argparse.Namespace} - set(torch.serialization.get_safe_globals())
     try:
-        content = torch.load(Path(path), map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(Path(path), map_location="cpu", weights_only=True)
     except (
         pickle.UnpicklingError,
         zipfile.BadZipFile,
@@ -95,44 +141,98 @@ def read_checkpoint(path: str | os.PathLike) -> Mapping[str, Tensor]:
         EOFError,
         ValueError,
     ) as error:
+        if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"checkpoint {os.fspath(path)!r} cannot be read safely, it holds {refused[1]} "
+                f"beside or instead of tensors; if you trust the file, read it once with "
+                f"torch.load(path, weights_only=False) and save the state dict alone"
+            ) from error
         cause = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
             f"checkpoint {os.fspath(path)!r} cannot be read, it is damaged or not a file of "
             f"torch.save's tensors: {cause}"
         ) from error
-    for key in CONTAINERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+
+
+def _entry(content: Any, entry: str, name: str) -> Mapping[str, Tensor]:
+    held = content if isinstance(content, Mapping) else {}
+    if not isinstance(held.get(entry), Mapping):
+        entries = [repr(k) for k, v in held.items() if isinstance(v, Mapping) and _is_state_dict(v)]
         raise ValueError(
-            f"checkpoint {os.fspath(path)!r} holds a {type(content).__name__}, not a state dict"
+            f"{name} has no state dict under {entry!r}; "
+            + (f"it has one under {', '.join(entries)}" if entries else "it has none under any key")
         )
-    return content
+    return held[entry]
 
 
-def load_checkpoint(model: nn.Module, source: Mapping[str, Tensor] | str | os.PathLike) -> None:
+def _without_prefix(state: Mapping[str, Tensor], prefix: str, name: str) -> Mapping[str, Tensor]:
+    if not prefix.endswith("."):
+        raise ValueError(f"read_checkpoint: prefix must end in a dot, got {prefix!r}")
+    named = {key: value for key, value in state.items() if key != "n_averaged"}
+    if bare := [key for key in named if not key.startswith(prefix)]:
+        shown = ", ".join(bare[:3]) + (", ..." if len(bare) > 3 else "")
+        raise ValueError(
+            f"{name} has {len(bare)} key(s) of {len(named)} that do not start with {prefix!r}: "
+            f"{shown}"
+        )
+    stripped = OrderedDict((key[len(prefix) :], value) for key, value in named.items())
+    if hasattr(state, "_metadata"):
+        # Keyed by module: the wrapped one is "module", its children are "module.conv1" and so on.
+        stripped._metadata = OrderedDict(
+            (module[len(prefix) :], versions)
+            for module, versions in state._metadata.items()
+            if f"{module}.".startswith(prefix)
+        )
+    return stripped
+
+
+def load_checkpoint(
+    model: nn.Module,
+    source: Mapping[str, Tensor] | str | os.PathLike,
+    *,
+    builder: str | None = None,
+) -> None:
     """Load a state dict or a checkpoint file into ``model``, strictly, and all of it or nothing.
 
-    Names that an older release of the network gave its entries are understood.
+    Names that an older release of the network gave its entries are understood. ``builder``, the
+    name of the function that built the model, lets an error be more definite.
 
     Raises:
-        RuntimeError: keys are missing or unexpected, or shapes differ; names them all.
+        RuntimeError: keys are missing or unexpected, or shapes differ; names them all, and the way
+            out where the checkpoint is seen to be another library's or a wrapped model's.
         FileNotFoundError, ValueError: as for :func:`read_checkpoint`.
     """
     state = source if isinstance(source, Mapping) else read_checkpoint(source)
-    state = _with_todays_keys(model, state)
-    own = model.state_dict()
+    state = with_todays_keys(model, state)
+    own = {key: list(value.shape) for key, value in model.state_dict().items()}
+    if found := complaints(own, state, "the model"):
+        way_out = advice(state, own, builder)
+        raise RuntimeError(
+            "\n\t".join(
+                [
+                    f"Error(s) in loading state_dict for {type(model).__name__}; "
+                    f"the model is unchanged:",
+                    *found,
+                    *([way_out] if way_out else []),
+                ]
+            )
+        )
+    model.load_state_dict(state)
+
+
+def complaints(own: Mapping[str, list[int]], state: Mapping[str, Tensor], owner: str) -> list[str]:
+    """What keeps state from being one with the keys and shapes ``own``, which are ``owner``'s."""
     missing = [key for key in own if key not in state]
     if not hasattr(state, "_metadata"):
         # Norms of before torch 0.4.1 count no batches, and load_state_dict accepts that.
         missing = [key for key in missing if not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     mismatched = [
-        f"{key} has shape {list(state[key].shape)}, the model's has {list(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
+        f"{key} {_shown(state[key])}, {owner}'s has {shape}"
+        for key, shape in own.items()
+        if key in state and _shape(state[key]) != shape
     ]
-    complaints = [
+    return [
         f"{what}: {', '.join(names)}."
         for what, names in (
             (f"{len(missing)} missing key(s)", missing),
@@ -141,20 +241,18 @@ def load_checkpoint(model: nn.Module, source: Mapping[str, Tensor] | str | os.Pa
         )
         if names
     ]
-    if complaints:
-        raise RuntimeError(
-            "\n\t".join(
-                [
-                    f"Error(s) in loading state_dict for {type(model).__name__}; "
-                    f"the model is unchanged:",
-                    *complaints,
-                ]
-            )
-        )
-    model.load_state_dict(state)
 
 
-def _with_todays_keys(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _shape(value: Any) -> list[int] | None:
+    return list(value.shape) if isinstance(value, Tensor) else None
+
+
+def _shown(value: Any) -> str:
+    shape = _shape(value)
+    return f"is a {type(value).__name__}" if shape is None else f"has shape {shape}"
+
+
+def with_todays_keys(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """A copy of state in which the modules that know old names of their entries renamed them."""
     renamed = OrderedDict(state)
     if hasattr(state, "_metadata"):

@@ -45,7 +45,7 @@ def model_builder(
                 prescribe(kwargs, "num_classes", source.num_classes)
             model = build(**kwargs)
             if source is not None:
-                load_checkpoint(model, source.load(progress))
+                load_checkpoint(model, source.load(progress), builder=builder.__name__)
             if finish is not None:
                 finish(model)
             return model

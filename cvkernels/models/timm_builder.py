@@ -63,7 +63,7 @@ def timm_model_builder(build: Callable[..., nn.Module]) -> Callable[..., nn.Modu
             load_checkpoint(model, source.load_for(model))
             model.pretrained_cfg = model.default_cfg = source.config.to_dict()
         elif source is not None:
-            load_checkpoint(model, source.load(progress))
+            load_checkpoint(model, source.load(progress), builder=name)
         return model
 
     signature = inspect.signature(builder, follow_wrapped=False)

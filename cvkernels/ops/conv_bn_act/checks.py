@@ -10,6 +10,7 @@ from torch import Tensor
 from cvkernels.ops.aliasing import overlap, same_view
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.conv_bn_act.reference import BatchNormParams
+from cvkernels.ops.errors import InputTypeError, InputValueError
 
 ACTIVATIONS = ("none", "relu", "relu6", "silu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -49,7 +50,7 @@ def problem_of(
         out is not None,
     )
     if dtype is None and weight.dtype != x.dtype:
-        raise TypeError(
+        raise InputTypeError(
             f"conv_bn_act: weight must have x's dtype {x.dtype}, got {weight.dtype}; "
             f"convert one with .to(), or run under torch.autocast"
         )
@@ -88,13 +89,15 @@ def _shapes(
 ) -> Problem:
     if len(x) != 4:
         way_out = "; add the batch dimension with x.unsqueeze(0)" if len(x) == 3 else ""
-        raise ValueError(f"conv_bn_act: x must have shape [N, C, H, W], got {list(x)}{way_out}")
+        raise InputValueError(
+            f"conv_bn_act: x must have shape [N, C, H, W], got {list(x)}{way_out}"
+        )
     if len(weight) != 4 or 0 in weight:
         raise ValueError(
             f"conv_bn_act: weight must have shape [K, C/groups, R, S], got {list(weight)}"
         )
     if dtype not in DTYPES:
-        raise TypeError(
+        raise InputTypeError(
             f"conv_bn_act: dtype must be float32, float16, bfloat16 or float64, got {dtype}; "
             f"convert x and weight with .to(torch.float32)"
         )
@@ -102,12 +105,12 @@ def _shapes(
         raise ValueError(f"conv_bn_act: act must be one of {list(ACTIVATIONS)}, got {act!r}")
     C, K = x[1], weight[0]
     if groups < 1 or C % groups or K % groups:
-        raise ValueError(
+        raise InputValueError(
             f"conv_bn_act: groups must divide the channels of x (C = {C}) and of the output "
             f"(K = {K}), got groups = {groups}"
         )
     if weight[1] != C // groups:
-        raise ValueError(
+        raise InputValueError(
             f"conv_bn_act: weight must have C/groups = {C}/{groups} = {C // groups} input channels "
             f"to match x {list(x)}, got {list(weight)}"
         )
@@ -120,7 +123,7 @@ def _shapes(
             raise ValueError(f"conv_bn_act: {name} must be at least {least}, got {list(values)}")
     problem = Problem(*x, K, *weight[2:], stride, padding, dilation, groups, dtype, act, *flags)
     if problem.P < 1 or problem.Q < 1:
-        raise ValueError(
+        raise InputValueError(
             f"conv_bn_act: the {problem.R}x{problem.S} kernel with dilation {list(dilation)} does "
             f"not fit into the map of {problem.H}x{problem.W} with padding {list(padding)}; "
             f"the input is too small"
@@ -140,7 +143,7 @@ def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
 
 def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.device != x.device:
-        raise ValueError(
+        raise InputValueError(
             f"conv_bn_act: {name} must be on x's device {x.device}, got {tensor.device}; "
             f"move it with .to(x.device)"
         )

@@ -76,6 +76,7 @@ def conv_bn_act(
     Raises:
         ValueError: a shape, device, stride or option does not fit, or ``out`` overlaps an argument.
         TypeError: a dtype is not listed above, or dtypes differ; bn is not BatchNormParams.
+        RuntimeError: x and weight do not fit; the error is a ValueError or TypeError as well.
         BackendError: the requested backend cannot run this call.
 
     Differentiable in every tensor but ``out`` and the running statistics, any number of times. No

@@ -12,6 +12,7 @@ from cvkernels import backend as backends
 from cvkernels import record
 from cvkernels.backend import Backend, BackendError, Choice
 from cvkernels.ops import aliasing
+from cvkernels.ops.errors import InputTypeError, InputValueError
 from cvkernels.ops.max_pool import native
 from cvkernels.ops.max_pool.reference import max_pool_reference
 from cvkernels.ops.traffic import touched_positions
@@ -73,6 +74,7 @@ def max_pool(
         ValueError: x is not 4-dimensional, an option is out of range, no window fits, out's shape
             or device does not fit, or out overlaps x (not seen under torch.compile) or itself.
         TypeError: dtype not listed above, out's dtype is not x's, or an option is not of integers.
+        RuntimeError: x has another dtype or no window fits; is a TypeError or ValueError as well.
         BackendError: the requested backend cannot run this call.
 
     Differentiable in x through the reference, which keeps indices. Source: LeCun et al. 1998,
@@ -209,14 +211,14 @@ def _checked(x: Tensor, window: Window, out: Tensor | None) -> tuple[int, int]:
             f"give a single image a batch of one with x[None]"
         )
     if x.dtype not in DTYPES:
-        raise TypeError(
+        raise InputTypeError(
             f"max_pool: x must be float32, float16, bfloat16 or float64, got {x.dtype}; "
             f"convert it, or use torch.nn.functional.max_pool2d"
         )
     N, C, H, W = x.shape
     size = (_count(H, 0, window), _count(W, 1, window))
     if C == 0 or size[0] <= 0 or size[1] <= 0:
-        raise ValueError(
+        raise InputValueError(
             f"max_pool: no window fits x of shape {list(x.shape)} with kernel_size "
             f"{window.kernel_size}, padding {window.padding} and dilation {window.dilation}"
         )
