@@ -8,6 +8,7 @@ their parameters; otherwise the modules are called one by one, which is the stoc
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,9 @@ from torch.nn.modules import module as torch_module
 
 from cvkernels import record
 from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act, max_pool
+from cvkernels.nn.recall import Recall
 from cvkernels.ops.conv_bn_act.op import fuses_input_bn
+from cvkernels.ops.conv_bn_act.prepared import Run, prepared
 
 
 def relu_(x: Tensor) -> Tensor:
@@ -31,6 +34,13 @@ ACTIVATIONS: dict[type[nn.Module] | Callable[[Tensor], Tensor], str] = {
     nn.SiLU: "silu",
     relu_: "relu",
 }
+
+
+class _Derived(NamedTuple):
+    """What a block keeps beside one of its convolutions."""
+
+    weights: DerivedWeights
+    recall: Recall
 
 
 class FusedModule(nn.Module):
@@ -57,10 +67,16 @@ class FusedModule(nn.Module):
         ``act`` is a module, or :func:`relu_`. A norm may be timm's BatchNormAct2d, whose activation
         is inside it; there ``act`` and ``relu`` are None.
         """
-        fused_act, clash = _fused_act(bn, act, residual)
         if input_bn is not None and (reason := why_not_input_bn(x, *input_bn)):
             x = _run_group(input_bn[0], reason, None, lambda u=x: _normalised(u, *input_bn))
             input_bn = None
+        derived = self._derived_from(conv)
+        recall = None
+        if derived is not None and input_bn is None and type(x) is Tensor and x.is_cpu:
+            recall = derived.recall
+            if (run := recall.get(x, conv, bn, act, residual)) is not None:
+                return run(x, residual)
+        fused_act, clash = _fused_act(bn, act, residual)
 
         def as_modules() -> Tensor:
             y = conv(x if input_bn is None else _normalised(x, *input_bn))
@@ -70,24 +86,37 @@ class FusedModule(nn.Module):
                 y += residual
             return y if act is None else act(y)
 
+        def operands() -> tuple:
+            """What the op and :func:`prepared` take."""
+            name = "none" if fused_act is None else ACTIVATIONS[_kind(fused_act)]
+            geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+            scale = None if bn is None else _affine(bn)
+            return (x, conv.weight, conv.bias, scale), geometry, name
+
         def as_op() -> Tensor:
+            tensors, (stride, padding, dilation, groups), name = operands()
             return conv_bn_act(
-                x,
-                conv.weight,
-                conv.bias,
-                None if bn is None else _affine(bn),
-                stride=conv.stride,
-                padding=conv.padding,
-                dilation=conv.dilation,
-                groups=conv.groups,
-                act="none" if fused_act is None else ACTIVATIONS[_kind(fused_act)],
+                *tensors,
+                stride=stride,
+                padding=padding,
+                dilation=dilation,
+                groups=groups,
+                act=name,
                 residual=residual,
                 input_bn=None if input_bn is None else _affine(input_bn[0]),
-                cache=self._derived_weights(conv),
+                cache=None if derived is None else derived.weights,
             )
 
         reason = clash or why_not_conv_bn_act(x, conv, bn, fused_act)
-        return _run_group(conv, reason, as_op, as_modules)
+        y = _run_group(conv, reason, as_op, as_modules)
+        if recall is not None and not reason:
+
+            def prepare() -> Run | None:
+                tensors, geometry, name = operands()
+                return prepared(*tensors, geometry, name, residual, derived.weights)
+
+            recall.keep(x, conv, bn, act, residual, prepare)
+        return y
 
     def pooled(self, x: Tensor, pool: nn.Module) -> Tensor:
         """``pool(x)``, without indices where it is exactly a max pool and nobody watches it."""
@@ -99,14 +128,14 @@ class FusedModule(nn.Module):
 
         return _run_group(pool, why_not_max_pool(x, pool), as_op, lambda: pool(x))
 
-    def _derived_weights(self, conv: nn.Conv2d) -> DerivedWeights | None:
+    def _derived_from(self, conv: nn.Conv2d) -> _Derived | None:
         if torch.compiler.is_compiling():
             return None
-        derived = self.__dict__.setdefault("_derived", {})
-        weights = derived.get(id(conv))
-        if weights is None:
-            weights = derived[id(conv)] = DerivedWeights()
-        return weights
+        all_derived = self.__dict__.setdefault("_derived", {})
+        derived = all_derived.get(id(conv))
+        if derived is None:
+            derived = all_derived[id(conv)] = _Derived(DerivedWeights(), Recall())
+        return derived
 
     def drop_derived_weights(self) -> None:
         """Forget folded and prepacked weights; the next fused call derives them again."""

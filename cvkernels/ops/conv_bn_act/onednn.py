@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -76,14 +77,27 @@ def run(
     out: Tensor | None,
     cache: DerivedWeights | None,
 ) -> Tensor:
+    y = prepared(problem, weight, bias, bn, cache)(x, residual)
+    return y if out is None else out.copy_(y)
+
+
+def prepared(
+    problem: Problem,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn: BatchNormParams | None,
+    cache: DerivedWeights | None,
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """A function of (x, residual) that runs ``problem`` with these weights, and checks nothing."""
     geometry = (problem.padding, problem.stride, problem.dilation, problem.groups)
+    size = (problem.N, problem.C, problem.H, problem.W)
 
     def prepack() -> tuple[Tensor, Tensor]:
         folded, shift = fold(weight, bias, bn)
         with torch.no_grad():
             # In oneDNN's best layout for this input size; without the size it repacks every call.
             packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
-                folded.contiguous().to_mkldnn(), *geometry, x.shape
+                folded.contiguous().to_mkldnn(), *geometry, size
             )
         return packed, shift
 
@@ -91,19 +105,23 @@ def run(
         packed, shift = prepack()
     else:
         sources = [weight, bias, *(bn[:4] if bn is not None else ())]
-        packed, shift = cache.get(("onednn", x.shape, x.dtype, bn and bn.eps), sources, prepack)
+        packed, shift = cache.get(("onednn", size, problem.dtype, bn and bn.eps), sources, prepack)
+    run = _convolve_and_add if fused_add(problem) else _convolve
+    return functools.partial(run, problem.act, (packed, shift, *geometry))
+
+
+def _convolve(act: str, arguments: tuple, x: Tensor, residual: Tensor | None) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
-    name, scalars = POST_OPS["none" if problem.has_residual else problem.act]
-    if not fused_add(problem):
-        y = torch.ops.mkldnn._convolution_pointwise(x, packed, shift, *geometry, name, scalars, "")
-        if residual is not None:
-            y = IN_PLACE[problem.act](y.add_(residual))
-    else:
-        residual = residual.contiguous(memory_format=torch.channels_last)
-        unary = "relu" if problem.act == "relu" else None
-        y = torch.ops.mkldnn._convolution_pointwise.binary(
-            x, residual, packed, shift, *geometry, "add", 1.0, unary, [], ""
-        )
-        if extra_passes(problem):
-            y = IN_PLACE[problem.act](y)
-    return y if out is None else out.copy_(y)
+    name, scalars = POST_OPS["none" if residual is not None else act]
+    y = torch.ops.mkldnn._convolution_pointwise(x, *arguments, name, scalars, "")
+    return y if residual is None else IN_PLACE[act](y.add_(residual))
+
+
+def _convolve_and_add(act: str, arguments: tuple, x: Tensor, residual: Tensor) -> Tensor:
+    x = x.contiguous(memory_format=torch.channels_last)
+    residual = residual.contiguous(memory_format=torch.channels_last)
+    unary = "relu" if act == "relu" else None
+    y = torch.ops.mkldnn._convolution_pointwise.binary(
+        x, residual, *arguments, "add", 1.0, unary, [], ""
+    )
+    return y if act in ("none", "relu") else IN_PLACE[act](y)
