@@ -10,9 +10,6 @@ if not torch.cuda.is_available():
 
 import pytest
 
-# How a library splits a sum among threads decides its rounding, and with it close comparisons.
-torch.set_num_threads(2)
-
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
