@@ -1,9 +1,11 @@
 """The public ops, as functions of tensors. Each docstring is the op's contract."""
 
+from cvkernels.ops.batch_norm import BatchNormParams
 from cvkernels.ops.conv_bn_act import registration as _conv_bn_act  # noqa: F401 - registers the op
-from cvkernels.ops.conv_bn_act.folding import DerivedWeights
 from cvkernels.ops.conv_bn_act.op import conv_bn_act
-from cvkernels.ops.conv_bn_act.reference import BatchNormParams
+from cvkernels.ops.depthwise_conv_bn_act import registration as _depthwise_conv_bn_act  # noqa: F401 - registers the op
+from cvkernels.ops.depthwise_conv_bn_act.op import depthwise_conv_bn_act
+from cvkernels.ops.derived_weights import DerivedWeights
 from cvkernels.ops.max_pool.op import max_pool
 
-__all__ = ["BatchNormParams", "DerivedWeights", "conv_bn_act", "max_pool"]
+__all__ = ["BatchNormParams", "DerivedWeights", "conv_bn_act", "depthwise_conv_bn_act", "max_pool"]

@@ -17,7 +17,7 @@ from torch.nn.modules import module as torch_module
 
 from cvkernels import record
 from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act, max_pool
-from cvkernels.ops.conv_bn_act.op import fuses_input_bn
+from cvkernels.ops.conv_bn_act.op import fuses_prologue
 
 
 def relu_(x: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def why_not_input_bn(x: Tensor, norm: nn.Module, relu: nn.Module) -> str:
         return f"{type(relu).__name__} is not exactly nn.ReLU"
     if reason := why_not_called(x, norm, relu):
         return reason
-    return "" if fuses_input_bn(x) else "no backend here normalises a convolution's input"
+    return "" if fuses_prologue(x) else "no backend here normalises a convolution's input"
 
 
 def _why_not_affine(bn: nn.Module) -> str:
