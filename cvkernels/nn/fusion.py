@@ -16,8 +16,15 @@ from torch._subclasses import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from cvkernels import record
-from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act, max_pool
+from cvkernels.functional import (
+    BatchNormParams,
+    DerivedWeights,
+    conv_bn_act,
+    depthwise_conv_bn_act,
+    max_pool,
+)
 from cvkernels.ops.conv_bn_act.op import fuses_prologue
+from cvkernels.ops.depthwise_conv_bn_act.op import runs_fused
 
 
 def relu_(x: Tensor) -> Tensor:
@@ -49,19 +56,25 @@ class FusedModule(nn.Module):
         act: nn.Module | Callable[[Tensor], Tensor] | None = None,
         residual: Tensor | None = None,
         input_bn: tuple[nn.Module, nn.Module] | None = None,
+        input_gate: Tensor | None = None,
     ) -> Tensor:
         """``act(bn(conv(u)) + residual)``, as one op where the modules allow it.
 
-        ``u`` is x, or ``relu(norm(x))`` for ``input_bn=(norm, relu)``. These two are called before
-        the rest where no kernel has them as a prologue, so that the rest is fused all the same.
-        ``act`` is a module, or :func:`relu_`.
+        ``u`` is x, or ``relu(norm(x))`` for ``input_bn=(norm, relu)``, times ``input_gate[N, C]``.
+        They are computed before the rest where no kernel has them as a prologue, so that the rest
+        is fused all the same; x may then be overwritten by ``x * input_gate``. ``act`` is a module,
+        or :func:`relu_`.
         """
         if input_bn is not None and (reason := why_not_input_bn(x, *input_bn)):
             x = _run_group(input_bn[0], reason, None, lambda u=x: _normalised(u, *input_bn))
             input_bn = None
+        if input_gate is not None and (input_bn is None and not fuses_prologue(x)):
+            x, input_gate = _gated(x, input_gate), None
+        options = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
 
         def as_modules() -> Tensor:
-            y = conv(x if input_bn is None else _normalised(x, *input_bn))
+            u = x if input_bn is None else _normalised(x, *input_bn)
+            y = conv(u if input_gate is None else _gated(u, input_gate))
             if bn is not None:
                 y = bn(y)
             if residual is not None:
@@ -69,22 +82,45 @@ class FusedModule(nn.Module):
             return y if act is None else act(y)
 
         def as_op() -> Tensor:
+            shift = None if bn is None else BatchNormParams.of(bn)
+            name, cache = act_name(act), self._derived_weights(conv)
+            arguments = (x, conv.weight, conv.bias, shift)
+            if residual is input_bn is input_gate is None and runs_depthwise(x, conv):
+                return depthwise_conv_bn_act(*arguments, **options, act=name, cache=cache)
             return conv_bn_act(
-                x,
-                conv.weight,
-                conv.bias,
-                None if bn is None else BatchNormParams.of(bn),
-                stride=conv.stride,
-                padding=conv.padding,
-                dilation=conv.dilation,
+                *arguments,
+                **options,
                 groups=conv.groups,
-                act="none" if act is None else ACTIVATIONS[_kind(act)],
+                act=name,
                 residual=residual,
                 input_bn=None if input_bn is None else BatchNormParams.of(input_bn[0]),
-                cache=self._derived_weights(conv),
+                input_gate=input_gate,
+                cache=cache,
             )
 
         return _run_group(conv, why_not_conv_bn_act(x, conv, bn, act), as_op, as_modules)
+
+    def squeezed(
+        self, x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: nn.Module
+    ) -> tuple[Tensor, Tensor]:
+        """``act(bn(conv(x)))`` and its sums over H and W, as one op.
+
+        For modules that :func:`why_not_conv_bn_act` and :func:`runs_depthwise` let pass.
+        """
+
+        def as_op() -> tuple[Tensor, Tensor]:
+            return depthwise_conv_bn_act(
+                x, conv.weight, conv.bias, BatchNormParams.of(bn), stride=conv.stride,
+                padding=conv.padding, dilation=conv.dilation, act=act_name(act), squeeze=True,
+                cache=self._derived_weights(conv),
+            )  # fmt: skip
+
+        if (recorder := record.active()) is None:
+            return as_op()
+        with recorder.group(conv, ""):
+            y, sums = as_op()
+        recorder.observe(conv, y)
+        return y, sums
 
     def pooled(self, x: Tensor, pool: nn.Module) -> Tensor:
         """``pool(x)``, without indices where it is exactly a max pool and nobody watches it."""
@@ -141,6 +177,24 @@ class FusedModule(nn.Module):
 def _kind(act: nn.Module | Callable) -> type[nn.Module] | Callable:
     """What ``ACTIVATIONS`` knows act by."""
     return type(act) if isinstance(act, nn.Module) else act
+
+
+def act_name(act: nn.Module | Callable | None) -> str:
+    """What the ops call act."""
+    return "none" if act is None else ACTIVATIONS[_kind(act)]
+
+
+def runs_depthwise(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether conv is depthwise and has kernels of its own for x; else conv_bn_act takes it."""
+    if conv.groups == 1 or not conv.groups == conv.in_channels == conv.out_channels:
+        return False
+    return runs_fused(x, conv.kernel_size, conv.stride, conv.dilation)
+
+
+def _gated(x: Tensor, gate: Tensor) -> Tensor:
+    """x times gate[N, C], in place where no gradient needs x."""
+    gate = gate[:, :, None, None]
+    return x * gate if torch.is_grad_enabled() else x.mul_(gate)
 
 
 def _normalised(x: Tensor, norm: nn.Module, relu: nn.Module) -> Tensor:

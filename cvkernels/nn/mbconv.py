@@ -13,8 +13,14 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from cvkernels import record
 from cvkernels.nn.conv_bn_act import ConvBNAct, split_conv_bn_act
-from cvkernels.nn.fusion import FusedModule, why_not_called
+from cvkernels.nn.fusion import (
+    FusedModule,
+    runs_depthwise,
+    why_not_called,
+    why_not_conv_bn_act,
+)
 from cvkernels.nn.squeeze_excite import SqueezeExcitation, divisible
 from cvkernels.nn.stochastic_depth import StochasticDepth
 
@@ -161,6 +167,52 @@ class MBConv(_InvertedResidual):
         layers.append(se_layer(expanded, squeezed, activation=partial(nn.SiLU, inplace=True)))
         layers.append(conv(expanded, cnf.out_channels, kernel_size=1, activation_layer=None))
         super().__init__(cnf, layers, stochastic_depth_prob)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._squeezes_in_place(x):
+            return super().forward(x)
+        *expand, depthwise, excitation, project = self.block
+        y = x
+        for layer in expand:
+            y = layer(y)
+        y, sums = depthwise.squeezed(y, *depthwise)
+        count = y.shape[2] * y.shape[3]
+        if (recorder := record.active()) is None:
+            gate = excitation.gate_of_sums(sums, count)
+        else:
+            with recorder.group(excitation, ""):
+                gate = excitation.gate_of_sums(sums, count)
+        conv, bn = project
+        residual = x if self.use_res_connect else None
+        return project.fused(y, conv, bn, residual=residual, input_gate=gate)
+
+    def _squeezes_in_place(self, x: Tensor) -> bool:
+        """Whether the depthwise convolution can sum its output, and the projection take the gate.
+
+        Where they can, the depthwise map is written once and read once. They cannot where somebody
+        watches one of the modules in between, or a part is not what the ops compute.
+        """
+        block = self.block
+        if self.training or type(block) is not nn.Sequential or len(block) not in (3, 4):
+            return False
+        *expand, depthwise, excitation, project = block
+        if any(
+            getattr(type(layer), "forward", None) is not ConvBNAct.forward
+            for layer in (*expand, depthwise, project)
+        ):
+            return False
+        if type(excitation) is not SqueezeExcitation or (len(depthwise), len(project)) != (3, 2):
+            return False
+        if self.stochastic_depth.training and self.stochastic_depth.p > 0.0:
+            return False
+        conv, bn, act = depthwise
+        return not (
+            why_not_called(x, self, block, depthwise, excitation, project, self.stochastic_depth)
+            or why_not_conv_bn_act(x, conv, bn, act)
+            or why_not_conv_bn_act(x, *project, None)
+            or excitation._why_not_matrices(x)
+            or not runs_depthwise(x, conv)
+        )
 
 
 class FusedMBConv(_InvertedResidual):

@@ -99,6 +99,15 @@ class SqueezeExcitation(SqueezeExcite):
     def parts(self) -> tuple:
         return self.avgpool, self.fc1, (self.activation,), self.fc2, self.scale_activation
 
+    def gate_of_sums(self, sums: Tensor, count: int) -> Tensor:
+        """The gates [N, C] from the channels' sums over ``count`` pixels."""
+        fc1, fc2 = self.fc1, self.fc2
+        mean = (sums / count).to(fc1.weight.dtype)
+        y = F.linear(mean, fc1.weight.flatten(1), fc1.bias)
+        y = self.activation(y[:, :, None, None]).flatten(1)
+        y = F.linear(y, fc2.weight.flatten(1), fc2.bias)
+        return self.scale_activation(y[:, :, None, None]).flatten(1)
+
     def as_modules(self, x: Tensor) -> Tensor:
         scale = self.activation(self.fc1(self.avgpool(x)))
         return self.scale_activation(self.fc2(scale)) * x
