@@ -5,5 +5,19 @@ from cvkernels.ops.conv_bn_act.folding import DerivedWeights
 from cvkernels.ops.conv_bn_act.op import conv_bn_act
 from cvkernels.ops.conv_bn_act.reference import BatchNormParams
 from cvkernels.ops.max_pool.op import max_pool
+from cvkernels.ops.se_scale import registration as _se_scale  # noqa: F401 - registers the ops
+from cvkernels.ops.se_scale.block import squeeze_excite
+from cvkernels.ops.se_scale.excite import excite
+from cvkernels.ops.se_scale.op import se_scale
+from cvkernels.ops.se_scale.squeeze import squeeze
 
-__all__ = ["BatchNormParams", "DerivedWeights", "conv_bn_act", "max_pool"]
+__all__ = [
+    "BatchNormParams",
+    "DerivedWeights",
+    "conv_bn_act",
+    "excite",
+    "max_pool",
+    "se_scale",
+    "squeeze",
+    "squeeze_excite",
+]
