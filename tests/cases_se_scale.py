@@ -60,3 +60,23 @@ def make_layers(m, dtype, device):
         (scale * torch.randn(shape, device=device)).to(dtype)
         for shape, scale in zip(shapes, scales, strict=True)
     )
+
+
+def of_flat_layers(function, m):
+    """function with its four parameters taken from one vector, as its second argument.
+
+    So the tolerance rule sees their gradients as one: on a bias of a few elements PyTorch's own
+    error is a matter of luck.
+    """
+    shapes = ((m.R, m.C), (m.R,), (m.C, m.R), (m.C,))
+
+    def call(x, flat, *arguments, **kwargs):
+        parts = flat.split([torch.Size(shape).numel() for shape in shapes])
+        layers = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return function(x, *layers, *arguments, **kwargs)
+
+    return call
+
+
+def make_flat_layers(m, dtype, device):
+    return torch.cat([layer.flatten() for layer in make_layers(m, dtype, device)])

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from cases_se_scale import Map, make_layers, make_map
+from cases_se_scale import Map, make_flat_layers, make_layers, make_map, of_flat_layers
 from numerics import assert_matches_grad
 from torch.library import opcheck
 
@@ -67,28 +67,26 @@ def test_gradcheck_in_float64():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_hand_written_gradients(act, dtype, memory_format):
     m = Map(3, 17, 5, 5, 9)
-    x, residual = (make_map(m, dtype, memory_format, "cpu") for _ in range(2))
-    leaves = tuple(t.requires_grad_() for t in (x, *make_layers(m, dtype, "cpu"), residual))
+    x, residual = (make_map(m, dtype, memory_format, "cpu").requires_grad_() for _ in range(2))
+    layers = make_flat_layers(m, dtype, "cpu").requires_grad_()
+    gate, pooled = (torch.randn(m.N, m.C).to(dtype).requires_grad_() for _ in range(2))
+    ops = torch.ops.cvkernels
 
     def stock(x, w1, b1, w2, b2, r):
         return squeeze_excite_reference(x, w1, b1, w2, b2, "silu", r, act)
 
-    assert_matches_grad(registered(act), stock, leaves)
-    gate = torch.randn(m.N, m.C).to(dtype).requires_grad_()
-    scale = torch.ops.cvkernels.se_scale
+    both = (of_flat_layers(function, m) for function in (registered(act), stock))
+    assert_matches_grad(*both, (x, layers, residual))
     assert_matches_grad(
-        lambda x, g, r: scale(x, g, r, act, "reference"),
+        lambda x, g, r: ops.se_scale(x, g, r, act, "reference"),
         lambda x, g, r: se_scale_reference(x, g, r, act),
         (x, gate, residual),
     )
+    assert_matches_grad(lambda x: ops.squeeze(x, "reference"), squeeze_reference, (x,))
     assert_matches_grad(
-        lambda x: torch.ops.cvkernels.squeeze(x, "reference"), squeeze_reference, (x,)
-    )
-    pooled = torch.randn(m.N, m.C).to(dtype).requires_grad_()
-    assert_matches_grad(
-        lambda p, *layers: torch.ops.cvkernels.excite(p, *layers, "relu", True, 0, "reference"),
-        lambda p, *layers: excite_reference(p, *layers, "relu", sigmoid=True),
-        (pooled, *leaves[1:5]),
+        of_flat_layers(lambda p, *w: ops.excite(p, *w, "relu", True, 0, "reference"), m),
+        of_flat_layers(lambda p, *w: excite_reference(p, *w, "relu", sigmoid=True), m),
+        (pooled, layers),
     )
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases_se_scale import SMALL, Map, make_layers, make_map
+from cases_se_scale import SMALL, Map, make_flat_layers, make_layers, make_map, of_flat_layers
 from numerics import assert_matches, assert_matches_grad
 
 from cvkernels import backend
@@ -166,10 +166,10 @@ def test_se_scale_gradients(m, act, residual, memory_format, device):
 def test_squeeze_excite_gradients(m, act, residual, memory_format, device):
     for dtype in DTYPES:
         x = make_map(m, dtype, memory_format, device).requires_grad_()
-        layers = [t.requires_grad_() for t in make_layers(m, dtype, device)]
+        layers = make_flat_layers(m, dtype, device).requires_grad_()
         added = make_map(m, dtype, memory_format, device).requires_grad_() if residual else None
-        arguments = (x, *layers, m.act, added, act)
-        assert_matches_grad(squeeze_excite, squeeze_excite_reference, arguments)
+        ours, stock = (of_flat_layers(f, m) for f in (squeeze_excite, squeeze_excite_reference))
+        assert_matches_grad(ours, stock, (x, layers, m.act, added, act))
 
 
 @dtypes
@@ -177,13 +177,13 @@ def test_squeeze_excite_gradients(m, act, residual, memory_format, device):
 @pytest.mark.parametrize("sigmoid", [False, True], ids=["logits", "multiplier"])
 def test_squeeze_and_excite_gradients(dtype, count, sigmoid, device):
     m = MAPS["odd"]
-    layers = [t.requires_grad_() for t in make_layers(m, dtype, device)]
     x = make_map(m, dtype, CHANNELS_LAST, device).requires_grad_()
     assert_matches_grad(squeeze, squeeze_reference, (x,))
     pooled = torch.randn(m.N, m.C, device=device).to(torch.float32 if count else dtype)
-    arguments = (pooled.requires_grad_(), *layers, "silu")
+    layers = make_flat_layers(m, dtype, device).requires_grad_()
+    ours, stock = (of_flat_layers(f, m) for f in (excite, excite_reference))
     options = {"sigmoid": sigmoid, "count": count}
-    assert_matches_grad(excite, excite_reference, arguments, options)
+    assert_matches_grad(ours, stock, (pooled.requires_grad_(), layers, "silu"), options)
 
 
 def test_gradients_of_frozen_parts_and_strided_cotangents(device):

@@ -26,6 +26,7 @@ from cvkernels.ops.se_scale.select import (
     Traffic,
     nbytes,
     needs_grad,
+    registered_backend,
     run,
     select,
 )
@@ -86,8 +87,9 @@ def squeeze_excite(
         if choice.backend == "native":
             return native.squeeze_excite(x, *layers, act, residual, out_act, out)
         if needs_grad(x, residual, *layers) or torch.compiler.is_compiling():
+            name = registered_backend(choice, backend)
             op = torch.ops.cvkernels.squeeze_excite
-            return op(x, *layers, act, residual, out_act, choice.backend)[0]
+            return op(x, *layers, act, residual, out_act, name)[0]
         return triton_squeeze_excite(x, *layers, act, residual, out_act, out)[0]
 
     def reference() -> Tensor:

@@ -22,6 +22,7 @@ from cvkernels.ops.se_scale.select import (
     Traffic,
     nbytes,
     needs_grad,
+    registered_backend,
     run,
     select,
 )
@@ -78,9 +79,8 @@ def excite(
         if choice.backend == "native":
             return native.excite(pooled, *layers, act, sigmoid, count)
         if needs_grad(pooled, *layers) or torch.compiler.is_compiling():
-            return torch.ops.cvkernels.excite(
-                pooled, *layers, act, sigmoid, count or 0, choice.backend
-            )
+            name = registered_backend(choice, backend)
+            return torch.ops.cvkernels.excite(pooled, *layers, act, sigmoid, count or 0, name)
         return triton_excite(pooled, *layers, act, sigmoid, count)
 
     def reference() -> Tensor:

@@ -23,6 +23,7 @@ from cvkernels.ops.se_scale.select import (
     Traffic,
     nbytes,
     needs_grad,
+    registered_backend,
     run,
     select,
 )
@@ -73,7 +74,8 @@ def se_scale(
         if choice.backend == "native":
             return native.se_scale(x, gate, residual, act, out)
         if needs_grad(x, gate, residual) or torch.compiler.is_compiling():
-            return torch.ops.cvkernels.se_scale(x, gate, residual, act, choice.backend)
+            name = registered_backend(choice, backend)
+            return torch.ops.cvkernels.se_scale(x, gate, residual, act, name)
         return triton_se_scale(x, gate, residual, act, out)
 
     def reference() -> Tensor:

@@ -61,12 +61,20 @@ def _why_not(
         return native.why_not(dtype, device)
     if dtype not in TRITON_DTYPES:
         return f"Triton computes in float16, bfloat16 and float32, got {dtype}"
-    return triton_limit or backends.lacks_triton(device)
+    # A compiled graph asks when it runs; tracing cannot.
+    return triton_limit or ("" if torch.compiler.is_compiling() else backends.lacks_triton(device))
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd has to see the call."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def registered_backend(choice: Choice, backend: str) -> str:
+    """What a registered op is asked for: a compiled graph chooses when it runs."""
+    if torch.compiler.is_compiling():
+        return backends.requested(backend, IMPLEMENTATIONS)
+    return choice.backend
 
 
 def run(

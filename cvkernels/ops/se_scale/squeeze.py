@@ -16,6 +16,7 @@ from cvkernels.ops.se_scale.select import (
     Traffic,
     nbytes,
     needs_grad,
+    registered_backend,
     run,
     select,
 )
@@ -48,7 +49,8 @@ def squeeze(x: Tensor, *, backend: Backend = "auto") -> Tensor:
         if choice.backend == "native":
             return native.squeeze(x)
         if needs_grad(x) or torch.compiler.is_compiling():
-            return torch.ops.cvkernels.squeeze(x, choice.backend)
+            name = registered_backend(choice, backend)
+            return torch.ops.cvkernels.squeeze(x, name)
         return triton_squeeze(x)
 
     def traffic() -> Traffic:

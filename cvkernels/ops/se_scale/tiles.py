@@ -35,7 +35,7 @@ def elementwise(N: int, C: int, HW: int, vec: int) -> Tile:
 def reduction(N: int, C: int, HW: int, vec: int, elements: int) -> Tile:
     """A tile of about ``elements``, and as many parts as fill the GPU."""
     block_c = _block_c(C, 64)
-    block_p = max(1, min(elements // block_c, _power_of_two(HW)))
+    block_p = max(1, min(elements // block_c, _power_of_two(HW), 64))
     wanted = cdiv(PROGRAMS, max(1, N * cdiv(C, block_c)))
     parts = max(1, min(wanted, cdiv(HW, 2 * block_p)))
     pixels = cdiv(cdiv(HW, parts), block_p) * block_p
