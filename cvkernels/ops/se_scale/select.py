@@ -16,6 +16,8 @@ from cvkernels.ops.se_scale import native
 IMPLEMENTATIONS = ("triton", "native")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+LARGEST_MAP = 2**31 - 2**13
+
 
 class Traffic(NamedTuple):
     """What a fused call costs."""
@@ -39,6 +41,7 @@ def select(op: str, x: Tensor, grad: bool, requested: str, triton_limit: str = "
         name = "native" if device == "cpu" else "triton"
     else:
         name = requested
+    triton_limit = triton_limit or _too_large(x)
     reason = _why_not(op, x.dtype, device, grad, name, triton_limit)
     if not reason and requested == "auto" and name == "native" and torch.compiler.is_compiling():
         reason = "torch.compile generates the op on CPU"
@@ -63,6 +66,11 @@ def _why_not(
         return f"Triton computes in float16, bfloat16 and float32, got {dtype}"
     # A compiled graph asks when it runs; tracing cannot.
     return triton_limit or ("" if torch.compiler.is_compiling() else backends.lacks_triton(device))
+
+
+def _too_large(x: Tensor) -> str:
+    pixels = x.shape[2:].numel()
+    return "" if pixels <= LARGEST_MAP else f"Triton counts pixels in 32 bits, got {pixels}"
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

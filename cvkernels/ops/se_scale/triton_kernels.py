@@ -77,8 +77,8 @@ def split_program(C, parts, BLOCK_C: tl.constexpr):
 @triton.jit
 def tile_offsets(n, p_offs, c_offs, stride_n, stride_p, VEC: tl.constexpr):
     """Offsets [pixels, channels] into an NHWC map whose strides are given in packs."""
-    pixels = p_offs.to(tl.int64) * (stride_p * VEC)
-    return (n * (stride_n * VEC) + pixels)[:, None] + c_offs[None, :]
+    pixels = p_offs.to(tl.int64) * stride_p * VEC
+    return (n * stride_n * VEC + pixels)[:, None] + c_offs[None, :]
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)

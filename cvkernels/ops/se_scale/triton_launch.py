@@ -28,6 +28,8 @@ from cvkernels.ops.se_scale.triton_kernels import (
 )
 
 _FINISH_BLOCK = 256
+# Four programs an SM. Without a limit ptxas aims at fewer, and spills to get there.
+_REGISTERS = {"maxnreg": 128}
 
 
 class Launch(NamedTuple):
@@ -157,7 +159,7 @@ def plan_squeeze(x: Tensor, out: Tensor, divisor: int) -> Launch:
     HW = H * W
     if not is_nhwc(x):
         rows, block_p = tiles.planes(HW, tiles.SQUEEZE)
-        meta = {"BLOCK_ROWS": rows, "BLOCK_P": block_p}
+        meta = {"BLOCK_ROWS": rows, "BLOCK_P": block_p, **_REGISTERS}
         args = [x, out, N * C, HW, float(divisor)]
         return Launch(squeeze_nchw_kernel, (cdiv(N * C, rows),), args, meta)
     tile = tiles.reduction(N, C, HW, tiles.vec_of(x), tiles.SQUEEZE)
@@ -204,7 +206,7 @@ def plan_se_scale(
     tensors = [x, gate, shift, residual, out]
     if not is_nhwc(x):
         rows, block_p = tiles.planes(HW, 4096)
-        meta = {"ACT": act, "BLOCK_ROWS": rows, "BLOCK_P": block_p}
+        meta = {"ACT": act, "BLOCK_ROWS": rows, "BLOCK_P": block_p, **_REGISTERS}
         grid = (cdiv(N * C, rows) * cdiv(HW, block_p),)
         return Launch(se_scale_nchw_kernel, grid, [*tensors, N * C, HW], meta)
     tile = tiles.elementwise(N, C, HW, tiles.vec_of(x, residual, out))
@@ -231,7 +233,7 @@ def plan_backward(
     tensors = [grad, x, gate, residual, out, dx, dz, parts]
     if not is_nhwc(x):
         rows, block_p = tiles.planes(HW, tiles.BACKWARD)
-        meta = {"ACT": act, "BLOCK_ROWS": rows, "BLOCK_P": block_p}
+        meta = {"ACT": act, "BLOCK_ROWS": rows, "BLOCK_P": block_p, **_REGISTERS}
         return Launch(se_scale_bwd_nchw_kernel, (cdiv(N * C, rows),), [*tensors, N * C, HW], meta)
     tile = tiles.reduction(N, C, HW, tiles.vec_of(grad, x, residual, out), tiles.BACKWARD)
     args = [*tensors, HW, C // tile.vec]
@@ -248,4 +250,4 @@ def _packs(x: Tensor | None, vec: int) -> tuple[int, int]:
 
 
 def _blocks(tile: tiles.Tile) -> dict[str, int]:
-    return {"VEC": tile.vec, "BLOCK_P": tile.block_p, "BLOCK_C": tile.block_c}
+    return {"VEC": tile.vec, "BLOCK_P": tile.block_p, "BLOCK_C": tile.block_c, **_REGISTERS}
