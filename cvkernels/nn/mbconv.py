@@ -210,7 +210,7 @@ class MBConv(_InvertedResidual):
             why_not_called(x, self, block, depthwise, excitation, project, self.stochastic_depth)
             or why_not_conv_bn_act(x, conv, bn, act)
             or why_not_conv_bn_act(x, *project, None)
-            or excitation._why_not_matrices(x)
+            or excitation.why_not_op(x)
             or not runs_depthwise(x, conv)
         )
 
