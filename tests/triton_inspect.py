@@ -21,8 +21,12 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from cvkernels.ops.batch_norm import BatchNormParams
 from cvkernels.ops.conv_bn_act import triton_launch, tuning
 from cvkernels.ops.conv_bn_act.problem import Problem
+from cvkernels.ops.depthwise_conv_bn_act import triton_launch as depthwise_launches
+from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
+from cvkernels.ops.depthwise_conv_bn_act.tiling import tiling
 from cvkernels.ops.se_scale import tiles
 from cvkernels.ops.se_scale import triton_launch as se_scale_launches
 
@@ -175,7 +179,33 @@ def se_scale_launch(case: dict):
     return launches.plan_backward(image(), x, gate, *kept, *made, parts, act)
 
 
-LAUNCHES = {"conv_bn_act": conv_launch, "se_scale": se_scale_launch}
+def depthwise_launch(case: dict):
+    """The launch of a case: ``shape`` (C, H = W, kernel, stride), ``batch``, ``dtype`` (a word)."""
+    dtype = getattr(torch, case["dtype"])
+    C, size, kernel, stride = case["shape"]
+    geometry = ((stride, stride), (kernel // 2, kernel // 2), (1, 1))
+    p = DepthwiseProblem(
+        case["batch"], C, size, size, C, kernel, kernel, *geometry, C, dtype, "silu", has_bn=True,
+        squeeze=True,
+    )  # fmt: skip
+    tiles = tiling(p, divmod(case["arch"], 10))
+
+    def image(height, width):
+        shape = (p.N, C, height, width)
+        return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+    weight = torch.empty(kernel, kernel, C, dtype=dtype, device="meta")
+    bn = BatchNormParams(*(torch.empty(C, device="meta") for _ in range(4)))
+    parts = torch.empty(p.N, tiles.bands, C, device="meta")
+    x, out = image(size, size), image(p.P, p.Q)
+    return depthwise_launches.plan(p, x, weight, None, bn, out, parts, tiles)
+
+
+LAUNCHES = {
+    "conv_bn_act": conv_launch,
+    "depthwise_conv_bn_act": depthwise_launch,
+    "se_scale": se_scale_launch,
+}
 
 
 def main() -> None:

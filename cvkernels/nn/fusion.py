@@ -193,7 +193,7 @@ def runs_depthwise(x: Tensor, conv: nn.Conv2d) -> bool:
 
 def _gated(x: Tensor, gate: Tensor) -> Tensor:
     """x times gate[N, C], in place where no gradient needs x."""
-    gate = gate[:, :, None, None]
+    gate = gate[:, :, None, None].to(x.dtype)
     return x * gate if torch.is_grad_enabled() else x.mul_(gate)
 
 

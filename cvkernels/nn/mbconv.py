@@ -169,50 +169,56 @@ class MBConv(_InvertedResidual):
         super().__init__(cnf, layers, stochastic_depth_prob)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._squeezes_in_place(x):
+        if not self._is_stock(x):
             return super().forward(x)
         *expand, depthwise, excitation, project = self.block
         y = x
         for layer in expand:
             y = layer(y)
-        y, sums = depthwise.squeezed(y, *depthwise)
-        count = y.shape[2] * y.shape[3]
-        if (recorder := record.active()) is None:
-            gate = excitation.gate_of_sums(sums, count)
+        gate = None
+        if self._sums_and_gates(y, depthwise, excitation, project):
+            y, sums = depthwise.squeezed(y, *depthwise)
+            gate = self._gate(excitation, sums, y.shape[2] * y.shape[3])
         else:
-            with recorder.group(excitation, ""):
-                gate = excitation.gate_of_sums(sums, count)
-        conv, bn = project
+            y = excitation(depthwise(y))
         residual = x if self.use_res_connect else None
-        return project.fused(y, conv, bn, residual=residual, input_gate=gate)
+        return project.fused(y, *project, residual=residual, input_gate=gate)
 
-    def _squeezes_in_place(self, x: Tensor) -> bool:
-        """Whether the depthwise convolution can sum its output, and the projection take the gate.
-
-        Where they can, the depthwise map is written once and read once. They cannot where somebody
-        watches one of the modules in between, or a part is not what the ops compute.
-        """
+    def _is_stock(self, x: Tensor) -> bool:
+        """Whether the block has stock's parts, trains none of them, and nobody watches a join."""
         block = self.block
-        if self.training or type(block) is not nn.Sequential or len(block) not in (3, 4):
+        if type(block) is not nn.Sequential or len(block) not in (3, 4):
             return False
         *expand, depthwise, excitation, project = block
-        if any(
-            getattr(type(layer), "forward", None) is not ConvBNAct.forward
-            for layer in (*expand, depthwise, project)
-        ):
+        convs = (*expand, depthwise, project)
+        if any(getattr(type(conv), "forward", None) is not ConvBNAct.forward for conv in convs):
             return False
         if type(excitation) is not SqueezeExcitation or (len(depthwise), len(project)) != (3, 2):
             return False
         if self.stochastic_depth.training and self.stochastic_depth.p > 0.0:
             return False
-        conv, bn, act = depthwise
+        return not why_not_called(x, block, project, self.stochastic_depth)
+
+    @staticmethod
+    def _sums_and_gates(x: Tensor, depthwise, excitation, project) -> bool:
+        """Whether the depthwise op sums its output, so that the projection takes the gate.
+
+        The depthwise map is then written once and read once.
+        """
         return not (
-            why_not_called(x, self, block, depthwise, excitation, project, self.stochastic_depth)
-            or why_not_conv_bn_act(x, conv, bn, act)
+            why_not_called(x, depthwise, excitation)
+            or why_not_conv_bn_act(x, *depthwise)
             or why_not_conv_bn_act(x, *project, None)
             or excitation.why_not_op(x)
-            or not runs_depthwise(x, conv)
+            or not runs_depthwise(x, depthwise[0])
         )
+
+    @staticmethod
+    def _gate(excitation: SqueezeExcitation, sums: Tensor, count: int) -> Tensor:
+        if (recorder := record.active()) is None:
+            return excitation.gate_of_sums(sums, count)
+        with recorder.group(excitation, ""):
+            return excitation.gate_of_sums(sums, count)
 
 
 class FusedMBConv(_InvertedResidual):

@@ -173,7 +173,7 @@ class SqueezeExcitation(SqueezeExcite):
         """The gates [N, C] from the channels' sums over ``count`` pixels, as one op."""
         fc1, fc2 = self.fc1, self.fc2
         layers = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-        return excite(sums, *layers, act=_ACTS[type(self.activation)], count=count)
+        return excite(sums, *layers, _ACTS[type(self.activation)], sigmoid=True, count=count)
 
     def as_modules(self, x: Tensor) -> Tensor:
         scale = self.activation(self.fc1(self.avgpool(x)))

@@ -17,6 +17,11 @@ OP = "depthwise_conv_bn_act"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+def sums_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the sums of a map of ``dtype`` are in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
 class DepthwiseProblem(Problem):
     """One call, without its data: x[N, C, H, W], weight[C, 1, R, S], and sums[N, C] on request."""
@@ -25,7 +30,7 @@ class DepthwiseProblem(Problem):
 
     @property
     def sums_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.dtype, torch.float32)
+        return sums_dtype(self.dtype)
 
     @property
     def bytes_written(self) -> int:

@@ -29,4 +29,4 @@ def depthwise_conv_bn_act_reference(
     y = activate(y, act)
     if not squeeze:
         return y
-    return y, y.sum((2, 3), dtype=torch.promote_types(y.dtype, torch.float32))
+    return y, y.sum((2, 3), dtype=torch.float64 if y.dtype == torch.float64 else torch.float32)

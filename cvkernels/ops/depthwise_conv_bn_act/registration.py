@@ -8,7 +8,7 @@ from torch import Tensor
 from cvkernels.ops.batch_norm import BatchNormParams
 from cvkernels.ops.conv_bn_act.gradients import conv_bn_act_backward
 from cvkernels.ops.depthwise_conv_bn_act.op import execute, run_reference, select
-from cvkernels.ops.depthwise_conv_bn_act.problem import problem_of
+from cvkernels.ops.depthwise_conv_bn_act.problem import problem_of, sums_dtype
 
 ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? bias, "
@@ -69,8 +69,7 @@ def _fake(*flat) -> Tensor:
 
 def _fake_squeeze(*flat) -> tuple[Tensor, Tensor]:
     x = flat[0]
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return _fake(*flat), torch.empty(x.shape[:2], dtype=dtype, device=x.device)
+    return _fake(*flat), torch.empty(x.shape[:2], dtype=sums_dtype(x.dtype), device=x.device)
 
 
 torch.library.register_fake("cvkernels::depthwise_conv_bn_act", _fake, lib=library)
