@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases_conv_bn_act import make_bn
+from cases_depthwise_conv_bn_act import NETWORKS
 from numerics import assert_close_as_eager, map_floats
 
 pytest.importorskip("triton")
@@ -165,14 +166,7 @@ def test_more_than_two_to_the_31_elements():
 
 # How the heuristic tiles, and what the compiler makes of it
 
-# C, size, kernel, stride: every depthwise convolution of EfficientNet-B0 at 224, V2-S at 384
-SHAPES = [
-    (32, 112, 3, 1), (96, 112, 3, 2), (144, 56, 3, 1), (144, 56, 5, 2), (240, 28, 5, 1),
-    (240, 28, 3, 2), (480, 14, 3, 1), (480, 14, 5, 1), (672, 14, 5, 1), (672, 14, 5, 2),
-    (1152, 7, 5, 1), (1152, 7, 3, 1),
-    (256, 48, 3, 2), (512, 24, 3, 1), (768, 24, 3, 1), (960, 24, 3, 1), (960, 24, 3, 2),
-    (1536, 12, 3, 1),
-]  # fmt: skip
+SHAPES = list(NETWORKS.values())
 CASES_TO_COMPILE = [
     {"shape": shape, "batch": batch, "dtype": dtype, "arch": arch}
     for arch in (80, 90, 100)
@@ -185,9 +179,7 @@ CASES_TO_COMPILE = [
 
 
 def case_id(case):
-    return "{}x{}-{}x{}s{}".format(
-        *(case["shape"][i] for i in (0, 1, 2, 2, 3))
-    ) + "-n{}-{}-sm{}".format(case["batch"], case["dtype"], case["arch"])
+    return "{shape}-n{batch}-{dtype}-sm{arch}".format(**case)
 
 
 def depthwise_problem(shape, batch, dtype=torch.bfloat16):
@@ -235,8 +227,8 @@ def compiled():
 def test_code_has_no_spill_and_wide_accesses(case, compiled):
     found = compiled[case_id(case)]
     assert found["local"] == 0
-    # ptxas gives up to three registers of a float32 tile for a fuller SM
-    assert found["stack"] <= (16 if case["dtype"] == "float32" else 0), found
+    # ptxas gives up two registers of a float32 tile for a fuller SM
+    assert found["stack"] <= (8 if case["dtype"] == "float32" else 0), found
     # one store is that of the sums, once for a program
     assert found["store_16"] == found["store"] - 1, found
     assert found["load_16"] > 0 and found["load_2"] == 0, found

@@ -43,8 +43,8 @@ def tiling(problem: DepthwiseProblem, capability: tuple[int, int]) -> Tiling:
     itemsize = problem.dtype.itemsize
     vector = _ACCESS // itemsize
     block_q = min(_power_of_two(problem.Q), 128)
-    # rows that share a load of x; more would not fit the registers of two programs on an SM
-    block_p = min(4, problem.P)
+    # rows that share loads of x, of which a stride leaves fewer; more would not fit the registers
+    block_p = min(4 if problem.stride[0] == 1 else 2, problem.P)
     sms = SM_COUNT.get(tuple(capability), 108)
     threads = 256 if block_q >= 32 else 128
     block_c = min(vector * threads // block_q, 128, _power_of_two(problem.C))
