@@ -152,7 +152,7 @@ struct Layer {
   Act act;
 };
 
-// dots[i] = shared . others[i], each `size` long, with a distance from one of the others to the next.
+// dots[i] = shared . others[i], each `size` long; `distance` leads from one other to the next.
 template <typename S, typename T>
 CVK_HOST_DEVICE void four_dots(const typename Element<S>::Bits* shared,
                                const typename Element<T>::Bits* others, int64_t distance,
