@@ -185,7 +185,9 @@ Excite excite_of(const char* op, const Tensor& weight1, const Maybe& bias1, cons
                  const Maybe& bias2, int64_t act) {
   for (const Tensor* weight : {&weight1, &weight2}) {
     CVK_CHECK_CPU(op, *weight);
-    CVK_CHECK_DIM(op, *weight, 2);
+    CVK_CHECK(op, weight->dim() == 2 || (weight->dim() == 4 && weight->size(2) == 1 &&
+                                         weight->size(3) == 1),
+              "a weight must be a matrix or a 1x1 convolution's, got ", shape_of(*weight));
     CVK_CHECK(op, weight->is_contiguous(), "weights must be contiguous");
   }
   const int64_t R = weight1.size(0), C = weight1.size(1);
