@@ -103,9 +103,11 @@ const void* at(const void* data, int64_t offset) {
   return data ? static_cast<const Element<T>::Bits*>(data) + offset : nullptr;
 }
 
-// Tasks of some ten thousand elements each.
+// Elements of a task that is worth a thread.
+constexpr int64_t TASK = 32768;
+
 int64_t grain_of(int64_t elements_per_item) {
-  return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, elements_per_item));
+  return std::max<int64_t>(1, TASK / std::max<int64_t>(1, elements_per_item));
 }
 
 // The maps of one call, and what is done to one image or a part of it.
@@ -183,7 +185,9 @@ Excite excite_of(const char* op, const Tensor& weight1, const Maybe& bias1, cons
                  const Maybe& bias2, int64_t act) {
   for (const Tensor* weight : {&weight1, &weight2}) {
     CVK_CHECK_CPU(op, *weight);
-    CVK_CHECK_DIM(op, *weight, 2);
+    CVK_CHECK(op, weight->dim() == 2 || (weight->dim() == 4 && weight->size(2) == 1 &&
+                                         weight->size(3) == 1),
+              "a weight must be a matrix or a 1x1 convolution's, got ", shape_of(*weight));
     CVK_CHECK(op, weight->is_contiguous(), "weights must be contiguous");
   }
   const int64_t R = weight1.size(0), C = weight1.size(1);
@@ -232,7 +236,8 @@ void run_block(const Maps<T>& maps, const Excite& excite, int64_t element_size) 
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t parts = maps.sum_parts();
   const auto floats = static_cast<float>(x.HW);
-  if (x.N < threads) {
+  // Threads share an image where it keeps more of them busy than there are images.
+  if (x.N == 1 || (x.N < threads && x.C * x.HW / TASK > x.N)) {
     std::vector<float> partial(parts * x.C), mean(x.C), hidden(excite.R()), gate(x.C);
     for (int64_t n = 0; n < x.N; ++n) {
       parallel_for(0, maps.sum_items(), grain_of(x.nhwc ? PIXELS * x.C : x.HW),

@@ -152,13 +152,13 @@ struct Layer {
   Act act;
 };
 
-// dots[i] = shared . others[i], with a distance of `size` between the others.
+// dots[i] = shared . others[i], each `size` long; `distance` leads from one other to the next.
 template <typename S, typename T>
 CVK_HOST_DEVICE void four_dots(const typename Element<S>::Bits* shared,
-                               const typename Element<T>::Bits* others, int64_t size,
-                               float* dots) {
-  const auto *first = others, *second = others + size;
-  const auto *third = others + 2 * size, *fourth = others + 3 * size;
+                               const typename Element<T>::Bits* others, int64_t distance,
+                               int64_t size, float* dots) {
+  const auto *first = others, *second = first + distance;
+  const auto *third = second + distance, *fourth = third + distance;
   float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f;
 #pragma omp simd reduction(+ : a, b, c, d)
   for (int64_t i = 0; i < size; ++i) {
@@ -171,15 +171,8 @@ CVK_HOST_DEVICE void four_dots(const typename Element<S>::Bits* shared,
   dots[0] = a, dots[1] = b, dots[2] = c, dots[3] = d;
 }
 
-template <typename T>
-CVK_HOST_DEVICE float dot(const typename Element<T>::Bits* weight, const float* in, int64_t size) {
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < size; ++i) sum += Element<T>::load(weight[i]) * in[i];
-  return sum;
-}
-
-// Rows [first, last) of a layer; four images share a row of weights, else four rows an image.
+// Rows [first, last) of a layer; four images share a row of weights, else four rows an image. Each
+// product is summed in one order, however rows and images are shared out.
 template <typename T>
 CVK_HOST_DEVICE void layer_rows(const Layer& layer, int64_t images, const float* in, float* out,
                                 int64_t first, int64_t last) {
@@ -189,18 +182,17 @@ CVK_HOST_DEVICE void layer_rows(const Layer& layer, int64_t images, const float*
   float dots[4];
   for (int64_t row = first; row < last; ++row)
     for (int64_t i = 0; i < fours; i += 4) {
-      four_dots<T, float>(weight + row * columns, in + i * columns, columns, dots);
+      four_dots<T, float>(weight + row * columns, in + i * columns, columns, columns, dots);
       for (int64_t j = 0; j < 4; ++j) out[(i + j) * rows + row] = dots[j];
     }
-  for (int64_t i = fours; i < images; ++i) {
-    int64_t row = first;
-    for (; row + 4 <= last; row += 4) {
-      four_dots<float, T>(in + i * columns, weight + row * columns, columns, dots);
-      for (int64_t j = 0; j < 4; ++j) out[i * rows + row + j] = dots[j];
+  for (int64_t i = fours; i < images; ++i)
+    for (int64_t row = first; row < last;) {
+      const int64_t count = last - row >= 4 ? 4 : 1;
+      four_dots<float, T>(in + i * columns, weight + row * columns, count == 4 ? columns : 0,
+                          columns, dots);
+      for (int64_t j = 0; j < count; ++j) out[i * rows + row + j] = dots[j];
+      row += count;
     }
-    for (; row < last; ++row)
-      out[i * rows + row] = dot<T>(weight + row * columns, in + i * columns, columns);
-  }
   const auto* bias = static_cast<const typename Element<T>::Bits*>(layer.bias);
   for (int64_t i = 0; i < images; ++i)
     for (int64_t row = first; row < last; ++row) {

@@ -73,13 +73,24 @@ def check_layers(
     dtypes: tuple[torch.dtype, ...],
 ) -> None:
     """The two layers from C channels to R and back, on like's device, all in one of ``dtypes``."""
+    R, dtype, device = weight1.shape[0], weight1.dtype, like.device
+    if (
+        R > 0
+        and dtype in dtypes
+        and weight1.shape in ((R, C), (R, C, 1, 1))
+        and weight2.shape in ((C, R), (C, R, 1, 1))
+        and weight1.device == device
+        and (weight2.dtype, weight2.device) == (dtype, device)
+        and (bias1 is None or (bias1.shape, bias1.dtype, bias1.device) == ((R,), dtype, device))
+        and (bias2 is None or (bias2.shape, bias2.dtype, bias2.device) == ((C,), dtype, device))
+    ):
+        return
     for name, weight in (("weight1", weight1), ("weight2", weight2)):
         if weight.dim() not in (2, 4) or weight.shape[2:].numel() != 1:
             raise ValueError(
                 f"{op}: {name} must be a matrix or the weight of a 1x1 convolution, "
                 f"got shape {list(weight.shape)}"
             )
-    R = weight1.shape[0]
     for name, tensor, shape in (
         ("weight1", weight1, (R, C)),
         ("bias1", bias1, (R,)),

@@ -50,13 +50,12 @@ def promised(y: Tensor, x: Tensor) -> Tensor:
 def matrices(
     weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """The two layers as the kernels read them: contiguous, without the 1x1 of a convolution."""
-    return (
-        weight1.flatten(1).contiguous(),
-        None if bias1 is None else bias1.contiguous(),
-        weight2.flatten(1).contiguous(),
-        None if bias2 is None else bias2.contiguous(),
-    )
+    """The two layers as the kernels read them: dense rows, in both layouts of a 1x1 convolution."""
+    return _dense(weight1), _dense(bias1), _dense(weight2), _dense(bias2)
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.is_contiguous() else t.contiguous()
 
 
 def _format(nhwc: bool) -> torch.memory_format:
