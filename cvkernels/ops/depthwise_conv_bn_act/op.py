@@ -122,7 +122,7 @@ def select(problem: DepthwiseProblem, x: Tensor, grad: bool, requested: str) -> 
     if requested == "auto":
         if device == "cpu" and grad:
             return Choice(
-                "reference", "a gradient is needed, and PyTorch's own keeps what it takes"
+                "reference", "a gradient is needed, and the native op keeps nothing for one"
             )
         name = "native" if device == "cpu" else "triton"
         reason = _why_not(problem, name, device)
