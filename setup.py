@@ -225,6 +225,8 @@ def ninja_file(
     cxxflags = common + ["-fPIC", "-fvisibility=hidden", "-Wall"]
     # Neither changes a result: a comparison with NaN may stay quiet, so that it is vectorised.
     cxxflags += ["-fno-math-errno", "-fno-trapping-math", *prefix_maps]
+    # "omp simd" alone, no threads and no library: a loop says that its sum may be reordered.
+    cxxflags += ["-fopenmp-simd"]
     for include in (inputs.torch_include, inputs.pybind11_include, inputs.python_include):
         cxxflags += ["-isystem", _shell(include)]
     lines = [

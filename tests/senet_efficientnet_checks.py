@@ -145,12 +145,13 @@ def assert_hook_is_called(ours, stock, layer, x):
 
 
 def assert_every_norm_is_fused(model, x):
-    """explain shows one conv_bn_act for each batch norm, and no other convolution or norm."""
+    """explain shows one fused convolution for each batch norm, and no other convolution or norm."""
     rows = cvkernels.explain(model, x).rows
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert sum(row.op == "conv_bn_act" for row in rows) == len(norms)
+    fused = [row for row in rows if row.op in ("conv_bn_act", "depthwise_conv_bn_act")]
+    assert len(fused) == len(norms)
     assert not any("batch_norm" in row.op or "convolution" in row.op for row in rows)
-    assert {row.backend for row in rows if row.op == "conv_bn_act"} <= {"onednn", "triton", "cudnn"}
+    assert {row.backend for row in fused} <= {"onednn", "triton", "cudnn", "native"}
 
 
 def assert_same_error(ours, stock, **kwargs):

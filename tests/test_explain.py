@@ -3,10 +3,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cvkernels
-from cvkernels.models import resnet18, resnet50
+from cvkernels.models import resnet18, resnet50, seresnet50
 
 # MB per image in bf16 at batch 128 and kernels of ResNet-50 with every epilogue fused, in eval.
 FUSED_KERNELS, FUSED_MB = 56, 57.2
+# The same of SE-ResNet-50, with scale, addition and ReLU in one pass.
+SE_FUSED_KERNELS, SE_FUSED_MB = 120, 90.5
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +24,17 @@ def test_resnet50_plan_meets_the_fused_floor(planned):
     per_image = (totals["bytes_read"] + totals["bytes_written"]) / 128 / 1e6
     assert totals["kernels"] <= FUSED_KERNELS
     assert 0.9 * FUSED_MB <= per_image <= 1.05 * FUSED_MB
+
+
+def test_seresnet50_plan_meets_the_fused_floor():
+    example = torch.empty(128, 3, 224, 224, dtype=torch.bfloat16, device="meta")
+    plan = cvkernels.explain(seresnet50().eval(), example)
+    per_image = (plan.totals["bytes_read"] + plan.totals["bytes_written"]) / 128 / 1e6
+    assert plan.totals["kernels"] <= SE_FUSED_KERNELS
+    assert 0.9 * SE_FUSED_MB <= per_image <= 1.05 * SE_FUSED_MB
+    blocks = [row for row in plan.rows if row.op == "squeeze_excite"]
+    assert len(blocks) == 16 and {row.kernels for row in blocks} == {3}
+    assert blocks[0].layer == "layer1.0.se"
 
 
 def test_plan_names_a_kernel_for_every_convolution(planned):

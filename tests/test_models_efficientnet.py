@@ -163,6 +163,27 @@ def test_every_norm_and_every_linear_shortcut_is_fused(name):
     assert adds == {"efficientnet_b0": 0, "efficientnet_v2_s": 2}[name]
 
 
+def test_b0_plan_meets_the_fused_floor():
+    """99 kernels and 32.4 MB per image with every epilogue fused; the squeeze takes neither."""
+    example = torch.empty(128, 3, 224, 224, dtype=torch.bfloat16, device="meta")
+    plan = cvkernels.explain(build(cvkernels.models, "efficientnet_b0").eval(), example)
+    per_image = (plan.totals["bytes_read"] + plan.totals["bytes_written"]) / 128 / 1e6
+    assert plan.totals["kernels"] <= 99 and per_image <= 1.05 * 32.4
+    ops = [row.op for row in plan.rows if row.layer.startswith("features.2.1")]
+    assert ops == ["conv_bn_act", "depthwise_conv_bn_act", "excite", "conv_bn_act"]
+    assert {row.kernels for row in plan.rows} == {1}
+
+
+@pytest.mark.parametrize("part", ["features.2.1.block.1", "features.2.1.block.2.fc1"])
+def test_a_watched_squeeze_is_computed_apart(part):
+    ours = pair()[0]
+    ours.get_submodule(part).register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        rows = cvkernels.explain(ours, seen()).rows
+    assert not any(r.op == "excite" for r in rows if r.layer.startswith("features.2.1"))
+    assert any(r.op == "excite" for r in rows if r.layer.startswith("features.2.0"))
+
+
 def test_verify_agrees():
     report = cvkernels.verify(pair()[0], seen())
     assert report.rows[-1].ok and {row.layer for row in report.rows} >= {"features.1.0.block.0.0"}

@@ -1,7 +1,8 @@
 """Compile a Triton launch for a GPU that is not there, and read what the code needs and uses.
 
-Run as a script it reads cases of conv_bn_act from stdin, a JSON list, and prints the list of their
-results. Tests call it so, since a process that has TRITON_INTERPRET set cannot compile.
+Run as a script it reads cases of the op that its argument names (conv_bn_act without one) from
+stdin, a JSON list, and prints the list of their results. Tests call it so, since a process that has
+TRITON_INTERPRET set cannot compile.
 """
 
 from __future__ import annotations
@@ -20,8 +21,14 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from cvkernels.ops.batch_norm import BatchNormParams
 from cvkernels.ops.conv_bn_act import triton_launch, tuning
 from cvkernels.ops.conv_bn_act.problem import Problem
+from cvkernels.ops.depthwise_conv_bn_act import triton_launch as depthwise_launches
+from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
+from cvkernels.ops.depthwise_conv_bn_act.tiling import tiling
+from cvkernels.ops.se_scale import tiles
+from cvkernels.ops.se_scale import triton_launch as se_scale_launches
 
 _CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 _TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -134,10 +141,78 @@ def conv_launch(case: dict):
     )
 
 
+def se_scale_launch(case: dict):
+    """The launch of a case: ``kernel``, N, C, R, ``size`` = H = W, ``dtype`` (a word), ``act``,
+    ``residual`` and ``nchw``.
+
+    ``kernel`` is "squeeze", "finish", "excite", "scale", "shift", "backward" or "reduce", which is
+    the backward that writes no gradient of x.
+    """
+    N, C, R, size = case["N"], case["C"], case["R"], case["size"]
+    dtype, act = getattr(torch, case["dtype"]), case["act"]
+    layout = torch.contiguous_format if case["nchw"] else torch.channels_last
+
+    def image():
+        return torch.empty(N, C, size, size, dtype=dtype, device="meta", memory_format=layout)
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, gate = image(), empty(N, C, dtype=torch.float32)
+    residual = image() if case["residual"] else None
+    launches = se_scale_launches
+    if case["kernel"] == "squeeze":
+        return launches.plan_squeeze(x, launches.new_parts(x), 1)
+    if case["kernel"] == "finish":
+        return launches.plan_finish(empty(N, 4, C, dtype=torch.float32), gate, gate)
+    if case["kernel"] == "excite":
+        layers = (empty(R, C), empty(R), empty(C, R), empty(C))
+        parts = launches.new_parts(x)
+        return launches.plan_excite(parts, *layers, gate, gate, "relu", False, size * size)
+    if case["kernel"] == "scale":
+        return launches.plan_se_scale(x, gate, residual, act, image(), None)
+    if case["kernel"] == "shift":
+        return launches.plan_se_scale(x, gate, None, "none", image(), gate)
+    parts = launches.new_parts(x, tiles.BACKWARD)
+    kept = (residual if act == "silu" else None, image() if act == "relu" else None)
+    made = (image() if case["kernel"] == "backward" else None, None if act == "none" else image())
+    return launches.plan_backward(image(), x, gate, *kept, *made, parts, act)
+
+
+def depthwise_launch(case: dict):
+    """The launch of a case: ``shape`` (C, H = W, kernel, stride), ``batch``, ``dtype`` (a word)."""
+    dtype = getattr(torch, case["dtype"])
+    C, size, kernel, stride = case["shape"]
+    geometry = ((stride, stride), (kernel // 2, kernel // 2), (1, 1))
+    p = DepthwiseProblem(
+        case["batch"], C, size, size, C, kernel, kernel, *geometry, C, dtype, "silu", has_bn=True,
+        squeeze=True,
+    )  # fmt: skip
+    tiles = tiling(p, divmod(case["arch"], 10))
+
+    def image(height, width):
+        shape = (p.N, C, height, width)
+        return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+    weight = torch.empty(kernel, kernel, C, dtype=dtype, device="meta")
+    bn = BatchNormParams(*(torch.empty(C, device="meta") for _ in range(4)))
+    parts = torch.empty(p.N, tiles.bands, C, device="meta")
+    x, out = image(size, size), image(p.P, p.Q)
+    return depthwise_launches.plan(p, x, weight, None, bn, out, parts, tiles)
+
+
+LAUNCHES = {
+    "conv_bn_act": conv_launch,
+    "depthwise_conv_bn_act": depthwise_launch,
+    "se_scale": se_scale_launch,
+}
+
+
 def main() -> None:
+    plan = LAUNCHES[sys.argv[1] if len(sys.argv) > 1 else "conv_bn_act"]
     results = []
     for case in json.load(sys.stdin):
-        launch = conv_launch(case)
+        launch = plan(case)
         results.append(inspect_launch(launch, case["arch"]) | {"meta": launch.meta})
     json.dump(results, sys.stdout)
 

@@ -17,10 +17,17 @@ from torch._subclasses import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from cvkernels import record
-from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act, max_pool
+from cvkernels.functional import (
+    BatchNormParams,
+    DerivedWeights,
+    conv_bn_act,
+    depthwise_conv_bn_act,
+    max_pool,
+)
 from cvkernels.nn.recall import Recall
-from cvkernels.ops.conv_bn_act.op import fuses_input_bn
+from cvkernels.ops.conv_bn_act.op import fuses_prologue
 from cvkernels.ops.conv_bn_act.prepared import Run, prepared
+from cvkernels.ops.depthwise_conv_bn_act.op import runs_fused
 
 
 def relu_(x: Tensor) -> Tensor:
@@ -59,27 +66,33 @@ class FusedModule(nn.Module):
         act: nn.Module | Callable[[Tensor], Tensor] | None = None,
         residual: Tensor | None = None,
         input_bn: tuple[nn.Module, nn.Module | None] | None = None,
+        input_gate: Tensor | None = None,
     ) -> Tensor:
         """``act(bn(conv(u)) + residual)``, as one op where the modules allow it.
 
-        ``u`` is x, or ``relu(norm(x))`` for ``input_bn=(norm, relu)``. These two are called before
-        the rest where no kernel has them as a prologue, so that the rest is fused all the same.
-        ``act`` is a module, or :func:`relu_`. A norm may be timm's BatchNormAct2d, whose activation
-        is inside it; there ``act`` and ``relu`` are None.
+        ``u`` is x, or ``relu(norm(x))`` for ``input_bn=(norm, relu)``, times ``input_gate[N, C]``.
+        They are computed before the rest where no kernel has them as a prologue, so that the rest
+        is fused all the same; x may then be overwritten by ``x * input_gate``. ``act`` is a module,
+        or :func:`relu_`. A norm may be timm's BatchNormAct2d, whose activation is inside it; there
+        ``act`` and ``relu`` are None.
         """
         if input_bn is not None and (reason := why_not_input_bn(x, *input_bn)):
             x = _run_group(input_bn[0], reason, None, lambda u=x: _normalised(u, *input_bn))
             input_bn = None
+        if input_gate is not None and input_bn is None and not fuses_prologue(x):
+            x, input_gate = _gated(x, input_gate), None
+        plain = input_bn is None and input_gate is None
         derived = self._derived_from(conv)
         recall = None
-        if derived is not None and input_bn is None and type(x) is Tensor and x.is_cpu:
+        if derived is not None and plain and type(x) is Tensor and x.is_cpu:
             recall = derived.recall
             if (run := recall.get(x, conv, bn, act, residual)) is not None:
                 return run(x, residual)
         fused_act, clash = _fused_act(bn, act, residual)
 
         def as_modules() -> Tensor:
-            y = conv(x if input_bn is None else _normalised(x, *input_bn))
+            u = x if input_bn is None else _normalised(x, *input_bn)
+            y = conv(u if input_gate is None else _gated(u, input_gate))
             if bn is not None:
                 y = bn(y)
             if residual is not None:
@@ -88,23 +101,23 @@ class FusedModule(nn.Module):
 
         def operands() -> tuple:
             """What the op and :func:`prepared` take."""
-            name = "none" if fused_act is None else ACTIVATIONS[_kind(fused_act)]
             geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
             scale = None if bn is None else _affine(bn)
-            return (x, conv.weight, conv.bias, scale), geometry, name
+            return (x, conv.weight, conv.bias, scale), geometry, act_name(fused_act)
 
         def as_op() -> Tensor:
             tensors, (stride, padding, dilation, groups), name = operands()
+            options = {"stride": stride, "padding": padding, "dilation": dilation, "act": name}
+            options["cache"] = None if derived is None else derived.weights
+            if residual is None and plain and runs_depthwise(x, conv):
+                return depthwise_conv_bn_act(*tensors, **options)
             return conv_bn_act(
                 *tensors,
-                stride=stride,
-                padding=padding,
-                dilation=dilation,
+                **options,
                 groups=groups,
-                act=name,
                 residual=residual,
                 input_bn=None if input_bn is None else _affine(input_bn[0]),
-                cache=None if derived is None else derived.weights,
+                input_gate=input_gate,
             )
 
         reason = clash or why_not_conv_bn_act(x, conv, bn, fused_act)
@@ -112,11 +125,36 @@ class FusedModule(nn.Module):
         if recall is not None and not reason:
 
             def prepare() -> Run | None:
+                if runs_depthwise(x, conv):
+                    return None
                 tensors, geometry, name = operands()
                 return prepared(*tensors, geometry, name, residual, derived.weights)
 
             recall.keep(x, conv, bn, act, residual, prepare)
         return y
+
+    def squeezed(
+        self, x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: nn.Module
+    ) -> tuple[Tensor, Tensor]:
+        """``act(bn(conv(x)))`` and its sums over H and W, as one op.
+
+        For modules that :func:`why_not_conv_bn_act` and :func:`runs_depthwise` let pass.
+        """
+        derived = self._derived_from(conv)
+
+        def as_op() -> tuple[Tensor, Tensor]:
+            return depthwise_conv_bn_act(
+                x, conv.weight, conv.bias, _affine(bn), stride=conv.stride, padding=conv.padding,
+                dilation=conv.dilation, act=act_name(act), squeeze=True,
+                cache=None if derived is None else derived.weights,
+            )  # fmt: skip
+
+        if (recorder := record.active()) is None:
+            return as_op()
+        with recorder.group(conv, ""):
+            y, sums = as_op()
+        recorder.observe(conv, y)
+        return y, sums
 
     def pooled(self, x: Tensor, pool: nn.Module) -> Tensor:
         """``pool(x)``, without indices where it is exactly a max pool and nobody watches it."""
@@ -173,6 +211,24 @@ class FusedModule(nn.Module):
 def _kind(act: nn.Module | Callable) -> type[nn.Module] | Callable:
     """What ``ACTIVATIONS`` knows act by."""
     return type(act) if isinstance(act, nn.Module) else act
+
+
+def act_name(act: nn.Module | Callable | None) -> str:
+    """What the ops call act."""
+    return "none" if act is None else ACTIVATIONS[_kind(act)]
+
+
+def runs_depthwise(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether conv is depthwise and has kernels of its own for x; else conv_bn_act takes it."""
+    if conv.groups == 1 or not conv.groups == conv.in_channels == conv.out_channels:
+        return False
+    return runs_fused(x, conv.kernel_size, conv.stride, conv.dilation)
+
+
+def _gated(x: Tensor, gate: Tensor) -> Tensor:
+    """x times gate[N, C], in place where no gradient needs x."""
+    gate = gate[:, :, None, None].to(x.dtype)
+    return x * gate if torch.is_grad_enabled() else x.mul_(gate)
 
 
 def _normalised(x: Tensor, norm: nn.Module, relu: nn.Module | None) -> Tensor:
@@ -241,7 +297,7 @@ def why_not_input_bn(x: Tensor, norm: nn.Module, relu: nn.Module | None) -> str:
         return f"{type(relu).__name__} is not exactly nn.ReLU"
     if reason := why_not_called(x, norm, relu):
         return reason
-    return "" if fuses_input_bn(x) else "no backend here normalises a convolution's input"
+    return "" if fuses_prologue(x) else "no backend here normalises a convolution's input"
 
 
 def _why_not_affine(bn: nn.Module) -> str:

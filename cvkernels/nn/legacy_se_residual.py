@@ -11,11 +11,31 @@ import math
 
 from torch import Tensor, nn
 
-from cvkernels.nn.fusion import FusedModule
-from cvkernels.nn.squeeze_excite import LegacySEModule
+from cvkernels.nn.fusion import FusedModule, why_not_conv_bn_act
+from cvkernels.nn.squeeze_excite import LegacySEModule, SqueezeExcite
 
 
-class LegacySEBasicBlock(FusedModule):
+class _LegacySEResidual(FusedModule):
+    """What the blocks share: the end of the branch."""
+
+    def _joined(
+        self, x: Tensor, shortcut: Tensor, conv: nn.Module, bn: nn.Module, act: nn.Module | None
+    ) -> Tensor:
+        """``relu(se_module(act(bn(conv(x)))) + downsample(shortcut))``: two ops."""
+        fresh = not why_not_conv_bn_act(x, conv, bn, act)
+        out = self.fused(x, conv, bn, act)
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+
+        def as_modules() -> Tensor:
+            return self.relu(self.se_module(out) + shortcut)
+
+        if not isinstance(self.se_module, SqueezeExcite):
+            return as_modules()
+        return self.se_module.added(out, shortcut, self.relu, as_modules, fresh)
+
+
+class LegacySEBasicBlock(_LegacySEResidual):
     """Two 3x3 convolutions, each with its ReLU, squeeze-and-excitation, and a shortcut."""
 
     expansion: int = 1
@@ -41,12 +61,10 @@ class LegacySEBasicBlock(FusedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.fused(x, self.conv1, self.bn1, self.relu)
-        out = self.fused(out, self.conv2, self.bn2, self.relu)
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return self.relu(self.se_module(out) + shortcut)
+        return self._joined(out, x, self.conv2, self.bn2, self.relu)
 
 
-class _LegacyBottleneck(FusedModule):
+class _LegacyBottleneck(_LegacySEResidual):
     """1x1 to ``first``, 3x3 to ``middle``, 1x1 to ``4 * planes``, squeeze-and-excitation, shortcut.
 
     ``strides`` are those of conv1 and conv2.
@@ -81,9 +99,7 @@ class _LegacyBottleneck(FusedModule):
     def forward(self, x: Tensor) -> Tensor:
         out = self.fused(x, self.conv1, self.bn1, self.relu)
         out = self.fused(out, self.conv2, self.bn2, self.relu)
-        out = self.fused(out, self.conv3, self.bn3)
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return self.relu(self.se_module(out) + shortcut)
+        return self._joined(out, x, self.conv3, self.bn3, None)
 
 
 class LegacySEBottleneck(_LegacyBottleneck):

@@ -13,8 +13,14 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from cvkernels import record
 from cvkernels.nn.conv_bn_act import ConvBNAct, split_conv_bn_act
-from cvkernels.nn.fusion import FusedModule, why_not_called
+from cvkernels.nn.fusion import (
+    FusedModule,
+    runs_depthwise,
+    why_not_called,
+    why_not_conv_bn_act,
+)
 from cvkernels.nn.squeeze_excite import SqueezeExcitation, divisible
 from cvkernels.nn.stochastic_depth import StochasticDepth
 
@@ -161,6 +167,58 @@ class MBConv(_InvertedResidual):
         layers.append(se_layer(expanded, squeezed, activation=partial(nn.SiLU, inplace=True)))
         layers.append(conv(expanded, cnf.out_channels, kernel_size=1, activation_layer=None))
         super().__init__(cnf, layers, stochastic_depth_prob)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._is_stock(x):
+            return super().forward(x)
+        *expand, depthwise, excitation, project = self.block
+        y = x
+        for layer in expand:
+            y = layer(y)
+        gate = None
+        if self._sums_and_gates(y, depthwise, excitation, project):
+            y, sums = depthwise.squeezed(y, *depthwise)
+            gate = self._gate(excitation, sums, y.shape[2] * y.shape[3])
+        else:
+            y = excitation(depthwise(y))
+        residual = x if self.use_res_connect else None
+        return project.fused(y, *project, residual=residual, input_gate=gate)
+
+    def _is_stock(self, x: Tensor) -> bool:
+        """Whether the block has stock's parts, trains none of them, and nobody watches a join."""
+        block = self.block
+        if type(block) is not nn.Sequential or len(block) not in (3, 4):
+            return False
+        *expand, depthwise, excitation, project = block
+        convs = (*expand, depthwise, project)
+        if any(getattr(type(conv), "forward", None) is not ConvBNAct.forward for conv in convs):
+            return False
+        if type(excitation) is not SqueezeExcitation or (len(depthwise), len(project)) != (3, 2):
+            return False
+        if self.stochastic_depth.training and self.stochastic_depth.p > 0.0:
+            return False
+        return not why_not_called(x, block, project, self.stochastic_depth)
+
+    @staticmethod
+    def _sums_and_gates(x: Tensor, depthwise, excitation, project) -> bool:
+        """Whether the depthwise op sums its output, so that the projection takes the gate.
+
+        The depthwise map is then written once and read once.
+        """
+        return not (
+            why_not_called(x, depthwise, excitation)
+            or why_not_conv_bn_act(x, *depthwise)
+            or why_not_conv_bn_act(x, *project, None)
+            or excitation.why_not_op(x)
+            or not runs_depthwise(x, depthwise[0])
+        )
+
+    @staticmethod
+    def _gate(excitation: SqueezeExcitation, sums: Tensor, count: int) -> Tensor:
+        if (recorder := record.active()) is None:
+            return excitation.gate_of_sums(sums, count)
+        with recorder.group(excitation, ""):
+            return excitation.gate_of_sums(sums, count)
 
 
 class FusedMBConv(_InvertedResidual):

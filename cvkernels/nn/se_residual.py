@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from cvkernels.nn.fusion import FusedModule, why_not_called
-from cvkernels.nn.squeeze_excite import SEModule
+from cvkernels.nn.fusion import FusedModule, why_not_called, why_not_conv_bn_act
+from cvkernels.nn.squeeze_excite import SEModule, SqueezeExcite
+from cvkernels.nn.stochastic_depth import DropPath
 
 
 class _SEResidual(FusedModule):
@@ -28,7 +29,7 @@ class _SEResidual(FusedModule):
     def _joined(
         self, x: Tensor, shortcut: Tensor, conv: nn.Module, bn: nn.Module, act: nn.Module
     ) -> Tensor:
-        """``act(drop_path(se(bn(conv(x)))) + downsample(shortcut))``.
+        """``act(drop_path(se(bn(conv(x)))) + downsample(shortcut))``: two ops and the shortcut's.
 
         timm's blocks without attention have no ``se``; then it is one op.
         """
@@ -36,13 +37,39 @@ class _SEResidual(FusedModule):
             if self.downsample is not None:
                 shortcut = self.downsample(shortcut)
             return self.fused(x, conv, bn, act, residual=shortcut)
+        fresh = not why_not_conv_bn_act(x, conv, bn, None)
         x = self.fused(x, conv, bn)
+        if self._joins_in_one_op(x, act):
+            if self.downsample is not None:
+                shortcut = self.downsample(shortcut)
+            return self.se.added(x, shortcut, act, lambda: self._ended(x, shortcut, act), fresh)
+        return self._ended(x, shortcut, act, self.downsample)
+
+    def _joins_in_one_op(self, x: Tensor, act: nn.Module) -> bool:
+        """Whether squeeze-and-excitation, the addition and the activation are one op for x."""
+        drop = self.drop_path
+        if drop is not None and (
+            type(drop) is not DropPath
+            or (drop.training and drop.drop_prob > 0.0)
+            or why_not_called(x, drop)
+        ):
+            return False
+        return isinstance(self.se, SqueezeExcite) and not self.se.why_not_added(x, act)
+
+    def _ended(
+        self,
+        x: Tensor,
+        shortcut: Tensor,
+        act: nn.Module,
+        downsample: nn.Module | None = None,
+    ) -> Tensor:
+        """The end of the stock forward, module by module."""
         if self.se is not None:
             x = self.se(x)
         if self.drop_path is not None:
             x = self.drop_path(x)
-        if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
+        if downsample is not None:
+            shortcut = downsample(shortcut)
         x += shortcut
         return act(x)
 

@@ -1,19 +1,20 @@
 """Squeeze-and-excitation, once, under the three namings that checkpoints know.
 
 Hu et al. 2018, arXiv:1709.01507, figure 2: the mean of each channel, two small layers, and a gate
-that scales the channel. The two layers are 1x1 convolutions in every checkpoint; on one pixel they
-are matrix products, and run as such.
+that scales the channel. The two layers are 1x1 convolutions in every checkpoint. All of it is
+one op, with the shortcut and the activation that follow it in a residual block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cvkernels import backend, record
-from cvkernels.nn.fusion import FusedModule, why_not_called
+from cvkernels.functional import excite, squeeze_excite
+from cvkernels.nn.fusion import FusedModule, _run_group, why_not_called
 
 
 def divisible(value: float, divisor: int, least: int | None = None, share: float = 0.9) -> int:
@@ -22,16 +23,29 @@ def divisible(value: float, divisor: int, least: int | None = None, share: float
     return rounded + divisor if rounded < share * value else rounded
 
 
+class _Sigmoid(nn.Module):
+    """timm's, whose call torch.fx sees as the function and not as a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sigmoid()
+
+
+_ACTS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu"}
+_SIGMOIDS = (nn.Sigmoid, _Sigmoid)
+
+
 class SqueezeExcite(FusedModule):
     """``x * gate(fc2(act(fc1(mean of x over H and W))))``; the subclasses name the parts.
 
     ``forward`` takes Tensor[N, C, H, W], any layout, and returns the same shape, never a view of x.
+    One op where the layers are exactly 1x1 convolutions, the activation ReLU or SiLU and the gate a
+    sigmoid.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        reason = self._why_not_matrices(x)
+        reason = self.why_not_op(x)
         if not reason:
-            return x * self._gate(x)
+            return self.as_op(x)
         if (recorder := record.active()) is None:
             return self.as_modules(x)
         with recorder.fallback(reason):
@@ -41,22 +55,62 @@ class SqueezeExcite(FusedModule):
         """The stock forward: every part called as a module, in the stock order."""
         raise NotImplementedError
 
+    def as_op(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        out_act: str = "none",
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """``out_act(forward(x) + residual)`` as one op, where :meth:`why_not_op` is empty."""
+        _, fc1, between, fc2, _ = self.parts()
+        act = _ACTS[type(between[-1])]
+        layers = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        return squeeze_excite(x, *layers, act, residual, out_act, out=out)
+
+    def added(
+        self,
+        x: Tensor,
+        shortcut: Tensor,
+        act: nn.Module,
+        as_modules: Callable[[], Tensor],
+        fresh: bool = False,
+    ) -> Tensor:
+        """``act(forward(x) + shortcut)`` as one op, or ``as_modules()``, which computes the same.
+
+        ``fresh``: nobody else has x, and without a gradient the result may be written over it.
+        """
+
+        def as_op() -> Tensor:
+            in_place = fresh and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            return self.as_op(x, shortcut, _ACTS[type(act)], x if in_place else None)
+
+        reason = self.why_not_added(x, act)
+        if not reason and (shortcut.shape, shortcut.dtype) != (x.shape, x.dtype):
+            reason = f"the shortcut is {shortcut.dtype} with shape {list(shortcut.shape)}"
+        return _run_group(self, reason, as_op, as_modules)
+
+    def why_not_added(self, x: Tensor, act: nn.Module) -> str:
+        """Why :meth:`added` calls modules, as far as it does not depend on the shortcut."""
+        if type(self).forward is not SqueezeExcite.forward:
+            return f"{type(self).__name__} has a forward of its own"
+        if reason := why_not_called(x, self, act):
+            return reason
+        if type(act) not in _ACTS:
+            return f"{type(act).__name__} is not exactly nn.ReLU or nn.SiLU"
+        return self.why_not_op(x)
+
     def parts(self) -> tuple[nn.Module | None, nn.Module, tuple, nn.Module, nn.Module]:
-        """(the pool or None, fc1, what follows it, fc2, the gate)."""
+        """(the pool or None, fc1, what follows it, fc2, the gate).
+
+        From ``_modules``: an attribute of a module costs a tenth of a small call.
+        """
         raise NotImplementedError
 
-    def _gate(self, x: Tensor) -> Tensor:
-        _, fc1, between, fc2, gate = self.parts()
-        pixel = (x.shape[0], -1, 1, 1)
-        y = F.linear(x.mean((2, 3)), fc1.weight.flatten(1), fc1.bias).view(pixel)
-        for module in between:
-            y = module(y)
-        return gate(F.linear(y.flatten(1), fc2.weight.flatten(1), fc2.bias).view(pixel))
-
-    def _why_not_matrices(self, x: Tensor) -> str:
-        """Why the parts have to be called as modules; empty where matrix products do the same."""
-        pool, fc1, _, fc2, _ = self.parts()
-        if reason := why_not_called(x, pool, fc1, fc2):
+    def why_not_op(self, x: Tensor) -> str:
+        """Why the parts have to be called as modules; empty where the op does the same."""
+        pool, fc1, between, fc2, gate = self.parts()
+        if reason := why_not_called(x, pool, fc1, *between, fc2, gate):
             return reason
         if backend.requested("auto", ()) == "reference":
             return "requested"
@@ -67,7 +121,31 @@ class SqueezeExcite(FusedModule):
         for fc in (fc1, fc2):
             if not _is_matrix(fc):
                 return f"{fc} is not exactly a 1x1 nn.Conv2d"
-        return "" if x.dim() == 4 and x.shape[0] > 0 else f"x has shape {list(x.shape)}"
+        *identities, act = between
+        if type(act) not in _ACTS or any(type(m) is not nn.Identity for m in identities):
+            return f"{between} is not exactly nn.ReLU or nn.SiLU"
+        if type(gate) not in _SIGMOIDS:
+            return f"{gate} is not exactly nn.Sigmoid"
+        return self._why_not_tensors(x, fc1, fc2)
+
+    def _why_not_tensors(self, x: Tensor, fc1: nn.Module, fc2: nn.Module) -> str:
+        """Why the op does not take these shapes and dtypes; PyTorch takes them, or says why not."""
+        if x.dim() != 4 or 0 in x.shape[1:] or x.shape[1] != fc1.in_channels:
+            return f"x has shape {list(x.shape)}"
+        if (fc1.out_channels, fc1.in_channels) != (fc2.in_channels, fc2.out_channels):
+            return f"{fc1} and {fc2} do not lead back to the channels of x"
+        parameters = (*fc1._parameters.values(), *fc2._parameters.values())
+        dtypes = {p.dtype for p in parameters if p is not None}
+        if dtypes == {x.dtype} or (dtypes == {torch.float32} and _autocasts(x)):
+            return ""
+        return f"x is {x.dtype} and the layers are {', '.join(sorted(map(str, dtypes)))}"
+
+
+def _autocasts(x: Tensor) -> bool:
+    """Whether PyTorch would cast the layers to x's half dtype."""
+    device = x.device.type
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return half and device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
 
 
 def _is_matrix(fc: nn.Module) -> bool:
@@ -97,18 +175,18 @@ class SqueezeExcitation(SqueezeExcite):
         self.scale_activation = scale_activation()
 
     def parts(self) -> tuple:
-        return self.avgpool, self.fc1, (self.activation,), self.fc2, self.scale_activation
+        m = self._modules
+        return m["avgpool"], m["fc1"], (m["activation"],), m["fc2"], m["scale_activation"]
+
+    def gate_of_sums(self, sums: Tensor, count: int) -> Tensor:
+        """The gates [N, C] from the channels' sums over ``count`` pixels, as one op."""
+        fc1, fc2 = self.fc1, self.fc2
+        layers = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        return excite(sums, *layers, _ACTS[type(self.activation)], sigmoid=True, count=count)
 
     def as_modules(self, x: Tensor) -> Tensor:
         scale = self.activation(self.fc1(self.avgpool(x)))
         return self.scale_activation(self.fc2(scale)) * x
-
-
-class _Sigmoid(nn.Module):
-    """timm's, whose call torch.fx sees as the function and not as a module."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.sigmoid()
 
 
 class SEModule(SqueezeExcite):
@@ -136,7 +214,8 @@ class SEModule(SqueezeExcite):
         self.gate = _Sigmoid()
 
     def parts(self) -> tuple:
-        return None, self.fc1, (self.bn, self.act), self.fc2, self.gate
+        m = self._modules
+        return None, m["fc1"], (m["bn"], m["act"]), m["fc2"], m["gate"]
 
     def as_modules(self, x: Tensor) -> Tensor:
         squeezed = self.fc1(x.mean((2, 3), keepdim=True))
@@ -154,7 +233,8 @@ class LegacySEModule(SqueezeExcite):
         self.sigmoid = nn.Sigmoid()
 
     def parts(self) -> tuple:
-        return None, self.fc1, (self.relu,), self.fc2, self.sigmoid
+        m = self._modules
+        return None, m["fc1"], (m["relu"],), m["fc2"], m["sigmoid"]
 
     def as_modules(self, x: Tensor) -> Tensor:
         squeezed = self.fc1(x.mean((2, 3), keepdim=True))

@@ -7,12 +7,14 @@ import functools
 import torch
 from torch import Tensor
 
+from cvkernels.ops.activation import ACTIVATIONS
 from cvkernels.ops.aliasing import overlap, same_view
+from cvkernels.ops.batch_norm import BatchNormParams
+from cvkernels.ops.checks import check_bn, check_device, check_tensor, check_vector, pair
 from cvkernels.ops.conv_bn_act.problem import Problem
-from cvkernels.ops.conv_bn_act.reference import BatchNormParams
 from cvkernels.ops.errors import InputTypeError, InputValueError
 
-ACTIVATIONS = ("none", "relu", "relu6", "silu")
+OP = "conv_bn_act"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -36,9 +38,9 @@ def problem_of(
     problem = _shapes(
         x.shape,
         weight.shape,
-        _pair("stride", stride),
-        _pair("padding", padding),
-        _pair("dilation", dilation),
+        pair(OP, "stride", stride),
+        pair(OP, "padding", padding),
+        pair(OP, "dilation", dilation),
         groups,
         dtype or x.dtype,
         act,
@@ -54,18 +56,18 @@ def problem_of(
             f"conv_bn_act: weight must have x's dtype {x.dtype}, got {weight.dtype}; "
             f"convert one with .to(), or run under torch.autocast"
         )
-    _check_device("weight", weight, x)
+    check_device(OP, "weight", weight, x)
     if bias is not None:
-        _check_vector("bias", bias, problem.K, x)
+        check_vector(OP, "bias", bias, problem.K, x)
     if bn is not None:
-        _check_bn("bn", bn, problem.K, x)
+        check_bn(OP, "bn", bn, problem.K, x)
     if input_bn is not None:
-        _check_bn("input_bn", input_bn, problem.C, x)
+        check_bn(OP, "input_bn", input_bn, problem.C, x)
     if input_gate is not None:
-        _check_tensor("input_gate", input_gate, (problem.N, problem.C), "[N, C]", x)
+        check_tensor(OP, "input_gate", input_gate, (problem.N, problem.C), "[N, C]", x)
     shape = (problem.N, problem.K, problem.P, problem.Q)
     if residual is not None:
-        _check_tensor("residual", residual, shape, "[N, K, P, Q]", x)
+        check_tensor(OP, "residual", residual, shape, "[N, K, P, Q]", x)
         if dtype is None and residual.dtype != x.dtype:
             raise TypeError(
                 f"conv_bn_act: residual must have x's dtype {x.dtype}, got {residual.dtype}"
@@ -131,59 +133,6 @@ def _shapes(
     return problem
 
 
-def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    if isinstance(value, int):
-        return (value, value)
-    pair = tuple(value) if isinstance(value, (tuple, list)) else ()
-    if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
-        way_out = "; padding='same' has no fused form" if isinstance(value, str) else ""
-        raise ValueError(f"conv_bn_act: {name} must be an int or two, got {value!r}{way_out}")
-    return pair
-
-
-def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.device != x.device:
-        raise InputValueError(
-            f"conv_bn_act: {name} must be on x's device {x.device}, got {tensor.device}; "
-            f"move it with .to(x.device)"
-        )
-
-
-def _check_tensor(name: str, tensor: Tensor, shape: tuple, letters: str, x: Tensor) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"conv_bn_act: {name} must have shape {letters} = {list(shape)}, "
-            f"got {list(tensor.shape)}"
-        )
-    if not tensor.is_floating_point():
-        raise TypeError(f"conv_bn_act: {name} must have a floating dtype, got {tensor.dtype}")
-    _check_device(name, tensor, x)
-
-
-def _check_vector(name: str, vector: Tensor, channels: int, x: Tensor) -> None:
-    if vector.dim() != 1 or vector.shape[0] != channels:
-        raise ValueError(
-            f"conv_bn_act: {name} must have shape [{channels}], got {list(vector.shape)}"
-        )
-    if not vector.is_floating_point():
-        raise TypeError(f"conv_bn_act: {name} must have a floating dtype, got {vector.dtype}")
-    if vector.device != x.device:
-        _check_device(name, vector, x)
-
-
-def _check_bn(name: str, bn: BatchNormParams, channels: int, x: Tensor) -> None:
-    if not isinstance(bn, BatchNormParams):
-        raise TypeError(
-            f"conv_bn_act: {name} must be BatchNormParams, got {type(bn).__name__}; "
-            f"BatchNormParams.of(module) takes it from an nn.BatchNorm2d"
-        )
-    if (bn.mean is None) != (bn.var is None):
-        raise ValueError(f"conv_bn_act: {name} must have both mean and var, or neither")
-    for part, vector in zip(("weight", "bias", "mean", "var"), bn[:4], strict=True):
-        if vector is not None:
-            _check_vector(f"{name}.{part}", vector, channels, x)
-
-
 def _check_out(
     out: Tensor,
     shape: tuple,
@@ -192,7 +141,7 @@ def _check_out(
     weight: Tensor,
     residual: Tensor | None,
 ) -> None:
-    _check_tensor("out", out, shape, "[N, K, P, Q]", x)
+    check_tensor(OP, "out", out, shape, "[N, K, P, Q]", x)
     if out.dtype != dtype:
         raise TypeError(f"conv_bn_act: out must have dtype {dtype}, got {out.dtype}")
     if out.shape[1] > 1 and out.stride(1) != 1:

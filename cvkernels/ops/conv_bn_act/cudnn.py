@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cvkernels.ops.conv_bn_act.folding import DerivedWeights, fold
+from cvkernels.ops.batch_norm import BatchNormParams, fold
 from cvkernels.ops.conv_bn_act.problem import Problem
-from cvkernels.ops.conv_bn_act.reference import BatchNormParams
+from cvkernels.ops.derived_weights import DerivedWeights
 
 
 def why_not(problem: Problem) -> str:

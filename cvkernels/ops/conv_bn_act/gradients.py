@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cvkernels.ops.conv_bn_act.folding import scale_shift
-from cvkernels.ops.conv_bn_act.reference import BatchNormParams, conv_bn_act_reference
+from cvkernels.ops.batch_norm import BatchNormParams, scale_shift
+from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
 
 
 def prologue(x: Tensor, bn: BatchNormParams | None, gate: Tensor | None, dtype: torch.dtype):

@@ -10,11 +10,13 @@ from torch import Tensor
 from cvkernels import backend as backends
 from cvkernels import record
 from cvkernels.backend import Backend, BackendError, Choice
+from cvkernels.ops.batch_norm import BatchNormParams
+from cvkernels.ops.calls import autocast_dtype, needs_grad
 from cvkernels.ops.conv_bn_act import cudnn, onednn, tuning
 from cvkernels.ops.conv_bn_act.checks import problem_of
-from cvkernels.ops.conv_bn_act.folding import DerivedWeights
 from cvkernels.ops.conv_bn_act.problem import Problem
-from cvkernels.ops.conv_bn_act.reference import BatchNormParams, conv_bn_act_reference
+from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
+from cvkernels.ops.derived_weights import DerivedWeights
 
 IMPLEMENTATIONS = ("triton", "cudnn", "onednn")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -89,7 +91,7 @@ def conv_bn_act(
     geometry = (stride, padding, dilation, groups)
     if torch.compiler.is_compiling():
         return _traced(tensors, geometry, act, out, backends.requested(backend, IMPLEMENTATIONS))
-    autocast = _autocast_dtype(x)
+    autocast = autocast_dtype(x)
     problem = problem_of(
         x, weight, bias, bn, *geometry, act, residual, input_bn, input_gate, out, autocast
     )
@@ -131,7 +133,7 @@ def choose(
     """The backend that :func:`conv_bn_act` runs for these arguments, and why."""
     problem = problem_of(
         x, weight, bias, bn, stride, padding, dilation, groups, act, residual, input_bn, input_gate,
-        out, _autocast_dtype(x),
+        out, autocast_dtype(x),
     )  # fmt: skip
     tensors = (x, weight, bias, bn, residual, input_bn, input_gate)
     return select(problem, x, needs_grad(tensors), backends.requested(backend, IMPLEMENTATIONS))
@@ -193,11 +195,11 @@ def _why_not(problem: Problem, x: Tensor, name: str, device: str) -> str:
     return reason
 
 
-def fuses_input_bn(x: Tensor) -> bool:
-    """Whether a call on x can take ``input_bn`` along; if not, apply it first: the rest is fused.
+def fuses_prologue(x: Tensor) -> bool:
+    """Whether a call on x can take ``input_bn`` or ``input_gate`` along.
 
-    Only Triton has that prologue. With it, every other backend leaves the whole call to the
-    reference, or refuses.
+    If not, apply them first: the rest is fused. Only Triton has these prologues. With one, every
+    other backend leaves the whole call to the reference, or refuses.
     """
     requested = backends.requested("auto", IMPLEMENTATIONS)
     if requested != "auto":
@@ -205,27 +207,6 @@ def fuses_input_bn(x: Tensor) -> bool:
     device = backends.device_type(x)
     # A compiled graph chooses when it runs; inductor on CUDA needs Triton too.
     return device != "cpu" and (torch.compiler.is_compiling() or not backends.lacks_triton(device))
-
-
-def needs_grad(tensors: tuple) -> bool:
-    """Whether autograd has to see this call."""
-    if not torch.is_grad_enabled():
-        return False
-    return any(
-        t.requires_grad for part in tensors for t in _tensors_of(part) if isinstance(t, Tensor)
-    )
-
-
-def _tensors_of(part: Tensor | BatchNormParams | None) -> tuple:
-    return tuple(part) if isinstance(part, BatchNormParams) else (part,)
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast converts this call's operands to; None where it leaves them alone."""
-    device = x.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return None
-    return None if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
 
 
 def _cast(tensors: tuple, dtype: torch.dtype, cache: DerivedWeights | None) -> tuple:
@@ -357,7 +338,7 @@ def _traced(
     x = tensors[0]
     if requested == "reference" or (requested == "auto" and x.device.type == "cpu"):
         return run_reference(tensors, geometry, act, out, "inductor fuses it")
-    autocast = _autocast_dtype(x)
+    autocast = autocast_dtype(x)
     if autocast is not None:
         tensors = _cast(tensors, autocast, None)
     pairs = tuple([(v, v) if isinstance(v, int) else tuple(v) for v in geometry[:3]])

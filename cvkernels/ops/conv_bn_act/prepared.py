@@ -7,11 +7,11 @@ from collections.abc import Callable
 from torch import Tensor
 
 from cvkernels import backend as backends
+from cvkernels.ops.batch_norm import BatchNormParams
 from cvkernels.ops.conv_bn_act import onednn
 from cvkernels.ops.conv_bn_act.checks import problem_of
-from cvkernels.ops.conv_bn_act.folding import DerivedWeights
 from cvkernels.ops.conv_bn_act.op import IMPLEMENTATIONS, needs_grad, select
-from cvkernels.ops.conv_bn_act.reference import BatchNormParams
+from cvkernels.ops.derived_weights import DerivedWeights
 
 Run = Callable[[Tensor, Tensor | None], Tensor]
 

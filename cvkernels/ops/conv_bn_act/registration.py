@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cvkernels.ops.batch_norm import BatchNormParams
 from cvkernels.ops.conv_bn_act.checks import problem_of
 from cvkernels.ops.conv_bn_act.gradients import conv_bn_act_backward
 from cvkernels.ops.conv_bn_act.op import execute, run_reference, select
 from cvkernels.ops.conv_bn_act.problem import Problem
-from cvkernels.ops.conv_bn_act.reference import BatchNormParams
 
 ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? bias, "

@@ -43,7 +43,7 @@ def pixel_offsets(m_offs, P, Q, strides, FLAT: tl.constexpr):
 
 
 @triton.jit
-def _affine(bn, eps, offs, mask):
+def affine(bn, eps, offs, mask):
     """(scale, shift) of batch_norm(y + bias) = y * scale + shift, float32; bn may hold None."""
     bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr = bn
     scale = tl.full(offs.shape, 1.0, tl.float32)
@@ -71,7 +71,7 @@ def normalize(y, bn, eps, offs, SIZE):
     rows = tl.arange(0, 4)[:, None]
     cols = offs[None, :] + rows * 0
     mask = (rows == 0) & (cols < SIZE)
-    scale, shift = _affine(bn, eps, cols, mask)
+    scale, shift = affine(bn, eps, cols, mask)
     scale = tl.sum(tl.where(mask, scale, 0.0), axis=0)
     shift = tl.sum(tl.where(mask, shift, 0.0), axis=0)
     return y * scale[None, :] + shift[None, :]
@@ -80,7 +80,7 @@ def normalize(y, bn, eps, offs, SIZE):
 @triton.jit
 def normalize_input(x, bn, eps, c_offs, C):
     """The same inside the reduction loop, where the vectors come through its pipeline."""
-    scale, shift = _affine(bn, eps, c_offs, c_offs < C)
+    scale, shift = affine(bn, eps, c_offs, c_offs < C)
     return x * scale[None, :] + shift[None, :]
 
 

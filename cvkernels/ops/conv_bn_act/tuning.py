@@ -28,7 +28,7 @@ KERNELS = ("1x1", "spatial", "filter_row")
 _BACKENDS = ("triton", "cudnn")
 _DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 _TABLE_FIELDS = ("device", "capability", "op", "torch", "triton", "commit", "entries")
-_SM_COUNT = {(8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148}
+SM_COUNT = {(8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148}
 
 # below this many input channels, a channel block of one tap would be mostly padding
 _FILTER_ROW_BELOW = 16
@@ -133,7 +133,7 @@ def _tile(problem: Problem, capability: tuple[int, int]) -> Config:
     """The largest tile that still gives every SM two programs."""
     name = kernel(problem)
     tiles = _tiles(name, problem.dtype.itemsize)
-    enough = 2 * _SM_COUNT.get(tuple(capability), 108)
+    enough = 2 * SM_COUNT.get(tuple(capability), 108)
     pixels = problem.N * problem.P * problem.Q
     widest = _widest(problem)
     for block_m, block_n in tiles:

@@ -1,4 +1,4 @@
-"""Batch norm folded into convolution weights, and the cache of what backends derive from them."""
+"""The cache of what backends derive from a convolution's parameters."""
 
 from __future__ import annotations
 
@@ -6,41 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
-
-from cvkernels.ops.conv_bn_act.reference import BatchNormParams
-
-
-def scale_shift(
-    bias: Tensor | None, bn: BatchNormParams | None, like: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """``conv * scale + shift`` for a convolution with this bias and batch norm, in ``dtype``."""
-    K = like.shape[0]
-    one = torch.ones(K, dtype=dtype, device=like.device)
-    scale, shift = one, torch.zeros_like(one)
-    if bn is not None:
-        scale = one if bn.weight is None else bn.weight.to(dtype)
-        if bn.var is not None:
-            scale = scale * torch.rsqrt(bn.var.to(dtype) + bn.eps)
-        if bn.mean is not None:
-            shift = -bn.mean.to(dtype) * scale
-        if bn.bias is not None:
-            shift = shift + bn.bias.to(dtype)
-    if bias is not None:
-        shift = shift + bias.to(dtype) * scale
-    return scale, shift
-
-
-def fold(weight: Tensor, bias: Tensor | None, bn: BatchNormParams | None) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the one convolution that equals conv + batch norm; computed in float64.
-
-    Returns them in weight's dtype, weight's memory format kept.
-    """
-    with torch.no_grad():
-        scale, shift = scale_shift(bias, bn, weight, torch.float64)
-        folded = weight.double() * scale.view(-1, 1, 1, 1)
-        return folded.to(weight.dtype), shift.to(weight.dtype)
 
 
 class DerivedWeights:

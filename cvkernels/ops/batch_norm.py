@@ -1,0 +1,85 @@
+"""Inference batch norm as the ops take it: its vectors, what it computes, and how it is folded."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class BatchNormParams(NamedTuple):
+    """Inference batch normalisation per channel: ``(x - mean) / sqrt(var + eps) * weight + bias``.
+
+    Each vector is Tensor[C] or None. Without ``mean`` and ``var`` it is the affine map
+    ``x * weight + bias``; give both or neither.
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    eps: float = 1e-5
+
+    @classmethod
+    def of(cls, module: nn.BatchNorm2d) -> BatchNormParams:
+        """The live parameters and running statistics of an inference-mode ``nn.BatchNorm2d``.
+
+        Raises:
+            TypeError: module is not exactly nn.BatchNorm2d: a subclass may compute something else.
+            ValueError: module normalises with batch statistics (it trains, or tracks none).
+        """
+        if type(module) is not nn.BatchNorm2d:
+            raise TypeError(
+                f"BatchNormParams.of: module must be exactly nn.BatchNorm2d, got "
+                f"{type(module).__name__}; run it as a module of its own"
+            )
+        if module.training or module.running_mean is None:
+            raise ValueError(
+                "BatchNormParams.of: module uses batch statistics; call module.eval(), and build "
+                "it with track_running_stats=True"
+            )
+        return cls(module.weight, module.bias, module.running_mean, module.running_var, module.eps)
+
+
+def normalize(x: Tensor, bn: BatchNormParams) -> Tensor:
+    if bn.mean is not None:
+        return F.batch_norm(x, bn.mean, bn.var, bn.weight, bn.bias, training=False, eps=bn.eps)
+    y = x
+    if bn.weight is not None:
+        y = y * bn.weight[:, None, None]
+    if bn.bias is not None:
+        y = y + bn.bias[:, None, None]
+    return y.to(x.dtype)
+
+
+def scale_shift(
+    bias: Tensor | None, bn: BatchNormParams | None, like: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``conv * scale + shift`` for a convolution with this bias and batch norm, in ``dtype``."""
+    K = like.shape[0]
+    one = torch.ones(K, dtype=dtype, device=like.device)
+    scale, shift = one, torch.zeros_like(one)
+    if bn is not None:
+        scale = one if bn.weight is None else bn.weight.to(dtype)
+        if bn.var is not None:
+            scale = scale * torch.rsqrt(bn.var.to(dtype) + bn.eps)
+        if bn.mean is not None:
+            shift = -bn.mean.to(dtype) * scale
+        if bn.bias is not None:
+            shift = shift + bn.bias.to(dtype)
+    if bias is not None:
+        shift = shift + bias.to(dtype) * scale
+    return scale, shift
+
+
+def fold(weight: Tensor, bias: Tensor | None, bn: BatchNormParams | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the one convolution that equals conv + batch norm; computed in float64.
+
+    Returns them in weight's dtype, weight's memory format kept.
+    """
+    with torch.no_grad():
+        scale, shift = scale_shift(bias, bn, weight, torch.float64)
+        folded = weight.double() * scale.view(-1, 1, 1, 1)
+        return folded.to(weight.dtype), shift.to(weight.dtype)

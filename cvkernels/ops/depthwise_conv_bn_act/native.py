@@ -1,0 +1,86 @@
+"""The compiled depthwise_conv_bn_act: csrc/depthwise_conv_bn_act.cpp, on the CPU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cvkernels import extension
+from cvkernels.ops.activation import ACTIVATIONS
+from cvkernels.ops.batch_norm import BatchNormParams, scale_shift
+from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
+from cvkernels.ops.derived_weights import DerivedWeights
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BLOCK = 16  # channels that the compiled op takes at once
+
+library = torch.library.Library("cvkernels", "FRAGMENT")
+library.define(
+    "depthwise_conv_bn_act_native(Tensor x, Tensor weight, Tensor affine, int kernel, int stride, "
+    "int padding_h, int padding_w, int act, Tensor(a!) out, Tensor(b!)? sums) -> ()"
+)
+extension.load()
+
+_native = torch.ops.cvkernels.depthwise_conv_bn_act_native.default
+
+
+@torch.library.register_fake("cvkernels::depthwise_conv_bn_act_native", lib=library)
+def _(x, weight, affine, kernel, stride, padding_h, padding_w, act, out, sums):
+    return None
+
+
+def why_not(problem: DepthwiseProblem, device: str) -> str:
+    """Why the compiled op cannot run ``problem`` on ``device``; empty where it can."""
+    if device != "cpu":
+        return f"the native implementation needs CPU tensors, got {device}"
+    if problem.dtype not in DTYPES:
+        return f"the native implementation has no {problem.dtype}"
+    if (
+        problem.R != problem.S
+        or problem.R not in (3, 5)
+        or problem.stride not in ((1, 1), (2, 2))
+        or problem.dilation != (1, 1)
+    ):
+        return "the native implementation has 3x3 and 5x5 kernels of stride 1 and 2, not dilated"
+    return "" if extension.has("cpu") else extension.status()["cpu"].reason
+
+
+def run(
+    problem: DepthwiseProblem,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn: BatchNormParams | None,
+    out: Tensor,
+    sums: Tensor | None,
+    cache: DerivedWeights | None,
+) -> None:
+    """Compute the op into ``out``, which is channels_last, and ``sums``."""
+
+    def build() -> tuple[Tensor, Tensor]:
+        return pack(weight, bias, bn)
+
+    if cache is None:
+        packed, affine = build()
+    else:
+        sources = [weight, bias, *(bn[:4] if bn is not None else ())]
+        packed, affine = cache.get(("native", bn and bn.eps), sources, build)
+    _native(
+        x, packed, affine, problem.R, problem.stride[0], *problem.padding,
+        ACTIVATIONS.index(problem.act), out.permute(0, 2, 3, 1), sums,
+    )  # fmt: skip
+
+
+def pack(weight: Tensor, bias: Tensor | None, bn: BatchNormParams | None) -> tuple[Tensor, Tensor]:
+    """weight as [C/16, R, S, 16], and scale and shift of bias and norm as [2, C/16, 16]; float32.
+
+    Scale and shift are computed in float64. The scale is not folded into the weights: applying it
+    costs no instruction, and folding would cost a rounding. Channels past C are zero.
+    """
+    with torch.no_grad():
+        past = (0, -weight.shape[0] % BLOCK)
+        taps = F.pad(weight.flatten(1).float().t(), past).view(*weight.shape[2:], -1, BLOCK)
+        affine = torch.stack(scale_shift(bias, bn, weight, torch.float64))
+        affine = F.pad(affine, past).view(2, -1, BLOCK)
+        return taps.permute(2, 0, 1, 3).contiguous(), affine.float()

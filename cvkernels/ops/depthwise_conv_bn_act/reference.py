@@ -1,0 +1,32 @@
+"""What depthwise_conv_bn_act computes, in plain PyTorch: the specification, and the fallback."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cvkernels.ops.activation import activate
+from cvkernels.ops.batch_norm import BatchNormParams, normalize
+
+
+def depthwise_conv_bn_act_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    bn: BatchNormParams | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    act: str = "none",
+    squeeze: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    bias = None if bias is None else bias.to(x.dtype)
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups=x.shape[1])
+    if bn is not None:
+        y = normalize(y, bn)
+    y = activate(y, act)
+    if not squeeze:
+        return y
+    return y, y.sum((2, 3), dtype=torch.float64 if y.dtype == torch.float64 else torch.float32)

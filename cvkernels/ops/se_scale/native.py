@@ -1,0 +1,110 @@
+"""The compiled se_scale and its parts: csrc/se_scale.cpp, on the CPU.
+
+Activations are passed as their place in ``ACTS``, and matrices without the 1x1 of a convolution.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cvkernels import extension
+from cvkernels.ops.se_scale.layouts import fitting, is_nhwc, matrices, new_like
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ACTS = {"none": 0, "relu": 1, "silu": 2}
+_LAYERS = "Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, int act"
+
+library = torch.library.Library("cvkernels", "FRAGMENT")
+library.define("squeeze_native(Tensor x) -> Tensor")
+library.define(f"excite_native(Tensor pooled, {_LAYERS}, bool sigmoid, int count) -> Tensor")
+library.define(
+    "se_scale_native_out(Tensor x, Tensor gate, Tensor? residual, int act, Tensor(a!) out) -> ()"
+)
+library.define(
+    f"squeeze_excite_native_out(Tensor x, {_LAYERS}, Tensor? residual, int out_act, "
+    f"Tensor(a!) out) -> ()"
+)
+extension.load()
+
+_squeeze = torch.ops.cvkernels.squeeze_native.default
+_excite = torch.ops.cvkernels.excite_native.default
+_se_scale = torch.ops.cvkernels.se_scale_native_out.default
+_squeeze_excite = torch.ops.cvkernels.squeeze_excite_native_out.default
+
+
+def why_not(dtype: torch.dtype, device: str) -> str:
+    """Why the compiled ops cannot run on tensors of ``device``; empty where they can."""
+    if device != "cpu":
+        return f"the native implementation needs CPU tensors, got {device}"
+    if dtype not in DTYPES:
+        return f"the native implementation computes in float32, float16 and bfloat16, got {dtype}"
+    return "" if extension.has("cpu") else extension.status()["cpu"].reason
+
+
+def squeeze(x: Tensor) -> Tensor:
+    return _squeeze(fitting(x, is_nhwc(x)))
+
+
+def excite(
+    pooled: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    act: str,
+    sigmoid: bool,
+    count: int | None,
+) -> Tensor:
+    layers = matrices(weight1, bias1, weight2, bias2)
+    return _excite(pooled.contiguous(), *layers, ACTS[act], sigmoid, count or 0)
+
+
+def se_scale(
+    x: Tensor, gate: Tensor, residual: Tensor | None, act: str, out: Tensor | None = None
+) -> Tensor:
+    """out is one that x's kernels can write."""
+    nhwc = is_nhwc(x)
+    residual = None if residual is None else fitting(residual, nhwc)
+    out = new_like(x) if out is None else out
+    _se_scale(fitting(x, nhwc), gate.contiguous(), residual, ACTS[act], out)
+    return out
+
+
+def squeeze_excite(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    act: str,
+    residual: Tensor | None,
+    out_act: str,
+    out: Tensor | None = None,
+) -> Tensor:
+    nhwc = is_nhwc(x)
+    layers = matrices(weight1, bias1, weight2, bias2)
+    residual = None if residual is None else fitting(residual, nhwc)
+    out = new_like(x) if out is None else out
+    _squeeze_excite(fitting(x, nhwc), *layers, ACTS[act], residual, ACTS[out_act], out)
+    return out
+
+
+@torch.library.register_fake("cvkernels::squeeze_native", lib=library)
+def _(x):
+    return x.new_empty(x.shape[:2])
+
+
+@torch.library.register_fake("cvkernels::excite_native", lib=library)
+def _(pooled, weight1, bias1, weight2, bias2, act, sigmoid, count):
+    return pooled.new_empty(pooled.shape, dtype=weight1.dtype if count else pooled.dtype)
+
+
+@torch.library.register_fake("cvkernels::se_scale_native_out", lib=library)
+def _(x, gate, residual, act, out):
+    return None
+
+
+@torch.library.register_fake("cvkernels::squeeze_excite_native_out", lib=library)
+def _(x, weight1, bias1, weight2, bias2, act, residual, out_act, out):
+    return None

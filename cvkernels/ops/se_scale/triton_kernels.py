@@ -1,0 +1,382 @@
+"""Squeeze, excite and scale on a GPU, forward and backward.
+
+Letters: x, residual and out[N, C, HW], gate[N, C] (logits), weight1[R, C], weight2[C, R]. A pointer
+that the call does not have is None. Maps come in two layouts, each with kernels of its own:
+
+- ``_nhwc``: channels are neighbours in memory, and the pixels of an image have one stride. C and
+  the strides are given in packs of VEC elements, so that accesses of VEC elements are known to be
+  aligned.
+- ``_nchw``: dense planes; plane = n * C + c.
+
+A reduction over HW is split over programs where there are few maps: each writes its part, and the
+kernel that needs the sum adds the parts in a fixed order. No atomics: equal inputs give equal bits.
+Offsets of images and pixels are int64.
+"""
+
+import triton
+import triton.language as tl
+
+_UNSPECIALIZED = ["HW", "pixels_per_part", "parts"]
+
+
+@triton.jit
+def activate(y, ACT: tl.constexpr):
+    if ACT == "relu":
+        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACT == "silu":
+        y = y / (1.0 + tl.exp(-y))
+    else:
+        tl.static_assert(ACT == "none")
+    return y
+
+
+@triton.jit
+def activation_grad(grad, x, scale, residual, out, ACT: tl.constexpr):
+    """The gradient in z of act(z), z = x * scale + residual; out is relu's, where that is ACT."""
+    if ACT == "relu":
+        grad = tl.where(out <= 0.0, 0.0, grad)
+    elif ACT == "silu":
+        z = x * scale + residual
+        s = tl.sigmoid(z)
+        grad = grad * s * (1.0 + z * (1.0 - s))
+    else:
+        tl.static_assert(ACT == "none")
+    return grad
+
+
+@triton.jit
+def load_tile(ptr, offs, mask):
+    """A tile in float32; zeros where there is no tensor."""
+    if ptr is None:
+        return tl.zeros(offs.shape, tl.float32)
+    else:
+        return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(ptr, offs, value, mask):
+    tl.store(ptr + offs, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_scale(gate_ptr, offs, mask):
+    # fp32: sigmoid in half precision loses the small gates
+    return tl.sigmoid(tl.load(gate_ptr + offs, mask=mask, other=0.0).to(tl.float32))
+
+
+@triton.jit
+def split_program(C, parts, BLOCK_C: tl.constexpr):
+    """(n, part, c_offs) of this program; neighbouring programs have neighbouring channels."""
+    c_blocks = tl.cdiv(C, BLOCK_C)
+    pid = tl.program_id(0)
+    c_offs = (pid % c_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    rest = pid // c_blocks
+    return (rest // parts).to(tl.int64), rest % parts, c_offs
+
+
+@triton.jit
+def tile_offsets(n, p_offs, c_offs, stride_n, stride_p, VEC: tl.constexpr):
+    """Offsets [pixels, channels] into an NHWC map whose strides are given in packs."""
+    pixels = p_offs.to(tl.int64) * stride_p * VEC
+    return (n * stride_n * VEC + pixels)[:, None] + c_offs[None, :]
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def squeeze_nhwc_kernel(
+    x_ptr,  # [N, HW, C]
+    out_ptr,  # [N, parts, C]
+    HW,
+    c_packs,
+    x_stride_n,
+    x_stride_p,
+    pixels_per_part,
+    parts,
+    divisor,
+    VEC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program sums BLOCK_C channels of one image over the pixels of one part, and divides."""
+    C = c_packs * VEC
+    n, part, c_offs = split_program(C, parts, BLOCK_C)
+    c_mask = c_offs < C
+    first = part * pixels_per_part
+    last = tl.minimum(first + pixels_per_part, HW)
+    acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for start in range(first, last, BLOCK_P):
+        p_offs = start + tl.arange(0, BLOCK_P)
+        mask = (p_offs < last)[:, None] & c_mask[None, :]
+        offs = tile_offsets(n, p_offs, c_offs, x_stride_n, x_stride_p, VEC)
+        acc += load_tile(x_ptr, offs, mask)
+    out_offs = (n * parts + part) * C + c_offs
+    store_tile(out_ptr, out_offs, tl.sum(acc, axis=0) / divisor, c_mask)
+
+
+@triton.jit(do_not_specialize=["planes"])
+def squeeze_nchw_kernel(
+    x_ptr,  # [planes, HW]
+    out_ptr,  # [planes]
+    planes,
+    HW,
+    divisor,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """One program sums BLOCK_ROWS whole planes, and divides."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_mask = rows < planes
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_P), tl.float32)
+    for start in range(0, HW, BLOCK_P):
+        p_offs = start + tl.arange(0, BLOCK_P)
+        mask = row_mask[:, None] & (p_offs < HW)[None, :]
+        acc += load_tile(x_ptr, rows[:, None] * HW + p_offs[None, :], mask)
+    store_tile(out_ptr, rows, tl.sum(acc, axis=1) / divisor, row_mask)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def squeeze_finish_kernel(
+    parts_ptr,  # [N, parts, C]
+    gate_ptr,  # [N, C]
+    out_ptr,  # [N, C]
+    C,
+    parts,
+    BLOCK_C: tl.constexpr,
+):
+    """The sum over the parts; times the slope of gate's sigmoid, where there is a gate."""
+    c_blocks = tl.cdiv(C, BLOCK_C)
+    n = (tl.program_id(0) // c_blocks).to(tl.int64)
+    c_offs = (tl.program_id(0) % c_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = c_offs < C
+    acc = tl.zeros((BLOCK_C,), tl.float32)
+    for part in range(0, parts):
+        acc += load_tile(parts_ptr, (n * parts + part) * C + c_offs, mask)
+    if gate_ptr is not None:
+        scale = load_scale(gate_ptr, n * C + c_offs, mask)
+        acc *= scale * (1.0 - scale)
+    store_tile(out_ptr, n * C + c_offs, acc, mask)
+
+
+@triton.jit(do_not_specialize=["parts", "c_splits", "c_per_program"])
+def excite_kernel(
+    sums_ptr,  # [N, parts, C]
+    weight1_ptr,  # [R, C]
+    bias1_ptr,  # [R]
+    weight2_ptr,  # [C, R]
+    bias2_ptr,  # [C]
+    out_ptr,  # [N, C]
+    mean_ptr,  # [N, C], written
+    C,
+    R,
+    parts,
+    divisor,
+    c_splits,
+    c_per_program,
+    ACT: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Both layers for one image, float32 between them.
+
+    One program has the whole hidden layer, and c_per_program of the channels that come out. It
+    reads weight1 and its rows of weight2, mostly from L2.
+    """
+    n = (tl.program_id(0) // c_splits).to(tl.int64)
+    split = tl.program_id(0) % c_splits
+    r_offs = tl.arange(0, BLOCK_R)
+    r_mask = r_offs < R
+    acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for start in range(0, C, BLOCK_C):
+        c_offs = start + tl.arange(0, BLOCK_C)
+        c_mask = c_offs < C
+        mean = tl.zeros((BLOCK_C,), tl.float32)
+        for part in range(0, parts):
+            mean += load_tile(sums_ptr, (n * parts + part) * C + c_offs, c_mask)
+        mean = mean / divisor
+        if mean_ptr is not None:
+            store_tile(mean_ptr, n * C + c_offs, mean, c_mask & (split == 0))
+        offs = r_offs[:, None] * C + c_offs[None, :]
+        acc += load_tile(weight1_ptr, offs, r_mask[:, None] & c_mask[None, :]) * mean[None, :]
+    hidden = tl.sum(acc, axis=1) + load_tile(bias1_ptr, r_offs, r_mask)
+    hidden = activate(hidden, ACT)
+    first = split * c_per_program
+    last = tl.minimum(first + c_per_program, C)
+    for start in range(first, last, BLOCK_C):
+        c_offs = start + tl.arange(0, BLOCK_C)
+        c_mask = c_offs < last
+        offs = c_offs[:, None] * R + r_offs[None, :]
+        weight = load_tile(weight2_ptr, offs, c_mask[:, None] & r_mask[None, :])
+        y = tl.sum(weight * hidden[None, :], axis=1) + load_tile(bias2_ptr, c_offs, c_mask)
+        if SIGMOID:
+            y = tl.sigmoid(y)
+        store_tile(out_ptr, n * C + c_offs, y, c_mask)
+
+
+@triton.jit(do_not_specialize=["HW"])
+def se_scale_nhwc_kernel(
+    x_ptr,  # [N, HW, C], as residual and out
+    gate_ptr,  # [N, C]
+    shift_ptr,  # [N, C]
+    residual_ptr,
+    out_ptr,
+    HW,
+    c_packs,
+    x_stride_n,
+    x_stride_p,
+    residual_stride_n,
+    residual_stride_p,
+    out_stride_n,
+    out_stride_p,
+    ACT: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """out = act(x * sigmoid(gate) + shift + residual). One program makes BLOCK_P x BLOCK_C of it.
+
+    Reads x and residual once and writes out once: the minimum for this op.
+    """
+    C = c_packs * VEC
+    n, block, c_offs = split_program(C, tl.cdiv(HW, BLOCK_P), BLOCK_C)
+    c_mask = c_offs < C
+    p_offs = block * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask = (p_offs < HW)[:, None] & c_mask[None, :]
+    offs = tile_offsets(n, p_offs, c_offs, x_stride_n, x_stride_p, VEC)
+    y = load_tile(x_ptr, offs, mask) * load_scale(gate_ptr, n * C + c_offs, c_mask)[None, :]
+    if shift_ptr is not None:
+        y += load_tile(shift_ptr, n * C + c_offs, c_mask)[None, :]
+    if residual_ptr is not None:
+        offs = tile_offsets(n, p_offs, c_offs, residual_stride_n, residual_stride_p, VEC)
+        y += load_tile(residual_ptr, offs, mask)
+    offs = tile_offsets(n, p_offs, c_offs, out_stride_n, out_stride_p, VEC)
+    store_tile(out_ptr, offs, activate(y, ACT), mask)
+
+
+@triton.jit(do_not_specialize=["planes"])
+def se_scale_nchw_kernel(
+    x_ptr,  # [planes, HW], as residual and out
+    gate_ptr,  # [planes]
+    shift_ptr,  # [planes]
+    residual_ptr,
+    out_ptr,
+    planes,
+    HW,
+    ACT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """The same for dense planes: BLOCK_ROWS planes, BLOCK_P pixels of each."""
+    p_blocks = tl.cdiv(HW, BLOCK_P)
+    pid = tl.program_id(0)
+    rows = (pid // p_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    p_offs = (pid % p_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
+    row_mask = rows < planes
+    mask = row_mask[:, None] & (p_offs < HW)[None, :]
+    offs = rows[:, None] * HW + p_offs[None, :]
+    y = load_tile(x_ptr, offs, mask) * load_scale(gate_ptr, rows, row_mask)[:, None]
+    if shift_ptr is not None:
+        y += load_tile(shift_ptr, rows, row_mask)[:, None]
+    if residual_ptr is not None:
+        y += load_tile(residual_ptr, offs, mask)
+    store_tile(out_ptr, offs, activate(y, ACT), mask)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def se_scale_bwd_nhwc_kernel(
+    grad_ptr,  # [N, HW, C], as all maps
+    x_ptr,
+    gate_ptr,  # [N, C]
+    residual_ptr,
+    out_ptr,
+    dx_ptr,  # written, as the next two
+    dz_ptr,
+    parts_ptr,  # [N, parts, C]
+    HW,
+    c_packs,
+    grad_stride_n,
+    grad_stride_p,
+    x_stride_n,
+    x_stride_p,
+    residual_stride_n,
+    residual_stride_p,
+    out_stride_n,
+    out_stride_p,
+    pixels_per_part,
+    parts,
+    ACT: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dz = act'(z) * grad, dx = dz * sigmoid(gate), and the sum of dz * x over a part's pixels.
+
+    dx and dz are dense, and written where they are wanted.
+    """
+    C = c_packs * VEC
+    n, part, c_offs = split_program(C, parts, BLOCK_C)
+    c_mask = c_offs < C
+    scale = load_scale(gate_ptr, n * C + c_offs, c_mask)[None, :]
+    first = part * pixels_per_part
+    last = tl.minimum(first + pixels_per_part, HW)
+    acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for start in range(first, last, BLOCK_P):
+        p_offs = start + tl.arange(0, BLOCK_P)
+        mask = (p_offs < last)[:, None] & c_mask[None, :]
+        offs = tile_offsets(n, p_offs, c_offs, grad_stride_n, grad_stride_p, VEC)
+        grad = load_tile(grad_ptr, offs, mask)
+        offs = tile_offsets(n, p_offs, c_offs, x_stride_n, x_stride_p, VEC)
+        x = load_tile(x_ptr, offs, mask)
+        offs = tile_offsets(n, p_offs, c_offs, residual_stride_n, residual_stride_p, VEC)
+        residual = load_tile(residual_ptr, offs, mask)
+        offs = tile_offsets(n, p_offs, c_offs, out_stride_n, out_stride_p, VEC)
+        out = load_tile(out_ptr, offs, mask)
+        dz = activation_grad(grad, x, scale, residual, out, ACT)
+        acc += dz * x
+        dense = (n * HW + p_offs)[:, None] * C + c_offs[None, :]
+        if dz_ptr is not None:
+            store_tile(dz_ptr, dense, dz, mask)
+        if dx_ptr is not None:
+            store_tile(dx_ptr, dense, dz * scale, mask)
+    store_tile(parts_ptr, (n * parts + part) * C + c_offs, tl.sum(acc, axis=0), c_mask)
+
+
+@triton.jit(do_not_specialize=["planes"])
+def se_scale_bwd_nchw_kernel(
+    grad_ptr,  # [planes, HW], as all maps
+    x_ptr,
+    gate_ptr,  # [planes]
+    residual_ptr,
+    out_ptr,
+    dx_ptr,
+    dz_ptr,
+    parts_ptr,  # [planes]
+    planes,
+    HW,
+    ACT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """The same for BLOCK_ROWS whole planes."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_mask = rows < planes
+    scale = load_scale(gate_ptr, rows, row_mask)[:, None]
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_P), tl.float32)
+    for start in range(0, HW, BLOCK_P):
+        p_offs = start + tl.arange(0, BLOCK_P)
+        mask = row_mask[:, None] & (p_offs < HW)[None, :]
+        offs = rows[:, None] * HW + p_offs[None, :]
+        x = load_tile(x_ptr, offs, mask)
+        dz = activation_grad(
+            load_tile(grad_ptr, offs, mask),
+            x,
+            scale,
+            load_tile(residual_ptr, offs, mask),
+            load_tile(out_ptr, offs, mask),
+            ACT,
+        )
+        acc += dz * x
+        if dz_ptr is not None:
+            store_tile(dz_ptr, offs, dz, mask)
+        if dx_ptr is not None:
+            store_tile(dx_ptr, offs, dz * scale, mask)
+    store_tile(parts_ptr, rows, tl.sum(acc, axis=1), row_mask)
