@@ -16,7 +16,7 @@ constexpr const char* OP = "depthwise_conv_bn_act";
 #if defined(__x86_64__) && defined(__GLIBC__)
 namespace avx512 {
 #define LANES 16
-#define CVK_TARGET __attribute__((target("arch=x86-64-v4,prefer-vector-width=512")))
+#define CVK_TARGET __attribute__((target("arch=x86-64-v4")))
 #include "depthwise_conv_bn_act_rows.h"
 #undef CVK_TARGET
 #undef LANES
