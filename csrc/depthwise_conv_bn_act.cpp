@@ -16,7 +16,7 @@ constexpr const char* OP = "depthwise_conv_bn_act";
 #if defined(__x86_64__) && defined(__GLIBC__)
 namespace avx512 {
 #define LANES 16
-#define CVK_TARGET __attribute__((target("arch=x86-64-v4,prefer-vector-width=512")))
+#define CVK_TARGET __attribute__((target("arch=x86-64-v4")))
 #include "depthwise_conv_bn_act_rows.h"
 #undef CVK_TARGET
 #undef LANES
@@ -75,8 +75,8 @@ void launch(const Problem& problem, const void* x, const float* weight, const fl
           const Task task{index / groups / bands, index / groups % bands, begin,
                           std::min(begin + group, problem.blocks())};
           std::fill(sums.begin(), sums.end(), 0.0f);
-          make_band(problem, task, x, weight, affine, out, scratch.data(),
-                    unfinished.data(), sums.data());
+          make_band(problem, task, x, weight, affine, out, scratch.data(), unfinished.data(),
+                    sums.data());
           if (parts == nullptr) continue;
           const int64_t c = begin * BLOCK;
           const int64_t count = std::min(task.block_end * BLOCK, problem.C) - c;
@@ -126,8 +126,7 @@ void depthwise_conv_bn_act_native(const Tensor& x, const Tensor& weight, const T
   problem.x_stride_c = x.stride(1);
   problem.x_stride_h = x.stride(2);
   problem.x_stride_w = x.stride(3);
-  CVK_CHECK(OP,
-            problem.H + 2 * padding_h >= kernel && problem.W + 2 * padding_w >= kernel,
+  CVK_CHECK(OP, problem.H + 2 * padding_h >= kernel && problem.W + 2 * padding_w >= kernel,
             "no window fits x of shape ", shape_of(x));
   check_vector("weight", weight, problem.blocks() * kernel * kernel * BLOCK);
   check_vector("affine", affine, 2 * problem.blocks() * BLOCK);

@@ -12,7 +12,8 @@ enum class Act : int64_t { NONE = 0, RELU = 1, RELU6 = 2, SILU = 3 };
 constexpr int64_t BLOCK = 16;
 
 // One call. x[N, C, H, W], any strides, in elements; out[N, P, Q, C], dense. The weights are
-// weight[C / BLOCK, K, K, BLOCK], bias and batch norm affine[2, C / BLOCK, BLOCK]: scale, then shift.
+// weight[C / BLOCK, K, K, BLOCK], bias and batch norm affine[2, C / BLOCK, BLOCK]: scale, then
+// shift.
 struct Problem {
   int64_t N, C, H, W, P, Q;
   int64_t kernel, stride, padding_h, padding_w;
@@ -46,8 +47,8 @@ struct Problem {
   int64_t group() const {
     constexpr int64_t CACHE = 256 << 10, TASKS = 16;
     const int64_t bytes = kernel * scratch_width() * BLOCK * static_cast<int64_t>(sizeof(float));
-    const int64_t most = std::clamp<int64_t>(N * bands() * blocks() / TASKS, 2,
-                                             std::max<int64_t>(2, CACHE / bytes));
+    const int64_t most =
+        std::clamp<int64_t>(N * bands() * blocks() / TASKS, 2, std::max<int64_t>(2, CACHE / bytes));
     const int64_t count = (blocks() + most - 1) / most;
     return (blocks() + count - 1) / count;
   }

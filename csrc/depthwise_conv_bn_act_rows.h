@@ -4,8 +4,8 @@
 
 using V = float __attribute__((vector_size(LANES * sizeof(float))));
 // The same in memory, wherever it lies.
-using Unaligned [[gnu::may_alias]] = float
-    __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
+using Unaligned [[gnu::may_alias]] =
+    float __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
 using I = int32_t __attribute__((vector_size(LANES * sizeof(int32_t))));
 
 #define CVK_INLINE CVK_TARGET static inline __attribute__((always_inline))
@@ -121,11 +121,11 @@ CVK_INLINE void store_each(const V* values, float* to) {
   }
 }
 
-// out = act(row * scale + shift) for the first `kept` channels of a row's pixels; returns their sum. A loop
-// of its own, so that act's constants stay in registers.
+// out = act(row * scale + shift) for the first `kept` channels of a row's pixels; returns their
+// sum. A loop of its own, so that act's constants stay in registers.
 template <typename T, Act ACT>
-CVK_INLINE V finish_row(const float* row, V scale, V shift, int64_t Q, int64_t kept, typename Element<T>::Bits* out,
-                        int64_t C) {
+CVK_INLINE V finish_row(const float* row, V scale, V shift, int64_t Q, int64_t kept,
+                        typename Element<T>::Bits* out, int64_t C) {
   V sum = V{};
   for (int64_t q = 0; q < Q; ++q, row += LANES, out += C) {
     const V y = activate<ACT>(load(row) * scale + shift);
@@ -218,8 +218,8 @@ CVK_TARGET static void make_band(const Problem& problem, const Task& task, const
       for (int r = 0; r < K; ++r) rows[r] = ring[r] + local * block_size;
       make_row<T, K, STRIDE, COLUMNS>(problem, b, rows, weight + b * K * K * BLOCK,
                                       affine + b * BLOCK, affine + (problem.blocks() + b) * BLOCK,
-                                      out + p * problem.Q * problem.C + b * BLOCK,
-                                      unfinished, sums + local * BLOCK);
+                                      out + p * problem.Q * problem.C + b * BLOCK, unfinished,
+                                      sums + local * BLOCK);
     }
   }
 }
@@ -227,9 +227,9 @@ CVK_TARGET static void make_band(const Problem& problem, const Task& task, const
 template <typename T>
 auto select(const Problem& problem) {
   const auto columns = problem.columns();
-#define CVK_COLUMNS(K, STRIDE)                                \
-  (columns == 8   ? &make_band<T, K, STRIDE, 8>               \
-   : columns == 7 ? &make_band<T, K, STRIDE, 7>               \
+#define CVK_COLUMNS(K, STRIDE)                  \
+  (columns == 8   ? &make_band<T, K, STRIDE, 8> \
+   : columns == 7 ? &make_band<T, K, STRIDE, 7> \
                   : &make_band<T, K, STRIDE, 6>)
   if (problem.kernel == 3) return problem.stride == 1 ? CVK_COLUMNS(3, 1) : CVK_COLUMNS(3, 2);
   return problem.stride == 1 ? CVK_COLUMNS(5, 1) : CVK_COLUMNS(5, 2);
