@@ -219,6 +219,20 @@ def test_fx_feature_extraction_scripting_and_export(patched, stock, x):
     assert isinstance(patched.layer1[0], cvkernels.nn.BasicBlock)
 
 
+@pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0", "seresnet50", "legacy_seresnet50"])
+def test_a_patched_model_plans_like_ours(name):
+    """On a GPU: as many kernels and bytes as the builder's, so nothing of ours was missed."""
+    library = "torchvision" if hasattr(models, name) else "timm"
+    totals = []
+    with torch.device("meta"):
+        patched = build(f"{library}/{name}").eval().bfloat16()
+        cvkernels.patch(patched)
+        for model in (patched, cvkernels.create_model(name).eval().bfloat16()):
+            x = torch.empty(8, 3, 224, 224, dtype=torch.bfloat16)
+            totals.append(cvkernels.explain(model, x).totals)
+    assert totals[0] == totals[1]
+
+
 FAMILIES = [
     "torchvision/googlenet",
     "torchvision/densenet121",

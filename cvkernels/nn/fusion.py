@@ -88,7 +88,7 @@ class FusedModule(nn.Module):
             recall = derived.recall
             if (run := recall.get(x, conv, bn, act, residual)) is not None:
                 return run(x, residual)
-        fused_act, clash = _fused_act(bn, act, residual)
+        inner_act, clash = fused_act(bn, act, residual)
 
         def as_modules() -> Tensor:
             u = x if input_bn is None else _normalised(x, *input_bn)
@@ -103,7 +103,7 @@ class FusedModule(nn.Module):
             """What the op and :func:`prepared` take."""
             geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
             scale = None if bn is None else _affine(bn)
-            return (x, conv.weight, conv.bias, scale), geometry, act_name(fused_act)
+            return (x, conv.weight, conv.bias, scale), geometry, act_name(inner_act)
 
         def as_op() -> Tensor:
             tensors, (stride, padding, dilation, groups), name = operands()
@@ -120,7 +120,7 @@ class FusedModule(nn.Module):
                 input_gate=input_gate,
             )
 
-        reason = clash or why_not_conv_bn_act(x, conv, bn, fused_act)
+        reason = clash or why_not_conv_bn_act(x, conv, bn, inner_act)
         y = _run_group(conv, reason, as_op, as_modules)
         if recall is not None and not reason:
 
@@ -240,8 +240,8 @@ def _affine(bn: nn.Module) -> BatchNormParams:
     return BatchNormParams(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
 
 
-def _fused_act(
-    bn: nn.Module | None, act: nn.Module | Callable | None, residual: Tensor | None
+def fused_act(
+    bn: nn.Module | None, act: nn.Module | Callable | None = None, residual: Tensor | None = None
 ) -> tuple[nn.Module | Callable | None, str]:
     """The activation behind bn, which may carry it inside, and why its place forbids fusing."""
     if type(bn) is nn.BatchNorm2d or not _is_norm_act(bn) or type(bn.act) is nn.Identity:

@@ -7,13 +7,12 @@ arXiv:1905.11946; the fused block Tan and Le 2021, arXiv:2104.00298.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
 
-from cvkernels import record
 from cvkernels.nn.conv_bn_act import ConvBNAct, split_conv_bn_act
 from cvkernels.nn.fusion import (
     FusedModule,
@@ -21,7 +20,7 @@ from cvkernels.nn.fusion import (
     why_not_called,
     why_not_conv_bn_act,
 )
-from cvkernels.nn.squeeze_excite import SqueezeExcitation, divisible
+from cvkernels.nn.squeeze_excite import SqueezeExcitation, SqueezeExcite, divisible
 from cvkernels.nn.stochastic_depth import StochasticDepth
 
 
@@ -175,13 +174,12 @@ class MBConv(_InvertedResidual):
         y = x
         for layer in expand:
             y = layer(y)
-        gate = None
-        if self._sums_and_gates(y, depthwise, excitation, project):
-            y, sums = depthwise.squeezed(y, *depthwise)
-            gate = self._gate(excitation, sums, y.shape[2] * y.shape[3])
-        else:
-            y = excitation(depthwise(y))
         residual = x if self.use_res_connect else None
+        if sums_and_gates(y, excitation, depthwise, project) and not why_not_called(y, depthwise):
+            y, sums = depthwise.squeezed(y, *depthwise)
+            gate = excitation.gate_of_sums(sums, y.shape[2] * y.shape[3])
+        else:
+            y, gate = excitation(depthwise(y)), None
         return project.fused(y, *project, residual=residual, input_gate=gate)
 
     def _is_stock(self, x: Tensor) -> bool:
@@ -199,26 +197,25 @@ class MBConv(_InvertedResidual):
             return False
         return not why_not_called(x, block, project, self.stochastic_depth)
 
-    @staticmethod
-    def _sums_and_gates(x: Tensor, depthwise, excitation, project) -> bool:
-        """Whether the depthwise op sums its output, so that the projection takes the gate.
 
-        The depthwise map is then written once and read once.
-        """
-        return not (
-            why_not_called(x, depthwise, excitation)
-            or why_not_conv_bn_act(x, *depthwise)
-            or why_not_conv_bn_act(x, *project, None)
-            or excitation.why_not_op(x)
-            or not runs_depthwise(x, depthwise[0])
-        )
+def sums_and_gates(
+    x: Tensor, excitation: nn.Module, depthwise: Iterable, project: Iterable
+) -> bool:
+    """Whether the depthwise op sums its output, so that the projection takes the gate.
 
-    @staticmethod
-    def _gate(excitation: SqueezeExcitation, sums: Tensor, count: int) -> Tensor:
-        if (recorder := record.active()) is None:
-            return excitation.gate_of_sums(sums, count)
-        with recorder.group(excitation, ""):
-            return excitation.gate_of_sums(sums, count)
+    The depthwise map is then written once and read once. ``depthwise`` is (conv, norm, activation),
+    ``project`` (conv, norm).
+    """
+    conv, bn, act = depthwise
+    return (
+        isinstance(excitation, SqueezeExcite)
+        and type(excitation).forward is SqueezeExcite.forward
+        and not why_not_called(x, excitation)
+        and not why_not_conv_bn_act(x, conv, bn, act)
+        and not why_not_conv_bn_act(x, *project, None)
+        and not excitation.why_not_op(x)
+        and runs_depthwise(x, conv)
+    )
 
 
 class FusedMBConv(_InvertedResidual):

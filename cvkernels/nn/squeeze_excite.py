@@ -31,7 +31,6 @@ class _Sigmoid(nn.Module):
 
 
 _ACTS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu"}
-_SIGMOIDS = (nn.Sigmoid, _Sigmoid)
 
 
 class SqueezeExcite(FusedModule):
@@ -67,6 +66,19 @@ class SqueezeExcite(FusedModule):
         act = _ACTS[type(between[-1])]
         layers = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         return squeeze_excite(x, *layers, act, residual, out_act, out=out)
+
+    def gate_of_sums(self, sums: Tensor, count: int) -> Tensor:
+        """The gates [N, C] from the channels' sums over ``count`` pixels, as one op."""
+        _, fc1, between, fc2, _ = self.parts()
+        layers = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+
+        def as_op() -> Tensor:
+            return excite(sums, *layers, _ACTS[type(between[-1])], sigmoid=True, count=count)
+
+        if (recorder := record.active()) is None:
+            return as_op()
+        with recorder.group(self, ""):
+            return as_op()
 
     def added(
         self,
@@ -124,7 +136,7 @@ class SqueezeExcite(FusedModule):
         *identities, act = between
         if type(act) not in _ACTS or any(type(m) is not nn.Identity for m in identities):
             return f"{between} is not exactly nn.ReLU or nn.SiLU"
-        if type(gate) not in _SIGMOIDS:
+        if not _is_sigmoid(gate):
             return f"{gate} is not exactly nn.Sigmoid"
         return self._why_not_tensors(x, fc1, fc2)
 
@@ -139,6 +151,12 @@ class SqueezeExcite(FusedModule):
         if dtypes == {x.dtype} or (dtypes == {torch.float32} and _autocasts(x)):
             return ""
         return f"x is {x.dtype} and the layers are {', '.join(sorted(map(str, dtypes)))}"
+
+
+def _is_sigmoid(gate: nn.Module) -> bool:
+    kind = type(gate)
+    timms = (kind.__module__, kind.__name__) == ("timm.layers.activations", "Sigmoid")
+    return kind in (nn.Sigmoid, _Sigmoid) or timms
 
 
 def _autocasts(x: Tensor) -> bool:
@@ -177,12 +195,6 @@ class SqueezeExcitation(SqueezeExcite):
     def parts(self) -> tuple:
         m = self._modules
         return m["avgpool"], m["fc1"], (m["activation"],), m["fc2"], m["scale_activation"]
-
-    def gate_of_sums(self, sums: Tensor, count: int) -> Tensor:
-        """The gates [N, C] from the channels' sums over ``count`` pixels, as one op."""
-        fc1, fc2 = self.fc1, self.fc2
-        layers = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-        return excite(sums, *layers, _ACTS[type(self.activation)], sigmoid=True, count=count)
 
     def as_modules(self, x: Tensor) -> Tensor:
         scale = self.activation(self.fc1(self.avgpool(x)))

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cvkernels.nn.fusion import FusedModule, why_not_called
+from cvkernels.nn.fusion import FusedModule, fused_act, why_not_called
+from cvkernels.nn.mbconv import sums_and_gates
 from cvkernels.nn.squeeze_excite import SqueezeExcite
 
 
@@ -38,9 +39,34 @@ class _InvertedResidual(FusedModule):
         """``drop_path(bn(conv(x))) + shortcut``, where the block has a shortcut."""
         if not self.has_skip:
             return self.fused(x, conv, bn)
-        if _drops(self.drop_path) or why_not_called(x, self.drop_path):
+        if self._adds_apart(x):
             return self.drop_path(self.fused(x, conv, bn)) + shortcut
         return self.fused(x, conv, bn, residual=shortcut)
+
+    def _adds_apart(self, x: Tensor) -> bool:
+        """Whether something stands before the shortcut, or watches it."""
+        return self.has_skip and (_drops(self.drop_path) or bool(why_not_called(x, self.drop_path)))
+
+    def _excited(
+        self,
+        x: Tensor,
+        shortcut: Tensor,
+        depthwise: tuple[nn.Module, nn.Module],
+        project: tuple[nn.Module, nn.Module],
+    ) -> Tensor:
+        """``project(se(depthwise(x)))``, both (conv, norm), and the shortcut."""
+        conv, bn = depthwise
+        if type(self.aa) is nn.Identity and not self._adds_apart(x):
+            act = fused_act(bn)[0]
+            if not why_not_called(x, self.aa) and sums_and_gates(
+                x, self.se, (conv, bn, act), project
+            ):
+                y, sums = self.squeezed(x, conv, bn, act)
+                gate = self.se.gate_of_sums(sums, y.shape[2] * y.shape[3])
+                residual = shortcut if self.has_skip else None
+                return self.fused(y, *project, residual=residual, input_gate=gate)
+        y = self.se(self.aa(self.fused(x, conv, bn)))
+        return self._projected(y, shortcut, *project)
 
 
 def _drops(drop_path: nn.Module) -> bool:
@@ -63,8 +89,8 @@ class TimmDepthwiseSeparableConv(_InvertedResidual):
     """Depthwise k x k, squeeze-and-excitation, 1x1."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.fused(self._space_to_depth(x), self.conv_dw, self.bn1)
-        return self._projected(self.se(self.aa(y)), x, self.conv_pw, self.bn2)
+        y = self._space_to_depth(x)
+        return self._excited(y, x, (self.conv_dw, self.bn1), (self.conv_pw, self.bn2))
 
 
 class TimmInvertedResidual(_InvertedResidual):
@@ -72,8 +98,7 @@ class TimmInvertedResidual(_InvertedResidual):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.fused(self._space_to_depth(x), self.conv_pw, self.bn1)
-        y = self.fused(y, self.conv_dw, self.bn2)
-        return self._projected(self.se(self.aa(y)), x, self.conv_pwl, self.bn3)
+        return self._excited(y, x, (self.conv_dw, self.bn2), (self.conv_pwl, self.bn3))
 
 
 class TimmEdgeResidual(_InvertedResidual):
