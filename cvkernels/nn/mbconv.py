@@ -191,7 +191,9 @@ class MBConv(_InvertedResidual):
         convs = (*expand, depthwise, project)
         if any(getattr(type(conv), "forward", None) is not ConvBNAct.forward for conv in convs):
             return False
-        if type(excitation) is not SqueezeExcitation or (len(depthwise), len(project)) != (3, 2):
+        if getattr(type(excitation), "forward", None) is not SqueezeExcite.forward:
+            return False
+        if (len(depthwise), len(project)) != (3, 2):
             return False
         if self.stochastic_depth.training and self.stochastic_depth.p > 0.0:
             return False
@@ -208,8 +210,7 @@ def sums_and_gates(
     """
     conv, bn, act = depthwise
     return (
-        isinstance(excitation, SqueezeExcite)
-        and type(excitation).forward is SqueezeExcite.forward
+        getattr(type(excitation), "forward", None) is SqueezeExcite.forward
         and not why_not_called(x, excitation)
         and not why_not_conv_bn_act(x, conv, bn, act)
         and not why_not_conv_bn_act(x, *project, None)
