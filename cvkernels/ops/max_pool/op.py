@@ -10,10 +10,9 @@ from torch import Tensor
 
 from cvkernels import backend as backends
 from cvkernels import record
-from cvkernels.backend import Backend, BackendError, Choice
-from cvkernels.ops import aliasing
+from cvkernels.backend import Backend, Choice
+from cvkernels.ops import aliasing, native
 from cvkernels.ops.errors import InputTypeError, InputValueError
-from cvkernels.ops.max_pool import native
 from cvkernels.ops.max_pool.reference import max_pool_reference
 from cvkernels.ops.traffic import touched_positions
 
@@ -21,9 +20,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ARGUMENTS = (
     "Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode"
 )
-
-REQUESTED = Choice("native", "requested")
-NATIVE = {device: Choice("native", f"compiled for {device}") for device in native.DTYPES}
 
 library = torch.library.Library("cvkernels", "FRAGMENT")
 library.define(f"max_pool({ARGUMENTS}) -> Tensor")
@@ -125,36 +121,16 @@ class Window(NamedTuple):
 
 
 def _select(x: Tensor, out: Tensor | None, requested: str) -> Choice:
-    if requested == "reference":
-        return Choice("reference", "requested")
-    if requested not in ("auto", "native"):
-        raise BackendError(
-            f"max_pool: there is no backend {requested!r}; use 'auto', 'native' or 'reference'"
-        )
-    device = backends.device_type(x)
+    forbids = ""
     if torch.is_grad_enabled() and (x.requires_grad or (out is not None and out.requires_grad)):
-        reason = "a gradient is needed, and the native max_pool keeps no indices"
-    elif requested == "auto" and device == "cpu" and torch.compiler.is_compiling():
-        reason = "torch.compile generates the op on CPU"
-    else:
-        reason = native.why_not(x, device)
-    if not reason:
-        return REQUESTED if requested == "native" else NATIVE[device]
-    if requested == "native":
-        raise BackendError(
-            f"max_pool: backend 'native' cannot run this call: {reason}; "
-            f"use backend='auto' or 'reference'"
-        )
-    return Choice("reference", reason)
+        forbids = "a gradient is needed, and the native max_pool keeps no indices"
+    return native.select("max_pool", x, requested, forbids)
 
 
 def _native(x: Tensor, window: Window, out: Tensor | None) -> Tensor:
     if out is None:
         return _max_pool(x, *window)
-    tracing = torch.compiler.is_compiling()  # its graph knows that out changes
-    if torch.is_grad_enabled() and not tracing and not out.is_inference():
-        # Whoever saved out for a backward must hear that it changed.
-        torch.autograd.graph.increment_version(out)
+    native.mark_written(out)
     _max_pool_out(x, *window, out)
     return out
 
