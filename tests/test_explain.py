@@ -3,7 +3,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cvkernels
-from cvkernels.models import resnet18, resnet50
+from cvkernels.models import densenet121, resnet18, resnet50
 
 # MB per image in bf16 at batch 128 and kernels of ResNet-50 with every epilogue fused, in eval.
 FUSED_KERNELS, FUSED_MB = 56, 57.2
@@ -22,6 +22,26 @@ def test_resnet50_plan_meets_the_fused_floor(planned):
     per_image = (totals["bytes_read"] + totals["bytes_written"]) / 128 / 1e6
     assert totals["kernels"] <= FUSED_KERNELS
     assert 0.9 * FUSED_MB <= per_image <= 1.05 * FUSED_MB
+
+
+# Likewise, with what is concatenated written in place: MB per image, kernels, convolutions.
+CONCATENATING = {
+    "densenet121": (densenet121, 47.7, 126, 120),
+}
+
+
+@pytest.mark.parametrize(
+    ("build", "mb", "kernels", "convolutions"), CONCATENATING.values(), ids=CONCATENATING.keys()
+)
+def test_concatenating_networks_copy_nothing(build, mb, kernels, convolutions):
+    example = torch.empty(128, 3, 224, 224, dtype=torch.bfloat16, device="meta")
+    plan = cvkernels.explain(build().eval(), example)
+    per_image = (plan.totals["bytes_read"] + plan.totals["bytes_written"]) / 128 / 1e6
+    assert plan.totals["kernels"] <= kernels
+    assert 0.8 * mb <= per_image <= 1.05 * mb
+    ops = [row.op for row in plan.rows]
+    assert ops.count("conv_bn_act") == convolutions
+    assert set(ops) <= {"conv_bn_act", "max_pool", "avg_pool", "aten.addmm", "aten.mean"}
 
 
 def test_plan_names_a_kernel_for_every_convolution(planned):

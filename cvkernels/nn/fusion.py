@@ -21,6 +21,7 @@ from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act, m
 from cvkernels.nn.recall import Recall
 from cvkernels.ops.conv_bn_act.op import fuses_input_bn
 from cvkernels.ops.conv_bn_act.prepared import Run, prepared
+from cvkernels.ops.pool import checked, window_of
 
 
 def relu_(x: Tensor) -> Tensor:
@@ -59,23 +60,26 @@ class FusedModule(nn.Module):
         act: nn.Module | Callable[[Tensor], Tensor] | None = None,
         residual: Tensor | None = None,
         input_bn: tuple[nn.Module, nn.Module | None] | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """``act(bn(conv(u)) + residual)``, as one op where the modules allow it.
 
         ``u`` is x, or ``relu(norm(x))`` for ``input_bn=(norm, relu)``. These two are called before
         the rest where no kernel has them as a prologue, so that the rest is fused all the same.
         ``act`` is a module, or :func:`relu_`. A norm may be timm's BatchNormAct2d, whose activation
-        is inside it; there ``act`` and ``relu`` are None.
+        is inside it; there ``act`` and ``relu`` are None. ``out``, a channel slice of a
+        channels_last buffer, is written and returned, where no gradient is needed.
         """
         if input_bn is not None and (reason := why_not_input_bn(x, *input_bn)):
-            x = _run_group(input_bn[0], reason, None, lambda u=x: _normalised(u, *input_bn))
+            x = run_group(input_bn[0], reason, None, lambda u=x: _normalised(u, *input_bn))
             input_bn = None
         derived = self._derived_from(conv)
         recall = None
         if derived is not None and input_bn is None and type(x) is Tensor and x.is_cpu:
             recall = derived.recall
             if (run := recall.get(x, conv, bn, act, residual)) is not None:
-                return run(x, residual)
+                y = run(x, residual)
+                return y if out is None else out.copy_(y)
         fused_act, clash = _fused_act(bn, act, residual)
 
         def as_modules() -> Tensor:
@@ -84,17 +88,11 @@ class FusedModule(nn.Module):
                 y = bn(y)
             if residual is not None:
                 y += residual
-            return y if act is None else act(y)
-
-        def operands() -> tuple:
-            """What the op and :func:`prepared` take."""
-            name = "none" if fused_act is None else ACTIVATIONS[_kind(fused_act)]
-            geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-            scale = None if bn is None else _affine(bn)
-            return (x, conv.weight, conv.bias, scale), geometry, name
+            y = y if act is None else act(y)
+            return y if out is None else out.copy_(y)
 
         def as_op() -> Tensor:
-            tensors, (stride, padding, dilation, groups), name = operands()
+            tensors, (stride, padding, dilation, groups), name = _operands(x, conv, bn, fused_act)
             return conv_bn_act(
                 *tensors,
                 stride=stride,
@@ -103,30 +101,56 @@ class FusedModule(nn.Module):
                 groups=groups,
                 act=name,
                 residual=residual,
-                input_bn=None if input_bn is None else _affine(input_bn[0]),
+                input_bn=None if input_bn is None else affine_of(input_bn[0]),
+                out=out,
                 cache=None if derived is None else derived.weights,
             )
 
         reason = clash or why_not_conv_bn_act(x, conv, bn, fused_act)
-        y = _run_group(conv, reason, as_op, as_modules)
+        y = run_group(conv, reason, as_op, as_modules)
         if recall is not None and not reason:
 
             def prepare() -> Run | None:
-                tensors, geometry, name = operands()
+                tensors, geometry, name = _operands(x, conv, bn, fused_act)
                 return prepared(*tensors, geometry, name, residual, derived.weights)
 
             recall.keep(x, conv, bn, act, residual, prepare)
         return y
 
-    def pooled(self, x: Tensor, pool: nn.Module) -> Tensor:
-        """``pool(x)``, without indices where it is exactly a max pool and nobody watches it."""
+    def prepared(
+        self,
+        x: Tensor,
+        conv: nn.Module,
+        bn: nn.Module | None = None,
+        act: nn.Module | Callable[[Tensor], Tensor] | None = None,
+    ) -> Run | None:
+        """What runs :meth:`fused` on others like x, unchecked, while the modules stay as they are.
+
+        For modules that :func:`why_not_conv_bn_act` has nothing against. None where the call needs
+        what only :meth:`fused` does.
+        """
+        fused_act, clash = _fused_act(bn, act, None)
+        derived = self._derived_from(conv)
+        if clash or derived is None:
+            return None
+        tensors, geometry, name = _operands(x, conv, bn, fused_act)
+        return prepared(*tensors, geometry, name, None, derived.weights)
+
+    def pooled(self, x: Tensor, pool: nn.Module, out: Tensor | None = None) -> Tensor:
+        """``pool(x)``, without indices where it is exactly a max pool and nobody watches it.
+
+        ``out`` is written and returned, where no gradient is needed.
+        """
 
         def as_op() -> Tensor:
-            return max_pool(
-                x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
-            )
+            window = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
+            return max_pool(x, *window, out=out)
 
-        return _run_group(pool, why_not_max_pool(x, pool), as_op, lambda: pool(x))
+        def as_modules() -> Tensor:
+            y = pool(x)
+            return y if out is None else out.copy_(y)
+
+        return run_group(pool, why_not_max_pool(x, pool), as_op, as_modules)
 
     def _derived_from(self, conv: nn.Conv2d) -> _Derived | None:
         if torch.compiler.is_compiling():
@@ -170,6 +194,16 @@ class FusedModule(nn.Module):
         return state
 
 
+def _operands(
+    x: Tensor, conv: nn.Module, bn: nn.Module | None, act: nn.Module | Callable | None
+) -> tuple[tuple, tuple, str]:
+    """What conv_bn_act and :func:`prepared` take: tensors, geometry, and the activation's name."""
+    name = "none" if act is None else ACTIVATIONS[_kind(act)]
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    scale = None if bn is None else affine_of(bn)
+    return (x, conv.weight, conv.bias, scale), geometry, name
+
+
 def _kind(act: nn.Module | Callable) -> type[nn.Module] | Callable:
     """What ``ACTIVATIONS`` knows act by."""
     return type(act) if isinstance(act, nn.Module) else act
@@ -179,8 +213,8 @@ def _normalised(x: Tensor, norm: nn.Module, relu: nn.Module | None) -> Tensor:
     return norm(x) if relu is None else relu(norm(x))
 
 
-def _affine(bn: nn.Module) -> BatchNormParams:
-    """The scale and shift of a norm that :func:`_why_not_affine` has nothing against."""
+def affine_of(bn: nn.Module) -> BatchNormParams:
+    """The scale and shift of a norm that :func:`why_not_affine` has nothing against."""
     return BatchNormParams(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
 
 
@@ -200,7 +234,7 @@ def _is_norm_act(bn: nn.Module | None) -> bool:
     return kind.__name__ == "BatchNormAct2d" and kind.__module__ == "timm.layers.norm_act"
 
 
-def _run_group(
+def run_group(
     leader: nn.Module,
     reason: str,
     as_op: Callable[[], Tensor] | None,
@@ -222,7 +256,7 @@ def why_not_conv_bn_act(
     """Why the modules have to be called one by one; empty where conv_bn_act computes the same."""
     if type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__} is not exactly nn.Conv2d"
-    if bn is not None and (reason := _why_not_affine(bn)):
+    if bn is not None and (reason := why_not_affine(bn)):
         return reason
     if act is not None and _kind(act) not in ACTIVATIONS:
         return f"{type(act).__name__} is not one of the fused activations"
@@ -233,18 +267,43 @@ def why_not_conv_bn_act(
 
 def why_not_input_bn(x: Tensor, norm: nn.Module, relu: nn.Module | None) -> str:
     """Why norm and relu have to be called first; empty where they are the op's prologue."""
-    if reason := _why_not_affine(norm):
+    if reason := why_not_norm_relu(x, norm, relu):
+        return reason
+    return "" if fuses_input_bn(x) else "no backend here normalises a convolution's input"
+
+
+def why_not_norm_relu(x: Tensor, norm: nn.Module, relu: nn.Module | None) -> str:
+    """Why norm and relu are no multiply-add and ReLU that an op can do to its input."""
+    if reason := why_not_affine(norm):
         return reason
     if relu is None and _is_norm_act(norm):
         relu = norm.act
     if type(relu) is not nn.ReLU:
         return f"{type(relu).__name__} is not exactly nn.ReLU"
-    if reason := why_not_called(x, norm, relu):
+    return why_not_called(x, norm, relu)
+
+
+def why_not_in_place(x: Tensor, module: nn.Module) -> str:
+    """Why module's parts cannot write their outputs into one buffer of x's dtype."""
+    if reason := why_not_called(x, module):
         return reason
-    return "" if fuses_input_bn(x) else "no backend here normalises a convolution's input"
+    if torch.compiler.is_compiling():
+        return "torch.compile plans the memory"
+    if torch.is_grad_enabled() and (
+        x.requires_grad or any(parameter.requires_grad for parameter in module.parameters())
+    ):
+        return "a gradient is needed"
+    if x.dim() != 4 or not x.numel():
+        return "the input is empty or not [N, C, H, W]"
+    device = x.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        if dtype != x.dtype:
+            return f"autocast computes in {dtype}, the input is {x.dtype}"
+    return ""
 
 
-def _why_not_affine(bn: nn.Module) -> str:
+def why_not_affine(bn: nn.Module) -> str:
     """Why bn is no scale and shift per channel; empty where it is, but for its activation."""
     if type(bn) is not nn.BatchNorm2d:
         if not _is_norm_act(bn):
@@ -264,6 +323,15 @@ def why_not_max_pool(x: Tensor, pool: nn.Module) -> str:
     if not reason and (pool.return_indices or x.dim() != 4):
         reason = "max_pool takes [N, C, H, W] and returns no indices"
     return reason
+
+
+def pooled_shape(x: Tensor, pool: nn.MaxPool2d | nn.AvgPool2d) -> tuple[int, int, int, int]:
+    """The shape of ``pool(x)``."""
+    dilation = getattr(pool, "dilation", 1)
+    window = window_of(
+        "pool", pool.kernel_size, pool.stride, pool.padding, dilation, pool.ceil_mode
+    )
+    return (*x.shape[:2], *checked("pool", x, window, None))
 
 
 def why_not_called(x: Tensor, *modules: nn.Module | None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -87,6 +89,20 @@ def choose(
     """The backend that :func:`dense_concat` runs for these arguments, and the rule behind it."""
     _check(buffer, src, start, bn)
     return native.select("dense_concat", buffer, backends.requested(backend, ("native",)))
+
+
+def appender(
+    src: Tensor, bn: BatchNormParams | None, relu: bool
+) -> Callable[[Tensor, Tensor], None] | None:
+    """What writes ``relu(bn(src))`` over a whole buffer for others like src, and checks nothing.
+
+    Called as ``append(buffer, src)``. It holds bn's vectors as they are now. None where "auto" runs
+    no native op.
+    """
+    if native.select("dense_concat", src, "auto").backend != "native":
+        return None
+    vectors = affine.vectors_of(bn, src) or affine.NO_VECTORS
+    return lambda buffer, src: _dense_concat(buffer, src, 0, *vectors, relu)
 
 
 def _native(
