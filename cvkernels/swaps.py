@@ -27,6 +27,7 @@ SWAPS = {
     "torchvision.ops.misc.Conv2dNormActivation": Swap(_NN + "conv_bn_act.ConvBNAct"),
     "torchvision.ops.misc.SqueezeExcitation": Swap(_NN + "squeeze_excite.SqueezeExcitation"),
     "torchvision.models.googlenet.BasicConv2d": Swap(_NN + "inception.BasicConv2d"),
+    "torchvision.models.googlenet.Inception": Swap(_NN + "inception.Inception"),
     "torchvision.models.googlenet.GoogLeNet": Swap(
         "cvkernels.models.googlenet.GoogLeNet", ("_forward", "forward")
     ),

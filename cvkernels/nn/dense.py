@@ -23,6 +23,7 @@ from cvkernels.nn.fusion import (
     why_not_conv_bn_act,
     why_not_in_place,
     why_not_norm_relu,
+    why_not_same_map,
 )
 from cvkernels.nn.grown import Verdict
 from cvkernels.nn.sequential import FusedSequential, GrowingBlock
@@ -58,8 +59,8 @@ class GrowingLayer(FusedModule):
             or why_not_norm_relu(x, norm1, relu1)
             or why_not_conv_bn_act(x, conv1, norm2, relu2)
             or why_not_conv_bn_act(x, conv2, None, None)
-            or _why_not_same_map(conv1)
-            or _why_not_same_map(conv2)
+            or why_not_same_map(conv1)
+            or why_not_same_map(conv2)
         )
 
     def grow(self, buffer: Tensor, channels: int, scratch: Tensor | None) -> int:
@@ -103,14 +104,6 @@ def _channels_last_view(memory: Tensor, shape: Sequence[int]) -> Tensor:
     """A channels_last tensor of ``shape`` in the memory of a flat one."""
     N, C, H, W = shape
     return memory.as_strided(shape, (H * W * C, 1, W * C, C))
-
-
-def _why_not_same_map(conv: nn.Conv2d) -> str:
-    """Why the output's height and width are not the input's."""
-    taps = zip(conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
-    if all(s == 1 and 2 * p == d * (k - 1) for k, s, p, d in taps):
-        return ""
-    return "a convolution changes the map's size"
 
 
 class DenseLayer(GrowingLayer):
@@ -310,6 +303,6 @@ class Transition(FusedSequential):
         return (
             why_not_norm_relu(x, norm, relu)
             or why_not_conv_bn_act(x, conv, None, None)
-            or _why_not_same_map(conv)
+            or why_not_same_map(conv)
             or why_not_called(x, pool)
         )

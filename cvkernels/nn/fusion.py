@@ -283,6 +283,15 @@ def why_not_norm_relu(x: Tensor, norm: nn.Module, relu: nn.Module | None) -> str
     return why_not_called(x, norm, relu)
 
 
+def why_not_same_map(module: nn.Conv2d | nn.MaxPool2d) -> str:
+    """Why the output's height and width are not the input's."""
+    options = (module.kernel_size, module.stride, module.padding, module.dilation)
+    pairs = [(value, value) if isinstance(value, int) else value for value in options]
+    if all(s == 1 and 2 * p == d * (k - 1) for k, s, p, d in zip(*pairs, strict=True)):
+        return ""
+    return f"{type(module).__name__} changes the map's size"
+
+
 def why_not_in_place(x: Tensor, module: nn.Module) -> str:
     """Why module's parts cannot write their outputs into one buffer of x's dtype."""
     if reason := why_not_called(x, module):
