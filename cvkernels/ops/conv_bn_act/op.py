@@ -286,6 +286,9 @@ def _extra_passes(problem: Problem, name: str, x: Tensor, out: Tensor | None) ->
     """Bytes that each pass of a library backend around its one kernel reads and writes again."""
     if name == "triton":
         return []
+    if name == "onednn" and onednn.multiplies(problem):
+        copied = [x.numel() * x.element_size()] * (x.stride(1) != 1)
+        return copied + [problem.bytes_written] * (onednn.extra_passes(problem) + (out is not None))
     strided = not x.is_contiguous(memory_format=torch.channels_last)
     passes = [x.numel() * x.element_size()] * strided + [problem.bytes_written] * (out is not None)
     if name == "onednn":
