@@ -62,8 +62,9 @@ def conv_bn_act(
             convolution. Without it oneDNN and cuDNN fold and pack at every call.
         backend: see :mod:`cvkernels.backend`. "auto" on CUDA tensors runs Triton or cuDNN's fused
             convolution, whichever the table of measured shapes or the heuristic names (Triton
-            missing: cuDNN, else the reference). On CPU tensors it runs oneDNN, in float32 and in
-            the half dtypes that the processor convolves natively; the reference runs when a
+            missing: cuDNN, else the reference). On CPU tensors it runs oneDNN (a 1x1 of few pixels:
+            BLAS), in float32 and in the half dtypes that the processor convolves natively; the
+            reference runs when a
             gradient is needed, with a prologue, for float64, for an image (C <= 4) that holds NaN
             or infinity, and under torch.compile (inductor fuses it there).
 
