@@ -201,7 +201,9 @@ def test_every_convolution_runs_fused_on_cpu():
     assert sum(row.op == "max_pool" for row in rows) == 1
     assert sum(row.op == "dense_concat" for row in rows) == 58  # norm1 and relu1
     assert sum(row.op == "avg_pool" for row in rows) == 3 + 1  # transitions, and the last pool
-    assert {row.op for row in rows if row.backend in ("aten", "reference")} == {"aten.addmm"}
+    # The classifier, and the look at the image for NaN.
+    others = {row.op for row in rows if row.backend in ("aten", "reference")}
+    assert others == {"aten.addmm", "aten.sum"}
 
 
 def test_the_prologue_is_planned_into_the_convolution_on_cuda():

@@ -33,8 +33,8 @@ class DenseNet(FusedModule):
 
     ``forward`` takes Tensor[N, 3, H, W], any layout, H and W at least 29, and returns logits
     Tensor[N, num_classes]. In eval the stem and each layer's 1x1 run with the norm and ReLU behind
-    them as one op. ``load_state_dict`` takes checkpoints with the keys of before torch 0.4
-    ("norm.1.weight") too.
+    them as one op, and the layers of a block write into one buffer. ``load_state_dict`` takes
+    checkpoints with the keys of before torch 0.4 ("norm.1.weight") too.
 
     Args:
         growth_rate: channels that each dense layer adds (k in the paper).
