@@ -5,7 +5,7 @@
 
 #include "check.h"
 #include "max_pool.h"
-#include "max_pool_call.h"
+#include "pool_call.h"
 
 namespace cvkernels::max_pool {
 namespace {
@@ -155,8 +155,8 @@ void run(const Problem& problem, const Tensor& x, const Tensor& out) {
 void max_pool_out(const Tensor& x, const Ints& kernel_size, const Ints& stride, const Ints& padding,
                   const Ints& dilation, bool ceil_mode, const Tensor& out) {
   CVK_CHECK_CPU("max_pool", x);
-  Problem problem = problem_of(x, {kernel_size, stride, padding, dilation, ceil_mode});
-  check_out(problem, x, out);
+  Problem problem = problem_of(x, {"max_pool", kernel_size, stride, padding, dilation, ceil_mode});
+  check_out("max_pool", problem, x, out);
   set_out(problem, out);
   run(problem, x, out);
 }
@@ -164,7 +164,7 @@ void max_pool_out(const Tensor& x, const Ints& kernel_size, const Ints& stride, 
 Tensor max_pool(const Tensor& x, const Ints& kernel_size, const Ints& stride, const Ints& padding,
                 const Ints& dilation, bool ceil_mode) {
   CVK_CHECK_CPU("max_pool", x);
-  Problem problem = problem_of(x, {kernel_size, stride, padding, dilation, ceil_mode});
+  Problem problem = problem_of(x, {"max_pool", kernel_size, stride, padding, dilation, ceil_mode});
   const Tensor out = new_out(problem, x);
   set_out(problem, out);
   run(problem, x, out);

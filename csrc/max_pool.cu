@@ -3,28 +3,18 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
 #include "check.h"
+#include "cuda_pack.h"
 #include "max_pool.h"
-#include "max_pool_call.h"
+#include "number.h"
+#include "pool_call.h"
 
 namespace cvkernels::max_pool {
 namespace {
 
 constexpr int THREADS = 128;
-
-// 16 bytes of neighbouring channels, the largest access of one thread.
-using Pack = uint4;
-
-template <typename To, typename From>
-__device__ To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  memcpy(&to, &from, sizeof(To));
-  return to;
-}
 
 // Maximum<T>::max on each element of a word: the 16-bit formats have an instruction for a pair.
 template <typename T>
@@ -162,18 +152,6 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// True if every pixel of a tensor with these strides starts on a Pack and holds whole packs.
-bool packable(const void* data, int64_t C, int64_t size, int64_t stride_n, int64_t stride_c,
-              int64_t stride_h, int64_t stride_w) {
-  const auto whole = [&](int64_t elements) { return elements * size % sizeof(Pack) == 0; };
-  return stride_c == 1 && whole(C) && whole(stride_n) && whole(stride_h) && whole(stride_w) &&
-         reinterpret_cast<uintptr_t>(data) % sizeof(Pack) == 0;
-}
-
-unsigned grid_of(int64_t blocks) {
-  return static_cast<unsigned>(std::min<int64_t>(blocks, std::numeric_limits<int32_t>::max()));
-}
-
 template <typename T>
 void launch_nhwc(const Problem& problem, const T* x, T* out, cudaStream_t stream) {
   const int64_t items = problem.Q * (problem.C * static_cast<int64_t>(sizeof(T)) / sizeof(Pack));
@@ -203,7 +181,6 @@ void launch(Type<T>, const Problem& problem, const void* x_data, void* out_data,
             cudaStream_t stream) {
   const T* x = static_cast<const T*>(x_data);
   T* out = static_cast<T*>(out_data);
-  constexpr int64_t GRID_Y_MAX = 65535;
   constexpr int64_t INDEX_MAX = std::numeric_limits<int32_t>::max() - THREADS;
   const bool vectorised =
       packable(x, problem.C, sizeof(T), problem.x_stride_n, problem.x_stride_c, problem.x_stride_h,
@@ -230,8 +207,8 @@ void run(const Problem& problem, const Tensor& x, const Tensor& out) {
 void max_pool_out(const Tensor& x, const Ints& kernel_size, const Ints& stride, const Ints& padding,
                   const Ints& dilation, bool ceil_mode, const Tensor& out) {
   CVK_CHECK_CUDA("max_pool", x);
-  Problem problem = problem_of(x, {kernel_size, stride, padding, dilation, ceil_mode});
-  check_out(problem, x, out);
+  Problem problem = problem_of(x, {"max_pool", kernel_size, stride, padding, dilation, ceil_mode});
+  check_out("max_pool", problem, x, out);
   set_out(problem, out);
   run(problem, x, out);
 }
@@ -239,7 +216,7 @@ void max_pool_out(const Tensor& x, const Ints& kernel_size, const Ints& stride, 
 Tensor max_pool(const Tensor& x, const Ints& kernel_size, const Ints& stride, const Ints& padding,
                 const Ints& dilation, bool ceil_mode) {
   CVK_CHECK_CUDA("max_pool", x);
-  Problem problem = problem_of(x, {kernel_size, stride, padding, dilation, ceil_mode});
+  Problem problem = problem_of(x, {"max_pool", kernel_size, stride, padding, dilation, ceil_mode});
   const Tensor out = new_out(problem, x);
   set_out(problem, out);
   run(problem, x, out);

@@ -1,8 +1,10 @@
 """The public ops, as functions of tensors. Each docstring is the op's contract."""
 
+from cvkernels.ops.avg_pool.op import avg_pool
 from cvkernels.ops.batch_norm import BatchNormParams
 from cvkernels.ops.conv_bn_act import registration as _conv_bn_act  # noqa: F401 - registers the op
 from cvkernels.ops.conv_bn_act.op import conv_bn_act
+from cvkernels.ops.dense_concat.op import dense_concat
 from cvkernels.ops.depthwise_conv_bn_act import registration as _depthwise  # noqa: F401 - as above
 from cvkernels.ops.depthwise_conv_bn_act.op import depthwise_conv_bn_act
 from cvkernels.ops.derived_weights import DerivedWeights
@@ -16,7 +18,9 @@ from cvkernels.ops.se_scale.squeeze import squeeze
 __all__ = [
     "BatchNormParams",
     "DerivedWeights",
+    "avg_pool",
     "conv_bn_act",
+    "dense_concat",
     "depthwise_conv_bn_act",
     "excite",
     "max_pool",

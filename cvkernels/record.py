@@ -117,6 +117,19 @@ def active() -> Recorder | None:
 
 
 @contextlib.contextmanager
+def unseen() -> Iterator[None]:
+    """Count nothing of what runs inside the block: it is kept, and no later call runs it again."""
+    if (recorder := active()) is None:
+        yield
+        return
+    outer, recorder._inside_op = recorder._inside_op, True
+    try:
+        yield
+    finally:
+        recorder._inside_op = outer
+
+
+@contextlib.contextmanager
 def recording(recorder: Recorder) -> Iterator[Recorder]:
     """Make ``recorder`` the active one inside the ``with`` block."""
     token = _active.set(recorder)

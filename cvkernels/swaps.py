@@ -27,6 +27,7 @@ SWAPS = {
     "torchvision.ops.misc.Conv2dNormActivation": Swap(_NN + "conv_bn_act.ConvBNAct"),
     "torchvision.ops.misc.SqueezeExcitation": Swap(_NN + "squeeze_excite.SqueezeExcitation"),
     "torchvision.models.googlenet.BasicConv2d": Swap(_NN + "inception.BasicConv2d"),
+    "torchvision.models.googlenet.Inception": Swap(_NN + "inception.Inception"),
     "torchvision.models.googlenet.GoogLeNet": Swap(
         "cvkernels.models.googlenet.GoogLeNet", ("_forward", "forward")
     ),
@@ -36,7 +37,9 @@ SWAPS = {
         "cvkernels.models.resnet.ResNet", ("_forward_impl", "forward")
     ),
     "torchvision.models.densenet._DenseLayer": Swap(_NN + "dense.DenseLayer"),
+    "torchvision.models.densenet._DenseBlock": Swap(_NN + "dense.DenseBlock"),
     "torchvision.models.densenet._Transition": Swap(_NN + "dense.Transition"),
+    "torchvision.models.densenet.DenseNet": Swap("cvkernels.models.densenet.DenseNet"),
     "torchvision.models.efficientnet.MBConv": Swap(_NN + "mbconv.MBConv"),
     "torchvision.models.efficientnet.FusedMBConv": Swap(_NN + "mbconv.FusedMBConv"),
     "timm.layers.squeeze_excite.SEModule": Swap(
@@ -58,6 +61,7 @@ SWAPS = {
         "cvkernels.models.legacy_senet.LegacySENet", ("forward_features",)
     ),
     "timm.models.densenet.DenseLayer": Swap(_NN + "timm_blocks.TimmDenseLayer"),
+    "timm.models.densenet.DenseBlock": Swap(_NN + "dense.DenseBlock"),
     "timm.models.densenet.DenseTransition": Swap(_NN + "dense.Transition"),
     _TIMM_EFFICIENTNET + "SqueezeExcite": Swap(_NN + "timm_blocks.TimmSqueezeExcite"),
     _TIMM_EFFICIENTNET + "ConvBnAct": Swap(_NN + "timm_blocks.TimmConvBnAct"),

@@ -264,3 +264,14 @@ def test_cuda_code_for_every_architecture(built):
     assert {f"sm_{arch}" for arch in archs} == set(re.findall(r"sm_\d+", elf))
     ptx = tool(cuobjdump, "--list-ptx", path)
     assert set(re.findall(r"sm_\d+", ptx)) == {f"sm_{archs[-1]}"}
+
+
+def test_cuda_kernels_keep_to_registers(built):
+    path = cuda_object(built)
+    cuobjdump = shutil.which("cuobjdump") or triton_cuobjdump()
+    usage = tool(cuobjdump, "--dump-resource-usage", path)
+    kernels = re.findall(r"Function (\w+):\s*\n?.*?REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
+    ops = {stem.stem for stem in (ROOT / "csrc").glob("*.cu")}
+    assert all(any(f"{op}_nhwc_kernel" in name for name, *_ in kernels) for op in ops)
+    # The stack holds what the call of a 64-bit division saves, and no element.
+    assert not [name for name, _, stack, local in kernels if int(stack) > 16 or int(local)]

@@ -3,7 +3,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cvkernels
-from cvkernels.models import resnet18, resnet50, seresnet50
+from cvkernels.models import densenet121, googlenet, resnet18, resnet50, seresnet50
 
 # MB per image in bf16 at batch 128 and kernels of ResNet-50 with every epilogue fused, in eval.
 FUSED_KERNELS, FUSED_MB = 56, 57.2
@@ -35,6 +35,28 @@ def test_seresnet50_plan_meets_the_fused_floor():
     blocks = [row for row in plan.rows if row.op == "squeeze_excite"]
     assert len(blocks) == 16 and {row.kernels for row in blocks} == {3}
     assert blocks[0].layer == "layer1.0.se"
+
+
+# Likewise, with what is concatenated written in place: MB per image, kernels, convolutions.
+# GoogLeNet's count 57, of which 9 x 3 are 9, since they read one input each.
+CONCATENATING = {
+    "densenet121": (densenet121, 47.7, 126, 120),
+    "googlenet": (lambda: googlenet(init_weights=False), 24.6, 72, 57 - 9 * 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("build", "mb", "kernels", "convolutions"), CONCATENATING.values(), ids=CONCATENATING.keys()
+)
+def test_concatenating_networks_copy_nothing(build, mb, kernels, convolutions):
+    example = torch.empty(128, 3, 224, 224, dtype=torch.bfloat16, device="meta")
+    plan = cvkernels.explain(build().eval(), example)
+    per_image = (plan.totals["bytes_read"] + plan.totals["bytes_written"]) / 128 / 1e6
+    assert plan.totals["kernels"] <= kernels
+    assert 0.8 * mb <= per_image <= 1.05 * mb
+    ops = [row.op for row in plan.rows]
+    assert ops.count("conv_bn_act") == convolutions
+    assert set(ops) <= {"conv_bn_act", "max_pool", "avg_pool", "aten.addmm", "aten.mean"}
 
 
 def test_plan_names_a_kernel_for_every_convolution(planned):

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_conv_bn_act, bench_max_pool, command_line, harness
+from benchmarks import (
+    bench_avg_pool,
+    bench_conv_bn_act,
+    bench_dense_concat,
+    bench_max_pool,
+    command_line,
+    harness,
+)
 from benchmarks.harness import Case, Machine, Settings, Timed
 from benchmarks.report import SCHEMA, Rates, Report, Row
 from cvkernels import explain, extension, record
@@ -342,10 +349,13 @@ def test_benchmark_covers_every_convolution_of_resnet50():
     assert {case.part for case in quick} == {"forward", "backward", "host"}
 
 
-def test_byte_model_of_max_pool_is_explain_s():
+@pytest.mark.parametrize(
+    "bench", [bench_avg_pool, bench_dense_concat, bench_max_pool], ids=lambda b: b.__name__
+)
+def test_byte_model_of_a_native_op_is_explain_s(bench):
     if not extension.has("cpu"):
         pytest.skip(extension.status()["cpu"].reason)
-    cases = bench_max_pool.cases(CPU, [torch.float32, torch.bfloat16], batch=1)
+    cases = bench.cases(CPU, [torch.float32, torch.bfloat16], batch=1)
     for case in cases:
         if case.part == "forward":
             (call,) = recorded(case, case.variants["cvkernels"]())

@@ -199,18 +199,18 @@ def test_every_convolution_runs_fused_on_cpu():
     rows = cvkernels.explain(ours.eval(), image()).rows
     assert sum(row.op == "conv_bn_act" for row in rows) == 120
     assert sum(row.op == "max_pool" for row in rows) == 1
-    reference = [row for row in rows if row.backend == "reference"]
-    # norm1 and relu1 of 58 layers, norm and relu of 3 transitions
-    assert len(reference) == 2 * (58 + 3)
-    assert {row.reason for row in reference} == {"no backend here normalises a convolution's input"}
+    assert sum(row.op == "dense_concat" for row in rows) == 58  # norm1 and relu1
+    assert sum(row.op == "avg_pool" for row in rows) == 3 + 1  # transitions, and the last pool
+    # The classifier, and the look at the image for NaN.
+    others = {row.op for row in rows if row.backend in ("aten", "reference")}
+    assert others == {"aten.addmm", "aten.sum"}
 
 
 def test_the_prologue_is_planned_into_the_convolution_on_cuda():
     plan = cvkernels.explain(
         densenet121().eval(), torch.empty(8, 3, 224, 224, device="meta", dtype=torch.float16)
     )
-    norms = [row for row in plan.rows if "norm" in row.op]
-    assert [row.layer for row in norms] == ["features.norm5"]
+    assert not [row for row in plan.rows if "norm" in row.op]
     assert sum(row.op == "conv_bn_act" for row in plan.rows) == 120
 
 

@@ -183,7 +183,8 @@ def test_functional_call_vmap_sync_batchnorm_and_meta():
 def test_every_convolution_runs_fused(device):
     ours, _ = (model.eval().to(device) for model in pair(NAME, **PLAIN))
     rows = cvkernels.explain(ours, image(device=device)).rows
-    assert sum(row.op == "conv_bn_act" for row in rows) == 57
+    # Of the 57, three per block read one input and are one.
+    assert sum(row.op == "conv_bn_act" for row in rows) == 57 - 9 * 2
     assert sum(row.op == "max_pool" for row in rows) == 13
     assert not [row for row in rows if row.backend == "reference"]
 

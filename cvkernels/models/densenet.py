@@ -11,21 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cvkernels.functional import avg_pool
 from cvkernels.models.registry import model_builder
+from cvkernels.nn.conditions import why_not_affine, why_not_called, why_not_in_place
 from cvkernels.nn.dense import DenseBlock, DenseLayer, Transition
+from cvkernels.nn.fusion import FusedModule, affine_of, run_group
 from cvkernels.nn.sequential import FusedSequential
 
 # The names that code written for torchvision imports.
 _DenseLayer, _DenseBlock, _Transition = DenseLayer, DenseBlock, Transition
 
 
-class DenseNet(nn.Module):
+class DenseNet(FusedModule):
     """Stem, dense blocks with transitions between them, global average pool, classifier.
 
     ``forward`` takes Tensor[N, 3, H, W], any layout, H and W at least 29, and returns logits
     Tensor[N, num_classes]. In eval the stem and each layer's 1x1 run with the norm and ReLU behind
-    them as one op. ``load_state_dict`` takes checkpoints with the keys of before torch 0.4
-    ("norm.1.weight") too.
+    them as one op, and the layers of a block write into one buffer. ``load_state_dict`` takes
+    checkpoints with the keys of before torch 0.4 ("norm.1.weight") too.
 
     Args:
         growth_rate: channels that each dense layer adds (k in the paper).
@@ -81,11 +84,26 @@ class DenseNet(nn.Module):
                 nn.init.constant_(m.bias, 0)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self._why_not_last_norm_pooled(x):
+            *layers, norm = self.features
+            x = self.features.run(x, layers)
+            bn, size = affine_of(norm), x.shape[2:]
+            x = run_group(norm, "", lambda: avg_pool(x, tuple(size), input_bn=bn), None)
+            return self.classifier(torch.flatten(x, 1))
         x = self.features(x)
         x = F.relu(x, inplace=True)
         x = F.adaptive_avg_pool2d(x, (1, 1))
         x = torch.flatten(x, 1)
         return self.classifier(x)
+
+    def _why_not_last_norm_pooled(self, x: Tensor) -> str:
+        """Why norm5, ReLU and global average pool are no single pass."""
+        if reason := why_not_in_place(x, self):
+            return reason
+        if type(self.features).forward is not FusedSequential.forward or not len(self.features):
+            return "features is no plain sequence"
+        norm = self.features[-1]
+        return why_not_affine(norm) or why_not_called(x, self.features, norm)
 
 
 @model_builder("DenseNet121_Weights")

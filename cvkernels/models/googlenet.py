@@ -37,10 +37,10 @@ class GoogLeNet(FusedModule):
     """Stem, nine Inception blocks, global average pool, classifier; two auxiliary classifiers.
 
     ``forward`` takes Tensor[N, 3, H, W], any layout, H and W at least 15. In eval it returns logits
-    Tensor[N, num_classes], and each convolution runs with its norm and ReLU as one op. In training
-    it returns :class:`GoogLeNetOutputs` where ``aux_logits`` is True; the auxiliary classifiers run
-    in training alone. They are removed by ``model.aux_logits = False; model.aux1 = None;
-    model.aux2 = None``.
+    Tensor[N, num_classes], each convolution runs with its norm and ReLU as one op, and the branches
+    of a block write into one buffer. In training it returns :class:`GoogLeNetOutputs` where
+    ``aux_logits`` is True; the auxiliary classifiers run in training alone. They are removed by
+    ``model.aux_logits = False; model.aux1 = None; model.aux2 = None``.
 
     Args:
         num_classes: outputs of each classifier.

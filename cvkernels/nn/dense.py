@@ -5,18 +5,106 @@ Huang et al. 2017, arXiv:1608.06993; checkpointing: Pleiss et al. 2017, arXiv:17
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cvkernels.nn.fusion import FusedModule
-from cvkernels.nn.sequential import FusedSequential
+from cvkernels import record
+from cvkernels.functional import avg_pool, dense_concat
+from cvkernels.nn.conditions import (
+    pooled_shape,
+    why_not_called,
+    why_not_conv_bn_act,
+    why_not_in_place,
+    why_not_norm_relu,
+    why_not_same_map,
+)
+from cvkernels.nn.fusion import FusedModule, affine_of, run_group
+from cvkernels.nn.grown import Verdict
+from cvkernels.nn.sequential import FusedSequential, GrowingBlock
+from cvkernels.ops.conv_bn_act.op import fuses_prologue
+from cvkernels.ops.dense_concat.op import appender
 
 
-class DenseLayer(FusedModule):
+class GrowingLayer(FusedModule):
+    """A dense layer that can read a prefix of its block's buffer and write the channels behind it.
+
+    Its parts are norm1, relu1, conv1, norm2, relu2 and conv2; the ReLUs may be inside the norms.
+    """
+
+    def parts(self) -> tuple[nn.Module | None, ...]:
+        modules = self._modules
+        names = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
+        return tuple(modules.get(name) for name in names)
+
+    def why_not_grow(self, x: Tensor) -> str:
+        """Why the layer has to be called; empty where :meth:`grow` computes the same."""
+        return self._verdict().why_not(self, lambda: self._why_not_grow(x))
+
+    def _verdict(self) -> Verdict:
+        derived = self.__dict__.setdefault("_derived", {})
+        return derived.get(Verdict) or derived.setdefault(Verdict, Verdict())
+
+    def _why_not_grow(self, x: Tensor) -> str:
+        norm1, relu1, conv1, norm2, relu2, conv2 = self.parts()
+        if self.training and self.drop_rate > 0:
+            return "dropout is active"
+        return (
+            why_not_called(x, self)
+            or why_not_norm_relu(x, norm1, relu1)
+            or why_not_conv_bn_act(x, conv1, norm2, relu2)
+            or why_not_conv_bn_act(x, conv2, None, None)
+            or why_not_same_map(conv1)
+            or why_not_same_map(conv2)
+        )
+
+    def grow(self, buffer: Tensor, channels: int, scratch: Tensor | None) -> int:
+        """Write the layer's output behind the ``channels`` that there are; how many there are now.
+
+        Where no kernel normalises a convolution's input, ``scratch`` takes the normalised prefix.
+        :meth:`why_not_grow` has been asked.
+        """
+        norm1, relu1, conv1, norm2, relu2, conv2 = self.parts()
+        features, stop = buffer[:, :channels], channels + conv2.out_channels
+        out = buffer[:, channels:stop]
+        if scratch is None:
+            bottleneck = self.fused(features, conv1, norm2, relu2, input_bn=(norm1, relu1))
+            self.fused(bottleneck, conv2, out=out)
+            return stop
+        normalised = _channels_last_view(scratch, features.shape)
+        verdict = self._verdict()
+        if (runs := verdict.recall(buffer)) is not None:
+            normalise, convolve, extend = runs
+            normalise(normalised, features)
+            out.copy_(extend(convolve(normalised, None), None))
+            return stop
+        bn = affine_of(norm1)
+        run_group(norm1, "", lambda: dense_concat(normalised, features, 0, bn, relu=True), None)
+        bottleneck = self.fused(normalised, conv1, norm2, relu2)
+        self.fused(bottleneck, conv2, out=out)
+
+        def prepare() -> tuple | None:
+            runs = (
+                appender(normalised, bn, relu=True),
+                self.prepared(normalised, conv1, norm2, relu2),
+                self.prepared(bottleneck, conv2),
+            )
+            return None if None in runs else runs
+
+        verdict.keep(buffer, prepare)
+        return stop
+
+
+def _channels_last_view(memory: Tensor, shape: Sequence[int]) -> Tensor:
+    """A channels_last tensor of ``shape`` in the memory of a flat one."""
+    N, C, H, W = shape
+    return memory.as_strided(shape, (H * W * C, 1, W * C, C))
+
+
+class DenseLayer(GrowingLayer):
     """``conv2(relu2(norm2(conv1(relu1(norm1(cat(inputs)))))))``: ``growth_rate`` new channels.
 
     In eval conv1 (1x1) runs with norm2 and relu2 as one op, and on CUDA with norm1 and relu1 too;
@@ -89,10 +177,12 @@ class DenseLayer(FusedModule):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class DenseBlock(nn.ModuleDict):
+class DenseBlock(nn.ModuleDict, GrowingBlock):
     """``num_layers`` dense layers; each takes the block's input and the outputs of all before it.
 
-    Returns them concatenated: ``num_input_features + num_layers * growth_rate`` channels.
+    Returns them concatenated: ``num_input_features + num_layers * growth_rate`` channels. In eval
+    without gradients they share one channels_last buffer: each layer reads a prefix of it and
+    writes the channels behind, and nothing is concatenated.
     """
 
     _version = 2
@@ -117,16 +207,58 @@ class DenseBlock(nn.ModuleDict):
             )
 
     def forward(self, init_features: Tensor) -> Tensor:
+        reason = self.why_not_grow(init_features)
+        if not reason:
+            buffer = self.buffer_for(init_features, init_features.shape)
+            channels = init_features.shape[1]
+            return self.grow(dense_concat(buffer, init_features, 0), channels)
         features = [init_features]
         for layer in self.values():
             features.append(layer(features))
-        return torch.cat(features, 1)
+        if (recorder := record.active()) is None:
+            return torch.cat(features, 1)
+        with recorder.fallback(reason):
+            return torch.cat(features, 1)
+
+    def why_not_grow(self, x: Tensor) -> str:
+        """Why the layers have to be called one by one on x; empty where they share a buffer."""
+        if reason := why_not_in_place(x, self):
+            return reason
+        for layer in self.values():
+            if not isinstance(layer, GrowingLayer):
+                return f"{type(layer).__name__} is no dense layer of cvkernels"
+            if reason := layer.why_not_grow(x):
+                return reason
+        return ""
+
+    def buffer_for(self, x: Tensor, shape: Sequence[int]) -> Tensor | None:
+        if self.why_not_grow(x):
+            return None
+        N, channels, H, W = shape
+        channels += sum(layer.conv2.out_channels for layer in self.values())
+        return torch.empty(
+            (N, channels, H, W),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last,
+        )
+
+    def grow(self, buffer: Tensor, channels: int) -> Tensor:
+        scratch = None
+        if not fuses_prologue(buffer):
+            N, total, H, W = buffer.shape
+            scratch = buffer.new_empty(N * total * H * W)
+        for layer in self.values():
+            channels = layer.grow(buffer, channels, scratch)
+        return buffer
 
 
 class Transition(FusedSequential):
     """Between two blocks: ``pool(conv(relu(norm(x))))``, half the height and width.
 
-    On CUDA norm and relu are the convolution's prologue in eval.
+    In eval without gradients the map is pooled before the convolution, which commutes with it, in
+    one pass with norm and relu: the convolution has a quarter of the pixels. Elsewhere norm and
+    relu are the convolution's prologue on CUDA in eval.
     """
 
     def __init__(self, num_input_features: int, num_output_features: int) -> None:
@@ -137,3 +269,38 @@ class Transition(FusedSequential):
             num_input_features, num_output_features, kernel_size=1, stride=1, bias=False
         )
         self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self._why_not_pool_first(x) else self.write(x, None)
+
+    def output_shape(self, x: Tensor) -> Sequence[int] | None:
+        if self._why_not_pool_first(x):
+            return None
+        N, _, P, Q = pooled_shape(x, self.pool)
+        return N, self.conv.out_channels, P, Q
+
+    def write(self, x: Tensor, out: Tensor | None) -> Tensor:
+        pool, bn = self.pool, affine_of(self.norm)
+        window = (pool.kernel_size, pool.stride, 0, pool.ceil_mode)
+        pooled = run_group(self.norm, "", lambda: avg_pool(x, *window, input_bn=bn), None)
+        return self.fused(pooled, self.conv, out=out)
+
+    def _why_not_pool_first(self, x: Tensor) -> str:
+        if reason := why_not_in_place(x, self):
+            return reason
+        names = [name for name in self._modules if name != "relu"]
+        if names != ["norm", "conv", "pool"] or type(self.pool) is not nn.AvgPool2d:
+            return "it is no norm, 1x1 convolution and average pool"
+        norm, relu, conv, pool = (
+            self._modules.get(name) for name in ("norm", "relu", "conv", "pool")
+        )
+        if pool.padding not in (0, (0, 0)) or pool.divisor_override is not None:
+            return "the average is not over pixels of the map alone"
+        if type(conv) is nn.Conv2d and (*conv.kernel_size, *conv.stride) != (1, 1, 1, 1):
+            return "the convolution is not 1x1"
+        return (
+            why_not_norm_relu(x, norm, relu)
+            or why_not_conv_bn_act(x, conv, None, None)
+            or why_not_same_map(conv)
+            or why_not_called(x, pool)
+        )

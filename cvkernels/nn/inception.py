@@ -13,8 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cvkernels.nn.fusion import FusedModule, relu_
+from cvkernels import backend, record
+from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act, dense_concat
+from cvkernels.nn.conditions import (
+    relu_,
+    why_not_called,
+    why_not_conv_bn_act,
+    why_not_in_place,
+    why_not_max_pool,
+    why_not_same_map,
+)
+from cvkernels.nn.fusion import FusedModule, affine_of, run_group
+from cvkernels.nn.grown import Verdict
 from cvkernels.nn.sequential import FusedSequential
+from cvkernels.ops.conv_bn_act.op import IMPLEMENTATIONS, fuses_prologue
+from cvkernels.ops.conv_bn_act.prepared import prepared
+
+SEQUENCES = (nn.Sequential.forward, FusedSequential.forward)
 
 
 class BasicConv2d(FusedModule):
@@ -29,7 +44,7 @@ class BasicConv2d(FusedModule):
         return self.fused(x, self.conv, self.bn, relu_)
 
 
-class Inception(nn.Module):
+class Inception(FusedModule):
     """Four branches side by side, concatenated by channel; figure 2b of the paper.
 
     ::
@@ -38,6 +53,10 @@ class Inception(nn.Module):
            +- 1x1 ch3x3red - 3x3 - ch3x3     -+
            +- 1x1 ch5x5red - 3x3 - ch5x5     -+- cat
            +- max pool 3x3 - 1x1 - pool_proj -+
+
+    In eval without gradients the three 1x1 that read x run as one convolution, and every branch
+    writes its channels of the output in place. On CUDA the output is then a channel slice of a
+    channels_last buffer, which the maps between the convolutions share.
 
     Args:
         in_channels: of x.
@@ -78,7 +97,118 @@ class Inception(nn.Module):
         return [self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)]
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat(self._forward(x), 1)
+        reason = why_not_in_place(x, self) or self._verdict().why_not(
+            self, lambda: self._why_not_in_place(x)
+        )
+        if not reason and not x.is_cpu and not _shares_buffers(x):
+            requested = backend.requested("auto", IMPLEMENTATIONS)
+            reason = "" if requested == "reference" else "no backend here writes channel slices"
+        if not reason:
+            return self._in_place(x)
+        branches = self._forward(x)
+        if (recorder := record.active()) is None:
+            return torch.cat(branches, 1)
+        with recorder.fallback(reason):
+            return torch.cat(branches, 1)
+
+    def _verdict(self) -> Verdict:
+        derived = self.__dict__.setdefault("_derived", {})
+        return derived.get(Verdict) or derived.setdefault(Verdict, Verdict())
+
+    def _why_not_in_place(self, x: Tensor) -> str:
+        """Why the branches have to be called, one by one."""
+        branches = (self.branch1, self.branch2, self.branch3, self.branch4)
+        if reason := why_not_called(x, *branches):
+            return reason
+        if any(type(b).forward not in SEQUENCES or len(b) != 2 for b in branches[1:]):
+            return "a branch is no sequence of two"
+        convolutions = [branches[0], *branches[1], *branches[2], branches[3][1]]
+        for block in convolutions:
+            if type(block).forward is not BasicConv2d.forward:
+                return f"{type(block).__name__} is no convolution block of cvkernels"
+            reason = why_not_called(x, block) or why_not_conv_bn_act(x, block.conv, block.bn, relu_)
+            if reason := reason or why_not_same_map(block.conv):
+                return reason
+        pool = branches[3][0]
+        if reason := why_not_max_pool(x, pool) or why_not_same_map(pool):
+            return reason
+        return _why_not_siblings([branches[0], branches[1][0], branches[2][0]])
+
+    def _in_place(self, x: Tensor) -> Tensor:
+        one, (reduce3, conv3), (reduce5, conv5) = self.branch1, self.branch2, self.branch3
+        pool, projection = self.branch4
+        reduced3 = reduce3.conv.out_channels
+        reduced = reduced3 + reduce5.conv.out_channels
+        width = one.conv.out_channels
+        following = (conv3, conv5, projection)
+        total = width + sum(block.conv.out_channels for block in following)
+        # In this order the first branch's output ends the siblings' and begins the block's.
+        siblings = (reduce3, reduce5, one)
+        if not _shares_buffers(x):
+            merged = self._merged(x, siblings)
+            buffer = _channels_last(x, total)
+            dense_concat(buffer, merged[:, reduced:], 0)
+        else:
+            shared = _channels_last(x, reduced + total)
+            merged = self._merged(x, siblings, out=shared[:, : reduced + width])
+            buffer = shared[:, reduced:]
+        inputs = (merged[:, :reduced3], merged[:, reduced3:reduced], self.pooled(x, pool))
+        for features, block in zip(inputs, following, strict=True):
+            stop = width + block.conv.out_channels
+            block.fused(features, block.conv, block.bn, relu_, out=buffer[:, width:stop])
+            width = stop
+        return buffer
+
+    def _merged(
+        self, x: Tensor, blocks: tuple[BasicConv2d, ...], out: Tensor | None = None
+    ) -> Tensor:
+        """The outputs of 1x1 convolution blocks on one input, side by side, as one convolution."""
+        verdict = self._verdict()
+        if out is None and (run := verdict.recall(x)) is not None:
+            return run(x, None)
+        derived = self.__dict__["_derived"]
+        merged, packed = derived.setdefault("siblings", (DerivedWeights(), DerivedWeights()))
+        norms = [affine_of(block.bn) for block in blocks]
+        sources = [block.conv.weight for block in blocks] + [v for bn in norms for v in bn[:4]]
+
+        def merge() -> tuple[Tensor, BatchNormParams]:
+            with torch.no_grad(), record.unseen():
+                weight = torch.cat([block.conv.weight for block in blocks])
+                vectors = [torch.cat(parts) for parts in list(zip(*norms, strict=True))[:4]]
+            return weight, BatchNormParams(*vectors, norms[0].eps)
+
+        weight, bn = merged.get("merged", sources, merge)
+
+        def as_op() -> Tensor:
+            return conv_bn_act(x, weight, None, bn, act="relu", out=out, cache=packed)
+
+        y = run_group(blocks[-1].conv, "", as_op, None)
+        if out is None:
+            geometry = ((1, 1), (0, 0), (1, 1), 1)
+            verdict.keep(x, lambda: prepared(x, weight, None, bn, geometry, "relu", None, packed))
+        return y
+
+
+def _shares_buffers(x: Tensor) -> bool:
+    """Whether convolutions read and write channel slices; oneDNN's take dense tensors alone."""
+    return fuses_prologue(x)
+
+
+def _channels_last(x: Tensor, channels: int) -> Tensor:
+    """An empty map as large as x, with ``channels`` channels."""
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _why_not_siblings(blocks: list[BasicConv2d]) -> str:
+    """Why these blocks on one input are not one convolution with more outputs."""
+    for block in blocks:
+        conv, bn = block.conv, block.bn
+        if conv.kernel_size != (1, 1) or conv.groups != 1 or conv.bias is not None:
+            return "a first convolution of a branch is not 1x1, or has groups or a bias"
+        if bn.weight is None or bn.bias is None or bn.eps != blocks[0].bn.eps:
+            return "the norms behind the first convolutions differ in their form"
+    return ""
 
 
 class InceptionAux(nn.Module):

@@ -11,7 +11,8 @@ import math
 
 from torch import Tensor, nn
 
-from cvkernels.nn.fusion import FusedModule, why_not_conv_bn_act
+from cvkernels.nn.conditions import why_not_conv_bn_act
+from cvkernels.nn.fusion import FusedModule
 from cvkernels.nn.squeeze_excite import LegacySEModule, SqueezeExcite
 
 

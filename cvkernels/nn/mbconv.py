@@ -13,13 +13,9 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from cvkernels.nn.conditions import runs_depthwise, why_not_called, why_not_conv_bn_act
 from cvkernels.nn.conv_bn_act import ConvBNAct, split_conv_bn_act
-from cvkernels.nn.fusion import (
-    FusedModule,
-    runs_depthwise,
-    why_not_called,
-    why_not_conv_bn_act,
-)
+from cvkernels.nn.fusion import FusedModule
 from cvkernels.nn.squeeze_excite import SqueezeExcitation, SqueezeExcite, divisible
 from cvkernels.nn.stochastic_depth import StochasticDepth
 

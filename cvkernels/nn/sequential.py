@@ -2,26 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cvkernels.nn.fusion import ACTIVATIONS, FusedModule
+from cvkernels.nn.conditions import ACTIVATIONS, pooled_shape, why_not_called, why_not_max_pool
+from cvkernels.nn.fusion import FusedModule
 
 ACTIVATION_MODULES = tuple(kind for kind in ACTIVATIONS if isinstance(kind, type))
+
+
+class GrowingBlock(FusedModule):
+    """A block whose output begins with its input, in one buffer where nobody watches it.
+
+    Whoever computes the input can write it there, so that nothing is copied.
+    """
+
+    def buffer_for(self, x: Tensor, shape: Sequence[int]) -> Tensor | None:
+        """Room for the output on an input of ``shape``, x's dtype and device; None to call it."""
+        raise NotImplementedError
+
+    def grow(self, buffer: Tensor, channels: int) -> Tensor:
+        """The output, given that ``buffer[:, :channels]`` holds the input."""
+        raise NotImplementedError
 
 
 class FusedSequential(nn.Sequential, FusedModule):
     """nn.Sequential that fuses its neighbours; names, order, slicing and iteration are the same.
 
     A convolution runs with the norm and activation that follow it and, where a kernel can, with the
-    norm and ReLU before it; a max pool runs without indices. All other children are called.
+    norm and ReLU before it; a max pool runs without indices, and like another FusedSequential
+    writes into the buffer of a GrowingBlock behind it. All other children are called.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = list(self)
+        return self.run(x, list(self))
+
+    def output_shape(self, x: Tensor) -> Sequence[int] | None:
+        """The shape of this module's output, where :meth:`write` can compute it."""
+        return None
+
+    def write(self, x: Tensor, out: Tensor) -> Tensor:
+        """This module's output, written into ``out``."""
+        raise NotImplementedError
+
+    def run(self, x: Tensor, layers: list[nn.Module]) -> Tensor:
+        """What ``layers``, children of this module, compute one behind the other."""
         while layers:
             first = layers.pop(0)
-            if isinstance(first, _BatchNorm) and _next_are(layers, nn.ReLU, nn.Conv2d):
+            if _next_are(layers, GrowingBlock) and (grown := self._grown(x, first, layers[0])):
+                layers.pop(0)
+                x = grown[0]
+            elif isinstance(first, _BatchNorm) and _next_are(layers, nn.ReLU, nn.Conv2d):
                 relu, conv = layers.pop(0), layers.pop(0)
                 x = self.fused(x, conv, *_norm_and_act(layers), input_bn=(first, relu))
             elif isinstance(first, _BatchNorm) and _next_are(layers, nn.Conv2d):
@@ -34,6 +67,21 @@ class FusedSequential(nn.Sequential, FusedModule):
             else:
                 x = first(x)
         return x
+
+    def _grown(self, x: Tensor, producer: nn.Module, block: GrowingBlock) -> tuple[Tensor] | None:
+        """``block(producer(x))`` without a copy between the two, where both can."""
+        pools = isinstance(producer, nn.MaxPool2d)
+        if pools:
+            shape = None if why_not_max_pool(x, producer) else pooled_shape(x, producer)
+        elif isinstance(producer, FusedSequential) and not why_not_called(x, producer):
+            shape = producer.output_shape(x)
+        else:
+            shape = None
+        if shape is None or (buffer := block.buffer_for(x, shape)) is None:
+            return None
+        out = buffer[:, : shape[1]]
+        self.pooled(x, producer, out) if pools else producer.write(x, out)
+        return (block.grow(buffer, shape[1]),)
 
 
 def _norm_and_act(layers: list[nn.Module]) -> tuple[nn.Module | None, nn.Module | None]:

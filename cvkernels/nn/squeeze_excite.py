@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from cvkernels import backend, record
 from cvkernels.functional import excite, squeeze_excite
-from cvkernels.nn.fusion import FusedModule, _run_group, why_not_called
+from cvkernels.nn.conditions import why_not_called
+from cvkernels.nn.fusion import FusedModule, run_group
 
 
 def divisible(value: float, divisor: int, least: int | None = None, share: float = 0.9) -> int:
@@ -100,7 +101,7 @@ class SqueezeExcite(FusedModule):
         reason = self.why_not_added(x, act)
         if not reason and (shortcut.shape, shortcut.dtype) != (x.shape, x.dtype):
             reason = f"the shortcut is {shortcut.dtype} with shape {list(shortcut.shape)}"
-        return _run_group(self, reason, as_op, as_modules)
+        return run_group(self, reason, as_op, as_modules)
 
     def why_not_added(self, x: Tensor, act: nn.Module) -> str:
         """Why :meth:`added` calls modules, as far as it does not depend on the shortcut."""

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cvkernels.nn.fusion import FusedModule, fused_act, why_not_called
+from cvkernels.nn.conditions import fused_act, why_not_called
+from cvkernels.nn.dense import GrowingLayer
+from cvkernels.nn.fusion import FusedModule
 from cvkernels.nn.mbconv import sums_and_gates
 from cvkernels.nn.squeeze_excite import SqueezeExcite
 
@@ -123,7 +125,7 @@ class TimmEfficientNet(FusedModule):
         return self.fused(x, self.conv_head, self.bn2)
 
 
-class TimmDenseLayer(FusedModule):
+class TimmDenseLayer(GrowingLayer):
     """``conv2(norm2(conv1(norm1(cat(inputs)))))``, the part up to conv1 checkpointed on request."""
 
     def forward(self, x: Tensor | list[Tensor]) -> Tensor:

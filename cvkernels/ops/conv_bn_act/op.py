@@ -64,8 +64,9 @@ def conv_bn_act(
             convolution. Without it oneDNN and cuDNN fold and pack at every call.
         backend: see :mod:`cvkernels.backend`. "auto" on CUDA tensors runs Triton or cuDNN's fused
             convolution, whichever the table of measured shapes or the heuristic names (Triton
-            missing: cuDNN, else the reference). On CPU tensors it runs oneDNN, in float32 and in
-            the half dtypes that the processor convolves natively; the reference runs when a
+            missing: cuDNN, else the reference). On CPU tensors it runs oneDNN (a 1x1 of few pixels:
+            BLAS), in float32 and in the half dtypes that the processor convolves natively; the
+            reference runs when a
             gradient is needed, with a prologue, for float64, for an image (C <= 4) that holds NaN
             or infinity, and under torch.compile (inductor fuses it there).
 
@@ -267,6 +268,9 @@ def _extra_passes(problem: Problem, name: str, x: Tensor, out: Tensor | None) ->
     """Bytes that each pass of a library backend around its one kernel reads and writes again."""
     if name == "triton":
         return []
+    if name == "onednn" and onednn.multiplies(problem):
+        copied = [x.numel() * x.element_size()] * (x.stride(1) != 1)
+        return copied + [problem.bytes_written] * (onednn.extra_passes(problem) + (out is not None))
     strided = not x.is_contiguous(memory_format=torch.channels_last)
     passes = [x.numel() * x.element_size()] * strided + [problem.bytes_written] * (out is not None)
     if name == "onednn":

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
 from cvkernels import record
-from cvkernels.backend import Backend, BackendError, Choice
-from cvkernels.ops import aliasing
-from cvkernels.ops.errors import InputTypeError, InputValueError
-from cvkernels.ops.max_pool import native
+from cvkernels.backend import Backend, Choice
+from cvkernels.ops import native
 from cvkernels.ops.max_pool.reference import max_pool_reference
-from cvkernels.ops.traffic import touched_positions
+from cvkernels.ops.pool import Window, checked, touched, window_of
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ARGUMENTS = (
     "Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode"
 )
-
-REQUESTED = Choice("native", "requested")
-NATIVE = {device: Choice("native", f"compiled for {device}") for device in native.DTYPES}
 
 library = torch.library.Library("cvkernels", "FRAGMENT")
 library.define(f"max_pool({ARGUMENTS}) -> Tensor")
@@ -80,8 +71,8 @@ def max_pool(
     Differentiable in x through the reference, which keeps indices. Source: LeCun et al. 1998,
     with max for mean as in Krizhevsky et al. 2012.
     """
-    window = _window(kernel_size, stride, padding, dilation, ceil_mode)
-    size = _checked(x, window, out)
+    window = window_of("max_pool", kernel_size, stride, padding, dilation, ceil_mode)
+    size = checked("max_pool", x, window, out)
     backend_name, reason = _select(x, out, backends.requested(backend, ("native",)))
     recorder = record.active()
     if backend_name == "reference":
@@ -92,7 +83,7 @@ def max_pool(
     if recorder is None:
         return _native(x, window, out)
     itemsize = x.element_size()
-    bytes_read = itemsize * _touched(x, window, size)
+    bytes_read = itemsize * touched(x, window, size)
     bytes_written = itemsize * x.shape[0] * x.shape[1] * size[0] * size[1]
     with recorder.call("max_pool", backend_name, reason, 1, bytes_read, bytes_written):
         return _native(x, window, out)
@@ -110,51 +101,22 @@ def choose(
     backend: Backend = "auto",
 ) -> Choice:
     """The backend that :func:`max_pool` runs for the same arguments, and the rule that chose it."""
-    _checked(x, _window(kernel_size, stride, padding, dilation, ceil_mode), out)
+    window = window_of("max_pool", kernel_size, stride, padding, dilation, ceil_mode)
+    checked("max_pool", x, window, out)
     return _select(x, out, backends.requested(backend, ("native",)))
 
 
-class Window(NamedTuple):
-    """The options of a call in the registered op's order; pairs are (height, width)."""
-
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    ceil_mode: bool
-
-
 def _select(x: Tensor, out: Tensor | None, requested: str) -> Choice:
-    if requested == "reference":
-        return Choice("reference", "requested")
-    if requested not in ("auto", "native"):
-        raise BackendError(
-            f"max_pool: there is no backend {requested!r}; use 'auto', 'native' or 'reference'"
-        )
-    device = backends.device_type(x)
+    forbids = ""
     if torch.is_grad_enabled() and (x.requires_grad or (out is not None and out.requires_grad)):
-        reason = "a gradient is needed, and the native max_pool keeps no indices"
-    elif requested == "auto" and device == "cpu" and torch.compiler.is_compiling():
-        reason = "torch.compile generates the op on CPU"
-    else:
-        reason = native.why_not(x, device)
-    if not reason:
-        return REQUESTED if requested == "native" else NATIVE[device]
-    if requested == "native":
-        raise BackendError(
-            f"max_pool: backend 'native' cannot run this call: {reason}; "
-            f"use backend='auto' or 'reference'"
-        )
-    return Choice("reference", reason)
+        forbids = "a gradient is needed, and the native max_pool keeps no indices"
+    return native.select("max_pool", x, requested, forbids)
 
 
 def _native(x: Tensor, window: Window, out: Tensor | None) -> Tensor:
     if out is None:
         return _max_pool(x, *window)
-    tracing = torch.compiler.is_compiling()  # its graph knows that out changes
-    if torch.is_grad_enabled() and not tracing and not out.is_inference():
-        # Whoever saved out for a backward must hear that it changed.
-        torch.autograd.graph.increment_version(out)
+    native.mark_written(out)
     _max_pool_out(x, *window, out)
     return out
 
@@ -176,96 +138,3 @@ def _max_pool_fake(x, kernel_size, stride, padding, dilation, ceil_mode):
 @torch.library.register_fake("cvkernels::max_pool_out", lib=library)
 def _max_pool_out_fake(x, kernel_size, stride, padding, dilation, ceil_mode, out):
     return None
-
-
-def _window(kernel_size, stride, padding, dilation, ceil_mode) -> Window:
-    kernel_size = _pair(kernel_size, "kernel_size", 1)
-    return Window(
-        kernel_size,
-        kernel_size if stride is None else _pair(stride, "stride", 1),
-        _pair(padding, "padding", 0),
-        _pair(dilation, "dilation", 1),
-        bool(ceil_mode),
-    )
-
-
-def _pair(value, name: str, least: int) -> tuple[int, int]:
-    if isinstance(value, int):
-        if value < least:
-            raise ValueError(f"max_pool: {name} must be at least {least}, got {value!r}")
-        return (value, value)
-    if isinstance(value, (tuple, list)) and len(value) in (1, 2):
-        pair = (value[0], value[-1])
-        if isinstance(pair[0], int) and isinstance(pair[1], int):
-            if min(pair) < least:
-                raise ValueError(f"max_pool: {name} must be at least {least}, got {value!r}")
-            return pair
-    raise TypeError(f"max_pool: {name} must be an integer or a pair of them, got {value!r}")
-
-
-def _checked(x: Tensor, window: Window, out: Tensor | None) -> tuple[int, int]:
-    """Check a call's arguments; P and Q."""
-    if x.dim() != 4:
-        raise ValueError(
-            f"max_pool: x must have shape [N, C, H, W], got {list(x.shape)}; "
-            f"give a single image a batch of one with x[None]"
-        )
-    if x.dtype not in DTYPES:
-        raise InputTypeError(
-            f"max_pool: x must be float32, float16, bfloat16 or float64, got {x.dtype}; "
-            f"convert it, or use torch.nn.functional.max_pool2d"
-        )
-    N, C, H, W = x.shape
-    size = (_count(H, 0, window), _count(W, 1, window))
-    if C == 0 or size[0] <= 0 or size[1] <= 0:
-        raise InputValueError(
-            f"max_pool: no window fits x of shape {list(x.shape)} with kernel_size "
-            f"{window.kernel_size}, padding {window.padding} and dilation {window.dilation}"
-        )
-    if out is not None:
-        _check_out(out, x, (N, C, *size))
-    return size
-
-
-def _count(size: int, axis: int, window: Window) -> int:
-    """How many windows one axis has."""
-    kernel, stride = window.kernel_size[axis], window.stride[axis]
-    padding, dilation = window.padding[axis], window.dilation[axis]
-    if 2 * padding > kernel:
-        raise ValueError(
-            f"max_pool: padding must be at most half of kernel_size, got padding {padding} for a "
-            f"kernel of {kernel}; pad x itself, with -inf"
-        )
-    span = size + 2 * padding - dilation * (kernel - 1) - 1
-    if not window.ceil_mode:
-        return span // stride + 1 if size > 0 else 0
-    count = -(-span // stride) + 1
-    # The last window must start inside the input or its left padding.
-    return count - 1 if (count - 1) * stride >= size + padding else count
-
-
-def _check_out(out: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
-    if out.shape != shape:
-        raise ValueError(f"max_pool: out must have shape {list(shape)}, got {list(out.shape)}")
-    if out.dtype != x.dtype:
-        raise TypeError(f"max_pool: out must have x's dtype, {x.dtype}, got {out.dtype}")
-    if out.device != x.device:
-        raise ValueError(f"max_pool: out must be on x's device, {x.device}, got {out.device}")
-    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError(
-            f"max_pool: out must not overlap itself, got strides {list(out.stride())}; "
-            f"write into a tensor that is not expanded"
-        )
-    # A traced tensor has no storage to ask about.
-    if not torch.compiler.is_compiling() and aliasing.overlap(x, out):
-        raise ValueError(
-            "max_pool: out must not overlap x: elements would be read after they are written; "
-            "write into other channels or another tensor"
-        )
-
-
-def _touched(x: Tensor, window: Window, size: tuple[int, int]) -> int:
-    """How many elements of x some window reads."""
-    N, C, *sizes = x.shape
-    axes = zip(sizes, *window[:4], size, strict=True)
-    return N * C * math.prod(touched_positions(*axis) for axis in axes)

@@ -1,17 +1,18 @@
-// What the CPU and the CUDA launcher of max_pool share: from a call's tensors to a checked Problem.
+// What the launchers of the pooling ops share: from a call's tensors to a checked Problem.
 #pragma once
 
 #include <optional>
 #include <vector>
 
 #include "check.h"
-#include "max_pool.h"
+#include "pool.h"
 
-namespace cvkernels::max_pool {
+namespace cvkernels::pool {
 
 using Ints = std::vector<int64_t>;
 
 struct Window {
+  const char* op;
   const Ints& kernel_size;
   const Ints& stride;
   const Ints& padding;
@@ -20,10 +21,10 @@ struct Window {
 
   Axis axis(int64_t size, int d) const {
     const Axis axis{size, kernel_size.at(d), stride.at(d), padding.at(d), dilation.at(d)};
-    CVK_CHECK("max_pool", axis.kernel > 0 && axis.stride > 0 && axis.dilation > 0,
+    CVK_CHECK(op, axis.kernel > 0 && axis.stride > 0 && axis.dilation > 0,
               "kernel_size, stride and dilation must be positive, got ", axis.kernel, ", ",
               axis.stride, ", ", axis.dilation);
-    CVK_CHECK("max_pool", axis.padding >= 0 && 2 * axis.padding <= axis.kernel,
+    CVK_CHECK(op, axis.padding >= 0 && 2 * axis.padding <= axis.kernel,
               "padding must be between 0 and half of kernel_size, got padding ", axis.padding,
               ", kernel_size ", axis.kernel);
     return axis;
@@ -32,7 +33,8 @@ struct Window {
 
 // The problem without out's strides.
 inline Problem problem_of(const Tensor& x, const Window& window) {
-  CVK_CHECK_DIM("max_pool", x, 4);
+  const char* op = window.op;
+  CVK_CHECK_DIM(op, x, 4);
   Problem problem{};
   problem.N = x.size(0);
   problem.C = x.size(1);
@@ -40,8 +42,8 @@ inline Problem problem_of(const Tensor& x, const Window& window) {
   problem.w = window.axis(x.size(3), 1);
   problem.P = window_count(problem.h, window.ceil_mode);
   problem.Q = window_count(problem.w, window.ceil_mode);
-  CVK_CHECK("max_pool", problem.C > 0 && problem.P > 0 && problem.Q > 0,
-            "no window fits x of shape ", shape_of(x));
+  CVK_CHECK(op, problem.C > 0 && problem.P > 0 && problem.Q > 0, "no window fits x of shape ",
+            shape_of(x));
   problem.x_stride_n = x.stride(0);
   problem.x_stride_c = x.stride(1);
   problem.x_stride_h = x.stride(2);
@@ -56,10 +58,10 @@ inline void set_out(Problem& problem, const Tensor& out) {
   problem.out_stride_w = out.stride(3);
 }
 
-inline void check_out(const Problem& problem, const Tensor& x, const Tensor& out) {
-  CVK_CHECK_SAME("max_pool", out, x);
-  CVK_CHECK_DIM("max_pool", out, 4);
-  CVK_CHECK("max_pool",
+inline void check_out(const char* op, const Problem& problem, const Tensor& x, const Tensor& out) {
+  CVK_CHECK_SAME(op, out, x);
+  CVK_CHECK_DIM(op, out, 4);
+  CVK_CHECK(op,
             out.size(0) == problem.N && out.size(1) == problem.C && out.size(2) == problem.P &&
                 out.size(3) == problem.Q,
             "out must have shape [", problem.N, ", ", problem.C, ", ", problem.P, ", ", problem.Q,
@@ -75,4 +77,4 @@ inline Tensor new_out(const Problem& problem, const Tensor& x) {
       std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-}  // namespace cvkernels::max_pool
+}  // namespace cvkernels::pool

@@ -1,0 +1,118 @@
+"""dense_concat against what stock DenseNet and GoogLeNet do: a copy, and norm + ReLU of a concat.
+
+``python -m benchmarks.bench_dense_concat [--quick]`` prints the table (``--help``: options),
+``pytest benchmarks/bench_dense_concat.py`` gives the rows to pytest-benchmark. There is no backward
+row: the op is not differentiable.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import command_line, harness
+from benchmarks.harness import Case
+from cvkernels.functional import BatchNormParams, dense_concat
+from cvkernels.ops.dense_concat.reference import appended
+
+
+class Append(NamedTuple):
+    """src[N, C, H, W], a prefix of ``width`` channels' buffer, to the channels from ``start`` of
+    one with ``total``; H and W as at images of 224 x 224."""
+
+    C: int
+    H: int
+    W: int
+    width: int
+    total: int
+    start: int
+    norm: bool = False
+
+
+APPENDS = {
+    "densenet121-block1": Append(32, 56, 56, 32, 256, 96),
+    "densenet121-block4": Append(32, 7, 7, 32, 1024, 512),
+    "densenet161-block2": Append(48, 28, 28, 48, 768, 384),
+    "googlenet-3a": Append(64, 28, 28, 64, 256, 0),
+    "norm1-of-a-prefix": Append(160, 56, 56, 256, 160, 0, True),
+    "norm1-of-a-long-prefix": Append(736, 14, 14, 1024, 736, 0, True),
+    "odd": Append(19, 31, 45, 19, 67, 5, True),  # nothing divides a vector
+}
+QUICK = ("densenet121-block1", "norm1-of-a-prefix", "odd")
+HOST = ("one-pixel", Append(8, 1, 1, 8, 16, 8))
+
+
+def traffic(append: Append, batch: int, dtype: torch.dtype) -> int:
+    """src read once, the slice written once, the norm's four vectors."""
+    elements = 2 * batch * append.C * append.H * append.W
+    return elements * dtype.itemsize + 4 * 4 * append.C * append.norm
+
+
+def inputs_of(
+    append: Append, batch: int, dtype: torch.dtype, device: torch.device
+) -> tuple[tuple, dict]:
+    def made(channels: int) -> Tensor:
+        x = torch.randn(batch, channels, append.H, append.W, device=device).to(dtype)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    bn = None
+    if append.norm:
+        weight, bias, mean = torch.randn(3, append.C, device=device)
+        bn = BatchNormParams(weight, bias, mean, torch.rand(append.C, device=device) + 0.5)
+    src = made(append.width)[:, : append.C]
+    return (made(append.total), src, append.start, bn, append.norm), {}
+
+
+def copied(buffer: Tensor, src: Tensor, start: int, bn: BatchNormParams | None, relu: bool):
+    """PyTorch's own: norm, ReLU, and a copy into the slice."""
+    target = buffer[:, start : start + src.shape[1]]
+    target.copy_(appended(src, bn, relu))
+    return target
+
+
+def written(buffer: Tensor, src: Tensor, start: int, bn: BatchNormParams | None, relu: bool):
+    return dense_concat(buffer, src, start, bn, relu)[:, start : start + src.shape[1]]
+
+
+def case_of(
+    name: str, append: Append, batch: int, dtype: torch.dtype, device: torch.device, part="forward"
+) -> Case:
+    norm = " norm + relu" if append.norm else ""
+    return Case(
+        op="dense_concat",
+        name=name,
+        shape=f"{batch}x{append.C}x{append.H}x{append.W} into {append.total}{norm}",
+        dtype=dtype,
+        inputs=functools.partial(inputs_of, append, batch, dtype, device),
+        reference=lambda buffer, src, start, bn, relu: appended(src, bn, relu),
+        variants={
+            "eager": lambda: copied,
+            "compile": lambda: harness.compiled(copied),
+            "cvkernels": lambda: written,
+        },
+        bytes=traffic(append, batch, dtype) if part == "forward" else None,
+        part=part,
+        bitwise=not append.norm,
+    )
+
+
+def cases(
+    device: torch.device, dtypes: list[torch.dtype], batch: int, quick: bool = False
+) -> list[Case]:
+    appends = {name: a for name, a in APPENDS.items() if name in QUICK or not quick}
+    made = []
+    for dtype in dtypes:
+        made += [case_of(name, append, batch, dtype, device) for name, append in appends.items()]
+        made.append(case_of(*HOST, 2, dtype, device, part="host"))
+    return made
+
+
+def test_dense_concat(measure):
+    measure()
+
+
+if __name__ == "__main__":
+    raise SystemExit(command_line.main("dense_concat", cases))

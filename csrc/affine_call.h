@@ -1,0 +1,43 @@
+// From a call's optional vectors to a checked BatchNorm.
+#pragma once
+
+#include <optional>
+
+#include "affine.h"
+#include "check.h"
+
+namespace cvkernels {
+
+struct BatchNormTensors {
+  const std::optional<Tensor>& weight;
+  const std::optional<Tensor>& bias;
+  const std::optional<Tensor>& mean;
+  const std::optional<Tensor>& var;
+  double eps;
+
+  bool empty() const { return !weight && !bias && !mean && !var; }
+};
+
+inline Vector vector_of(const char* op, const char* name, const std::optional<Tensor>& tensor,
+                        const Tensor& x, int64_t channels) {
+  if (!tensor) return {nullptr, false};
+  const ScalarType dtype = tensor->scalar_type();
+  CVK_CHECK(op, tensor->dim() == 1 && tensor->size(0) == channels, name, " must have shape [",
+            channels, "], got ", shape_of(*tensor));
+  CVK_CHECK(op, tensor->is_contiguous(), name, " must be contiguous");
+  CVK_CHECK(op, tensor->device() == x.device(), name, " must be on x's device");
+  const bool wide = x.scalar_type() != ScalarType::Double && dtype == ScalarType::Float;
+  CVK_CHECK(op, wide || dtype == x.scalar_type(), name, " must be float32 or have x's dtype, ",
+            torch::headeronly::toString(x.scalar_type()), ", got ",
+            torch::headeronly::toString(dtype));
+  return {tensor->const_data_ptr(), wide};
+}
+
+inline BatchNorm batch_norm_of(const char* op, const BatchNormTensors& bn, const Tensor& x,
+                               int64_t channels) {
+  return {vector_of(op, "weight", bn.weight, x, channels),
+          vector_of(op, "bias", bn.bias, x, channels), vector_of(op, "mean", bn.mean, x, channels),
+          vector_of(op, "var", bn.var, x, channels), bn.eps};
+}
+
+}  // namespace cvkernels

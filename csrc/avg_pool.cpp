@@ -1,0 +1,195 @@
+// avg_pool on the CPU. Schemas: cvkernels/ops/avg_pool/op.py.
+#include <algorithm>
+#include <vector>
+
+#include "avg_pool.h"
+#include "avg_pool_call.h"
+#include "check.h"
+
+namespace cvkernels::avg_pool {
+namespace {
+
+// What a task needs beside the tensors: scale and shift [C], and sums [C], or [W] for the strided
+// path.
+struct Scratch {
+  const void* scale;
+  const void* shift;
+  void* sums;
+};
+
+// sums[c] += the tap's channel c.
+template <typename T, bool NORMALISES>
+CVK_HOST_DEVICE void add_pixel(const T* __restrict__ tap,
+                               const typename Number<T>::Wide* __restrict__ scale,
+                               const typename Number<T>::Wide* __restrict__ shift,
+                               typename Number<T>::Wide* __restrict__ sums, int64_t C) {
+  using Wide = typename Number<T>::Wide;
+  CVK_INDEPENDENT_ITERATIONS
+  for (int64_t c = 0; c < C; ++c) {
+    Wide x = Number<T>::widen(tap[c]);
+    if constexpr (NORMALISES) x = Affine<Wide>{scale[c], shift[c]}(x, Wide(0));
+    sums[c] += x;
+  }
+}
+
+// Output rows [first, last) of the N * P, with x_stride_c == out_stride_c == 1: vectors along the
+// channels.
+template <typename T, bool NORMALISES>
+CVK_HOST_DEVICE void pool_rows_nhwc(const void* x_data, void* out_data, const Problem& problem,
+                                    const Average& average, const Scratch& scratch, int64_t first,
+                                    int64_t last) {
+  using Wide = typename Number<T>::Wide;
+  const Wide* scale = static_cast<const Wide*>(scratch.scale);
+  const Wide* shift = static_cast<const Wide*>(scratch.shift);
+  Wide* __restrict__ sums = static_cast<Wide*>(scratch.sums);
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t n = row / problem.P, p = row % problem.P;
+    const T* x = static_cast<const T*>(x_data) + n * problem.x_stride_n;
+    T* __restrict__ out =
+        static_cast<T*>(out_data) + n * problem.out_stride_n + p * problem.out_stride_h;
+    const Taps h = taps_of(problem.h, p);
+    const int64_t h_counted = average.counted(problem.h, p, h);
+    for (int64_t q = 0; q < problem.Q; ++q, out += problem.out_stride_w) {
+      const Taps w = taps_of(problem.w, q);
+      for (int64_t c = 0; c < problem.C; ++c) sums[c] = 0;
+      for (int64_t ih = h.begin; ih < h.end; ++ih)
+        for (int64_t iw = w.begin; iw < w.end; ++iw)
+          add_pixel<T, NORMALISES>(x + ih * problem.x_stride_h + iw * problem.x_stride_w, scale,
+                                   shift, sums, problem.C);
+      const int64_t taps = h_counted * average.counted(problem.w, q, w);
+      CVK_INDEPENDENT_ITERATIONS
+      for (int64_t c = 0; c < problem.C; ++c) out[c] = Number<T>::narrow(average.of(sums[c], taps));
+    }
+  }
+}
+
+// Output rows [first, last) of the N * C * P, any strides: down the rows first, over the whole
+// width into sums, then along it.
+template <typename T, bool NORMALISES>
+CVK_HOST_DEVICE void pool_rows_strided(const void* x_data, void* out_data, const Problem& problem,
+                                       const Average& average, const Scratch& scratch,
+                                       int64_t first, int64_t last) {
+  using Wide = typename Number<T>::Wide;
+  Wide* __restrict__ columns = static_cast<Wide*>(scratch.sums);
+  const int64_t W = problem.w.size;
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t plane = row / problem.P, p = row % problem.P;
+    const int64_t n = plane / problem.C, c = plane % problem.C;
+    const T* x = static_cast<const T*>(x_data) + n * problem.x_stride_n + c * problem.x_stride_c;
+    T* out = static_cast<T*>(out_data) + n * problem.out_stride_n + c * problem.out_stride_c +
+             p * problem.out_stride_h;
+    Affine<Wide> affine{};
+    if constexpr (NORMALISES)
+      affine = {static_cast<const Wide*>(scratch.scale)[c],
+                static_cast<const Wide*>(scratch.shift)[c]};
+    const Taps h = taps_of(problem.h, p);
+    for (int64_t iw = 0; iw < W; ++iw) columns[iw] = 0;
+    for (int64_t ih = h.begin; ih < h.end; ++ih) {
+      const T* __restrict__ taps = x + ih * problem.x_stride_h;
+      const int64_t step = problem.x_stride_w;
+      const auto add = [&](int64_t iw, const T& tap) __attribute__((always_inline)) {
+        Wide value = Number<T>::widen(tap);
+        if constexpr (NORMALISES) value = affine(value, Wide(0));
+        columns[iw] += value;
+      };
+      if (step == 1) {
+        CVK_INDEPENDENT_ITERATIONS
+        for (int64_t iw = 0; iw < W; ++iw) add(iw, taps[iw]);
+      } else {
+        for (int64_t iw = 0; iw < W; ++iw) add(iw, taps[iw * step]);
+      }
+    }
+    const int64_t h_counted = average.counted(problem.h, p, h);
+    for (int64_t q = 0; q < problem.Q; ++q) {
+      const Taps w = taps_of(problem.w, q);
+      Wide sum = 0;
+      for (int64_t iw = w.begin; iw < w.end; ++iw) sum += columns[iw];
+      const int64_t taps = h_counted * average.counted(problem.w, q, w);
+      out[q * problem.out_stride_w] = Number<T>::narrow(average.of(sum, taps));
+    }
+  }
+}
+
+// Functions and not templates: compilers clone only those for each instruction set.
+#define CVK_ROWS(T)                                                                                \
+  CVK_SIMD void rows_nhwc(Type<T>, const void* x, void* out, const Problem& problem,               \
+                          const Average& average, const Scratch& scratch, int64_t first,           \
+                          int64_t last) {                                                          \
+    average.normalises ? pool_rows_nhwc<T, true>(x, out, problem, average, scratch, first, last)   \
+                       : pool_rows_nhwc<T, false>(x, out, problem, average, scratch, first, last); \
+  }                                                                                                \
+  CVK_SIMD void rows_strided(Type<T>, const void* x, void* out, const Problem& problem,            \
+                             const Average& average, const Scratch& scratch, int64_t first,        \
+                             int64_t last) {                                                       \
+    average.normalises                                                                             \
+        ? pool_rows_strided<T, true>(x, out, problem, average, scratch, first, last)               \
+        : pool_rows_strided<T, false>(x, out, problem, average, scratch, first, last);             \
+  }
+CVK_ROWS(float)
+CVK_ROWS(double)
+CVK_ROWS(float16)
+CVK_ROWS(bfloat16)
+#undef CVK_ROWS
+
+template <typename T>
+void launch(Type<T> type, const Problem& problem, const Average& average, const void* x,
+            void* out) {
+  using Wide = typename Number<T>::Wide;
+  std::vector<Wide> scale, shift;
+  for (int64_t c = 0; average.normalises && c < problem.C; ++c) {
+    const auto affine = affine_of<T>(average.bn, c);
+    scale.push_back(affine.scale);
+    shift.push_back(affine.shift);
+  }
+  const bool channels_inner = problem.x_stride_c == 1 && problem.out_stride_c == 1;
+  const int64_t rows = problem.N * problem.P * (channels_inner ? 1 : problem.C);
+  const int64_t taps = problem.Q * problem.h.kernel * problem.w.kernel;
+  const int64_t taps_per_row = channels_inner ? taps * problem.C : taps;
+  // Rows per task, so that a task reads at least some ten thousand taps.
+  const int64_t grain = std::max<int64_t>(1, 32768 / taps_per_row);
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t first, int64_t last) {
+    std::vector<Wide> sums(channels_inner ? problem.C : problem.w.size);
+    const Scratch scratch{scale.data(), shift.data(), sums.data()};
+    channels_inner ? rows_nhwc(type, x, out, problem, average, scratch, first, last)
+                   : rows_strided(type, x, out, problem, average, scratch, first, last);
+  });
+}
+
+void run(const Problem& problem, const Average& average, const Tensor& x, const Tensor& out) {
+  if (problem.N == 0) return;
+  dispatch_floating("avg_pool", x.scalar_type(), [&](auto type) {
+    launch(type, problem, average, x.const_data_ptr(), out.mutable_data_ptr());
+  });
+}
+
+void avg_pool_out(const Tensor& x, const Ints& kernel_size, const Ints& stride, const Ints& padding,
+                  bool ceil_mode, bool count_include_pad, std::optional<int64_t> divisor,
+                  const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                  const std::optional<Tensor>& mean, const std::optional<Tensor>& var, double eps,
+                  const Tensor& out) {
+  CVK_CHECK_CPU("avg_pool", x);
+  Problem problem = problem_of(x, {"avg_pool", kernel_size, stride, padding, UNDILATED, ceil_mode});
+  check_out("avg_pool", problem, x, out);
+  set_out(problem, out);
+  run(problem, average_of(x, {weight, bias, mean, var, eps}, count_include_pad, divisor), x, out);
+}
+
+Tensor avg_pool(const Tensor& x, const Ints& kernel_size, const Ints& stride, const Ints& padding,
+                bool ceil_mode, bool count_include_pad, std::optional<int64_t> divisor,
+                const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                const std::optional<Tensor>& mean, const std::optional<Tensor>& var, double eps) {
+  CVK_CHECK_CPU("avg_pool", x);
+  Problem problem = problem_of(x, {"avg_pool", kernel_size, stride, padding, UNDILATED, ceil_mode});
+  const Tensor out = new_out(problem, x);
+  set_out(problem, out);
+  run(problem, average_of(x, {weight, bias, mean, var, eps}, count_include_pad, divisor), x, out);
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cvkernels, CPU, library) {
+  library.impl("avg_pool", TORCH_BOX(&avg_pool));
+  library.impl("avg_pool_out", TORCH_BOX(&avg_pool_out));
+}
+
+}  // namespace
+}  // namespace cvkernels::avg_pool

@@ -1,0 +1,143 @@
+// dense_concat on the CPU. Schema: cvkernels/ops/dense_concat/op.py.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "check.h"
+#include "dense_concat.h"
+#include "dense_concat_call.h"
+
+namespace cvkernels::dense_concat {
+namespace {
+
+// Pixels [first, last), with channel stride 1 on both sides: vectors along the channels.
+template <typename T>
+CVK_HOST_DEVICE void concat_pixels(const void* src_data, void* out_data, const Problem& problem,
+                                   const void* scale_data, const void* shift_data, int64_t first,
+                                   int64_t last) {
+  using Wide = typename Number<T>::Wide;
+  const Wide* scale = static_cast<const Wide*>(scale_data);
+  const Wide* shift = static_cast<const Wide*>(shift_data);
+  const Wide lowest = Affine<Wide>::lowest(problem.relu);
+  for (int64_t pixel = first; pixel < last; ++pixel) {
+    const T* src = static_cast<const T*>(src_data) + problem.offset(problem.src, pixel);
+    T* out = static_cast<T*>(out_data) + problem.offset(problem.out, pixel);
+    CVK_INDEPENDENT_ITERATIONS
+    for (int64_t c = 0; c < problem.C; ++c)
+      out[c] =
+          Number<T>::narrow(Affine<Wide>{scale[c], shift[c]}(Number<T>::widen(src[c]), lowest));
+  }
+}
+
+// Rows [first, last) of the N * C * H, any strides.
+template <typename T>
+CVK_HOST_DEVICE void concat_rows(const void* src_data, void* out_data, const Problem& problem,
+                                 const void* scale_data, const void* shift_data, int64_t first,
+                                 int64_t last) {
+  using Wide = typename Number<T>::Wide;
+  const Wide lowest = Affine<Wide>::lowest(problem.relu);
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t plane = row / problem.H, h = row % problem.H;
+    const int64_t n = plane / problem.C, c = plane % problem.C;
+    const Strides &from = problem.src, &to = problem.out;
+    const T* src = static_cast<const T*>(src_data) + n * from.n + c * from.c + h * from.h;
+    T* out = static_cast<T*>(out_data) + n * to.n + c * to.c + h * to.h;
+    const Affine<Wide> affine{static_cast<const Wide*>(scale_data)[c],
+                              static_cast<const Wide*>(shift_data)[c]};
+    if (from.w == 1 && to.w == 1) {
+      CVK_INDEPENDENT_ITERATIONS
+      for (int64_t w = 0; w < problem.W; ++w)
+        out[w] = Number<T>::narrow(affine(Number<T>::widen(src[w]), lowest));
+    } else {
+      for (int64_t w = 0; w < problem.W; ++w)
+        out[w * to.w] = Number<T>::narrow(affine(Number<T>::widen(src[w * from.w]), lowest));
+    }
+  }
+}
+
+// Functions and not templates: compilers clone only those for each instruction set.
+#define CVK_CONCAT(T)                                                                       \
+  CVK_SIMD void pixels(Type<T>, const void* src, void* out, const Problem& problem,         \
+                       const void* scale, const void* shift, int64_t first, int64_t last) { \
+    concat_pixels<T>(src, out, problem, scale, shift, first, last);                         \
+  }                                                                                         \
+  CVK_SIMD void rows(Type<T>, const void* src, void* out, const Problem& problem,           \
+                     const void* scale, const void* shift, int64_t first, int64_t last) {   \
+    concat_rows<T>(src, out, problem, scale, shift, first, last);                           \
+  }
+CVK_CONCAT(float)
+CVK_CONCAT(double)
+CVK_CONCAT(float16)
+CVK_CONCAT(bfloat16)
+#undef CVK_CONCAT
+
+template <typename T>
+void copy_pixels(const T* src, T* out, const Problem& problem, int64_t first, int64_t last) {
+  for (int64_t pixel = first; pixel < last; ++pixel)
+    std::memcpy(out + problem.offset(problem.out, pixel), src + problem.offset(problem.src, pixel),
+                problem.C * sizeof(T));
+}
+
+template <typename T>
+void copy_rows(const T* src_data, T* out_data, const Problem& problem, int64_t first,
+               int64_t last) {
+  const Strides &from = problem.src, &to = problem.out;
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t plane = row / problem.H, h = row % problem.H;
+    const int64_t n = plane / problem.C, c = plane % problem.C;
+    const T* src = src_data + n * from.n + c * from.c + h * from.h;
+    T* out = out_data + n * to.n + c * to.c + h * to.h;
+    if (from.w == 1 && to.w == 1)
+      std::memcpy(out, src, problem.W * sizeof(T));
+    else
+      for (int64_t w = 0; w < problem.W; ++w) out[w * to.w] = src[w * from.w];
+  }
+}
+
+template <typename T>
+void launch(Type<T> type, const Problem& problem, const void* src, void* out) {
+  const bool channels_inner = problem.src.c == 1 && problem.out.c == 1;
+  const int64_t tasks = channels_inner ? problem.pixels() : problem.N * problem.C * problem.H;
+  // Tasks at a time, so that they move at least some ten thousand elements.
+  const int64_t grain = std::max<int64_t>(1, 32768 / (channels_inner ? problem.C : problem.W));
+  if (problem.copies) {
+    const T* from = static_cast<const T*>(src);
+    T* to = static_cast<T*>(out);
+    torch::stable::parallel_for(0, tasks, grain, [&](int64_t first, int64_t last) {
+      channels_inner ? copy_pixels(from, to, problem, first, last)
+                     : copy_rows(from, to, problem, first, last);
+    });
+    return;
+  }
+  std::vector<typename Number<T>::Wide> scale(problem.C), shift(problem.C);
+  for (int64_t c = 0; c < problem.C; ++c) {
+    const auto affine = affine_of<T>(problem.bn, c);
+    scale[c] = affine.scale;
+    shift[c] = affine.shift;
+  }
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t first, int64_t last) {
+    channels_inner ? pixels(type, src, out, problem, scale.data(), shift.data(), first, last)
+                   : rows(type, src, out, problem, scale.data(), shift.data(), first, last);
+  });
+}
+
+void dense_concat(const Tensor& buffer, const Tensor& src, int64_t start,
+                  const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                  const std::optional<Tensor>& mean, const std::optional<Tensor>& var, double eps,
+                  bool relu) {
+  CVK_CHECK_CPU("dense_concat", buffer);
+  const Problem problem = problem_of(buffer, src, start, {weight, bias, mean, var, eps}, relu);
+  if (src.numel() == 0) return;
+  dispatch_floating("dense_concat", src.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    launch(type, problem, src.const_data_ptr(),
+           static_cast<T*>(buffer.mutable_data_ptr()) + start * buffer.stride(1));
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cvkernels, CPU, library) {
+  library.impl("dense_concat", TORCH_BOX(&dense_concat));
+}
+
+}  // namespace
+}  // namespace cvkernels::dense_concat
