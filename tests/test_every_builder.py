@@ -39,8 +39,8 @@ def test_outputs_and_input_gradients_are_the_stock_models(name):
     ours.to_empty(device="cpu").load_state_dict(stock.state_dict())
     ours, stock = (model.double().requires_grad_(False) for model in (ours, stock))
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    for train in (False, True):
-        results = [output_and_gradient(model.train(train), x) for model in (ours, stock)]
+    for train, images in ((False, x[:1]), (True, x)):
+        results = [output_and_gradient(model.train(train), images) for model in (ours, stock)]
         for actual, expected in zip(*results, strict=True):
             assert expected.abs().max() > 0
             assert (actual - expected).abs().max() <= 1e-6 * expected.abs().max()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -452,8 +453,11 @@ def test_rows_under_pytest_benchmark(tmp_path):
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/bench_max_pool.py"]
     if torch.cuda.is_available():
         pytest.skip("the rows' names are those of a machine without a GPU")
+    # Under pytest-xdist, which this run may be, pytest-benchmark measures nothing.
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     done = subprocess.run(
         [sys.executable, *command, "-k", chosen, "--benchmark-json", str(path)],
+        env=alone,
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -81,11 +81,6 @@ def x():
     return seen(2)
 
 
-def outputs(model, x):
-    out = model(x)
-    return out if isinstance(out, tuple) else (out,)
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_patched_equals_stock_and_restored_is_stock(name):
     patched, stock = pair(name)

@@ -37,8 +37,10 @@ class Recall:
         self, x: Tensor, conv: nn.Module, bn: nn.Module | None, act: object, residual: Tensor | None
     ) -> Run | None:
         """What runs this call, if it is remembered and still the same."""
+        # Read before the calls: another thread's keep() clears them before it writes a new one.
+        stamp = self._stamp
         run = self._calls.get(_data(x, residual))
-        if run is None or _watched(x) or self._stamp != _stamp(conv, bn, act):
+        if run is None or _watched(x) or stamp != _stamp(conv, bn, act):
             return None
         return run
 
