@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace cvkernels::depthwise_conv_bn_act {
+#include "act.h"
 
-enum class Act : int64_t { NONE = 0, RELU = 1, RELU6 = 2, SILU = 3 };
+namespace cvkernels::depthwise_conv_bn_act {
 
 // Channels of a block: a cache line of floats. Weights, affine and scratch hold whole blocks.
 constexpr int64_t BLOCK = 16;

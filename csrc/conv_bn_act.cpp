@@ -1,0 +1,228 @@
+// conv_bn_act on the CPU. Schema: cvkernels/ops/conv_bn_act/native.py.
+#include "conv_bn_act.h"
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <new>
+#include <optional>
+
+#include "check.h"
+
+namespace cvkernels::conv_bn_act {
+namespace {
+
+constexpr const char* OP = "conv_bn_act";
+
+#if defined(__x86_64__) && defined(__GLIBC__)
+namespace avx512 {
+#define LANES 16
+#define CVK_TARGET __attribute__((target("arch=x86-64-v4")))
+#include "conv_bn_act_products.h"
+#include "conv_bn_act_winograd.h"
+#undef CVK_TARGET
+#undef LANES
+}  // namespace avx512
+
+namespace avx2 {
+#define LANES 8
+#define CVK_TARGET __attribute__((target("arch=x86-64-v3")))
+#include "conv_bn_act_products.h"
+#include "conv_bn_act_winograd.h"
+#undef CVK_TARGET
+#undef LANES
+}  // namespace avx2
+#endif
+
+namespace baseline {
+#define LANES 4
+#define CVK_TARGET
+#include "conv_bn_act_products.h"
+#include "conv_bn_act_winograd.h"
+#undef CVK_TARGET
+#undef LANES
+}  // namespace baseline
+
+// A thread's scratch memory: kept between calls, since fresh pages cost more than the arithmetic.
+float* scratch(int64_t floats) {
+  struct Free {
+    void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
+  };
+  thread_local std::unique_ptr<float[], Free> memory;
+  thread_local int64_t size = 0;
+  if (floats > size) {
+    memory.reset();
+    size = 0;
+    memory.reset(static_cast<float*>(
+        ::operator new[](floats * sizeof(float), std::align_val_t(64))));
+    size = floats;
+  }
+  return memory.get();
+}
+
+// Floats of a task's operand that stay in the second cache beside the weights in use.
+constexpr int64_t CACHED = 48 << 10;
+
+template <typename Convolve>
+void run_direct(const Problem& problem, const Data& data, Convolve convolve) {
+  const int64_t C = problem.C, taps = problem.taps();
+  const int64_t pixel = problem.gathers() ? taps * C : C;
+  const Cut cut(problem.pixels(), std::clamp<int64_t>(CACHED / pixel, 48, 240), problem.panels(),
+                torch::stable::get_num_threads());
+  const int64_t gathered = problem.gathers() ? cut.block * taps * C : 0;
+  const int64_t pointers = divide_up(sizeof(float*), sizeof(float)) * cut.block * taps;
+  torch::stable::parallel_for(0, cut.tasks(), 1, [&](int64_t first, int64_t last) {
+    float* zeros = scratch(divide_up(C, 16) * 16 + divide_up(pointers, 16) * 16 + gathered);
+    std::fill_n(zeros, C, 0.0f);
+    float* indirect = zeros + divide_up(C, 16) * 16;
+    float* operand = indirect + divide_up(pointers, 16) * 16;
+    for (int64_t task = first; task < last; ++task)
+      convolve(problem, data, cut.rows_of(task), cut.panels_of(task), zeros, operand,
+               reinterpret_cast<const float**>(indirect));
+  });
+}
+
+template <int M, typename Points, typename Convolve>
+void run_winograd(const Problem& problem, const Data& data, Convolve convolve) {
+  constexpr int64_t POINTS = (M + 2) * (M + 2);
+  const Tiling tiling(problem, M);
+  const int64_t most = std::clamp<int64_t>(2 * CACHED / (POINTS * problem.C), 48, 96);
+  const Cut cut(tiling.tiles, most, problem.panels(), torch::stable::get_num_threads());
+  const Points points(problem, cut.block, cut.split);
+  const int64_t zero = divide_up(problem.C, 16) * 16;
+  torch::stable::parallel_for(0, cut.tasks(), 1, [&](int64_t first, int64_t last) {
+    float* zeros = scratch(zero + POINTS * (points.operand_stride + points.product_stride));
+    std::fill_n(zeros, problem.C, 0.0f);
+    float* operand = zeros + zero;
+    float* products = operand + POINTS * points.operand_stride;
+    for (int64_t task = first; task < last; ++task)
+      convolve(problem, data, tiling, cut.rows_of(task), cut.panels_of(task), zeros, points,
+               operand, products);
+  });
+}
+
+#define CVK_RUN(isa)                                                                     \
+  do {                                                                                   \
+    if (tile == 4)                                                                       \
+      return run_winograd<4, isa::Points>(problem, data, &isa::convolve_tiles<4>);       \
+    if (tile == 2)                                                                       \
+      return run_winograd<2, isa::Points>(problem, data, &isa::convolve_tiles<2>);       \
+    return run_direct(problem, data, &isa::convolve);                                    \
+  } while (false)
+
+void run(const Problem& problem, const Data& data, int64_t tile) {
+#if defined(__x86_64__) && defined(__GLIBC__)
+  static const int level = __builtin_cpu_supports("x86-64-v4")   ? 4
+                           : __builtin_cpu_supports("x86-64-v3") ? 3
+                                                                 : 1;
+  if (level == 4) CVK_RUN(avx512);
+  if (level == 3) CVK_RUN(avx2);
+#endif
+  CVK_RUN(baseline);
+}
+#undef CVK_RUN
+
+const float* floats_of(const char* name, const Tensor& tensor, int64_t size) {
+  CVK_CHECK(OP, tensor.is_cpu() && tensor.is_contiguous(), name, " must be a dense CPU tensor");
+  CVK_CHECK(OP, tensor.scalar_type() == ScalarType::Float && tensor.numel() == size, name,
+            " must hold ", size, " float32 numbers, got shape ", shape_of(tensor), " of ",
+            torch::headeronly::toString(tensor.scalar_type()));
+  return static_cast<const float*>(tensor.const_data_ptr());
+}
+
+const float* floats_of(const char* name, const std::optional<Tensor>& tensor, int64_t size) {
+  return tensor ? floats_of(name, *tensor, size) : nullptr;
+}
+
+// The distance of neighbouring pixels of a channels_last tensor [N, K, P, Q], or of a slice of its
+// channels.
+int64_t pixel_stride(const char* name, const Tensor& tensor) {
+  const int64_t N = tensor.size(0), K = tensor.size(1), P = tensor.size(2), Q = tensor.size(3);
+  const int64_t stride = Q > 1   ? tensor.stride(3)
+                         : P > 1 ? tensor.stride(2)
+                         : N > 1 ? tensor.stride(0)
+                                 : K;
+  CVK_CHECK(OP,
+            (K <= 1 || tensor.stride(1) == 1) && (Q <= 1 || tensor.stride(3) == stride) &&
+                (P <= 1 || tensor.stride(2) == Q * stride) &&
+                (N <= 1 || tensor.stride(0) == P * Q * stride) && stride >= K,
+            name, " must be channels_last or a channel slice of a channels_last tensor, got shape ",
+            shape_of(tensor), " with a stride of ", tensor.stride(1), " between channels");
+  return stride;
+}
+
+void conv_bn_act_native(const Tensor& x, const Tensor& weight, const Tensor& shift,
+                        const Tensor& out, const std::optional<Tensor>& residual,
+                        const std::optional<Tensor>& input_affine,
+                        const std::optional<Tensor>& input_gate, int64_t kernel_h, int64_t kernel_w,
+                        int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w,
+                        int64_t dilation_h, int64_t dilation_w, int64_t act, int64_t tile) {
+  CVK_CHECK_CPU(OP, x);
+  CVK_CHECK_DIM(OP, x, 4);
+  CVK_CHECK_DIM(OP, out, 4);
+  CVK_CHECK(OP, x.scalar_type() == ScalarType::Float, "x must be float32, got ",
+            torch::headeronly::toString(x.scalar_type()));
+  CVK_CHECK_SAME(OP, out, x);
+  CVK_CHECK(OP, kernel_h > 0 && kernel_w > 0 && stride_h > 0 && stride_w > 0 && dilation_h > 0 &&
+                    dilation_w > 0 && padding_h >= 0 && padding_w >= 0,
+            "kernel, stride and dilation must be positive, and padding not negative");
+  CVK_CHECK(OP, act >= 0 && act <= 3, "act must be between 0 and 3, got ", act);
+  CVK_CHECK(OP, tile == 0 || tile == 2 || tile == 4, "tile must be 0, 2 or 4, got ", tile);
+  Problem problem{x.size(0), x.size(1), x.size(2), x.size(3), out.size(1)};
+  problem.R = kernel_h;
+  problem.S = kernel_w;
+  problem.stride_h = stride_h;
+  problem.stride_w = stride_w;
+  problem.padding_h = padding_h;
+  problem.padding_w = padding_w;
+  problem.dilation_h = dilation_h;
+  problem.dilation_w = dilation_w;
+  const int64_t room_h = problem.H + 2 * padding_h - dilation_h * (kernel_h - 1) - 1;
+  const int64_t room_w = problem.W + 2 * padding_w - dilation_w * (kernel_w - 1) - 1;
+  CVK_CHECK(OP, room_h >= 0 && room_w >= 0, "no window fits x of shape ", shape_of(x));
+  problem.P = room_h / stride_h + 1;
+  problem.Q = room_w / stride_w + 1;
+  problem.act = static_cast<Act>(act);
+  problem.x_stride_n = x.stride(0);
+  problem.x_stride_c = problem.C > 1 ? x.stride(1) : 1;
+  problem.x_stride_h = x.stride(2);
+  problem.x_stride_w = x.stride(3);
+  problem.has_prologue = input_affine.has_value() || input_gate.has_value();
+  const auto fits = [&](const Tensor& tensor) {
+    return tensor.dim() == 4 && tensor.size(0) == problem.N && tensor.size(1) == problem.K &&
+           tensor.size(2) == problem.P && tensor.size(3) == problem.Q;
+  };
+  CVK_CHECK(OP, fits(out), "out must have shape [", problem.N, ", ", problem.K, ", ", problem.P,
+            ", ", problem.Q, "], got ", shape_of(out));
+  CVK_CHECK(OP,
+            tile == 0 || (kernel_h == 3 && kernel_w == 3 && stride_h == 1 && stride_w == 1 &&
+                          dilation_h == 1 && dilation_w == 1 && !problem.has_prologue &&
+                          problem.x_stride_c == 1),
+            "Winograd's tiles need a 3x3 kernel of stride 1, and x with its channels together");
+  const int64_t filter = tile == 0 ? problem.taps() : (tile + 2) * (tile + 2);
+  Data data{};
+  data.weight =
+      floats_of("weight", weight, problem.panels() * PANEL * filter * problem.C);
+  data.shift = floats_of("shift", shift, problem.panels() * PANEL);
+  data.input_scale = floats_of("input_affine", input_affine, 2 * problem.C);
+  if (data.input_scale != nullptr) data.input_shift = data.input_scale + problem.C;
+  data.gate = floats_of("input_gate", input_gate, problem.N * problem.C);
+  problem.out_stride = pixel_stride("out", out);
+  if (residual) {
+    CVK_CHECK_SAME(OP, *residual, x);
+    CVK_CHECK(OP, fits(*residual), "residual must have out's shape, got ", shape_of(*residual));
+    problem.residual_stride = pixel_stride("residual", *residual);
+    data.residual = static_cast<const float*>(residual->const_data_ptr());
+  }
+  if (problem.pixels() == 0 || problem.K == 0) return;
+  data.x = static_cast<const float*>(x.const_data_ptr());
+  data.out = static_cast<float*>(out.mutable_data_ptr());
+  run(problem, data, tile);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cvkernels, CPU, library) {
+  library.impl("conv_bn_act_native", TORCH_BOX(&conv_bn_act_native));
+}
+
+}  // namespace
+}  // namespace cvkernels::conv_bn_act

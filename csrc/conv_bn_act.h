@@ -1,0 +1,98 @@
+// The sizes of one conv_bn_act on the CPU, its data, and how its work is cut. No torch header.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "act.h"
+
+namespace cvkernels::conv_bn_act {
+
+// Output channels of a panel of weights: a cache line of floats.
+constexpr int64_t PANEL = 16;
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The largest share of `count` when it is cut into parts of nearly equal size, at most `most` each.
+constexpr int64_t even_share(int64_t count, int64_t most) {
+  return count == 0 ? 1 : divide_up(count, divide_up(count, most));
+}
+
+// One call. x[N, C, H, W], any strides, in elements; pixel (n, p, q) of out[N, K, P, Q] and of the
+// residual is number (n * P + p) * Q + q, `out_stride` and `residual_stride` elements apart.
+struct Problem {
+  int64_t N, C, H, W, K, P, Q;
+  int64_t R, S, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  Act act;
+  int64_t x_stride_n, x_stride_c, x_stride_h, x_stride_w;
+  int64_t out_stride, residual_stride;
+  bool has_prologue;
+
+  int64_t taps() const { return R * S; }
+  int64_t pixels() const { return N * P * Q; }
+  int64_t panels() const { return divide_up(K, PANEL); }
+
+  // Whether the operand of a block of pixels is gathered before it is multiplied: where it is
+  // computed, and where a tap has too few channels next to each other to be worth a loop.
+  bool gathers() const { return has_prologue || x_stride_c != 1 || C < 16; }
+
+  // Whether the taps of a row of the kernel lie together in x, as they are multiplied.
+  bool taps_together() const {
+    return !has_prologue && x_stride_c == 1 && x_stride_w == C && dilation_w == 1;
+  }
+};
+
+// x, out and residual start at their first element. Direct: weight[panels, R, S, C, PANEL].
+// Winograd: weight[points, panels, C, PANEL]. shift[panels * PANEL]. Without an affine map before
+// the convolution, input_scale and input_shift are null; gate[N, C] likewise.
+struct Data {
+  const float* x;
+  const float* weight;
+  const float* shift;
+  const float* residual;
+  const float* input_scale;
+  const float* input_shift;
+  const float* gate;
+  float* out;
+};
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// How `rows` of the product and its panels are cut into tasks. No result depends on it.
+struct Cut {
+  int64_t rows, block, panels, split;
+
+  // Blocks of at most `most` rows whose operand stays in the second cache; the panels are split
+  // where there are fewer blocks than threads.
+  Cut(int64_t rows, int64_t most, int64_t panels, int64_t threads) : rows(rows), panels(panels) {
+    const int64_t per_thread = divide_up(std::max<int64_t>(rows, 1), threads);
+    block = even_share(rows, std::max<int64_t>(1, std::min(most, std::max<int64_t>(per_thread, 6))));
+    const int64_t wanted = divide_up(threads, std::max<int64_t>(1, blocks()));
+    split = divide_up(panels, std::min(panels, wanted));
+  }
+  int64_t blocks() const { return divide_up(rows, block); }
+  int64_t splits() const { return divide_up(panels, split); }
+  int64_t tasks() const { return blocks() * splits(); }
+  Range rows_of(int64_t task) const {
+    const int64_t begin = task / splits() * block;
+    return {begin, std::min(begin + block, rows)};
+  }
+  Range panels_of(int64_t task) const {
+    const int64_t begin = task % splits() * split;
+    return {begin, std::min(begin + split, panels)};
+  }
+};
+
+// F(M x M, 3 x 3): tiles of M x M outputs, each from (M + 2) x (M + 2) inputs.
+struct Tiling {
+  int64_t M, rows, columns, tiles;
+
+  Tiling(const Problem& problem, int64_t M)
+      : M(M), rows(divide_up(problem.P, M)), columns(divide_up(problem.Q, M)),
+        tiles(problem.N * rows * columns) {}
+};
+
+}  // namespace cvkernels::conv_bn_act

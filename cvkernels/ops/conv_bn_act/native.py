@@ -1,0 +1,136 @@
+"""The compiled conv_bn_act: csrc/conv_bn_act.cpp, on the CPU.
+
+A 3x3 convolution of stride 1 runs by Winograd's minimal filtering where that saves time; all others
+multiply a block of pixels by panels of weights. Each reads and writes channels_last tensors and
+channel slices of them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cvkernels import extension
+from cvkernels.ops.activation import ACTIVATIONS
+from cvkernels.ops.batch_norm import BatchNormParams, fold, scale_shift
+from cvkernels.ops.conv_bn_act.problem import Problem
+from cvkernels.ops.derived_weights import DerivedWeights
+
+PANEL = 16  # output channels that lie together in packed weights
+
+library = torch.library.Library("cvkernels", "FRAGMENT")
+library.define(
+    "conv_bn_act_native(Tensor x, Tensor weight, Tensor shift, Tensor(a!) out, Tensor? residual, "
+    "Tensor? input_affine, Tensor? input_gate, int kernel_h, int kernel_w, int stride_h, "
+    "int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w, int act, int tile)"
+    " -> ()"
+)
+extension.load()
+
+_native = torch.ops.cvkernels.conv_bn_act_native.default
+
+
+@torch.library.register_fake("cvkernels::conv_bn_act_native", lib=library)
+def _(x, weight, shift, out, residual, input_affine, input_gate, *geometry):
+    return None
+
+
+# Winograd's G by the side of a tile of outputs: a filter of 3 taps at the points 0, 1, -1 and
+# infinity, or 0, +-sqrt(1/2), +-sqrt(2) and infinity. csrc/conv_bn_act_winograd.h has the rest.
+FILTER_POINTS = {
+    2: [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]],
+    4: [[1, 0, 0]]
+    + [[c, c * p, c * p * p] for c, p in ((-2 / 3, 0.5**0.5), (-2 / 3, -(0.5**0.5)))]
+    + [[c, c * p, c * p * p] for c, p in ((1 / 6, 2**0.5), (1 / 6, -(2**0.5)))]
+    + [[0, 0, 1]],
+}
+
+
+def tile_of(problem: Problem) -> int:
+    """0 for a direct convolution, or the side of Winograd's tiles."""
+    if (problem.R, problem.S, *problem.stride, *problem.dilation) != (3, 3, 1, 1, 1, 1):
+        return 0
+    if problem.has_prologue or problem.C < PANEL:
+        return 0
+    return 4
+
+
+def why_not(problem: Problem) -> str:
+    """Why the compiled op cannot run ``problem`` on CPU tensors; empty where it can."""
+    if problem.dtype != torch.float32:
+        return f"the native convolution computes in float32, got {problem.dtype}"
+    if problem.groups != 1:
+        return f"the native convolution has no groups, got {problem.groups}"
+    return "" if extension.has("cpu") else extension.status()["cpu"].reason
+
+
+def prepared(
+    problem: Problem,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn: BatchNormParams | None,
+    input_bn: BatchNormParams | None = None,
+    cache: DerivedWeights | None = None,
+    tile: int | None = None,
+):
+    """A function of (x, residual, out, input_gate) that runs ``problem``, and checks nothing.
+
+    ``tile`` overrides the choice of :func:`tile_of`.
+    """
+    tile = tile_of(problem) if tile is None else tile
+
+    def build() -> tuple[Tensor, Tensor]:
+        folded, shift = fold(weight, bias, bn)
+        past = (0, -shift.shape[0] % PANEL)
+        return pack(folded, tile), F.pad(shift.float(), past)
+
+    sources = [weight, bias, *(bn[:4] if bn is not None else ())]
+    if cache is None:
+        packed, shift = build()
+    else:
+        packed, shift = cache.get(("native", tile, bn and bn.eps), sources, build)
+    affine = None
+    if input_bn is not None:
+        like = torch.empty(problem.C, 0)
+        affine = torch.cat(scale_shift(None, input_bn, like, torch.float64)).detach().float()
+    geometry = (problem.R, problem.S, *problem.stride, *problem.padding, *problem.dilation)
+    options = (*geometry, ACTIVATIONS.index(problem.act), tile)
+    size = (problem.N, problem.K, problem.P, problem.Q)
+    return functools.partial(_run, packed, shift, affine, options, size)
+
+
+def _run(
+    packed: Tensor,
+    shift: Tensor,
+    affine: Tensor | None,
+    options: tuple,
+    size: tuple,
+    x: Tensor,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    input_gate: Tensor | None = None,
+) -> Tensor:
+    if out is None:
+        out = torch.empty(size, memory_format=torch.channels_last)
+    _native(x, packed, shift, out, residual, affine, input_gate, *options)
+    return out
+
+
+def pack(weight: Tensor, tile: int) -> Tensor:
+    """weight[K, C, R, S] as [K/16, R, S, C, 16], or at Winograd's points [points, K/16, C, 16].
+
+    The filters are transformed in float64. Channels past K are zero.
+    """
+    with torch.no_grad():
+        K, C = weight.shape[:2]
+        filters = weight
+        if tile:
+            G = torch.tensor(FILTER_POINTS[tile], dtype=torch.float64)
+            filters = (G @ weight.double() @ G.t()).float()
+        taps = filters.permute(2, 3, 1, 0)  # [R, S, C, K]
+        panels = F.pad(taps, (0, -K % PANEL)).unflatten(3, (-1, PANEL))  # [R, S, C, K/16, 16]
+        order = (0, 1, 3, 2, 4) if tile else (3, 0, 1, 2, 4)
+        return panels.permute(order).contiguous()
