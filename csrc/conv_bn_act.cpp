@@ -82,10 +82,10 @@ void run_direct(const Problem& problem, const Data& data, Convolve convolve) {
   });
 }
 
-template <int M, typename Points, typename Convolve>
+template <int MH, int MW, typename Points, typename Convolve>
 void run_winograd(const Problem& problem, const Data& data, Convolve convolve) {
-  constexpr int64_t POINTS = (M + 2) * (M + 2);
-  const Tiling tiling(problem, M);
+  constexpr int64_t POINTS = (MH + 2) * (MW + 2);
+  const Tiling tiling(problem, MH, MW);
   const int64_t most = std::clamp<int64_t>(2 * CACHED / (POINTS * problem.C), 48, 96);
   const Cut cut(tiling.tiles, most, problem.panels(), torch::stable::get_num_threads());
   const Points points(problem, cut.block, cut.split);
@@ -101,13 +101,13 @@ void run_winograd(const Problem& problem, const Data& data, Convolve convolve) {
   });
 }
 
-#define CVK_RUN(isa)                                                                     \
-  do {                                                                                   \
-    if (tile == 4)                                                                       \
-      return run_winograd<4, isa::Points>(problem, data, &isa::convolve_tiles<4>);       \
-    if (tile == 2)                                                                       \
-      return run_winograd<2, isa::Points>(problem, data, &isa::convolve_tiles<2>);       \
-    return run_direct(problem, data, &isa::convolve);                                    \
+#define CVK_RUN(isa)                                                                       \
+  do {                                                                                     \
+    if (tile == 4)                                                                         \
+      return run_winograd<2, 4, isa::Points>(problem, data, &isa::convolve_tiles<2, 4>);   \
+    if (tile == 2)                                                                         \
+      return run_winograd<2, 2, isa::Points>(problem, data, &isa::convolve_tiles<2, 2>);   \
+    return run_direct(problem, data, &isa::convolve);                                      \
   } while (false)
 
 void run(const Problem& problem, const Data& data, int64_t tile) {
@@ -199,7 +199,7 @@ void conv_bn_act_native(const Tensor& x, const Tensor& weight, const Tensor& shi
                           dilation_h == 1 && dilation_w == 1 && !problem.has_prologue &&
                           problem.x_stride_c == 1),
             "Winograd's tiles need a 3x3 kernel of stride 1, and x with its channels together");
-  const int64_t filter = tile == 0 ? problem.taps() : (tile + 2) * (tile + 2);
+  const int64_t filter = tile == 0 ? problem.taps() : 4 * (tile + 2);
   Data data{};
   data.weight =
       floats_of("weight", weight, problem.panels() * PANEL * filter * problem.C);

@@ -86,12 +86,12 @@ struct Cut {
   }
 };
 
-// F(M x M, 3 x 3): tiles of M x M outputs, each from (M + 2) x (M + 2) inputs.
+// F(height x width, 3 x 3): tiles of outputs, each from (height + 2) x (width + 2) inputs.
 struct Tiling {
-  int64_t M, rows, columns, tiles;
+  int64_t rows, columns, tiles;
 
-  Tiling(const Problem& problem, int64_t M)
-      : M(M), rows(divide_up(problem.P, M)), columns(divide_up(problem.Q, M)),
+  Tiling(const Problem& problem, int64_t height, int64_t width)
+      : rows(divide_up(problem.P, height)), columns(divide_up(problem.Q, width)),
         tiles(problem.N * rows * columns) {}
 };
 

@@ -58,50 +58,50 @@ struct Points {
 };
 
 // operand[points, tiles, C] of a range of tiles. Channels past C hold anything.
-template <int M>
+template <int MH, int MW>
 CVK_TARGET static void transform_input(const Problem& problem, const Data& data,
                                        const Tiling& tiling, Range tiles, const float* zeros,
                                        const Points& points, float* operand) {
-  constexpr int SIDE = M + 2;
+  constexpr int HEIGHT = MH + 2, WIDTH = MW + 2;
   const int64_t channels = Points::channels(problem), C = problem.C;
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-    const int64_t column = tile % tiling.columns * M - problem.padding_w;
-    const int64_t row = tile / tiling.columns % tiling.rows * M - problem.padding_h;
+    const int64_t column = tile % tiling.columns * MW - problem.padding_w;
+    const int64_t row = tile / tiling.columns % tiling.rows * MH - problem.padding_h;
     const float* image = data.x + tile / tiling.columns / tiling.rows * problem.x_stride_n;
-    const float* samples[SIDE * SIDE];
-    for (int i = 0; i < SIDE * SIDE; ++i) {
-      const int64_t h = row + i / SIDE, w = column + i % SIDE;
+    const float* samples[HEIGHT * WIDTH];
+    for (int i = 0; i < HEIGHT * WIDTH; ++i) {
+      const int64_t h = row + i / WIDTH, w = column + i % WIDTH;
       const bool inside = h >= 0 && h < problem.H && w >= 0 && w < problem.W;
       samples[i] = inside ? image + h * problem.x_stride_h + w * problem.x_stride_w : zeros;
     }
     float* to = operand + (tile - tiles.begin) * channels;
     for (int64_t c = 0; c < C; c += LANES) {
-      V d[SIDE * SIDE], rows[SIDE * SIDE], both[SIDE * SIDE];
+      V d[HEIGHT * WIDTH], rows[HEIGHT * WIDTH], both[HEIGHT * WIDTH];
       if (c + LANES <= C) {
-        for (int i = 0; i < SIDE * SIDE; ++i) d[i] = load(samples[i] + c);
+        for (int i = 0; i < HEIGHT * WIDTH; ++i) d[i] = load(samples[i] + c);
       } else {
-        for (int i = 0; i < SIDE * SIDE; ++i) {
+        for (int i = 0; i < HEIGHT * WIDTH; ++i) {
           float lanes[LANES] = {};
           for (int64_t k = c; k < C; ++k) lanes[k - c] = samples[i][k];
           d[i] = load(lanes);
         }
       }
-      for (int i = 0; i < SIDE; ++i) to_points<M>(d + i * SIDE, 1, rows + i * SIDE, 1);
-      for (int i = 0; i < SIDE; ++i) to_points<M>(rows + i, SIDE, both + i, SIDE);
-      for (int i = 0; i < SIDE * SIDE; ++i) store(to + i * points.operand_stride + c, both[i]);
+      for (int i = 0; i < HEIGHT; ++i) to_points<MW>(d + i * WIDTH, 1, rows + i * WIDTH, 1);
+      for (int i = 0; i < WIDTH; ++i) to_points<MH>(rows + i, WIDTH, both + i, WIDTH);
+      for (int i = 0; i < HEIGHT * WIDTH; ++i) store(to + i * points.operand_stride + c, both[i]);
     }
   }
 }
 
 // products[points, tiles, panels * PANEL] = operand * weight, point by point.
-template <int M>
+template <int MH, int MW>
 CVK_TARGET static void multiply_points(const Problem& problem, const Data& data, int64_t count,
                                        Range panels, const Points& points, const float* operand,
                                        float* products) {
-  constexpr int SIDE = M + 2;
+  constexpr int HEIGHT = MH + 2, WIDTH = MW + 2;
   const int64_t channels = Points::channels(problem), share = even_share(count, HIGHEST);
   const int64_t panel_size = problem.C * PANEL, columns = panels.size() * PANEL;
-  for (int point = 0; point < SIDE * SIDE; ++point) {
+  for (int point = 0; point < HEIGHT * WIDTH; ++point) {
     const float* weight = data.weight + (point * problem.panels() + panels.begin) * panel_size;
     const float* from = operand + point * points.operand_stride;
     float* to = products + point * points.product_stride;
@@ -121,32 +121,32 @@ CVK_TARGET static void multiply_points(const Problem& problem, const Data& data,
 }
 
 // out = act(A^T products A + shift + residual) for a range of tiles and panels.
-template <int M>
+template <int MH, int MW>
 CVK_TARGET static void transform_output(const Problem& problem, const Data& data,
                                         const Tiling& tiling, Range tiles, Range panels,
                                         const Points& points, const float* products) {
-  constexpr int SIDE = M + 2;
+  constexpr int HEIGHT = MH + 2, WIDTH = MW + 2;
   const int64_t columns = panels.size() * PANEL;
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-    const int64_t q = tile % tiling.columns * M, p = tile / tiling.columns % tiling.rows * M;
+    const int64_t q = tile % tiling.columns * MW, p = tile / tiling.columns % tiling.rows * MH;
     const int64_t n = tile / tiling.columns / tiling.rows;
-    const int64_t height = std::min<int64_t>(M, problem.P - p);
-    const int64_t width = std::min<int64_t>(M, problem.Q - q);
+    const int64_t height = std::min<int64_t>(MH, problem.P - p);
+    const int64_t width = std::min<int64_t>(MW, problem.Q - q);
     const float* from = products + (tile - tiles.begin) * columns;
     for (int64_t c = 0; c < columns; c += LANES) {
-      V m[SIDE * SIDE], rows[SIDE * M];
-      alignas(64) float y[M * M * LANES];
+      V m[HEIGHT * WIDTH], rows[MH * WIDTH];
+      alignas(64) float y[MH * MW * LANES];
       V* both = reinterpret_cast<V*>(y);
-      for (int i = 0; i < SIDE * SIDE; ++i) m[i] = load(from + i * points.product_stride + c);
-      for (int i = 0; i < SIDE; ++i) from_points<M>(m + i, SIDE, rows + i, SIDE);
-      for (int i = 0; i < M; ++i) from_points<M>(rows + i * SIDE, 1, both + i * M, 1);
+      for (int i = 0; i < HEIGHT * WIDTH; ++i) m[i] = load(from + i * points.product_stride + c);
+      for (int i = 0; i < WIDTH; ++i) from_points<MH>(m + i, WIDTH, rows + i, WIDTH);
+      for (int i = 0; i < MH; ++i) from_points<MW>(rows + i * WIDTH, 1, both + i * MW, 1);
       const int64_t channel = panels.begin * PANEL + c, kept = problem.K - channel;
       if (kept <= 0) break;
       for (int64_t i = 0; i < height; ++i) {
         const int64_t pixel = (n * problem.P + p + i) * problem.Q + q;
         const float* residual = data.residual;
         if (residual != nullptr) residual += pixel * problem.residual_stride + channel;
-        finish_tile(problem, y + i * M * LANES, LANES, width, LANES, kept, data.shift + channel,
+        finish_tile(problem, y + i * MW * LANES, LANES, width, LANES, kept, data.shift + channel,
                     residual, data.out + pixel * problem.out_stride + channel);
       }
     }
@@ -154,12 +154,12 @@ CVK_TARGET static void transform_output(const Problem& problem, const Data& data
 }
 
 // One task: a range of tiles times a range of panels.
-template <int M>
+template <int MH, int MW>
 CVK_TARGET static void convolve_tiles(const Problem& problem, const Data& data,
                                       const Tiling& tiling, Range tiles, Range panels,
                                       const float* zeros, const Points& points, float* operand,
                                       float* products) {
-  transform_input<M>(problem, data, tiling, tiles, zeros, points, operand);
-  multiply_points<M>(problem, data, tiles.size(), panels, points, operand, products);
-  transform_output<M>(problem, data, tiling, tiles, panels, points, products);
+  transform_input<MH, MW>(problem, data, tiling, tiles, zeros, points, operand);
+  multiply_points<MH, MW>(problem, data, tiles.size(), panels, points, operand, products);
+  transform_output<MH, MW>(problem, data, tiling, tiles, panels, points, products);
 }

@@ -128,8 +128,8 @@ def pack(weight: Tensor, tile: int) -> Tensor:
         K, C = weight.shape[:2]
         filters = weight
         if tile:
-            G = torch.tensor(FILTER_POINTS[tile], dtype=torch.float64)
-            filters = (G @ weight.double() @ G.t()).float()
+            down, along = (torch.tensor(FILTER_POINTS[side], dtype=torch.float64) for side in (2, tile))
+            filters = (down @ weight.double() @ along.t()).float()
         taps = filters.permute(2, 3, 1, 0)  # [R, S, C, K]
         panels = F.pad(taps, (0, -K % PANEL)).unflatten(3, (-1, PANEL))  # [R, S, C, K/16, 16]
         order = (0, 1, 3, 2, 4) if tile else (3, 0, 1, 2, 4)
