@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "element.h"
+#include "large_output.h"
 
 namespace cvkernels::depthwise_conv_bn_act {
 namespace {
@@ -138,6 +139,7 @@ void depthwise_conv_bn_act_native(const Tensor& x, const Tensor& weight, const T
             problem.C, "], got ", shape_of(out));
   if (sums) check_vector("sums", *sums, problem.N * problem.C);
   if (problem.N == 0 || problem.C == 0) return;
+  prefer_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
 
   std::vector<float> bands;
   float* total = sums ? static_cast<float*>(sums->mutable_data_ptr()) : nullptr;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "check.h"
+#include "large_output.h"
 
 namespace cvkernels::se_scale {
 namespace {
@@ -117,6 +118,7 @@ struct Maps {
   const void *x_data, *residual_data;
   void* out_data;
   Act act;
+  bool streams;  // past the caches, into dense memory that is none of the inputs'
 
   int64_t chunks() const { return (x.HW + PIXELS - 1) / PIXELS; }
   // What sums of one image are kept in: partial sums where channels are innermost.
@@ -140,10 +142,43 @@ struct Maps {
                     residual.row_stride(),
                     out.row_stride(),
                     x.nhwc ? x.C : x.HW};
+    if (streams)
+      scale_streaming(rows, gate, first, last);
+    else
+      scale_cached(rows, gate, first, last);
+  }
+
+ private:
+  void scale_cached(const Rows& rows, const float* gate, int64_t first, int64_t last) const {
     if (x.nhwc)
       scale_by_column(Type<T>{}, rows, act, gate, first, last);
     else
       scale_by_row(Type<T>{}, rows, act, gate, first, last);
+  }
+
+  // A few rows at a time by way of the nearest cache.
+  void scale_streaming(const Rows& rows, const float* gate, int64_t first, int64_t last) const {
+    using Bits = Element<T>::Bits;
+    constexpr int64_t SIZE = 4096;
+    alignas(64) Bits near[SIZE];
+    const int64_t width = std::min(rows.width, SIZE);
+    const int64_t count = std::max<int64_t>(1, SIZE / rows.width);
+    for (int64_t start = 0; start < rows.width; start += width)
+      for (int64_t row = first; row < last; row += count) {
+        const int64_t rows_now = std::min(count, last - row);
+        const int64_t width_now = std::min(width, rows.width - start);
+        const Rows part{at<T>(rows.x, row * rows.x_stride + start),
+                        at<T>(rows.residual, row * rows.residual_stride + start),
+                        near,
+                        rows.x_stride,
+                        rows.residual_stride,
+                        width_now,
+                        width_now};
+        scale_cached(part, gate + (x.nhwc ? start : row), 0, rows_now);
+        stream(const_cast<void*>(at<T>(rows.out, row * rows.out_stride + start)), near,
+               rows_now * width_now * sizeof(Bits));
+      }
+    finish_streams();
   }
 };
 
@@ -168,6 +203,12 @@ Maps<T> maps_of(const char* op, const Tensor& x, const Maybe& residual, const Te
               shape_of(*out));
     maps.out = map_of(op, *out, nhwc);
     maps.out_data = out->mutable_data_ptr();
+    const int64_t bytes = maps.out.N * maps.out.C * maps.out.HW * sizeof(typename Element<T>::Bits);
+    const bool dense = maps.out.row_stride() == (nhwc ? maps.out.C : maps.out.HW) &&
+                       maps.out.stride_n == maps.out.C * maps.out.HW;
+    const bool fresh = maps.out_data != maps.x_data && maps.out_data != maps.residual_data;
+    maps.streams = dense && fresh && bytes >= UNCACHED_BYTES;
+    if (dense && fresh) prefer_huge_pages(maps.out_data, bytes);
   }
   return maps;
 }
@@ -261,8 +302,11 @@ void run_block(const Maps<T>& maps, const Excite& excite, int64_t element_size) 
         finish_sums(partial.data(), parts, x.C, floats, mean.data() + i * x.C);
       }
       excite_images(excite, images, mean.data(), hidden.data(), gate.data(), true);
-      for (int64_t i = 0; i < images; ++i)
-        maps.scale(start + i, 0, maps.scale_items(), gate.data() + i * x.C);
+      // Backwards: what was summed last is in the nearest cache.
+      const int64_t items = maps.scale_items(), step = grain_of(x.nhwc ? x.C : x.HW);
+      for (int64_t i = images; i-- > 0;)
+        for (int64_t end = items; end > 0; end -= step)
+          maps.scale(start + i, std::max<int64_t>(0, end - step), end, gate.data() + i * x.C);
     }
   });
 }

@@ -8,7 +8,11 @@ from torch import nn
 
 import cvkernels
 from cvkernels.nn import ConvBNAct
+from cvkernels.nn.legacy_se_residual import LegacySEBottleneck
+from cvkernels.nn.mbconv import MBConv, MBConvConfig
 from cvkernels.nn.recall import CAPACITY, Recall
+from cvkernels.nn.se_residual import SEBottleneck
+from cvkernels.nn.squeeze_excite import SqueezeExcitation
 
 
 @pytest.fixture(autouse=True)
@@ -166,3 +170,110 @@ def test_an_image_is_looked_at_every_time(recalled):
     block(x), block(x)
     x[0, 0, 0, 0] = torch.nan
     assert block(x).isnan().any() and not any(recalled)
+
+
+def seed_statistics(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+
+
+def mbconv():
+    config = MBConvConfig(4, 3, 1, 16, 16, 1)
+    return MBConv(config, 0.2, nn.BatchNorm2d)
+
+
+# name -> (block, changes of its parts that a remembered call must notice)
+BLOCKS = {
+    "SqueezeExcitation": (
+        lambda: SqueezeExcitation(16, 4),
+        {
+            "weight": lambda b: b.fc1.weight.mul_(2),
+            "bias": lambda b: setattr(b.fc2, "bias", nn.Parameter(torch.ones(16))),
+            "pool": lambda b: setattr(b.avgpool, "output_size", (6, 5)),
+            "activation": lambda b: setattr(b, "activation", nn.SiLU()),
+            "gate": lambda b: setattr(b, "scale_activation", nn.Hardsigmoid()),
+        },
+    ),
+    "MBConv": (
+        mbconv,
+        {
+            "depthwise weight": lambda b: b.block[1][0].weight.mul_(2),
+            "norm": lambda b: b.block[1][1].running_var.mul_(4),
+            "excitation": lambda b: b.block[2].fc2.bias.add_(1),
+            "shortcut": lambda b: setattr(b, "use_res_connect", False),
+            "a layer": lambda b: b.block[0].__setitem__(2, nn.ReLU()),
+        },
+    ),
+    "SEBottleneck": (
+        lambda: SEBottleneck(16, 4, base_width=128),
+        {
+            "norm": lambda b: b.bn3.bias.add_(1),
+            "excitation": lambda b: b.se.fc1.weight.mul_(-1),
+            "activation": lambda b: setattr(b, "act3", nn.SiLU()),
+            "a place": lambda b: setattr(b, "aa", nn.ReLU()),
+            "downsample": lambda b: setattr(b, "downsample", nn.Conv2d(16, 16, 1)),
+            "one channel": lambda b: setattr(b, "downsample", nn.Conv2d(16, 1, 1)),
+        },
+    ),
+    "LegacySEBottleneck": (
+        lambda: LegacySEBottleneck(16, 4, 2, 4),
+        {
+            "norm": lambda b: b.bn3.bias.add_(1),
+            "excitation": lambda b: b.se_module.fc1.weight.mul_(-1),
+            "downsample": lambda b: setattr(b, "downsample", nn.Conv2d(16, 16, 1)),
+        },
+    ),
+    "depthwise": (
+        lambda: ConvBNAct(16, 16, 3, groups=16),
+        {"weight": lambda b: b[0].weight.mul_(2), "eps": lambda b: setattr(b[1], "eps", 0.5)},
+    ),
+}
+BLOCK_CHANGES = [
+    pytest.param(make, change, id=f"{name}-{what}")
+    for name, (make, changes) in BLOCKS.items()
+    for what, change in changes.items()
+]
+
+
+@pytest.mark.parametrize(("make", "change"), BLOCK_CHANGES)
+def test_a_block_is_recalled_until_a_part_changes(make, change, recalled):
+    torch.manual_seed(0)
+    block = make().eval()
+    seed_statistics(block)
+    x = torch.randn(2, 16, 6, 5).contiguous(memory_format=torch.channels_last)
+    kept = x.clone()
+    block(x)
+    recalled.clear()
+    assert agrees(block, x) and recalled == [False] * (len(recalled) - 1) + [True]
+    assert torch.equal(block(x.contiguous()), block(x)) and torch.equal(x, kept)
+    change(block)
+    recalled.clear()
+    assert agrees(block, x) and not recalled[0]
+
+
+@pytest.mark.parametrize("make", [make for make, _ in BLOCKS.values()], ids=BLOCKS.keys())
+def test_every_hook_in_a_block_is_called(make):
+    block = make().eval()
+    x = torch.randn(1, 16, 5, 5)
+    block(x), block(x)
+    leaves = [m for m in block.modules() if not list(m.children())]
+    seen = []
+    for module in leaves:
+        handle = module.register_forward_hook(lambda m, *_: seen.append(m))
+        block(x)
+        handle.remove()
+    assert all(any(m is found for found in seen) for m in leaves)
+
+
+def test_a_block_in_training_draws_its_stochastic_depth(recalled):
+    block = mbconv().eval()
+    x = torch.randn(2, 16, 6, 5)
+    block(x), block(x)
+    assert recalled[-1]
+    block.stochastic_depth.train()
+    torch.manual_seed(0)
+    first = torch.get_rng_state()
+    block(x)
+    assert not torch.equal(torch.get_rng_state(), first)

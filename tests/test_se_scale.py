@@ -92,6 +92,28 @@ def test_large_maps_keep_their_means(name, memory_format, native):
     assert_matches(with_backend(squeeze, "native"), squeeze_reference, (x,))
 
 
+# Outputs of 8 MB or more are written past the caches: rows shorter and longer than what is written
+# at once, and no whole number of lines.
+STREAMED = {
+    "float32": (Map(2, 37, 3, 173, 173), torch.float32),
+    "float16": (Map(3, 4099, 3, 21, 17), torch.float16),
+}
+
+
+@pytest.mark.parametrize(("m", "dtype"), STREAMED.values(), ids=STREAMED.keys())
+def test_outputs_that_no_cache_holds(m, dtype, memory_format, native):
+    x, added = (make_map(m, dtype, memory_format, "cpu") for _ in range(2))
+    assert x.nbytes >= 2**23
+    arguments = (x, *make_layers(m, dtype, "cpu"), m.act, added, "relu")
+    assert_matches(with_backend(squeeze_excite, "native"), squeeze_excite_reference, arguments)
+    expected = squeeze_excite(*arguments, backend="native")
+    # Memory that is aligned to an element alone, then in place, which is not past the caches.
+    out = torch.empty(x.numel() + 1, dtype=dtype)[1:].as_strided(x.shape, x.stride())
+    for target in (out, x):
+        squeeze_excite(*arguments, backend="native", out=target)
+        assert torch.equal(target, expected)
+
+
 @dtypes
 def test_float32_parameters_beside_half_maps(dtype, implementation):
     x = make_map(ODD, dtype, CHANNELS_LAST, "cpu")

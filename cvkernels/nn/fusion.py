@@ -32,6 +32,8 @@ from cvkernels.nn.conditions import (
 from cvkernels.nn.recall import Recall
 from cvkernels.ops.conv_bn_act.op import fuses_prologue
 from cvkernels.ops.conv_bn_act.prepared import Run, prepared
+from cvkernels.ops.depthwise_conv_bn_act.prepared import Run as SqueezedRun
+from cvkernels.ops.depthwise_conv_bn_act.prepared import prepared as prepared_depthwise
 
 
 class _Derived(NamedTuple):
@@ -76,10 +78,9 @@ class FusedModule(nn.Module):
             x, input_gate = _gated(x, input_gate), None
         plain = input_bn is None and input_gate is None
         derived = self._derived_from(conv)
-        recall = None
-        if derived is not None and plain and type(x) is Tensor and x.is_cpu:
-            recall = derived.recall
-            if (run := recall.get(x, conv, bn, act, residual)) is not None:
+        recall = self.recall_of(x, conv) if plain else None
+        if recall is not None:
+            if (run := recall.get(x, (conv, bn, act), residual)) is not None:
                 y = run(x, residual)
                 return y if out is None else out.copy_(y)
         inner_act, clash = fused_act(bn, act, residual)
@@ -115,12 +116,9 @@ class FusedModule(nn.Module):
         if recall is not None and not reason:
 
             def prepare() -> Run | None:
-                if runs_depthwise(x, conv):
-                    return None
-                tensors, geometry, name = _operands(x, conv, bn, inner_act)
-                return prepared(*tensors, geometry, name, residual, derived.weights)
+                return _prepared(x, conv, bn, inner_act, residual, derived.weights)
 
-            recall.keep(x, conv, bn, act, residual, prepare)
+            recall.keep(x, (conv, bn, act), residual, prepare)
         return y
 
     def prepared(
@@ -129,18 +127,53 @@ class FusedModule(nn.Module):
         conv: nn.Module,
         bn: nn.Module | None = None,
         act: nn.Module | Callable[[Tensor], Tensor] | None = None,
+        residual: Tensor | None = None,
     ) -> Run | None:
         """What runs :meth:`fused` on others like x, unchecked, while the modules stay as they are.
 
         For modules that :func:`why_not_conv_bn_act` has nothing against. None where the call needs
         what only :meth:`fused` does.
         """
-        inner_act, clash = fused_act(bn, act)
+        inner_act, clash = fused_act(bn, act, residual)
         derived = self._derived_from(conv)
-        if clash or derived is None or runs_depthwise(x, conv):
+        if clash or derived is None:
             return None
-        tensors, geometry, name = _operands(x, conv, bn, inner_act)
-        return prepared(*tensors, geometry, name, None, derived.weights)
+        return _prepared(x, conv, bn, inner_act, residual, derived.weights)
+
+    def prepared_squeezed(
+        self, x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: nn.Module
+    ) -> SqueezedRun | None:
+        """What runs :meth:`squeezed` on others like x, as :meth:`prepared` does :meth:`fused`."""
+        if (derived := self._derived_from(conv)) is None:
+            return None
+        (*tensors,), (*geometry, _), name = _operands(x, conv, bn, act)
+        return prepared_depthwise(*tensors, geometry, name, True, derived.weights)
+
+    def recalled(
+        self,
+        x: Tensor,
+        compute: Callable[[Tensor], Tensor],
+        prepare: Callable[[Tensor], Callable[[Tensor], Tensor] | None],
+    ) -> Tensor:
+        """``compute(x)``, the whole of this block, by what was remembered where nothing changed.
+
+        ``prepare(x)`` gives what is to be remembered for others like x, or None; it may compute
+        the block again, part by part.
+        """
+        if (recall := self.recall_of(x, self)) is None:
+            return compute(x)
+        if (run := recall.get(x, (self,))) is not None:
+            return run(x)
+        y = compute(x)
+        recall.keep(x, (self,), None, lambda: prepare(x))
+        return y
+
+    def recall_of(self, x: Tensor, leader: nn.Module) -> Recall | None:
+        """What is remembered of the calls that ``leader`` leads; None where none could be for x."""
+        if type(x) is not Tensor or not x.is_cpu:
+            return None
+        derived = self._derived_from(leader)
+        return None if derived is None else derived.recall
 
     def squeezed(
         self, x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: nn.Module
@@ -230,6 +263,23 @@ def _operands(
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
     scale = None if bn is None else affine_of(bn)
     return (x, conv.weight, conv.bias, scale), geometry, act_name(act)
+
+
+def _prepared(
+    x: Tensor,
+    conv: nn.Module,
+    bn: nn.Module | None,
+    act: nn.Module | Callable | None,
+    residual: Tensor | None,
+    weights: DerivedWeights,
+) -> Run | None:
+    tensors, geometry, name = _operands(x, conv, bn, act)
+    if not runs_depthwise(x, conv):
+        return prepared(*tensors, geometry, name, residual, weights)
+    if residual is not None:
+        return None
+    convolve = prepared_depthwise(*tensors, geometry[:3], name, False, weights)
+    return None if convolve is None else lambda x, _: convolve(x)[0]
 
 
 def _gated(x: Tensor, gate: Tensor) -> Tensor:

@@ -7,24 +7,13 @@ and parameters all come out as they did a moment ago.
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cvkernels import backend, record
-
-# As many as a convolution keeps folded weights for.
-CAPACITY = 4
-# What the modules of a layer compute by, but for their tensors.
-OPTIONS = {
-    nn.Conv2d: itemgetter("stride", "padding", "dilation", "groups", "padding_mode"),
-    nn.BatchNorm2d: itemgetter("training", "eps"),
-    nn.ReLU: itemgetter("training"),
-}
-# In other modules every option counts: these by value, all others by identity.
-BY_VALUE = (bool, int, float, str, tuple, type(None))
+from cvkernels.nn.recall import CAPACITY, stamp_of
 
 
 class Verdict:
@@ -41,7 +30,7 @@ class Verdict:
 
     def why_not(self, module: nn.Module, check: Callable[[], str]) -> str:
         """``check()``, or its last answer if that was empty and still stands."""
-        stamp = _stamp(module)
+        stamp = stamp_of(module)
         if stamp is not None and stamp == self._stamp:
             return ""
         self._runs.clear()
@@ -74,39 +63,4 @@ def _plain(buffer: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and record.active() is None
         and backend.requested("auto", backend.NAMES) == "auto"
-    )
-
-
-def _stamp(module: nn.Module) -> tuple | None:
-    """What changes when the modules or their tensors do; None where it cannot be told."""
-    stamp: list[object] = [torch._C._get_mkldnn_enabled()]
-    waiting = [module]
-    while waiting:
-        current = waiting.pop()
-        attributes, kind = current.__dict__, type(current)
-        if (
-            attributes["_forward_hooks"]
-            or attributes["_forward_pre_hooks"]
-            or attributes["_backward_hooks"]
-            or attributes["_backward_pre_hooks"]
-        ):
-            return None
-        stamp.append((kind, OPTIONS.get(kind, _public)(attributes)))
-        for tensors in (attributes["_parameters"], attributes["_buffers"]):
-            for tensor in tensors.values():
-                if tensor is not None:
-                    if tensor.is_inference():
-                        return None
-                    stamp.append((id(tensor), tensor.data_ptr(), tensor._version))
-        if attributes["_modules"]:
-            waiting += [child for child in attributes["_modules"].values() if child is not None]
-    return tuple(stamp)
-
-
-def _public(attributes: dict) -> tuple:
-    """Every option of a module that is not in OPTIONS."""
-    return tuple(
-        value if type(value) in BY_VALUE else id(value)
-        for name, value in attributes.items()
-        if name[0] != "_"
     )

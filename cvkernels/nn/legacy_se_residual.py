@@ -8,16 +8,21 @@ basic block applies its ReLU before the squeeze.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from cvkernels.nn.conditions import why_not_conv_bn_act
 from cvkernels.nn.fusion import FusedModule
+from cvkernels.nn.se_residual import Layer, prepared_branch
 from cvkernels.nn.squeeze_excite import LegacySEModule, SqueezeExcite
 
 
 class _LegacySEResidual(FusedModule):
     """What the blocks share: the end of the branch."""
+
+    def _prepared_branch(self, x: Tensor, *layers: Layer) -> Callable[[Tensor], Tensor] | None:
+        return prepared_branch(self, x, layers, self.se_module, self.downsample, self.relu)
 
     def _joined(
         self, x: Tensor, shortcut: Tensor, conv: nn.Module, bn: nn.Module, act: nn.Module | None
@@ -61,8 +66,15 @@ class LegacySEBasicBlock(_LegacySEResidual):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.fused(x, self.conv1, self.bn1, self.relu)
-        return self._joined(out, x, self.conv2, self.bn2, self.relu)
+        return self.recalled(x, self._computed, self._prepared_like)
+
+    def _computed(self, x: Tensor) -> Tensor:
+        y = self.fused(x, self.conv1, self.bn1, self.relu)
+        return self._joined(y, x, self.conv2, self.bn2, self.relu)
+
+    def _prepared_like(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        first = (self.conv1, self.bn1, self.relu)
+        return self._prepared_branch(x, first, (self.conv2, self.bn2, self.relu))
 
 
 class _LegacyBottleneck(_LegacySEResidual):
@@ -98,9 +110,17 @@ class _LegacyBottleneck(_LegacySEResidual):
         self.stride = max(strides)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.fused(x, self.conv1, self.bn1, self.relu)
-        out = self.fused(out, self.conv2, self.bn2, self.relu)
-        return self._joined(out, x, self.conv3, self.bn3, None)
+        return self.recalled(x, self._computed, self._prepared_like)
+
+    def _computed(self, x: Tensor) -> Tensor:
+        y = self.fused(x, self.conv1, self.bn1, self.relu)
+        y = self.fused(y, self.conv2, self.bn2, self.relu)
+        return self._joined(y, x, self.conv3, self.bn3, None)
+
+    def _prepared_like(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        first = (self.conv1, self.bn1, self.relu)
+        second = (self.conv2, self.bn2, self.relu)
+        return self._prepared_branch(x, first, second, (self.conv3, self.bn3, None))
 
 
 class LegacySEBottleneck(_LegacyBottleneck):

@@ -10,12 +10,14 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 
 from torch import Tensor, nn
 
 from cvkernels.nn.conditions import runs_depthwise, why_not_called, why_not_conv_bn_act
 from cvkernels.nn.conv_bn_act import ConvBNAct, split_conv_bn_act
 from cvkernels.nn.fusion import FusedModule
+from cvkernels.nn.recall import OPTIONS
 from cvkernels.nn.squeeze_excite import SqueezeExcitation, SqueezeExcite, divisible
 from cvkernels.nn.stochastic_depth import StochasticDepth
 
@@ -164,6 +166,9 @@ class MBConv(_InvertedResidual):
         super().__init__(cnf, layers, stochastic_depth_prob)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.recalled(x, self._computed, self._prepared_like)
+
+    def _computed(self, x: Tensor) -> Tensor:
         if not self._is_stock(x):
             return super().forward(x)
         *expand, depthwise, excitation, project = self.block
@@ -177,6 +182,39 @@ class MBConv(_InvertedResidual):
         else:
             y, gate = excitation(depthwise(y)), None
         return project.fused(y, *project, residual=residual, input_gate=gate)
+
+    def _prepared_like(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """What runs the block on others like x, while its modules stay as they are; or None."""
+        if not self._is_stock(x):
+            return None
+        *expand, depthwise, excitation, project = self.block
+        expands = []
+        y = x
+        for layer in expand:
+            parts = split_conv_bn_act(list(layer))
+            if why_not_conv_bn_act(y, *parts) or (run := layer.prepared(y, *parts)) is None:
+                return None
+            expands.append(run)
+            y = run(y, None)
+        if not sums_and_gates(y, excitation, depthwise, project):
+            return None
+        if (convolve := depthwise.prepared_squeezed(y, *depthwise)) is None:
+            return None
+        y, sums = convolve(y)
+        scale = excitation.prepared_gate(y, sums)
+        adds = self.use_res_connect
+        reduce = project.prepared(y, *project, residual=x if adds else None)
+        if scale is None or reduce is None:
+            return None
+
+        def run_block(x: Tensor) -> Tensor:
+            y = x
+            for run in expands:
+                y = run(y, None)
+            y, sums = convolve(y)
+            return reduce(scale(y, sums), x if adds else None)
+
+        return run_block
 
     def _is_stock(self, x: Tensor) -> bool:
         """Whether the block has stock's parts, trains none of them, and nobody watches a join."""
@@ -239,3 +277,8 @@ class FusedMBConv(_InvertedResidual):
         else:
             layers = [conv(cnf.input_channels, cnf.out_channels, cnf.kernel, cnf.stride)]
         super().__init__(cnf, layers, stochastic_depth_prob)
+
+
+OPTIONS[MBConv] = itemgetter("training", "use_res_connect")
+OPTIONS[ConvBNAct] = itemgetter("training")
+OPTIONS[StochasticDepth] = itemgetter("training", "p")

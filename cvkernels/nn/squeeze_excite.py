@@ -8,6 +8,7 @@ one op, with the shortcut and the activation that follow it in a residual block.
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from cvkernels import backend, record
 from cvkernels.functional import excite, squeeze_excite
 from cvkernels.nn.conditions import why_not_called
 from cvkernels.nn.fusion import FusedModule, run_group
+from cvkernels.nn.recall import OPTIONS
+from cvkernels.ops.se_scale.prepared import Run, prepared, prepared_gate
 
 
 def divisible(value: float, divisor: int, least: int | None = None, share: float = 0.9) -> int:
@@ -43,6 +46,9 @@ class SqueezeExcite(FusedModule):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.recalled(x, self._computed, self._prepared_like)
+
+    def _computed(self, x: Tensor) -> Tensor:
         reason = self.why_not_op(x)
         if not reason:
             return self.as_op(x)
@@ -63,23 +69,38 @@ class SqueezeExcite(FusedModule):
         out: Tensor | None = None,
     ) -> Tensor:
         """``out_act(forward(x) + residual)`` as one op, where :meth:`why_not_op` is empty."""
-        _, fc1, between, fc2, _ = self.parts()
-        act = _ACTS[type(between[-1])]
-        layers = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-        return squeeze_excite(x, *layers, act, residual, out_act, out=out)
+        return squeeze_excite(x, *self._layers(), residual, out_act, out=out)
+
+    def _prepared_like(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """What runs :meth:`forward` on others like x, unchecked, while the modules stay the same.
+
+        None where that is not the native op.
+        """
+        if self.why_not_op(x):
+            return None
+        return prepared(x, *self._layers(), None, "none")
 
     def gate_of_sums(self, sums: Tensor, count: int) -> Tensor:
         """The gates [N, C] from the channels' sums over ``count`` pixels, as one op."""
-        _, fc1, between, fc2, _ = self.parts()
-        layers = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
 
         def as_op() -> Tensor:
-            return excite(sums, *layers, _ACTS[type(between[-1])], sigmoid=True, count=count)
+            return excite(sums, *self._layers(), sigmoid=True, count=count)
 
         if (recorder := record.active()) is None:
             return as_op()
         with recorder.group(self, ""):
             return as_op()
+
+    def prepared_gate(self, x: Tensor, sums: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """What scales maps like x in place by the gates of their sums, unchecked.
+
+        None where x is not channels_last either.
+        """
+        return prepared_gate(x, sums, *self._layers())
+
+    def _layers(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, str]:
+        _, fc1, between, fc2, _ = self.parts()
+        return fc1.weight, fc1.bias, fc2.weight, fc2.bias, _ACTS[type(between[-1])]
 
     def added(
         self,
@@ -102,6 +123,15 @@ class SqueezeExcite(FusedModule):
         if not reason and (shortcut.shape, shortcut.dtype) != (x.shape, x.dtype):
             reason = f"the shortcut is {shortcut.dtype} with shape {list(shortcut.shape)}"
         return run_group(self, reason, as_op, as_modules)
+
+    def prepared_added(self, x: Tensor, act: nn.Module) -> Run | None:
+        """What runs :meth:`added` on others like x, unchecked, while the modules stay the same.
+
+        None where :meth:`added` calls modules, or that is not the native op.
+        """
+        if self.why_not_added(x, act):
+            return None
+        return prepared(x, *self._layers(), x, _ACTS[type(act)])
 
     def why_not_added(self, x: Tensor, act: nn.Module) -> str:
         """Why :meth:`added` calls modules, as far as it does not depend on the shortcut."""
@@ -252,3 +282,8 @@ class LegacySEModule(SqueezeExcite):
     def as_modules(self, x: Tensor) -> Tensor:
         squeezed = self.fc1(x.mean((2, 3), keepdim=True))
         return x * self.sigmoid(self.fc2(self.relu(squeezed)))
+
+
+OPTIONS.update(
+    dict.fromkeys((SqueezeExcitation, SEModule, LegacySEModule, _Sigmoid), itemgetter("training"))
+)

@@ -22,7 +22,7 @@ library.define(
 )
 extension.load()
 
-_native = torch.ops.cvkernels.depthwise_conv_bn_act_native.default
+convolve = torch.ops.cvkernels.depthwise_conv_bn_act_native.default
 
 
 @torch.library.register_fake("cvkernels::depthwise_conv_bn_act_native", lib=library)
@@ -58,18 +58,21 @@ def run(
 ) -> None:
     """Compute the op into ``out``, which is channels_last, and ``sums``."""
 
-    def build() -> tuple[Tensor, Tensor]:
-        return pack(weight, bias, bn)
-
-    if cache is None:
-        packed, affine = build()
-    else:
-        sources = [weight, bias, *(bn[:4] if bn is not None else ())]
-        packed, affine = cache.get(("native", bn and bn.eps), sources, build)
-    _native(
-        x, packed, affine, problem.R, problem.stride[0], *problem.padding,
+    taps, affine = packed(weight, bias, bn, cache)
+    convolve(
+        x, taps, affine, problem.R, problem.stride[0], *problem.padding,
         ACTIVATIONS.index(problem.act), out.permute(0, 2, 3, 1), sums,
     )  # fmt: skip
+
+
+def packed(
+    weight: Tensor, bias: Tensor | None, bn: BatchNormParams | None, cache: DerivedWeights | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`pack`, from the cache where there is one."""
+    if cache is None:
+        return pack(weight, bias, bn)
+    sources = [weight, bias, *(bn[:4] if bn is not None else ())]
+    return cache.get(("native", bn and bn.eps), sources, lambda: pack(weight, bias, bn))
 
 
 def pack(weight: Tensor, bias: Tensor | None, bn: BatchNormParams | None) -> tuple[Tensor, Tensor]:

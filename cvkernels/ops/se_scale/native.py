@@ -28,9 +28,9 @@ library.define(
 extension.load()
 
 _squeeze = torch.ops.cvkernels.squeeze_native.default
-_excite = torch.ops.cvkernels.excite_native.default
-_se_scale = torch.ops.cvkernels.se_scale_native_out.default
-_squeeze_excite = torch.ops.cvkernels.squeeze_excite_native_out.default
+excite_of = torch.ops.cvkernels.excite_native.default
+se_scale_out = torch.ops.cvkernels.se_scale_native_out.default
+squeeze_excite_out = torch.ops.cvkernels.squeeze_excite_native_out.default
 
 
 def why_not(dtype: torch.dtype, device: str) -> str:
@@ -57,7 +57,7 @@ def excite(
     count: int | None,
 ) -> Tensor:
     layers = matrices(weight1, bias1, weight2, bias2)
-    return _excite(pooled.contiguous(), *layers, ACTS[act], sigmoid, count or 0)
+    return excite_of(pooled.contiguous(), *layers, ACTS[act], sigmoid, count or 0)
 
 
 def se_scale(
@@ -67,7 +67,7 @@ def se_scale(
     nhwc = is_nhwc(x)
     residual = None if residual is None else fitting(residual, nhwc)
     out = new_like(x) if out is None else out
-    _se_scale(fitting(x, nhwc), gate.contiguous(), residual, ACTS[act], out)
+    se_scale_out(fitting(x, nhwc), gate.contiguous(), residual, ACTS[act], out)
     return out
 
 
@@ -86,7 +86,7 @@ def squeeze_excite(
     layers = matrices(weight1, bias1, weight2, bias2)
     residual = None if residual is None else fitting(residual, nhwc)
     out = new_like(x) if out is None else out
-    _squeeze_excite(fitting(x, nhwc), *layers, ACTS[act], residual, ACTS[out_act], out)
+    squeeze_excite_out(fitting(x, nhwc), *layers, ACTS[act], residual, ACTS[out_act], out)
     return out
 
 
