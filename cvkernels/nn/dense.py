@@ -5,7 +5,7 @@ Huang et al. 2017, arXiv:1608.06993; checkpointing: Pleiss et al. 2017, arXiv:17
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -70,32 +70,44 @@ class GrowingLayer(FusedModule):
         norm1, relu1, conv1, norm2, relu2, conv2 = self.parts()
         features, stop = buffer[:, :channels], channels + conv2.out_channels
         out = buffer[:, channels:stop]
+        verdict = self._verdict()
+        if (run := verdict.recall(buffer)) is not None:
+            run(features, out, scratch)
+            return stop
         if scratch is None:
             bottleneck = self.fused(features, conv1, norm2, relu2, input_bn=(norm1, relu1))
-            self.fused(bottleneck, conv2, out=out)
-            return stop
-        normalised = _channels_last_view(scratch, features.shape)
-        verdict = self._verdict()
-        if (runs := verdict.recall(buffer)) is not None:
-            normalise, convolve, extend = runs
-            normalise(normalised, features)
-            out.copy_(extend(convolve(normalised, None), None))
-            return stop
-        bn = affine_of(norm1)
-        run_group(norm1, "", lambda: dense_concat(normalised, features, 0, bn, relu=True), None)
-        bottleneck = self.fused(normalised, conv1, norm2, relu2)
+        else:
+            u = _channels_last_view(scratch, features.shape)
+            bn = affine_of(norm1)
+            run_group(norm1, "", lambda: dense_concat(u, features, 0, bn, relu=True), None)
+            bottleneck = self.fused(u, conv1, norm2, relu2)
         self.fused(bottleneck, conv2, out=out)
-
-        def prepare() -> tuple | None:
-            runs = (
-                appender(normalised, bn, relu=True),
-                self.prepared(normalised, conv1, norm2, relu2),
-                self.prepared(bottleneck, conv2),
-            )
-            return None if None in runs else runs
-
-        verdict.keep(buffer, prepare)
+        verdict.keep(buffer, lambda: self._prepared_like(features, bottleneck, scratch))
         return stop
+
+    def _prepared_like(
+        self, features: Tensor, bottleneck: Tensor, scratch: Tensor | None
+    ) -> Callable[[Tensor, Tensor, Tensor | None], object] | None:
+        """What grows others like features, while the modules stay as they are; or None."""
+        norm1, _, conv1, norm2, relu2, conv2 = self.parts()
+        extend = self.prepared(bottleneck, conv2)
+        if scratch is None:
+            reduce = self.prepared(features, conv1, norm2, relu2, input_bn=norm1)
+            if reduce is None or extend is None:
+                return None
+            return lambda features, out, _: extend(reduce(features), None, out)
+        u = _channels_last_view(scratch, features.shape)
+        normalise = appender(u, affine_of(norm1), relu=True)
+        reduce = self.prepared(u, conv1, norm2, relu2)
+        if normalise is None or reduce is None or extend is None:
+            return None
+
+        def run(features: Tensor, out: Tensor, scratch: Tensor) -> None:
+            u = _channels_last_view(scratch, features.shape)
+            normalise(u, features)
+            extend(reduce(u), None, out)
+
+        return run
 
 
 def _channels_last_view(memory: Tensor, shape: Sequence[int]) -> Tensor:

@@ -74,15 +74,14 @@ class FusedModule(nn.Module):
         if input_bn is not None and (reason := why_not_input_bn(x, *input_bn)):
             x = run_group(input_bn[0], reason, None, lambda u=x: _normalised(u, *input_bn))
             input_bn = None
-        if input_gate is not None and input_bn is None and not fuses_prologue(x):
+        if input_gate is not None and input_bn is None and not fuses_prologue(x, conv.groups):
             x, input_gate = _gated(x, input_gate), None
         plain = input_bn is None and input_gate is None
         derived = self._derived_from(conv)
         recall = self.recall_of(x, conv) if plain else None
         if recall is not None:
             if (run := recall.get(x, (conv, bn, act), residual)) is not None:
-                y = run(x, residual)
-                return y if out is None else out.copy_(y)
+                return run(x, residual, out)
         inner_act, clash = fused_act(bn, act, residual)
 
         def as_modules() -> Tensor:
@@ -128,6 +127,7 @@ class FusedModule(nn.Module):
         bn: nn.Module | None = None,
         act: nn.Module | Callable[[Tensor], Tensor] | None = None,
         residual: Tensor | None = None,
+        input_bn: nn.Module | None = None,
     ) -> Run | None:
         """What runs :meth:`fused` on others like x, unchecked, while the modules stay as they are.
 
@@ -138,7 +138,7 @@ class FusedModule(nn.Module):
         derived = self._derived_from(conv)
         if clash or derived is None:
             return None
-        return _prepared(x, conv, bn, inner_act, residual, derived.weights)
+        return _prepared(x, conv, bn, inner_act, residual, derived.weights, input_bn)
 
     def prepared_squeezed(
         self, x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: nn.Module
@@ -272,14 +272,23 @@ def _prepared(
     act: nn.Module | Callable | None,
     residual: Tensor | None,
     weights: DerivedWeights,
+    input_bn: nn.Module | None = None,
 ) -> Run | None:
     tensors, geometry, name = _operands(x, conv, bn, act)
     if not runs_depthwise(x, conv):
-        return prepared(*tensors, geometry, name, residual, weights)
-    if residual is not None:
+        affine = None if input_bn is None else affine_of(input_bn)
+        return prepared(*tensors, geometry, name, residual, weights, affine)
+    if residual is not None or input_bn is not None:
         return None
     convolve = prepared_depthwise(*tensors, geometry[:3], name, False, weights)
-    return None if convolve is None else lambda x, _: convolve(x)[0]
+    if convolve is None:
+        return None
+
+    def run(x: Tensor, residual: None = None, out: Tensor | None = None) -> Tensor:
+        y = convolve(x)[0]
+        return y if out is None else out.copy_(y)
+
+    return run
 
 
 def _gated(x: Tensor, gate: Tensor) -> Tensor:

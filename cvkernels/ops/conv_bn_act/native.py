@@ -8,6 +8,7 @@ channel slices of them.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -49,22 +50,49 @@ FILTER_POINTS = {
 }
 
 
+# A model of the time that a convolution takes on one core, in nanoseconds, for the choice between
+# the algorithms alone: products at 44 per nanosecond, weights at 12 bytes, and the transforms of a
+# tile per point and channel. Measured with AVX2; the ratios are what matters.
+PRODUCTS, BYTES = 44.0, 12.0
+TRANSFORM = {2: 0.17, 4: 0.43}
+
+
 def tile_of(problem: Problem) -> int:
-    """0 for a direct convolution, or the side of Winograd's tiles."""
+    """0 for a direct convolution, or the width 2 or 4 of Winograd's tiles, which are 2 high."""
     if (problem.R, problem.S, *problem.stride, *problem.dilation) != (3, 3, 1, 1, 1, 1):
         return 0
     if problem.has_prologue or problem.C < PANEL:
         return 0
-    return 4
+
+    def cost(tile: int) -> float:
+        """Time per pair of an input and an output channel."""
+        if not tile:
+            return 9 * problem.N * problem.P * problem.Q / PRODUCTS + 4 * 9 / BYTES
+        tiles = problem.N * -(-problem.P // 2) * -(-problem.Q // tile)
+        points = 4 * (tile + 2)
+        transforms = TRANSFORM[tile] * (1 / problem.C + 1 / problem.K)
+        return points * (tiles * (1 / PRODUCTS + transforms) + 4 / BYTES)
+
+    return min((0, 2, 4), key=cost)
+
+
+def lacks(dtype: torch.dtype, groups: int) -> str:
+    """Why there is no such native convolution; empty where there is one."""
+    if dtype != torch.float32:
+        return f"the native convolution computes in float32, got {dtype}"
+    if groups != 1:
+        return f"the native convolution has no groups, got {groups}"
+    return "" if extension.has("cpu") else extension.status()["cpu"].reason
 
 
 def why_not(problem: Problem) -> str:
     """Why the compiled op cannot run ``problem`` on CPU tensors; empty where it can."""
-    if problem.dtype != torch.float32:
-        return f"the native convolution computes in float32, got {problem.dtype}"
-    if problem.groups != 1:
-        return f"the native convolution has no groups, got {problem.groups}"
-    return "" if extension.has("cpu") else extension.status()["cpu"].reason
+    return lacks(problem.dtype, problem.groups)
+
+
+def converts(x: Tensor) -> bool:
+    """Whether x is made channels_last before it is convolved: an image, that each tap gathers."""
+    return x.shape[1] <= 4 and x.stride(1) != 1
 
 
 def prepared(
@@ -75,8 +103,8 @@ def prepared(
     input_bn: BatchNormParams | None = None,
     cache: DerivedWeights | None = None,
     tile: int | None = None,
-):
-    """A function of (x, residual, out, input_gate) that runs ``problem``, and checks nothing.
+) -> Callable[..., Tensor]:
+    """What runs ``problem`` as (x, residual=None, out=None, input_gate=None), and checks nothing.
 
     ``tile`` overrides the choice of :func:`tile_of`.
     """
@@ -94,8 +122,15 @@ def prepared(
         packed, shift = cache.get(("native", tile, bn and bn.eps), sources, build)
     affine = None
     if input_bn is not None:
-        like = torch.empty(problem.C, 0)
-        affine = torch.cat(scale_shift(None, input_bn, like, torch.float64)).detach().float()
+
+        def scale_and_shift() -> Tensor:
+            like = torch.empty(problem.C, 0)
+            return torch.cat(scale_shift(None, input_bn, like, torch.float64)).detach().float()
+
+        if cache is None:
+            affine = scale_and_shift()
+        else:
+            affine = cache.get(("native input", input_bn.eps), list(input_bn[:4]), scale_and_shift)
     geometry = (problem.R, problem.S, *problem.stride, *problem.padding, *problem.dilation)
     options = (*geometry, ACTIVATIONS.index(problem.act), tile)
     size = (problem.N, problem.K, problem.P, problem.Q)
@@ -113,6 +148,8 @@ def _run(
     out: Tensor | None = None,
     input_gate: Tensor | None = None,
 ) -> Tensor:
+    if converts(x):
+        x = x.contiguous(memory_format=torch.channels_last)
     if out is None:
         out = torch.empty(size, memory_format=torch.channels_last)
     _native(x, packed, shift, out, residual, affine, input_gate, *options)
@@ -128,7 +165,9 @@ def pack(weight: Tensor, tile: int) -> Tensor:
         K, C = weight.shape[:2]
         filters = weight
         if tile:
-            down, along = (torch.tensor(FILTER_POINTS[side], dtype=torch.float64) for side in (2, tile))
+            down, along = (
+                torch.tensor(FILTER_POINTS[side], dtype=torch.float64) for side in (2, tile)
+            )
             filters = (down @ weight.double() @ along.t()).float()
         taps = filters.permute(2, 3, 1, 0)  # [R, S, C, K]
         panels = F.pad(taps, (0, -K % PANEL)).unflatten(3, (-1, PANEL))  # [R, S, C, K/16, 16]

@@ -1,8 +1,4 @@
-"""conv_bn_act on CPU: oneDNN's fused convolution on folded, prepacked weights.
-
-A 1x1 convolution of few pixels is a matrix product of BLAS: a call of oneDNN's convolution takes
-some 60 us whatever its size.
-"""
+"""conv_bn_act on CPU: oneDNN's fused convolution on folded, prepacked weights."""
 
 from __future__ import annotations
 
@@ -32,25 +28,6 @@ IN_PLACE = {
 }
 
 
-# Up to as many output pixels, a 1x1 convolution is a matrix product.
-FEW_PIXELS = 1024
-
-
-def multiplies(problem: Problem) -> bool:
-    """Whether the convolution runs as a matrix product over its pixels."""
-    return (
-        problem.pointwise
-        and problem.stride == (1, 1)
-        and problem.groups == 1
-        and problem.dtype == torch.float32
-        and problem.act in ("none", "relu")
-        and not problem.has_residual
-        and problem.N * problem.H * problem.W <= FEW_PIXELS
-        # What lowers the precision of matrix products is not meant for convolutions.
-        and torch.get_float32_matmul_precision() == "highest"
-    )
-
-
 def fused_add(problem: Problem) -> bool:
     """Whether oneDNN adds the residual: on a one-pixel map, torch 2.11 fails to describe it."""
     return problem.has_residual and problem.P * problem.Q > 1
@@ -59,7 +36,7 @@ def fused_add(problem: Problem) -> bool:
 def extra_passes(problem: Problem) -> int:
     """Passes over the output after the convolution's own; after an add, torch fuses relu alone."""
     if not problem.has_residual:
-        return int(multiplies(problem) and problem.act == "relu")
+        return 0
     if fused_add(problem):
         return int(problem.act not in ("none", "relu"))
     return 1 + (problem.act != "none")
@@ -116,16 +93,6 @@ def prepared(
     size = (problem.N, problem.C, problem.H, problem.W)
 
     sources = [weight, bias, *(bn[:4] if bn is not None else ())]
-    if multiplies(problem):
-
-        def transpose() -> tuple[Tensor, Tensor]:
-            folded, shift = fold(weight, bias, bn)
-            return folded.flatten(1).t().contiguous(), shift
-
-        matrix, shift = (
-            transpose() if cache is None else cache.get(("blas", bn and bn.eps), sources, transpose)
-        )
-        return functools.partial(_multiply, problem.act, matrix, shift)
 
     def prepack() -> tuple[Tensor, Tensor]:
         folded, shift = fold(weight, bias, bn)
@@ -144,14 +111,7 @@ def prepared(
     return functools.partial(run, problem.act, (packed, shift, *geometry))
 
 
-def _multiply(act: str, matrix: Tensor, shift: Tensor, x: Tensor, residual: None) -> Tensor:
-    N, C, H, W = x.shape
-    pixels = x.permute(0, 2, 3, 1).reshape(N * H * W, C)
-    multiply = torch._addmm_activation if act == "relu" else torch.addmm
-    return multiply(shift, pixels, matrix).view(N, H, W, -1).permute(0, 3, 1, 2)
-
-
-def _convolve(act: str, arguments: tuple, x: Tensor, residual: Tensor | None) -> Tensor:
+def _convolve(act: str, arguments: tuple, x: Tensor, residual: Tensor | None = None) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     name, scalars = POST_OPS["none" if residual is not None else act]
     y = torch.ops.mkldnn._convolution_pointwise(x, *arguments, name, scalars, "")

@@ -12,13 +12,13 @@ from cvkernels import record
 from cvkernels.backend import Backend, BackendError, Choice
 from cvkernels.ops.batch_norm import BatchNormParams
 from cvkernels.ops.calls import autocast_dtype, needs_grad
-from cvkernels.ops.conv_bn_act import cudnn, onednn, tuning
+from cvkernels.ops.conv_bn_act import cudnn, native, onednn, tuning
 from cvkernels.ops.conv_bn_act.checks import problem_of
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
 from cvkernels.ops.derived_weights import DerivedWeights
 
-IMPLEMENTATIONS = ("triton", "cudnn", "onednn")
+IMPLEMENTATIONS = ("triton", "cudnn", "native", "onednn")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -64,11 +64,12 @@ def conv_bn_act(
             convolution. Without it oneDNN and cuDNN fold and pack at every call.
         backend: see :mod:`cvkernels.backend`. "auto" on CUDA tensors runs Triton or cuDNN's fused
             convolution, whichever the table of measured shapes or the heuristic names (Triton
-            missing: cuDNN, else the reference). On CPU tensors it runs oneDNN (a 1x1 of few pixels:
-            BLAS), in float32 and in the half dtypes that the processor convolves natively; the
-            reference runs when a
-            gradient is needed, with a prologue, for float64, for an image (C <= 4) that holds NaN
-            or infinity, and under torch.compile (inductor fuses it there).
+            missing: cuDNN, else the reference). On CPU tensors it runs the native convolution, in
+            float32 without groups, a 3x3 of stride 1 by Winograd's minimal filtering where a model
+            of its cost says so; else oneDNN's, which has no prologue, in float32 and in the half
+            dtypes that the processor convolves natively. The reference runs when a gradient is
+            needed, for float64, where oneDNN would hide a NaN or infinity in an image (C <= 4), and
+            under torch.compile (inductor fuses it there).
 
     Returns:
         Tensor[N, K, P, Q], dtype of x (of autocast, where it is active), channels_last; the
@@ -158,8 +159,10 @@ def _automatic(problem: Problem, x: Tensor, device: str, grad: bool) -> Choice:
     if device == "cpu":
         if grad:
             return Choice(
-                "reference", "a gradient is needed, and oneDNN's fused convolution has none"
+                "reference", "a gradient is needed, and the fused convolutions on CPU have none"
             )
+        if not _why_not(problem, x, "native", device):
+            return Choice("native", "compiled for CPU")
         reason = _why_not(problem, x, "onednn", device)
         return Choice("reference", reason) if reason else Choice("onednn", "fused on CPU")
     reason = _why_not(problem, x, "triton", device)
@@ -177,8 +180,6 @@ def _why_not(problem: Problem, x: Tensor, name: str, device: str) -> str:
     """Why backend ``name`` cannot run the call on ``device``; empty where it can."""
     if name == "reference":
         return ""
-    if name == "native":
-        return "conv_bn_act has no native implementation"
     if name == "triton":
         if problem.dtype not in TRITON_DTYPES:
             return f"Triton computes in float16, bfloat16 and float32, got {problem.dtype}"
@@ -189,6 +190,8 @@ def _why_not(problem: Problem, x: Tensor, name: str, device: str) -> str:
         )
     if device != "cpu":
         return f"it needs CPU tensors, got {device}"
+    if name == "native":
+        return native.why_not(problem)
     reason = onednn.why_not(problem)
     if not reason and problem.C <= 4 and not math.isfinite(x.sum().item()):
         # oneDNN's relu turns NaN into 0: a bad image must not come out as plausible logits.
@@ -196,16 +199,18 @@ def _why_not(problem: Problem, x: Tensor, name: str, device: str) -> str:
     return reason
 
 
-def fuses_prologue(x: Tensor) -> bool:
-    """Whether a call on x can take ``input_bn`` or ``input_gate`` along.
+def fuses_prologue(x: Tensor, groups: int = 1) -> bool:
+    """Whether a call on x can take ``input_bn`` or ``input_gate`` along, and channel slices.
 
-    If not, apply them first: the rest is fused. Only Triton has these prologues. With one, every
-    other backend leaves the whole call to the reference, or refuses.
+    If not, apply them first: the rest is fused. Only Triton and the native convolution have these
+    prologues. With one, every other backend leaves the whole call to the reference, or refuses.
     """
     requested = backends.requested("auto", IMPLEMENTATIONS)
-    if requested != "auto":
+    if requested not in ("auto", "native"):
         return requested == "triton"
     device = backends.device_type(x)
+    if device == "cpu" and not torch.compiler.is_compiling():
+        return not native.lacks(autocast_dtype(x) or x.dtype, groups)
     # A compiled graph chooses when it runs; inductor on CUDA needs Triton too.
     return device != "cpu" and (torch.compiler.is_compiling() or not backends.lacks_triton(device))
 
@@ -268,9 +273,8 @@ def _extra_passes(problem: Problem, name: str, x: Tensor, out: Tensor | None) ->
     """Bytes that each pass of a library backend around its one kernel reads and writes again."""
     if name == "triton":
         return []
-    if name == "onednn" and onednn.multiplies(problem):
-        copied = [x.numel() * x.element_size()] * (x.stride(1) != 1)
-        return copied + [problem.bytes_written] * (onednn.extra_passes(problem) + (out is not None))
+    if name == "native":
+        return [x.numel() * x.element_size()] * native.converts(x)
     strided = not x.is_contiguous(memory_format=torch.channels_last)
     passes = [x.numel() * x.element_size()] * strided + [problem.bytes_written] * (out is not None)
     if name == "onednn":
@@ -298,6 +302,9 @@ def _run(
         return out
     if name == "cudnn":
         return cudnn.run(problem, x, weight, bias, bn, residual, cache)
+    if name == "native":
+        run = native.prepared(problem, weight, bias, bn, input_bn, cache)
+        return run(x, residual, out, input_gate)
     return onednn.run(problem, x, weight, bias, bn, residual, out, cache)
 
 
