@@ -9,11 +9,11 @@ from torch import nn
 import cvkernels
 from cvkernels import BackendError, record
 from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act
-from cvkernels.ops.conv_bn_act import onednn
+from cvkernels.ops.conv_bn_act import native
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
 
 ACTS = ("none", "relu", "relu6", "silu")
-FUSED = ["triton", "cudnn"] if torch.cuda.is_available() else ["onednn", "triton"]
+FUSED = ["triton", "cudnn"] if torch.cuda.is_available() else ["native", "onednn", "triton"]
 
 
 def run(backend, **fixed):
@@ -33,20 +33,11 @@ def with_residual(args, kwargs):
     return {**kwargs, "residual": torch.randn_like(out)}
 
 
-@pytest.fixture
-def two_threads():
-    """How oneDNN splits a sum among threads decides its rounding."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("conv", RESNET50.values(), ids=RESNET50.keys())
-def test_resnet50_shapes_match_reference(conv, device, two_threads):
+def test_resnet50_shapes_match_reference(conv, device):
     args, kwargs = make_inputs(conv, memory_format=torch.channels_last, device=device)
     assert_matches(
-        run("cudnn" if device.type == "cuda" else "onednn"), conv_bn_act_reference, args, kwargs
+        run("cudnn" if device.type == "cuda" else "native"), conv_bn_act_reference, args, kwargs
     )
 
 
@@ -276,33 +267,36 @@ def test_autocast_computes_in_its_dtype(device):
 def test_auto_on_cpu_follows_its_rule():
     args, kwargs = make_inputs(ODD["channels-not-8"])
     chosen = cvkernels.backend.chosen
-    assert chosen("conv_bn_act", *args, **kwargs) == "onednn"
+    assert chosen("conv_bn_act", *args, **kwargs) == "native"
     gate = torch.rand(2, 13)
-    assert chosen("conv_bn_act", *args, **kwargs, input_gate=gate) == "reference"
+    assert chosen("conv_bn_act", *args, **kwargs, input_gate=gate) == "native"
     double = (args[0].double(), args[1].double(), *args[2:])
     assert chosen("conv_bn_act", *double, **kwargs) == "reference"
     args[1].requires_grad_()
     assert chosen("conv_bn_act", *args, **kwargs) == "reference"
     with torch.no_grad():
-        assert chosen("conv_bn_act", *args, **kwargs) == "onednn"
+        assert chosen("conv_bn_act", *args, **kwargs) == "native"
+    grouped, options = make_inputs(ODD["grouped"])
+    assert chosen("conv_bn_act", *grouped, **options) == "onednn"
+    gate = torch.rand(2, 16)
+    assert chosen("conv_bn_act", *grouped, **options, input_gate=gate) == "reference"
 
 
 def test_use_requests_and_a_call_overrules_it():
     args, kwargs = make_inputs(ODD["channels-not-8"])
+    chosen = cvkernels.backend.chosen
     with cvkernels.backend.use("reference"):
-        assert cvkernels.backend.chosen("conv_bn_act", *args, **kwargs) == "reference"
-        assert (
-            cvkernels.backend.chosen("conv_bn_act", *args, **kwargs, backend="onednn") == "onednn"
-        )
-    assert cvkernels.backend.chosen("conv_bn_act", *args, **kwargs) == "onednn"
+        assert chosen("conv_bn_act", *args, **kwargs) == "reference"
+        assert chosen("conv_bn_act", *args, **kwargs, backend="onednn") == "onednn"
+    assert chosen("conv_bn_act", *args, **kwargs) == "native"
 
 
 @pytest.mark.parametrize(
-    ("backend", "reason"),
-    [("cudnn", "needs CUDA tensors"), ("native", "no native implementation")],
+    ("backend", "name", "reason"),
+    [("cudnn", "grouped", "needs CUDA tensors"), ("native", "grouped", "has no groups, got 4")],
 )
-def test_explicit_backend_runs_or_raises(backend, reason):
-    args, kwargs = make_inputs(ODD["channels-not-8"])
+def test_explicit_backend_runs_or_raises(backend, name, reason):
+    args, kwargs = make_inputs(ODD[name])
     with pytest.raises(
         BackendError, match=f"conv_bn_act: backend '{backend}' cannot run.*{reason}"
     ):
@@ -439,8 +433,8 @@ def test_derived_weights_follow_every_change_of_the_parameters():
 def test_derived_weights_are_reused_and_bounded(monkeypatch):
     args, kwargs = make_inputs(ODD["channels-not-8"])
     folds = []
-    fold = onednn.fold
-    monkeypatch.setattr(onednn, "fold", lambda *a: folds.append(1) or fold(*a))
+    fold = native.fold
+    monkeypatch.setattr(native, "fold", lambda *a: folds.append(1) or fold(*a))
     cache = DerivedWeights(capacity=2)
     for size in itertools.chain([9, 9, 9], [10, 11, 12]):
         conv_bn_act(torch.randn(1, 13, size, 7), *args[1:], **kwargs, cache=cache)

@@ -4,7 +4,7 @@ from torch import nn
 
 import cvkernels
 from cvkernels.models import resnet18
-from cvkernels.ops.conv_bn_act import onednn
+from cvkernels.ops.conv_bn_act import native
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_it_changes_nothing(model, example):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="breaks the CPU backend")
 @pytest.mark.parametrize("wrong", [1e-3, float("nan")])
 def test_a_wrong_kernel_fails_by_name(model, example, monkeypatch, wrong):
-    fold = onednn.fold
+    fold = native.fold
 
     def damaged(weight, bias, bn):
         folded, shift = fold(weight, bias, bn)
@@ -46,7 +46,7 @@ def test_a_wrong_kernel_fails_by_name(model, example, monkeypatch, wrong):
             shift = shift + wrong
         return folded, shift
 
-    monkeypatch.setattr(onednn, "fold", damaged)
+    monkeypatch.setattr(native, "fold", damaged)
     verification = cvkernels.verify(model, example)
     failing = [row.layer for row in verification.rows if not row.ok]
     assert not verification.ok and failing[0] == "layer3.0.conv2"

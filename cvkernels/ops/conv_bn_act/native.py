@@ -91,8 +91,18 @@ def why_not(problem: Problem) -> str:
 
 
 def converts(x: Tensor) -> bool:
-    """Whether x is made channels_last before it is convolved: an image, that each tap gathers."""
-    return x.shape[1] <= 4 and x.stride(1) != 1
+    """Whether x is made channels_last before it is convolved: its channels lie apart."""
+    return x.stride(1) != 1 and x.shape[1] > 1
+
+
+def has_regular_pixels(y: Tensor) -> bool:
+    """Whether y is channels_last, or a channel slice of such a tensor: it is used as it is."""
+    stride = y.stride()
+    return (
+        stride[1] == 1
+        and stride[2] == y.shape[3] * stride[3]
+        and stride[0] == y.shape[2] * stride[2]
+    )
 
 
 def prepared(
@@ -150,10 +160,13 @@ def _run(
 ) -> Tensor:
     if converts(x):
         x = x.contiguous(memory_format=torch.channels_last)
-    if out is None:
-        out = torch.empty(size, memory_format=torch.channels_last)
-    _native(x, packed, shift, out, residual, affine, input_gate, *options)
-    return out
+    if residual is not None and not has_regular_pixels(residual):
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    y = out
+    if out is None or not has_regular_pixels(out):
+        y = torch.empty(size, memory_format=torch.channels_last)
+    _native(x, packed, shift, y, residual, affine, input_gate, *options)
+    return y if out is None or y is out else out.copy_(y)
 
 
 def pack(weight: Tensor, tile: int) -> Tensor:

@@ -85,9 +85,10 @@ def conv_bn_act(
 
     Differentiable in every tensor but ``out`` and the running statistics, any number of times. No
     atomics: equal inputs give equal bits. oneDNN's relu and relu6 turn a NaN that arises inside a
-    network into 0 (PyTorch keeps it). Source: Ioffe and Szegedy 2015, arXiv:1502.03167; He et al.
-    2016, arXiv:1512.03385; the prologues: Huang et al. 2017, arXiv:1608.06993, and Hu et al. 2018,
-    arXiv:1709.01507.
+    network into 0 (PyTorch keeps it); Winograd's filtering spreads a NaN or infinity to the outputs
+    of its tile (2 x 4), next to those whose window holds it. Source: Ioffe and Szegedy 2015,
+    arXiv:1502.03167; He et al. 2016, arXiv:1512.03385; Lavin and Gray 2015, arXiv:1509.09308; the
+    prologues: Huang et al. 2017, arXiv:1608.06993, and Hu et al. 2018, arXiv:1709.01507.
     """
     tensors = (x, weight, bias, bn, residual, input_bn, input_gate)
     geometry = (stride, padding, dilation, groups)
@@ -257,7 +258,7 @@ def execute(
     """Run a checked call on a fused backend, without autograd; reports it to ``explain``."""
     if (recorder := record.active()) is None:
         return _run(problem, choice.backend, tensors, out, cache)
-    passes = _extra_passes(problem, choice.backend, tensors[0], out)
+    passes = _extra_passes(problem, choice.backend, tensors[0], tensors[4], out)
     with recorder.call(
         "conv_bn_act",
         choice.backend,
@@ -269,12 +270,19 @@ def execute(
         return _run(problem, choice.backend, tensors, out, cache)
 
 
-def _extra_passes(problem: Problem, name: str, x: Tensor, out: Tensor | None) -> list[int]:
+def _extra_passes(
+    problem: Problem, name: str, x: Tensor, residual: Tensor | None, out: Tensor | None
+) -> list[int]:
     """Bytes that each pass of a library backend around its one kernel reads and writes again."""
     if name == "triton":
         return []
     if name == "native":
-        return [x.numel() * x.element_size()] * native.converts(x)
+        converted = [x] * native.converts(x)
+        if residual is not None and not native.has_regular_pixels(residual):
+            converted.append(residual)
+        if out is not None and not native.has_regular_pixels(out):
+            converted.append(out)
+        return [t.numel() * t.element_size() for t in converted]
     strided = not x.is_contiguous(memory_format=torch.channels_last)
     passes = [x.numel() * x.element_size()] * strided + [problem.bytes_written] * (out is not None)
     if name == "onednn":
