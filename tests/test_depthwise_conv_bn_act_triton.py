@@ -227,8 +227,9 @@ def compiled():
 def test_code_has_no_spill_and_wide_accesses(case, compiled):
     found = compiled[case_id(case)]
     assert found["local"] == 0
-    # ptxas gives up two registers of a float32 tile for a fuller SM
-    assert found["stack"] <= (8 if case["dtype"] == "float32" else 0), found
+    # ptxas gives up two registers of a float32 tile of stride 2 for a fuller SM
+    strided = case["shape"][3] == 2
+    assert found["stack"] <= (8 if case["dtype"] == "float32" and strided else 0), found
     # one store is that of the sums, once for a program
     assert found["store_16"] == found["store"] - 1, found
     assert found["load_16"] > 0 and found["load_2"] == 0, found
