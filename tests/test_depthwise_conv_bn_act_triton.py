@@ -174,7 +174,9 @@ CASES_TO_COMPILE = [
     for batch in (1, 128)
     for dtype in ("bfloat16", "float32")
     # other dtypes and architectures on a third of the shapes: a shape takes half a second
-    if (dtype == "bfloat16" and arch == 90) or SHAPES.index(shape) % 3 == 0
+    if (dtype == "bfloat16" and arch == 90)
+    or SHAPES.index(shape) % 3 == 0
+    or (dtype == "float32" and arch == 90 and shape[2:] == (5, 1))
 ]
 
 
