@@ -271,6 +271,15 @@ int64_t group_of(int64_t image_bytes, int64_t images, int64_t threads) {
   return fitting >= 8 ? 8 : (fitting >= 4 ? 4 : 1);
 }
 
+// What was summed last, which is in the nearest cache, is scaled first.
+template <typename T>
+void scale_backwards(const Maps<T>& maps, int64_t n, int64_t first, int64_t last,
+                     const float* gate) {
+  const int64_t step = grain_of(maps.x.nhwc ? maps.x.C : maps.x.HW);
+  for (int64_t end = last; end > first; end -= step)
+    maps.scale(n, std::max(first, end - step), end, gate);
+}
+
 template <typename T>
 void run_block(const Maps<T>& maps, const Excite& excite, int64_t element_size) {
   const Map& x = maps.x;
@@ -286,7 +295,9 @@ void run_block(const Maps<T>& maps, const Excite& excite, int64_t element_size) 
       finish_sums(partial.data(), parts, x.C, floats, mean.data());
       excite_images(excite, 1, mean.data(), hidden.data(), gate.data(), true);
       parallel_for(0, maps.scale_items(), grain_of(x.nhwc ? x.C : x.HW),
-                   [&](int64_t first, int64_t last) { maps.scale(n, first, last, gate.data()); });
+                   [&](int64_t first, int64_t last) {
+                     scale_backwards(maps, n, first, last, gate.data());
+                   });
     }
     return;
   }
@@ -302,11 +313,8 @@ void run_block(const Maps<T>& maps, const Excite& excite, int64_t element_size) 
         finish_sums(partial.data(), parts, x.C, floats, mean.data() + i * x.C);
       }
       excite_images(excite, images, mean.data(), hidden.data(), gate.data(), true);
-      // Backwards: what was summed last is in the nearest cache.
-      const int64_t items = maps.scale_items(), step = grain_of(x.nhwc ? x.C : x.HW);
       for (int64_t i = images; i-- > 0;)
-        for (int64_t end = items; end > 0; end -= step)
-          maps.scale(start + i, std::max<int64_t>(0, end - step), end, gate.data() + i * x.C);
+        scale_backwards(maps, start + i, 0, maps.scale_items(), gate.data() + i * x.C);
     }
   });
 }

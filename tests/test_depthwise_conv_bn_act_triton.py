@@ -174,7 +174,9 @@ CASES_TO_COMPILE = [
     for batch in (1, 128)
     for dtype in ("bfloat16", "float32")
     # other dtypes and architectures on a third of the shapes: a shape takes half a second
-    if (dtype == "bfloat16" and arch == 90) or SHAPES.index(shape) % 3 == 0
+    if (dtype == "bfloat16" and arch == 90)
+    or SHAPES.index(shape) % 3 == 0
+    or (dtype == "float32" and arch == 90 and shape[2:] == (5, 1))
 ]
 
 
@@ -227,8 +229,9 @@ def compiled():
 def test_code_has_no_spill_and_wide_accesses(case, compiled):
     found = compiled[case_id(case)]
     assert found["local"] == 0
-    # ptxas gives up two registers of a float32 tile for a fuller SM
-    assert found["stack"] <= (8 if case["dtype"] == "float32" else 0), found
+    # ptxas gives up two registers of a float32 tile of stride 2 for a fuller SM
+    strided = case["shape"][3] == 2
+    assert found["stack"] <= (8 if case["dtype"] == "float32" and strided else 0), found
     # one store is that of the sums, once for a program
     assert found["store_16"] == found["store"] - 1, found
     assert found["load_16"] > 0 and found["load_2"] == 0, found

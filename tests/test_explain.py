@@ -33,7 +33,8 @@ def test_seresnet50_plan_meets_the_fused_floor():
     assert plan.totals["kernels"] <= SE_FUSED_KERNELS
     assert 0.9 * SE_FUSED_MB <= per_image <= 1.05 * SE_FUSED_MB
     blocks = [row for row in plan.rows if row.op == "squeeze_excite"]
-    assert len(blocks) == 16 and {row.kernels for row in blocks} == {3}
+    # On layer4's maps one program makes an image.
+    assert [row.kernels for row in blocks] == [3] * 13 + [1] * 3
     assert blocks[0].layer == "layer1.0.se"
 
 

@@ -17,7 +17,7 @@ from model_checks import (
     check_runs_as_modules,
 )
 from numerics import assert_matches_module
-from senet_efficientnet_checks import (
+from stock_twin_checks import (
     assert_drop_in,
     assert_eval_is_pure,
     assert_every_norm_is_fused,

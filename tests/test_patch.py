@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 from numerics import assert_matches_module
-from senet_efficientnet_checks import (
+from stock_twin_checks import (
     assert_follows_parameters,
     assert_same_gradients,
     assert_same_output,

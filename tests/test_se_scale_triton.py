@@ -7,7 +7,7 @@ from numerics import assert_matches, assert_matches_grad
 
 from cvkernels import backend
 from cvkernels.functional import excite, se_scale, squeeze, squeeze_excite
-from cvkernels.ops.se_scale import tiles
+from cvkernels.ops.se_scale import tiles, triton_launch
 from cvkernels.ops.se_scale.reference import (
     excite_reference,
     se_scale_reference,
@@ -91,6 +91,36 @@ def test_squeeze_excite(m, dtype, residual, memory_format, device):
     nhwc = x.stride(1) == 1 and m.C > 1
     expected = CHANNELS_LAST if nhwc else torch.contiguous_format
     assert squeeze_excite(*arguments).is_contiguous(memory_format=expected)
+
+
+SEVERAL = Map(3, 72, 18, 3, 5, "silu")
+
+
+@dtypes
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+def test_an_image_that_fits_is_one_launch(dtype, residual, device, monkeypatch):
+    x = make_map(SEVERAL, dtype, CHANNELS_LAST, device)
+    added = make_map(SEVERAL, dtype, CHANNELS_LAST, device) if residual else None
+    arguments = (x, *make_layers(SEVERAL, dtype, device), "silu", added, "relu")
+    monkeypatch.setattr(tiles, "IMAGES", 3)
+    launched = []
+    run = triton_launch.Launch.run
+    monkeypatch.setattr(
+        triton_launch.Launch, "run", lambda self, x: launched.append(self) or run(self, x)
+    )
+    assert_matches(squeeze_excite, squeeze_excite_reference, arguments)
+    assert [launch.kernel.__name__ for launch in launched] == ["squeeze_excite_image_nhwc_kernel"]
+    monkeypatch.setattr(tiles, "IMAGES", 4)
+    squeeze_excite(*arguments)
+    assert len(launched) == 1 + 3
+
+
+def test_gradients_of_images_in_one_launch(device, monkeypatch):
+    monkeypatch.setattr(tiles, "IMAGES", 3)
+    x = make_map(SEVERAL, torch.float32, CHANNELS_LAST, device).requires_grad_()
+    layers = make_flat_layers(SEVERAL, torch.float32, device).requires_grad_()
+    ours, stock = (of_flat_layers(f, SEVERAL) for f in (squeeze_excite, squeeze_excite_reference))
+    assert_matches_grad(ours, stock, (x, layers, "silu", None, "relu"))
 
 
 STRIDED = {

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from cases_se_scale import NETWORKS
 
+from cvkernels.ops.se_scale import tiles
+
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +53,8 @@ def network_cases(arch):
             yield Case("squeeze", *shape)
             yield Case("excite", *shape)
             yield Case("scale", *shape, act=act, residual=seresnet)
+            if N == 128 and 2 * m.C * m.H * m.W <= tiles.IMAGE_BYTES:
+                yield Case("image", *shape, act=act, residual=seresnet)
             if N == 128:
                 yield Case("reduce", *shape, act=act, residual=seresnet)
                 yield Case("shift", *shape)
@@ -61,6 +65,7 @@ def other_cases(arch):
     yield Case("finish", *shape)
     yield Case("excite", arch, 128, 3840, 160, 7)
     yield Case("excite", arch, 16, 2048, 512, 7)
+    yield Case("image", arch, 128, 480, 20, 7, "float32", "silu", True)
     for dtype in ("float16", "float32"):
         for act in ("none", "relu", "silu"):
             for nchw in (False, True):
@@ -74,9 +79,10 @@ CASES = [case for arch in ARCHS for cases in (network_cases, other_cases) for ca
 # C is no multiple of 8, or a plane none of 16 bytes: narrow accesses, and they only must compile.
 AWKWARD = [
     Case(kernel, 90, 2, C, 3, size, "float16", act, True, nchw)
-    for kernel in ("squeeze", "excite", "scale", "backward", "reduce", "shift", "finish")
+    for kernel in ("squeeze", "excite", "image", "scale", "backward", "reduce", "shift", "finish")
     for C, size, act in ((17, 7, "silu"), (1, 9, "relu"), (24, 1, "none"))
     for nchw in (False, True)
+    if not (nchw and kernel == "image")
 ]
 
 
@@ -114,7 +120,8 @@ def test_no_spills(case, compiled):
     assert (found["stack"], found["local"]) == (0, 0), found
 
 
-MAPS = [case for case in CASES if case.kernel not in ("excite", "finish")]
+MAPS = [case for case in CASES if case.kernel not in ("excite", "finish", "image")]
+IMAGES = [case for case in CASES if case.kernel == "image"]
 
 
 @pytest.mark.parametrize("case", MAPS, ids=str)
@@ -124,6 +131,14 @@ def test_accesses_of_maps_are_16_bytes_wide(case, compiled):
     assert found["load_16"] > 0 and found["load_2"] == 0, found
     sums = 0 if case.kernel in ("scale", "shift") else 1
     assert found["store"] - found["store_16"] <= sums, found
+
+
+@pytest.mark.parametrize("case", IMAGES, ids=str)
+def test_accesses_of_images_are_16_bytes_wide(case, compiled):
+    """Two accesses a thread for each of x, x again, residual and out; the sums are vectors."""
+    found = compiled[case]
+    assert found["load_16"] >= 2 * (2 + case.residual) and found["store_16"] >= 2, found
+    assert found["store"] - found["store_16"] <= 2, found
 
 
 @pytest.mark.parametrize("case", MAPS, ids=str)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from senet_efficientnet_checks import calibrated, seen
+from stock_twin_checks import calibrated, seen
 from torch import nn
 
 import cvkernels

@@ -145,8 +145,8 @@ def se_scale_launch(case: dict):
     """The launch of a case: ``kernel``, N, C, R, ``size`` = H = W, ``dtype`` (a word), ``act``,
     ``residual`` and ``nchw``.
 
-    ``kernel`` is "squeeze", "finish", "excite", "scale", "shift", "backward" or "reduce", which is
-    the backward that writes no gradient of x.
+    ``kernel`` is "squeeze", "finish", "excite", "image" (squeeze_excite in one launch),
+    "scale", "shift", "backward" or "reduce", which is the backward that writes no gradient of x.
     """
     N, C, R, size = case["N"], case["C"], case["R"], case["size"]
     dtype, act = getattr(torch, case["dtype"]), case["act"]
@@ -165,8 +165,10 @@ def se_scale_launch(case: dict):
         return launches.plan_squeeze(x, launches.new_parts(x), 1)
     if case["kernel"] == "finish":
         return launches.plan_finish(empty(N, 4, C, dtype=torch.float32), gate, gate)
+    layers = (empty(R, C), empty(R), empty(C, R), empty(C))
+    if case["kernel"] == "image":
+        return launches.plan_image(x, *layers, "relu", residual, act, image(), gate, gate)
     if case["kernel"] == "excite":
-        layers = (empty(R, C), empty(R), empty(C, R), empty(C))
         parts = launches.new_parts(x)
         return launches.plan_excite(parts, *layers, gate, gate, "relu", False, size * size)
     if case["kernel"] == "scale":

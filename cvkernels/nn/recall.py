@@ -23,6 +23,7 @@ OPTIONS: dict[type[nn.Module], Callable[[dict], Any]] = {
     nn.Conv2d: itemgetter("stride", "padding", "dilation", "groups", "padding_mode"),
     nn.BatchNorm2d: itemgetter("training", "eps"),
     nn.AdaptiveAvgPool2d: itemgetter("output_size"),
+    nn.Identity: itemgetter("training"),
     **dict.fromkeys((nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Sequential), itemgetter("training")),
 }
 # In other modules every option counts: these by value, all others by identity.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cvkernels import backend as backends
 from cvkernels.backend import Backend, Choice
-from cvkernels.ops.se_scale import native
+from cvkernels.ops.se_scale import native, tiles
 from cvkernels.ops.se_scale.checks import (
     ACTS,
     OUT_ACTS,
@@ -31,8 +31,6 @@ from cvkernels.ops.se_scale.select import (
     select,
 )
 
-LAUNCHES = {"triton": 3, "native": 1}
-
 
 def squeeze_excite(
     x: Tensor,
@@ -49,8 +47,10 @@ def squeeze_excite(
 ) -> Tensor:
     """The whole block: ``out = out_act(x * sigmoid(logits)[:, :, None, None] + residual)``.
 
-    ``logits = excite(squeeze(x), weight1, bias1, weight2, bias2, act)``. On CUDA three launches; on
-    CPU one pass per image, or per few small ones, while they are in the cache.
+    ``logits = excite(squeeze(x), weight1, bias1, weight2, bias2, act)``. On CUDA three launches,
+    or one: where x is channels_last with at least 66 images of at most 208 KiB and R is at most
+    128, a program makes a whole image while it is in its SM's caches. On CPU one pass per image, or
+    per few small ones, while they are in the cache; outputs of 8 MB and more are written past it.
 
     Args:
         x: Tensor[N, C, H, W], float32, float16, bfloat16 or float64; contiguous, channels_last and
@@ -98,11 +98,12 @@ def squeeze_excite(
 
     def traffic() -> Traffic:
         copied = copies(x, residual, out)
-        passes = 2 if choice.backend == "triton" else 1
+        three = choice.backend == "triton" and not tiles.one_launch(x, weight1.shape[0])
+        passes = 2 if three else 1
         moved = nbytes(x) * copied
-        between = 2 * 4 * x.shape[0] * x.shape[1] if choice.backend == "triton" else 0
+        between = 2 * 4 * x.shape[0] * x.shape[1] if three else 0
         return Traffic(
-            LAUNCHES[choice.backend] + copied,
+            (3 if three else 1) + copied,
             passes * nbytes(x) + nbytes(residual, *layers) + between + moved,
             nbytes(x) + between + moved,
         )

@@ -15,6 +15,11 @@ SQUEEZE, BACKWARD = 4096, 2048
 # The hidden layer that excite_kernel keeps in registers.
 LARGEST_R = 512
 
+# One program makes a whole image where that stays in an SM's caches, as SENet's 7x7 maps do in half
+# precision, and where there are images for half of the SMs of the largest GPU: a rule, since none
+# was measured yet.
+IMAGE_BYTES, IMAGE_R, IMAGES = 208 * 1024, 128, 66
+
 
 class Tile(NamedTuple):
     """BLOCK_P pixels and BLOCK_C channels; parts of pixels_per_part pixels each."""
@@ -46,6 +51,21 @@ def planes(HW: int, elements: int) -> tuple[int, int]:
     """(BLOCK_ROWS, BLOCK_P) of dense planes."""
     block_p = min(_power_of_two(HW), 1024)
     return max(1, elements // block_p), block_p
+
+
+def one_launch(x: Tensor, R: int) -> bool:
+    """Whether one program makes a whole image of squeeze_excite."""
+    N, C, H, W = x.shape
+    fits = C * H * W * x.element_size() <= IMAGE_BYTES and R <= IMAGE_R
+    return is_nhwc(x) and fits and N >= IMAGES
+
+
+def image(C: int, HW: int, R: int, vec: int) -> tuple[Tile, int]:
+    """(the tile, BLOCK_R) of a program that makes a whole image."""
+    block_r = max(16, _power_of_two(R))
+    block_c = _block_c(C, 64)
+    block_p = max(1, min(4096 // block_c, _power_of_two(HW)))
+    return Tile(vec, block_p, block_c, HW, 1), block_r
 
 
 def excite(N: int, C: int, R: int) -> tuple[int, int, int]:

@@ -213,6 +213,80 @@ def excite_kernel(
 
 
 @triton.jit(do_not_specialize=["HW"])
+def squeeze_excite_image_nhwc_kernel(
+    x_ptr,  # [N, HW, C], as residual and out
+    weight1_ptr,  # [R, C]
+    bias1_ptr,  # [R]
+    weight2_ptr,  # [C, R]
+    bias2_ptr,  # [C]
+    residual_ptr,
+    out_ptr,
+    gate_ptr,  # [N, C], written
+    mean_ptr,  # [N, C], written
+    HW,
+    c_packs,
+    R,
+    x_stride_n,
+    x_stride_p,
+    residual_stride_n,
+    residual_stride_p,
+    out_stride_n,
+    out_stride_p,
+    ACT: tl.constexpr,
+    OUT_ACT: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The whole block for one image: squeeze, both layers, scale.
+
+    Reads x twice, the second time from the cache, residual and the parameters once, and writes out.
+    """
+    C = c_packs * VEC
+    n = tl.program_id(0).to(tl.int64)
+    r_offs = tl.arange(0, BLOCK_R)
+    r_mask = r_offs < R
+    hidden = tl.zeros((BLOCK_R,), tl.float32)
+    for start in range(0, C, BLOCK_C):
+        c_offs = start + tl.arange(0, BLOCK_C)
+        c_mask = c_offs < C
+        acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        for first in range(0, HW, BLOCK_P):
+            p_offs = first + tl.arange(0, BLOCK_P)
+            mask = (p_offs < HW)[:, None] & c_mask[None, :]
+            acc += load_tile(
+                x_ptr, tile_offsets(n, p_offs, c_offs, x_stride_n, x_stride_p, VEC), mask
+            )
+        mean = tl.sum(acc, axis=0) / HW
+        if mean_ptr is not None:
+            store_tile(mean_ptr, n * C + c_offs, mean, c_mask)
+        weight_offs = r_offs[:, None] * C + c_offs[None, :]
+        weight = load_tile(weight1_ptr, weight_offs, r_mask[:, None] & c_mask[None, :])
+        hidden += tl.sum(weight * mean[None, :], axis=1)
+    hidden = activate(hidden + load_tile(bias1_ptr, r_offs, r_mask), ACT)
+    for start in range(0, C, BLOCK_C):
+        c_offs = start + tl.arange(0, BLOCK_C)
+        c_mask = c_offs < C
+        weight_offs = c_offs[:, None] * R + r_offs[None, :]
+        weight = load_tile(weight2_ptr, weight_offs, c_mask[:, None] & r_mask[None, :])
+        gate = tl.sum(weight * hidden[None, :], axis=1) + load_tile(bias2_ptr, c_offs, c_mask)
+        if gate_ptr is not None:
+            store_tile(gate_ptr, n * C + c_offs, gate, c_mask)
+        scale = tl.sigmoid(gate)
+        for first in range(0, HW, BLOCK_P):
+            p_offs = first + tl.arange(0, BLOCK_P)
+            mask = (p_offs < HW)[:, None] & c_mask[None, :]
+            offs = tile_offsets(n, p_offs, c_offs, x_stride_n, x_stride_p, VEC)
+            y = load_tile(x_ptr, offs, mask) * scale[None, :]
+            if residual_ptr is not None:
+                offs = tile_offsets(n, p_offs, c_offs, residual_stride_n, residual_stride_p, VEC)
+                y += load_tile(residual_ptr, offs, mask)
+            offs = tile_offsets(n, p_offs, c_offs, out_stride_n, out_stride_p, VEC)
+            store_tile(out_ptr, offs, activate(y, OUT_ACT), mask)
+
+
+@triton.jit(do_not_specialize=["HW"])
 def se_scale_nhwc_kernel(
     x_ptr,  # [N, HW, C], as residual and out
     gate_ptr,  # [N, C]

@@ -22,6 +22,7 @@ from cvkernels.ops.se_scale.triton_kernels import (
     se_scale_bwd_nhwc_kernel,
     se_scale_nchw_kernel,
     se_scale_nhwc_kernel,
+    squeeze_excite_image_nhwc_kernel,
     squeeze_finish_kernel,
     squeeze_nchw_kernel,
     squeeze_nhwc_kernel,
@@ -110,12 +111,21 @@ def squeeze_excite(
     out: Tensor | None = None,
     keep_mean: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(out, the means where they are kept, the logits), the last two in float32: three launches."""
-    x = fitting(x, is_nhwc(x))
-    parts = new_parts(x)
+    """(out, the means where they are kept, the logits), the last two in float32.
+
+    One launch or three, as :func:`tiles.one_launch` says.
+    """
+    nhwc = is_nhwc(x)
+    x = fitting(x, nhwc)
     gate = x.new_empty(x.shape[:2], dtype=torch.float32)
     mean = torch.empty_like(gate) if keep_mean else None
     layers = matrices(weight1, bias1, weight2, bias2)
+    if tiles.one_launch(x, weight1.shape[0]):
+        residual = None if residual is None else fitting(residual, nhwc)
+        out = new_like(x) if out is None else out
+        plan_image(x, *layers, act, residual, out_act, out, gate, mean).run(x)
+        return out, mean, gate
+    parts = new_parts(x)
     plan_squeeze(x, parts, 1).run(x)
     plan_excite(parts, *layers, gate, mean, act, False, x.shape[2] * x.shape[3]).run(x)
     return se_scale(x, gate, residual, out_act, out), mean, gate
@@ -196,6 +206,30 @@ def plan_excite(
     args = [parts, weight1, bias1, weight2, bias2, out, mean, C, R, count, float(divisor)]
     meta = {"ACT": act, "SIGMOID": sigmoid, "BLOCK_C": block_c, "BLOCK_R": block_r}
     return Launch(excite_kernel, (N * splits,), [*args, splits, c_per_program], meta)
+
+
+def plan_image(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    act: str,
+    residual: Tensor | None,
+    out_act: str,
+    out: Tensor,
+    gate: Tensor | None,
+    mean: Tensor | None,
+) -> Launch:
+    """The whole block, one program for each image; x is NHWC."""
+    N, C, H, W = x.shape
+    R = weight1.shape[0]
+    tile, block_r = tiles.image(C, H * W, R, tiles.vec_of(x, residual, out))
+    args = [x, weight1, bias1, weight2, bias2, residual, out, gate, mean, H * W, C // tile.vec, R]
+    for part in (x, residual, out):
+        args += _packs(part, tile.vec)
+    meta = {"ACT": act, "OUT_ACT": out_act, "BLOCK_R": block_r, "num_warps": 8, **_blocks(tile)}
+    return Launch(squeeze_excite_image_nhwc_kernel, (N,), args, meta)
 
 
 def plan_se_scale(

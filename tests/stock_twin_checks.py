@@ -1,4 +1,4 @@
-"""What EfficientNet's and SENet's tests ask of a model beside its stock twin; see model_checks."""
+"""What tests of SENet, EfficientNet and patched networks ask of a model beside its stock twin."""
 
 import copy
 
