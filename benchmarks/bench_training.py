@@ -35,6 +35,7 @@ class Step:
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
         self.model = model.train()
         self.autocast = autocast
+        self.initial = copy.deepcopy(model.state_dict())
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -54,7 +55,8 @@ class Step:
         return loss.detach()
 
     def answers(self, images: Tensor, labels: Tensor) -> list[Tensor]:
-        """The loss and every gradient in one vector, without dropout."""
+        """The initial parameters' loss and gradients, all in one vector, without dropout."""
+        self.model.load_state_dict(self.initial)
         self.model.zero_grad(set_to_none=True)
         with without_dropout(self.model):
             loss = self.loss(images, labels)
