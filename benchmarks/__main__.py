@@ -31,7 +31,8 @@ TRAINING_BATCHES = {"cpu": (8,), "cuda": (128,)}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(["all" if word == "--all" else word for word in words])
     try:
         return _COMMANDS[options.command](options)
     except Refused as error:
@@ -126,4 +127,4 @@ _COMMANDS = {
 
 
 if __name__ == "__main__":
-    sys.exit(main(["all" if word == "--all" else word for word in sys.argv[1:]]))
+    sys.exit(main())

@@ -74,7 +74,7 @@ def run_all(monkeypatch, tmp_path, run, *arguments):
     monkeypatch.setattr(everything, "parts", lambda device: PARTS)
     monkeypatch.setattr(everything, "run_process", run)
     monkeypatch.setattr(everything, "_draw", lambda folder: None)
-    return main(["all", "--results", str(tmp_path), "--machine", "abacus", *arguments])
+    return main(["--all", "--results", str(tmp_path), "--machine", "abacus", *arguments])
 
 
 def test_interrupt_keeps_old_results_and_what_was_measured(monkeypatch, tmp_path, capsys):

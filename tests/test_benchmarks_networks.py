@@ -201,3 +201,10 @@ def test_no_gpu_is_said(capsys):
     with pytest.raises(SystemExit):
         main(["models", "--device", "cuda"])
     assert "torch finds no CUDA device here; use cpu" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_graph_replays_the_network():
+    model, x = Toy().eval().cuda(), torch.rand(2, 3, 9, 9, device="cuda")
+    with torch.no_grad():
+        assert torch.equal(peers.graphed(model, x)(x), model(x))
