@@ -28,6 +28,9 @@ from cvkernels.demo import NETWORKS
 TOTAL = {"cpu": 40.0, "cuda": 20.0}
 PART = 8.0
 GRACE = 60  # seconds, to write what was measured
+# Of kernels' parts: ops with many shapes, and of each other one.
+KERNEL_MINUTES = {"conv_bn_act": 3.0, "depthwise_conv_bn_act": 3.0, "se_scale": 2.0}
+FEW_KERNEL_MINUTES = 1.0
 OUT_OF_TIME = 124  # status of a part that was stopped
 
 
@@ -45,15 +48,16 @@ def parts(device: str) -> list[Part]:
     made = []
     for network in NETWORKS:
         options = ("--network", network, "--seconds", "12" if cpu else "4")
-        made.append(_part("models", network, options, 5 if cpu else 2))
+        made.append(_part("models", network, options, 4 if cpu else 1.5))
     for network in NETWORKS:
         options = ("--network", network, "--seconds", "15" if cpu else "4")
-        made.append(_part("training", network, options, 1.5 if cpu else 1))
+        made.append(_part("training", network, options, 1.2 if cpu else 0.8))
     depths = ("--network", "densenet169", "--network", "densenet201")
     made.append(_part("training", "depths", depths, 1))
     for op in kernels.ops():
-        options = ("--op", op, "--compiled", "few", "--seconds", "0.7" if cpu else "0.3")
-        made.append(_part("kernels", op, options, 1.5 if cpu else 1))
+        options = ("--op", op, "--compiled", "few", "--seconds", "0.5" if cpu else "0.2")
+        minutes = KERNEL_MINUTES.get(op, FEW_KERNEL_MINUTES)
+        made.append(_part("kernels", op, options, minutes if cpu else minutes / 2))
     runs = ("cvkernels", "demo", "--runs", "9", "--device", device)
     return [*made, Part("demo", runs, 2)]
 

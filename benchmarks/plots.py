@@ -71,12 +71,8 @@ def roofline(rows: Sequence[Row], rates: Rates, title: str) -> plt.Figure:
     else:
         line, reach = span, [rates.copy_gb_per_s] * 2
         axes.set(xlabel="compulsory MB", ylabel="GB/s")
-    axes.loglog(
-        line,
-        reach,
-        "k-",
-        label="measured copy bandwidth and matrix rate"[: None if counted else 25],
-    )
+    label = f"measured copy bandwidth{' and matrix rate' if counted else ''}"
+    axes.loglog(line, reach, "k-", label=label)
     for variant in dict.fromkeys(row.variant for row in rows):
         chosen = [row for row in rows if row.variant == variant]
         ys = [row.tflop_per_s if counted else row.gb_per_s for row in chosen]
