@@ -13,6 +13,7 @@ from dataclasses import asdict
 import pytest
 
 from benchmarks import environment, harness
+from benchmarks.machine import clock_of
 
 SECONDS = 1.0  # of timing per row, about
 
@@ -30,7 +31,7 @@ def pytest_generate_tests(metafunc):
     )
     parameters = []
     for case in cases:
-        timer = time.perf_counter if case.part == "host" else harness.clock_of(device)
+        timer = time.perf_counter if case.part == "host" else clock_of(device)
         mark = pytest.mark.benchmark(group=f"{case.op} {case.id}", timer=timer)
         parameters += [
             pytest.param(case, variant, marks=mark, id=f"{case.id}-{variant}")

@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def environment(device: torch.device) -> dict[str, Any]:
     """The conditions that a time is worth nothing without."""
-    where = {"device": _cpu_name()}
+    where = {"device": cpu_name()}
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        where = {"device": name, "driver": _driver(), "cpu": _cpu_name()}
+        where = {"device": name, "driver": _driver(), "cpu": cpu_name()}
     return {
         **where,
         "threads": torch.get_num_threads(),
@@ -32,7 +32,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 @functools.cache
-def _cpu_name() -> str:
+def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

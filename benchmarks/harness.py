@@ -15,271 +15,22 @@ variant moves. "% bound" is the larger of the shares of copy bandwidth and matri
 
 from __future__ import annotations
 
-import contextlib
 import math
-import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from numerics import assert_close_as_eager, gradients, map_floats, max_error, tensors_in
-from torch import Tensor
+from torch._inductor.utils import fresh_cache
 
-from benchmarks.environment import environment, last_level_cache
-from benchmarks.report import TOO_NOISY, Rates, Report, Row, dtype_name, summarize
-from cvkernels import record
+from benchmarks.environment import environment
+from benchmarks.machine import Machine, Settings, Timed, interleave
+from benchmarks.report import BASELINES, TOO_NOISY, Rates, Report, Row, dtype_name, summarize
+from benchmarks.trial import Case, PeerMissing, Trial, WrongResult, grad_mode
 from cvkernels.backend import BackendError
+from cvkernels.demo import peak_memory, resident_memory
 
 AGAIN = "again"
 WARM_UP = 3
-# A call of an op takes microseconds: a host sample is the mean of this many.
-HOST_CALLS = 50
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """One op at one shape and dtype on one device.
-
-    ``inputs`` makes args and kwargs; ``reference`` and every variant take them. ``variants`` maps a
-    name to a factory, called once per case, before any timing. A name's first word is "eager",
-    "compile" or "cvkernels". Without ``bytes`` or ``flops`` the columns that come from them stay
-    empty.
-
-    part: "forward"; "backward", of inputs that require gradients, the forward untimed; or "host",
-        the time that the caller's thread spends in one call, in warm caches.
-    bitwise: the op moves data, and must be equal to the reference.
-    """
-
-    op: str
-    name: str
-    shape: str
-    dtype: torch.dtype
-    inputs: Callable[[], tuple[tuple, dict]]
-    reference: Callable
-    variants: Mapping[str, Callable[[], Callable]]
-    bytes: int | None = None
-    flops: int | None = None
-    part: str = "forward"
-    bitwise: bool = False
-
-    @property
-    def id(self) -> str:
-        return f"{self.name}-{dtype_name(self.dtype)}-{self.part}"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How long a case is measured: ``rounds``, fewer after ``seconds``, ``least`` in any case."""
-
-    rounds: int = 100
-    seconds: float = 3.0
-    least: int = 8
-
-
-QUICK = Settings(rounds=20, seconds=0.8, least=5)
-
-
-@dataclass(frozen=True)
-class Timed:
-    """``run(*setup())`` with only ``run`` timed; a sample is the mean of ``repeats`` runs.
-
-    host: what counts is the time until ``run`` returns, with warm caches and an idle device.
-    """
-
-    run: Callable[..., object]
-    setup: Callable[[], tuple] = tuple
-    repeats: int = 1
-    host: bool = False
-
-
-class CudaInstant:
-    """A moment on the current stream; the difference of two is in seconds, as of perf_counter's."""
-
-    def __init__(self) -> None:
-        self.event = torch.cuda.Event(enable_timing=True)
-        self.event.record()
-
-    def __sub__(self, earlier: CudaInstant) -> float:
-        self.event.synchronize()
-        return earlier.event.elapsed_time(self.event) / 1e3
-
-
-def clock_of(device: torch.device) -> Callable[[], Any]:
-    return CudaInstant if device.type == "cuda" else time.perf_counter
-
-
-class Machine:
-    """The device under measurement: its clock, its caches and its rates."""
-
-    def __init__(self, device: torch.device, clock: Callable[[], Any] | None = None) -> None:
-        self.device = device
-        self.clock = clock or clock_of(device)
-        self.cache_bytes = last_level_cache(device)
-        # On CUDA also long enough to hide the launches of the timed call behind it.
-        size = max(2 * self.cache_bytes, 2**28 if device.type == "cuda" else 0)
-        self._evictor = torch.rand(size // 4, device=device)
-        self._evictions = 1
-        self._rates: dict[torch.dtype, Rates] = {}
-
-    def make_cold(self) -> None:
-        """Fill the last-level cache with other data by reading: writes would still be under way."""
-        for _ in range(self._evictions):
-            self._evictor.sum()
-
-    def hide_launches(self, calls: Iterable[Timed]) -> None:
-        """Evict for so long that the GPU is still at it when the slowest call has been queued."""
-        if self.device.type != "cuda":
-            return
-        self._evictions = 1
-        eviction = self.sample(Timed(self._evictor.sum))
-        launch = max((self.sample(_as_host(call)) for call in calls), default=0.0)
-        self._evictions = 1 + math.ceil(launch / eviction)
-
-    def sample(self, timed: Timed) -> float:
-        """Seconds of one run, in cold caches; of the host's part of one in warm ones."""
-        arguments = timed.setup()
-        if timed.host:
-            self.synchronize()
-            clock = time.perf_counter
-        else:
-            self.make_cold()
-            clock = self.clock
-        start = clock()
-        for _ in range(timed.repeats):
-            timed.run(*arguments)
-        stop = clock()
-        return (stop - start) / timed.repeats
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def rates(self, dtype: torch.dtype) -> Rates:
-        if dtype not in self._rates:
-            self._rates[dtype] = self._measure_rates(dtype)
-        return self._rates[dtype]
-
-    def _measure_rates(self, dtype: torch.dtype) -> Rates:
-        cuda = self.device.type == "cuda"
-        elements = max(4 * self.cache_bytes, 2**30 if cuda else 0) // dtype.itemsize
-        source = torch.rand(elements, device=self.device).to(dtype)
-        target = torch.empty_like(source)
-        # A CPU that only emulates a half dtype takes a hundred times as long.
-        side = 8192 if cuda else 1024 if dtype == torch.float32 else 512
-        a, b = (torch.randn(side, side, device=self.device).to(dtype) for _ in range(2))
-        product = torch.empty_like(a)
-        calls = {
-            "copy": Timed(lambda: target.copy_(source)),
-            "matrix": Timed(lambda: torch.mm(a, b, out=product)),
-        }
-        samples = interleave(calls, self, Settings(rounds=15, seconds=2.0, least=5))
-        copy, matrix = (summarize(samples[name]).median for name in ("copy", "matrix"))
-        return Rates(2 * source.nbytes / copy / 1e9, 2 * side**3 / matrix / 1e12)
-
-
-def _as_host(timed: Timed) -> Timed:
-    return Timed(timed.run, timed.setup, host=True)
-
-
-class WrongResult(Exception):
-    """A variant's answer is further from the float64 answer than the tests allow."""
-
-
-class Trial:
-    """A case with its inputs made and its float64 answer known: checks and binds the variants."""
-
-    def __init__(self, case: Case) -> None:
-        # One function compiled for ever more shapes would reach dynamo's limit and run eagerly.
-        torch.compiler.reset()
-        torch.manual_seed(0)
-        self.case = case
-        self.args, self.kwargs = case.inputs()
-        for tensor in tensors_in([self.args, self.kwargs]):
-            if tensor.numel() and not tensor.any():
-                raise ValueError(f"{case.op} {case.id}: an input is all zeros, which times nothing")
-        exact = map_floats(_double, self.args), map_floats(_double, self.kwargs)
-        self._exact = self._results(case.reference, *exact)
-        self._eager = self._results(case.reference, self.args, self.kwargs)
-
-    def _results(self, function: Callable, args: tuple, kwargs: dict) -> list[Tensor]:
-        if self.case.part == "backward":
-            return gradients(function, args, kwargs)
-        return [function(*args, **kwargs)]
-
-    def check(self, function: Callable) -> float:
-        """Largest error against float64.
-
-        Raises:
-            WrongResult: it is more than the tests allow.
-        """
-        actual = self._results(function, self.args, self.kwargs)
-        if self.case.bitwise and not all(map(torch.equal, actual, self._eager)):
-            raise WrongResult("not equal to the reference")
-        try:
-            for ours, theirs, truth in zip(actual, self._eager, self._exact, strict=True):
-                assert_close_as_eager(ours, theirs, truth)
-        except AssertionError as error:
-            raise WrongResult(*error.args) from None
-        return max(map(max_error, actual, self._exact))
-
-    def backend(self, function: Callable) -> tuple[str, str]:
-        """The backend that a variant of ours runs; why, where it is the reference."""
-        recorder = _Reasons()
-        with record.recording(recorder):
-            function(*self.args, **self.kwargs)
-        if recorder.calls:
-            return recorder.calls[0].backend, ""
-        return "reference", recorder.fallback_reason
-
-    def bind(self, function: Callable) -> Timed:
-        args, kwargs = self.args, self.kwargs
-        if self.case.part == "host":
-            return Timed(lambda: function(*args, **kwargs), repeats=HOST_CALLS, host=True)
-        if self.case.part == "forward":
-            return Timed(lambda: function(*args, **kwargs))
-        leaves = [tensor for tensor in tensors_in([args, kwargs]) if tensor.requires_grad]
-        cotangent = torch.randn_like(function(*args, **kwargs))
-        return Timed(
-            lambda out: torch.autograd.grad(out, leaves, cotangent),
-            lambda: (function(*args, **kwargs),),
-        )
-
-
-class _Reasons(record.Recorder):
-    """Also keeps why the reference ran."""
-
-    fallback_reason = ""
-
-    def fallback(self, reason: str) -> contextlib.AbstractContextManager[None]:
-        self.fallback_reason = reason
-        return super().fallback(reason)
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.detach().double().requires_grad_(tensor.requires_grad)
-
-
-def interleave(
-    calls: Mapping[str, Timed],
-    machine: Machine,
-    settings: Settings,
-    samples: dict[str, list[float]] | None = None,
-    tick: Callable[[], None] = lambda: None,
-) -> dict[str, list[float]]:
-    """Seconds of every call, by name, in ``samples``: each round runs each call once, shuffled."""
-    samples = {} if samples is None else samples
-    samples.update({name: [] for name in calls})
-    order = random.Random(0)
-    end = time.perf_counter() + settings.seconds
-    for done in range(settings.rounds):
-        if done >= settings.least and time.perf_counter() > end:
-            break
-        for name in order.sample(list(calls), len(calls)):
-            samples[name].append(machine.sample(calls[name]))
-        tick()
-    return samples
 
 
 def new_row(case: Case, variant: str) -> Row:
@@ -292,23 +43,50 @@ def new_row(case: Case, variant: str) -> Row:
 def prepare(trial: Trial, row: Row) -> Timed | None:
     """The row's variant made, checked and warm; None where it cannot run, and the row says why."""
     try:
-        function = trial.case.variants[row.variant]()
-        row.max_error = trial.check(function)
+        function = make(trial, row)
+        row.max_error = trial.check(function, trial.case.peer_factor if row.peer else 2.0)
+        row.eager_error = trial.eager_error
         row.backend, row.note = (row.peer, "") if row.peer else trial.backend(function)
+        if hasattr(function, "saved_bytes"):
+            row.saved_bytes = function.saved_bytes(*trial.args, **trial.kwargs)
         timed = trial.bind(function)
-        for _ in range(WARM_UP):
+        for _ in range(0 if trial.case.network else WARM_UP):
             timed.run(*timed.setup())
     except WrongResult as error:
         row.status, row.note = "wrong", _one_line(error)
-    except (BackendError, torch.OutOfMemoryError) as error:
+    except (BackendError, PeerMissing) as error:
         row.status, row.note = "unavailable", _one_line(error)
     except Exception as error:  # noqa: BLE001 - a compiler may raise anything, and other rows count too
-        row.status = "unavailable" if row.peer else "failed"
+        row.status = "unavailable" if row.peer or out_of_memory(error) else "failed"
         row.note = f"{type(error).__name__}: {_one_line(error)}"
     else:
         return timed
-    row.max_error = None
+    row.max_error = row.eager_error = None
     return None
+
+
+def make(trial: Trial, row: Row) -> Callable:
+    """The row's variant; of a network also the time to its first result, and its memory."""
+    factory = trial.case.variants[row.variant]
+    if not trial.case.network:
+        return factory()
+    device = trial.args[0].device
+    with fresh_cache():
+        before, start = resident_memory(device), time.perf_counter()
+        function = factory()
+        function(*trial.args, **trial.kwargs)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        row.first_batch_s = time.perf_counter() - start
+        row.kept_bytes = max(resident_memory(device) - before, 0)
+        row.peak_bytes = peak_memory(lambda: function(*trial.args, **trial.kwargs), device)
+    return function
+
+
+def out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "can't allocate memory" in str(error)  # a RuntimeError of PyTorch's CPU allocator
 
 
 def _one_line(error: BaseException) -> str:
@@ -335,10 +113,26 @@ def fill(row: Row, samples: Sequence[float], rates: Rates) -> None:
 def compare(rows: Sequence[Row]) -> None:
     """Speed-ups over the peers, among the rows of one case."""
     times = {row.variant: row.time_us for row in rows if row.time_us is not None}
-    for row in rows:
-        if row.time_us is not None:
-            row.vs_eager = times["eager"] / row.time_us if "eager" in times else None
-            row.vs_compile = times["compile"] / row.time_us if "compile" in times else None
+    for column, names in BASELINES.items():
+        baseline = next((times[name] for name in names if name in times), None)
+        for row in rows:
+            if baseline is not None and row.time_us is not None:
+                setattr(row, column, baseline / row.time_us)
+
+
+def drift(rows: Mapping[str, Row], samples: Mapping[str, Sequence[float]]) -> None:
+    """How far the first and the second half of the rounds agree on the speed-ups over eager."""
+    baseline = next((name for name in BASELINES["vs_eager"] if samples.get(name)), None)
+    for name, row in rows.items():
+        rounds = len(samples.get(name, ()))
+        if row.peer or row.status != "measured" or baseline is None or rounds < 4:
+            continue
+        halves = slice(rounds // 2), slice(rounds // 2, rounds)
+        first, second = (
+            summarize(samples[baseline][half]).median / summarize(samples[name][half]).median
+            for half in halves
+        )
+        row.drift = second / first
 
 
 def measure_case(
@@ -358,15 +152,17 @@ def measure_case(
             prepared = {name: prepare(trial, row) for name, row in rows.items()}
             calls = {name: timed for name, timed in prepared.items() if timed is not None}
             machine.hide_launches(calls.values())
-            if calls:
+            if calls and case.part == "memory":
+                for row in rows.values():
+                    row.status = "measured" if row.status == "pending" else row.status
+            elif calls:
                 first = next(iter(calls))
                 interleave({**calls, AGAIN: calls[first]}, machine, settings, samples, tick)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, MemoryError) as error:
         # The reference did not fit, or a call failed after its checks: the other cases go on.
         for row in rows.values():
             if row.status == "pending":
-                out_of_memory = isinstance(error, torch.OutOfMemoryError)
-                row.status = "unavailable" if out_of_memory else "failed"
+                row.status = "unavailable" if out_of_memory(error) else "failed"
                 row.note = _one_line(error)
     finally:
         for name, row in rows.items():
@@ -378,11 +174,8 @@ def measure_case(
             if abs(math.log(again)) > TOO_NOISY:
                 rows[first].note = f"noisy: {again:.2f}x when timed again"
         compare(list(rows.values()))
+        drift(rows, samples)
         report.extend(row for row in rows.values() if row.status != "pending")
-
-
-def grad_mode(case: Case) -> contextlib.AbstractContextManager[None]:
-    return torch.set_grad_enabled(case.part == "backward")
 
 
 def run(
@@ -391,14 +184,28 @@ def run(
     settings: Settings,
     start_case: Callable[[int, Case], None] = lambda index, case: None,
     tick: Callable[[], None] = lambda: None,
+    save: Callable[[Report], None] = lambda report: None,
+    minutes: float = math.inf,
 ) -> Report:
-    """Measure the cases in turn; Ctrl-C ends it and keeps what was measured."""
+    """Measure the cases in turn; Ctrl-C ends it and keeps what was measured.
+
+    ``save`` gets the report so far after each case. Cases that ``minutes`` leave no time for have
+    rows that say so.
+    """
     report = Report(environment(machine.device))
+    end = time.monotonic() + 60 * minutes
     try:
         for index, case in enumerate(cases):
             start_case(index, case)
+            if time.monotonic() > end:
+                note = f"not reached within {minutes:g} minutes"
+                for row in (new_row(case, name) for name in case.variants):
+                    row.status, row.note = "unavailable", note
+                    report.rows.append(row)
+                continue
             report.rates[dtype_name(case.dtype)] = machine.rates(case.dtype)
             measure_case(case, machine, settings, report.rows, tick)
+            save(report)
     except KeyboardInterrupt:
         report.complete = False
     return report

@@ -3,36 +3,240 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from benchmarks import results
 from benchmarks.environment import ROOT
+from benchmarks.report import Report, Row
 from cvkernels.demo import HEADER, Table
 
-RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- demo table -->", "<!-- end of demo table -->"
+README = ROOT / "README.md"
 
 
-def demo_tables() -> str:
+def demo_tables(folder: Path | None = None) -> str:
     """A Markdown table for each machine's ``demo.json``, its conditions under it."""
     parts = []
-    for path in sorted(RESULTS.glob("*/demo.json")):
-        table = Table.from_dict(json.loads(path.read_text()))
-        lines = [HEADER, ["---"] * len(HEADER), *table.cells()]
-        parts += ["\n".join(map(_markdown_row, lines)), f"{table.conditions}."]
+    for path in sorted((folder or results.RESULTS).glob("*/demo.json")):
+        if path.parent.suffix != ".partial":
+            table = Table.from_dict(json.loads(path.read_text()))
+            parts += [_markdown(HEADER, table.cells()), f"{table.conditions}."]
     return "\n\n".join(parts)
+
+
+def result_tables(folder: Path | None = None) -> str:
+    """Networks, training and kernels of each machine, and which figures are no measurements."""
+    folder = folder or results.RESULTS
+    parts = []
+    for machine in results.machine_folders(folder):
+        kinds = [(kind, results.reports(machine, kind)) for kind in TABLES]
+        if not any(reports for _, reports in kinds):
+            continue
+        parts.append(f"### Measured on {machine.name}")
+        for kind, reports in kinds:
+            if reports:
+                parts += [TABLES[kind](reports), _conditions(reports)]
+        plots = sorted(path for path in machine.glob("*.svg") if "roofline" not in path.name)
+        parts += [f"![{path.stem}]({_relative(path)})" for path in plots]
+        rooflines = [f"[{p.stem}]({_relative(p)})" for p in sorted(machine.glob("roofline*.svg"))]
+        parts += [f"Rooflines: {', '.join(rooflines)}."] if rooflines else []
+    return "\n\n".join([*parts, provenance(folder)])
+
+
+def provenance(folder: Path) -> str:
+    """Which devices the figures are of."""
+    devices = {
+        report.environment["device"]: "driver" in report.environment
+        for machine in results.machine_folders(folder)
+        for kind in TABLES
+        for report in results.reports(machine, kind)
+    }
+    cpus = [name for name, gpu in devices.items() if not gpu]
+    gpus = [name for name, gpu in devices.items() if gpu]
+    cpu = f"Figures of CPUs are measured on {', '.join(cpus)}." if cpus else ""
+    gpu = (
+        f"Figures of GPUs are measured on {', '.join(gpus)}."
+        if gpus
+        else "No figure of a GPU is measured: what `explain` says for a meta example "
+        "(kernels, bytes) is counted from the plan, and no time of a GPU is claimed."
+    )
+    return f"{cpu} {gpu}".strip()
+
+
+def _relative(path: Path) -> str:
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
+def inference_table(reports: Sequence[Report]) -> str:
+    """Milliseconds of every variant, a row per network, dtype and batch; ours against two peers."""
+    rows = [row for report in reports for row in report.rows]
+    variants = list(dict.fromkeys(row.variant for row in rows))
+    header = ["network", "batch", "dtype", *(f"{name}, ms" for name in variants)]
+    ours = [name for name in variants if name.startswith("cvkernels")]
+    header += [f"{name}: {what}" for name in ours for what in ("vs eager", "vs freezing", "error")]
+    lines = []
+    for (network, case, dtype), group in _grouped(rows).items():
+        cells = [_ms(group.get(name)) for name in variants]
+        for name in ours:
+            row = group.get(name)
+            cells += [_ratio(row, "vs_eager"), _ratio(row, "vs_freezing"), _errors(row)]
+        lines.append([network, case.removeprefix("batch "), dtype, *cells])
+    return _markdown(header, lines) + "\n\n" + _first_batches(rows)
+
+
+def _first_batches(rows: Sequence[Row]) -> str:
+    """Seconds to the first batch and memory, of the same rows."""
+    variants = list(dict.fromkeys(row.variant for row in rows))
+    header = ["network", "batch", "dtype", *(f"{name}: s, peak MB" for name in variants)]
+    lines = [
+        [network, case.removeprefix("batch "), dtype, *(_start(group.get(v)) for v in variants)]
+        for (network, case, dtype), group in _grouped(rows).items()
+    ]
+    return _markdown(header, lines)
+
+
+def training_table(reports: Sequence[Report]) -> str:
+    """A row per network and variant: the step, its ratio, and what it keeps for backward."""
+    header = [
+        "network", "batch", "variant", "step ms", "vs eager", "saved MB/image", "peak MB", "error"
+    ]  # fmt: skip
+    rows = [row for report in reports for row in report.rows]
+    lines = [
+        [
+            row.op,
+            row.case.removeprefix("batch "),
+            row.variant,
+            _ms(row),
+            _ratio(row, "vs_eager"),
+            _number(row.saved_bytes, 1e6, "{:.1f}"),
+            _number(row.peak_bytes, 1e6, "{:.0f}"),
+            _errors(row),
+        ]
+        for row in rows
+    ]
+    return _markdown(header, lines)
+
+
+def kernel_table(reports: Sequence[Report]) -> str:
+    """A row per op and part: geometric means of ours over its cases, and the worst case."""
+    groups: dict[tuple[str, str, str, str], list[Row]] = defaultdict(list)
+    for row in (row for report in reports for row in report.rows):
+        if not row.peer:
+            groups[row.op, row.part, row.dtype, row.variant].append(row)
+    header = [
+        "op", "part", "dtype", "variant", "cases", "vs eager", "worst", "vs compile",
+        "median % of bound", "not measured",
+    ]  # fmt: skip
+    lines = []
+    for key, rows in groups.items():
+        eager = [row.vs_eager for row in rows if row.vs_eager]
+        compiled = [row.vs_compile for row in rows if row.vs_compile]
+        bounds = [row.bound_share for row in rows if row.bound_share]
+        worst = min((row for row in rows if row.vs_eager), key=lambda r: r.vs_eager, default=None)
+        lines.append([
+            *key,
+            str(len(rows)),
+            _geomean(eager),
+            f"{worst.vs_eager:.2f}x ({worst.case})" if worst else "",
+            f"{_geomean(compiled)} ({len(compiled)})" if compiled else "",
+            f"{statistics.median(bounds):.0%}" if bounds else "",
+            str(sum(row.status != "measured" for row in rows)),
+        ])  # fmt: skip
+    return _markdown(header, lines)
+
+
+TABLES: dict[str, Callable[[Sequence[Report]], str]] = {
+    "models": inference_table,
+    "training": training_table,
+    "kernels": kernel_table,
+}
+
+
+def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
+    groups: dict[tuple[str, str, str], dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        groups[row.op, row.case, row.dtype][row.variant] = row
+    return groups
+
+
+def _conditions(reports: Sequence[Report]) -> str:
+    """One line: where and with what, how noisy, and whether all was measured."""
+    environment = ", ".join(f"{k} {v}" for k, v in reports[0].environment.items())
+    commits = {report.environment["commit"] for report in reports}
+    noise = [report.noise for report in reports if report.noise]
+    worst = max((n.drift for n in noise), default=0.0)
+    noisy = sum(n.too_noisy for n in noise)
+    parts = [f"{environment}."]
+    parts += (
+        [f"Parts are of different commits: {', '.join(sorted(commits))}."]
+        if len(commits) > 1
+        else []
+    )
+    if noise:
+        parts.append(
+            f"Speed-ups of the two halves of a run differ by at most {worst:.1%} (geomean); "
+            f"{noisy} of {len(noise)} parts say that the machine was too noisy."
+        )
+    parts += [] if all(report.complete for report in reports) else ["A part was interrupted."]
+    return " ".join(parts)
+
+
+def _ms(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row.time_us is None:
+        return "" if row.status == "measured" else row.status
+    return f"{row.time_us / 1e3:.1f} ({row.p20_us / 1e3:.1f}-{row.p80_us / 1e3:.1f})"
+
+
+def _ratio(row: Row | None, name: str) -> str:
+    value = getattr(row, name, None)
+    return "" if value is None else f"{value:.2f}x"
+
+
+def _errors(row: Row | None) -> str:
+    if row is None or row.max_error is None:
+        return ""
+    return f"{row.max_error:.1e} (eager {row.eager_error:.1e})"
+
+
+def _start(row: Row | None) -> str:
+    if row is None or row.first_batch_s is None:
+        return "" if row is None else row.status
+    return f"{row.first_batch_s:.1f}, {_number(row.peak_bytes, 1e6, '{:.0f}')}"
+
+
+def _number(value: float | None, unit: float, form: str) -> str:
+    return "" if value is None or math.isnan(value) else form.format(value / unit)
+
+
+def _geomean(values: Sequence[float]) -> str:
+    return f"{statistics.geometric_mean(values):.2f}x" if values else ""
+
+
+def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *lines))
+
+
+SECTIONS = {"demo table": demo_tables, "results": result_tables}
 
 
 def regenerated(readme: str) -> str:
     """The README's text with its tables replaced by those of the results."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{demo_tables()}\n\n{END}{after}"
+    for name, make in SECTIONS.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        before, _, rest = readme.partition(begin)
+        _, _, after = rest.partition(end)
+        readme = f"{before}{begin}\n\n{make()}\n\n{end}{after}"
+    return readme
 
 
-def _markdown_row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def write() -> None:
+    README.write_text(regenerated(README.read_text()))
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(regenerated(path.read_text()))
+    write()

@@ -12,10 +12,22 @@ import torch
 
 from cvkernels.tables import text_table
 
-SCHEMA = 1
+SCHEMA = 2
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What computes the peers; a variant of ours tells by itself.
-PEERS = {"eager": "aten", "compile": "inductor"}
+PEERS = {
+    "eager": "aten",
+    "compile": "inductor",
+    "openvino": "openvino",
+    "onnxruntime": "onnxruntime",
+    "tensorrt": "tensorrt",
+}
+# What each column of speed-ups is over: the first of these variants that was timed.
+BASELINES = {
+    "vs_eager": ("eager", "eager channels_last"),
+    "vs_compile": ("compile",),
+    "vs_freezing": ("compile freezing",),
+}
 TOO_NOISY = 0.05
 
 
@@ -26,6 +38,12 @@ class Row:
     status: "measured"; "unavailable", where a peer or backend cannot run; "wrong" or "failed",
         which are bugs. ``note`` says why. "pending" until then: a report holds no such row.
     again: time of the variant's second measurement in the same rounds over that of the first.
+    drift: ``vs_eager`` in the second half of the rounds over that in the first.
+    eager_error: the reference's, beside ``max_error``: both are largest differences from float64.
+    first_batch_s: until a network's first result, compilation and export included.
+    kept_bytes, peak_bytes: resident memory that making the variant and its first call added, and
+        that a later call added while it ran.
+    saved_bytes: what a training step keeps for its backward, per image.
     """
 
     op: str
@@ -49,8 +67,15 @@ class Row:
     bound_share: float | None = None
     vs_eager: float | None = None
     vs_compile: float | None = None
+    vs_freezing: float | None = None
     max_error: float | None = None
+    eager_error: float | None = None
+    first_batch_s: float | None = None
+    peak_bytes: int | None = None
+    kept_bytes: int | None = None
+    saved_bytes: float | None = None
     again: float | None = None
+    drift: float | None = None
     note: str = ""
 
     @property
@@ -83,6 +108,8 @@ class Noise(NamedTuple):
     """By how much a variant's two medians differ, as a fraction, over the cases.
 
     spread: p80 - p20 over the median, of the median row.
+    drift: by how much the speed-ups over eager differ between the two halves of the rounds, which
+        are two runs of half the length; geometric mean over the rows.
     """
 
     cases: int
@@ -90,19 +117,21 @@ class Noise(NamedTuple):
     p80: float
     worst: float
     spread: float
+    drift: float
 
     @property
     def too_noisy(self) -> bool:
-        return self.p80 > TOO_NOISY
+        return self.p80 > TOO_NOISY or self.drift > TOO_NOISY
 
     def __str__(self) -> str:
         verdict = "quiet enough"
         if self.too_noisy:
-            verdict = f"THE MACHINE IS TOO NOISY: over {TOO_NOISY:.0%} in a fifth of the cases"
+            verdict = f"THE MACHINE IS TOO NOISY: over {TOO_NOISY:.0%}"
         return (
             f"A/A over {self.cases} cases: one variant timed twice differs by {self.median:.1%} in "
             f"the median, {self.p80:.1%} at p80, {self.worst:.1%} at worst; p20 to p80 of a row "
-            f"spans {self.spread:.1%}: {verdict}"
+            f"spans {self.spread:.1%}; speed-ups of the first and second half of the rounds differ "
+            f"by {self.drift:.1%} (geomean): {verdict}"
         )
 
 
@@ -123,7 +152,9 @@ class Report:
         timed = [row for row in self.rows if row.time_us]
         spread = statistics.median((row.p80_us - row.p20_us) / row.time_us for row in timed)
         median, _, p80 = summarize(differences)
-        return Noise(len(differences), median, p80, max(differences), spread)
+        drifts = [abs(math.log(row.drift)) for row in timed if row.drift]
+        drift = math.expm1(statistics.fmean(drifts)) if drifts else 0.0
+        return Noise(len(differences), median, p80, max(differences), spread, drift)
 
     @property
     def sound(self) -> bool:
@@ -140,6 +171,21 @@ class Report:
             "noise": noise and {**noise._asdict(), "too_noisy": noise.too_noisy},
             "rows": [asdict(row) for row in self.rows],
         }
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Report:
+        """The report that :meth:`as_dict` gave.
+
+        Raises:
+            ValueError: another version of the benchmarks wrote it.
+        """
+        if content.get("schema") != SCHEMA:
+            raise ValueError(
+                f"results of schema {content.get('schema')}, expected {SCHEMA}; measure them again"
+            )
+        rates = {name: Rates(**values) for name, values in content["rates"].items()}
+        rows = [Row(**row) for row in content["rows"]]
+        return cls(content["environment"], rates, rows, content["complete"])
 
     def __str__(self) -> str:
         lines = [" | ".join(f"{key} {value}" for key, value in self.environment.items())]
@@ -165,7 +211,13 @@ COLUMNS = (
     ("% bound", "bound_share", "{:.0%}"),
     ("vs eager", "vs_eager", "{:.2f}x"),
     ("vs compile", "vs_compile", "{:.2f}x"),
+    ("vs freezing", "vs_freezing", "{:.2f}x"),
     ("max error", "max_error", "{:.1e}"),
+    ("eager's", "eager_error", "{:.1e}"),
+    ("s to first", "first_batch_s", "{:.2f}"),
+    ("peak bytes", "peak_bytes", "{:.2e}"),
+    ("kept bytes", "kept_bytes", "{:.2e}"),
+    ("saved bytes/image", "saved_bytes", "{:.2e}"),
 )
 
 

@@ -111,7 +111,7 @@ def demo(
     with Progress(transient=True) as progress:
         task = progress.add_task("demo", total=len(networks) * len(BATCHES) * runs)
         for network in networks:
-            stock, ours = _pair(network, weights, images)
+            stock, ours = stock_and_ours(network, weights, images)
             for batch in BATCHES:
                 progress.update(task, description=f"{network}, batch {batch}")
                 x = images[torch.arange(batch) % len(images)]
@@ -164,7 +164,9 @@ def load_photos(paths: Sequence[str]) -> Tensor:
     return torch.stack([transform(picture) for picture in pictures])
 
 
-def _pair(network: str, weights: str | None, images: Tensor) -> tuple[nn.Module, nn.Module]:
+def stock_and_ours(
+    network: str, weights: str | None, images: Tensor
+) -> tuple[nn.Module, nn.Module]:
     """(stock, ours) with the same weights, on the photographs' device, in eval."""
     kwargs = {}
     if weights is None and network == "googlenet":
@@ -179,7 +181,7 @@ def _pair(network: str, weights: str | None, images: Tensor) -> tuple[nn.Module,
             "aux_logits": ours.aux_logits,
             "transform_input": ours.transform_input,
         }
-    if NETWORKS[network] == "timm":
+    if NETWORKS.get(network) == "timm":
         import timm
 
         stock = timm.create_model(network, **kwargs)
@@ -258,13 +260,22 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) - before
     if not Path("/proc/self/clear_refs").exists():
         return math.nan
-    gc.collect()
-    # What malloc keeps of freed memory would hide as much of the call's.
-    ctypes.CDLL(None).malloc_trim(0)
+    before = resident_memory(device)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
     call()
     return _status_bytes("VmHWM") - before
+
+
+def resident_memory(device: torch.device) -> float:
+    """Bytes held now, as :func:`peak_memory` counts them; NaN where nothing tells."""
+    gc.collect()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if not Path("/proc/self/status").exists():
+        return math.nan
+    # What malloc keeps of freed memory would hide as much of what comes.
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status_bytes("VmRSS")
 
 
 def _status_bytes(field: str) -> int:

@@ -2,57 +2,17 @@
 
 import contextlib
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from harness_fakes import CPU, FEW, FakeClock, doubled, make_case, slow
 
-from benchmarks import (
-    bench_avg_pool,
-    bench_conv_bn_act,
-    bench_dense_concat,
-    bench_max_pool,
-    command_line,
-    harness,
-)
-from benchmarks.harness import Case, Machine, Settings, Timed
-from benchmarks.report import SCHEMA, Rates, Report, Row
-from cvkernels import explain, extension, record
+from benchmarks import harness
+from benchmarks import machine as machines
+from benchmarks.machine import Machine, Settings, Timed
+from benchmarks.report import Rates
+from cvkernels import record
 from cvkernels.backend import BackendError
-
-ROOT = Path(__file__).resolve().parents[1]
-CPU = torch.device("cpu")
-FEW = Settings(rounds=6, seconds=60.0, least=6)
-
-
-class FakeClock:
-    """A clock that calls move; reading it takes next to no time, but some."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        self.now += 1e-15
-        return self.now
-
-    def spending(self, *seconds):
-        """A call that takes these seconds in turn, over and over."""
-        calls = iter(())
-
-        def call(*args, **kwargs):
-            nonlocal calls
-            spent = next(calls, None)
-            if spent is None:
-                calls = iter(seconds)
-                spent = next(calls)
-            self.now += spent
-            return args[0] if args else None
-
-        return call
 
 
 @pytest.fixture
@@ -63,39 +23,10 @@ def clock():
 @pytest.fixture
 def machine(clock, monkeypatch):
     """A CPU with a fake clock, a small cache and known rates."""
-    monkeypatch.setattr(harness, "last_level_cache", lambda device: 2**10)
+    monkeypatch.setattr(machines, "last_level_cache", lambda device: 2**10)
     made = Machine(CPU, clock)
     monkeypatch.setattr(made, "rates", lambda dtype: Rates(1.0, 1.0))
     return made
-
-
-def doubled(x):
-    return x * 2
-
-
-def make_case(variants, name="double", inputs=None, **options):
-    options = {"bytes": 1000, "flops": 10**6, **options}
-    return Case(
-        op="double",
-        name=name,
-        shape="4x4",
-        dtype=torch.float32,
-        inputs=inputs or (lambda: ((torch.randn(4, 4),), {})),
-        reference=doubled,
-        variants={key: (lambda function=function: function) for key, function in variants.items()},
-        **options,
-    )
-
-
-def slow(clock, *seconds):
-    """``doubled`` that takes these seconds in turn, when the harness times it."""
-    spend = clock.spending(*seconds)
-
-    def call(x):
-        spend()
-        return x * 2
-
-    return call
 
 
 def test_summary_is_median_and_quintiles():
@@ -147,7 +78,7 @@ def test_caches_are_cold_before_every_call(machine, monkeypatch):
 
 def test_flush_reads_more_than_the_last_level_cache():
     machine = Machine(CPU)
-    assert machine._evictor.nbytes >= 2 * harness.last_level_cache(CPU) > 0
+    assert machine._evictor.nbytes >= 2 * machines.last_level_cache(CPU) > 0
     assert machine._evictor.any()
 
 
@@ -171,7 +102,7 @@ def test_columns_follow_from_the_time(machine, clock):
 
 
 def test_rates_are_measured_per_dtype_and_once(monkeypatch):
-    monkeypatch.setattr(harness, "last_level_cache", lambda device: 2**16)
+    monkeypatch.setattr(machines, "last_level_cache", lambda device: 2**16)
     machine = Machine(CPU)
     rates = [machine.rates(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float32)]
     assert rates[0] is rates[2]
@@ -317,162 +248,6 @@ def test_fallback_to_the_reference_says_why(machine):
 
     (row,) = harness.run([make_case({"cvkernels": fallen_back})], machine, FEW).rows
     assert (row.backend, row.note) == ("reference", "no such kernel")
-
-
-def recorded(case, function):
-    args, kwargs = case.inputs()
-    recorder = record.Recorder()
-    with torch.no_grad(), record.recording(recorder):
-        function(*args, **kwargs)
-    return recorder.calls
-
-
-def test_byte_model_of_conv_bn_act_is_explain_s():
-    """On the meta device, which runs nothing, at the batch of a GPU's benchmark."""
-    meta = torch.device("meta")
-    cases = bench_conv_bn_act.cases(meta, [torch.bfloat16, torch.float32], batch=128)
-    forward = [case for case in cases if case.part == "forward"]
-    assert len(forward) > 2 * 25
-    for case in forward:
-        (call,) = recorded(case, case.variants["cvkernels"]())
-        assert case.bytes == call.bytes_read + call.bytes_written, case.id
-
-
-def test_benchmark_covers_every_convolution_of_resnet50():
-    from cases_conv_bn_act import RESNET50
-
-    cases = bench_conv_bn_act.cases(CPU, [torch.float32], batch=RESNET50["stem"].N)
-    shapes = {case.inputs.args[1] for case in cases if case.part == "forward"}
-    assert set(RESNET50.values()) <= shapes
-    assert {case.part for case in cases} == {"forward", "backward", "host"}
-    quick = bench_conv_bn_act.cases(CPU, [torch.float32], batch=1, quick=True)
-    assert 5 <= len(quick) < len(cases) / 2
-    assert {case.part for case in quick} == {"forward", "backward", "host"}
-
-
-@pytest.mark.parametrize(
-    "bench", [bench_avg_pool, bench_dense_concat, bench_max_pool], ids=lambda b: b.__name__
-)
-def test_byte_model_of_a_native_op_is_explain_s(bench):
-    if not extension.has("cpu"):
-        pytest.skip(extension.status()["cpu"].reason)
-    cases = bench.cases(CPU, [torch.float32, torch.bfloat16], batch=1)
-    for case in cases:
-        if case.part == "forward":
-            (call,) = recorded(case, case.variants["cvkernels"]())
-            assert case.bytes == call.bytes_read + call.bytes_written, case.id
-
-
-def test_explain_reports_the_same_bytes():
-    """The recorder that the two tests above read is the one behind the public explain."""
-    name, conv = "one-pixel", bench_conv_bn_act.ODD["one-pixel"]
-    case = bench_conv_bn_act.case_of(name, conv, torch.float32, torch.device("meta"))
-    args, kwargs = case.inputs()
-
-    class Call(torch.nn.Module):
-        def forward(self, x):
-            return case.variants["cvkernels"]()(x, *args[1:], **kwargs)
-
-    totals = explain(Call(), args[0]).totals
-    assert case.bytes == totals["bytes_read"] + totals["bytes_written"]
-
-
-def test_stock_is_the_reference():
-    for part in ("forward", "backward"):
-        conv = bench_conv_bn_act.ODD["grouped"]
-        for name in ("layer1.conv3", "layer1.0.downsample", "layer1.0.conv1"):
-            case = bench_conv_bn_act.case_of(name, conv, torch.float32, CPU, part)
-            with harness.grad_mode(case):
-                trial = harness.Trial(case)
-                for variant in ("eager", "cvkernels"):
-                    trial.check(case.variants[variant]())
-
-
-def tiny_cases(device, dtypes, batch, quick):
-    return [make_case({"eager": doubled, "cvkernels": doubled}, name) for name in ("one", "two")]
-
-
-def run_main(monkeypatch, *arguments):
-    monkeypatch.setattr(harness, "QUICK", Settings(rounds=3, seconds=1.0, least=3))
-    monkeypatch.setattr(harness, "last_level_cache", lambda device: 2**16)
-    return command_line.main("double", tiny_cases, ["--quick", "--device", "cpu", *arguments])
-
-
-def test_json_holds_rows_rates_and_conditions(monkeypatch, tmp_path, capsys):
-    path = tmp_path / "rows.json"
-    assert run_main(monkeypatch, "--case", "t*", "--json-out", str(path)) == 0
-    written = json.loads(path.read_text())
-    assert set(written) == {"schema", "complete", "environment", "rates", "noise", "rows"}
-    assert written["schema"] == SCHEMA and written["complete"] is True
-    assert {"device", "threads", "torch", "triton", "commit", "cache"} <= set(
-        written["environment"]
-    )
-    assert set(written["rates"]["fp32"]) == {"copy_gb_per_s", "matrix_tflop_per_s"}
-    assert set(written["noise"]) == {"cases", "median", "p80", "worst", "spread", "too_noisy"}
-    assert [row["variant"] for row in written["rows"]] == ["eager", "cvkernels"]
-    for row in written["rows"]:
-        assert set(row) == {field.name for field in dataclasses.fields(Row)}
-        assert row["case"] == "two" and row["p20_us"] <= row["time_us"] <= row["p80_us"]
-    table = capsys.readouterr().out
-    for title in ("torch", "commit", "variant", "GB/s", "% copy", "vs eager", "max error", "A/A"):
-        assert title in table
-
-
-def test_unwritable_json_still_prints_the_table(monkeypatch, tmp_path, capsys):
-    path = tmp_path / "missing" / "rows.json"
-    assert run_main(monkeypatch, "--json", str(path)) == 2
-    printed = capsys.readouterr()
-    assert "cvkernels" in printed.out and f"cannot write {path}" in printed.err
-
-
-def test_unknown_case_names_those_there_are(monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        run_main(monkeypatch, "--case", "three")
-    assert "no case is named ['three']; there are: one, two" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(("--batch", "0"), "at least 1, got 0"), (("--device", "tpu"), "cpu or cuda, got 'tpu'")],
-)
-def test_bad_options_say_what_was_expected(arguments, message, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        run_main(monkeypatch, *arguments)
-    assert message in capsys.readouterr().err
-
-
-def test_exit_status_tells_wrong_and_interrupted():
-    row = Row("double", "forward", "one", "4x4", "fp32", "cvkernels", status="wrong")
-    assert command_line._finish(Report({}, rows=[row]), None) == 1
-    assert command_line._finish(Report({}, complete=False), None) == 130
-
-
-def test_rows_under_pytest_benchmark(tmp_path):
-    path = tmp_path / "rows.json"
-    chosen = "odd-fp32 and not compile or one-pixel and eager"
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/bench_max_pool.py"]
-    if torch.cuda.is_available():
-        pytest.skip("the rows' names are those of a machine without a GPU")
-    # Under pytest-xdist, which this run may be, pytest-benchmark measures nothing.
-    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    done = subprocess.run(
-        [sys.executable, *command, "-k", chosen, "--benchmark-json", str(path)],
-        env=alone,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    written = json.loads(path.read_text())
-    assert "commit" in written["machine_info"]["cvkernels"]
-    rows = {row["extra_info"]["variant"]: row for row in written["benchmarks"][:2]}
-    ours = rows["cvkernels"]
-    assert ours["stats"]["median"] == pytest.approx(ours["extra_info"]["time_us"] / 1e6)
-    assert ours["extra_info"]["bytes"] > 0 and ours["extra_info"]["copy_share"] > 0
-    ratio = rows["eager"]["stats"]["median"] / ours["stats"]["median"]
-    assert ours["extra_info"]["vs_eager"] == pytest.approx(ratio)
-    assert written["benchmarks"][2]["extra_info"]["part"] == "host"
 
 
 @pytest.mark.gpu

@@ -1,0 +1,183 @@
+"""Training steps of the five networks, stock and ours: time, memory, and what backward keeps.
+
+``python -m benchmarks training [--network NAME] [--batch N] [--dtype NAME]`` prints the table
+(``--help``: options). A step is forward, cross entropy, backward and SGD with momentum; a half
+dtype means autocast. Saved bytes are those of the distinct storages that autograd keeps between
+forward and backward, without parameters, buffers and the batch. DenseNets have rows with
+``memory_efficient=True``; DenseNet-169 and -201 have rows of memory alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cvkernels
+from benchmarks.bench_models import PEER_FACTOR, inputs_of, networks_of
+from benchmarks.trial import Case
+from cvkernels.demo import NETWORKS
+
+DEPTHS = ("densenet121", "densenet169", "densenet201")
+# Of memory alone: bytes per image do not depend on the batch.
+MEMORY_BATCH = 2
+AUXILIARY_WEIGHT = 0.3  # of GoogLeNet's two classifiers; Szegedy et al. 2014
+
+
+class Step:
+    """One training step of ``model``; see :class:`benchmarks.trial.Case` for its other methods."""
+
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
+        self.model = model.train()
+        self.autocast = autocast
+        self.initial = copy.deepcopy(model.state_dict())
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        device = images.device.type
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            out = self.model(images)
+            if isinstance(out, Tensor):
+                return F.cross_entropy(out, labels)
+            losses = [F.cross_entropy(logits, labels) for logits in out]
+            return losses[0] + AUXILIARY_WEIGHT * sum(losses[1:])
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(images, labels)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def answers(self, images: Tensor, labels: Tensor) -> list[Tensor]:
+        """The initial parameters' loss and gradients, all in one vector, without dropout."""
+        self.model.load_state_dict(self.initial)
+        self.model.zero_grad(set_to_none=True)
+        with without_dropout(self.model):
+            loss = self.loss(images, labels)
+        loss.backward()
+        grads = [parameter.grad.flatten() for parameter in self.model.parameters()]
+        self.model.zero_grad(set_to_none=True)
+        return [loss.detach(), torch.cat(grads)]
+
+    def saved_bytes(self, images: Tensor, labels: Tensor) -> float:
+        """Per image."""
+        owned = [images, labels, *self.model.parameters(), *self.model.buffers()]
+        known = {tensor.untyped_storage().data_ptr() for tensor in owned}
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self.loss(images, labels)
+        total = sum(saved.values())
+        del loss  # until here every storage counted is held, and none is counted twice
+        return total / len(images)
+
+
+@contextlib.contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Dropout and stochastic depth draw other numbers in float64, so a check goes without."""
+    chances = [
+        module for module in model.modules() if isinstance(getattr(module, "p", None), float)
+    ]
+    kept = [module.p for module in chances]
+    try:
+        for module in chances:
+            module.p = 0.0
+        yield
+    finally:
+        for module, p in zip(chances, kept, strict=True):
+            module.p = p
+
+
+class Reference:
+    """The stock step in the dtype of its images; every answer from the same parameters."""
+
+    def __init__(self, name: str, dtype: torch.dtype, device: torch.device) -> None:
+        self.networks = functools.partial(networks_of, name, torch.float32, device)
+        self.autocast = _autocast(dtype)
+
+    def answers(self, images: Tensor, labels: Tensor) -> list[Tensor]:
+        stock, _, exact, _ = self.networks()
+        if images.dtype == torch.float64:
+            return Step(copy.deepcopy(exact)).answers(images, labels)
+        return Step(copy.deepcopy(stock), self.autocast).answers(images, labels)
+
+
+def _autocast(dtype: torch.dtype) -> torch.dtype | None:
+    return None if dtype == torch.float32 else dtype
+
+
+def _memory_efficient(name: str, model: nn.Module, build: Callable) -> nn.Module:
+    efficient = build(name, memory_efficient=True)
+    efficient.load_state_dict(model.state_dict())
+    return efficient.to(next(model.parameters()).device)
+
+
+def _stock_memory_efficient(name: str, stock: nn.Module) -> nn.Module:
+    import torchvision
+
+    efficient = _memory_efficient(name, stock, torchvision.models.get_model)
+    return efficient.to(memory_format=torch.channels_last)
+
+
+def case_of(
+    name: str, batch: int, dtype: torch.dtype, device: torch.device, part: str = "training"
+) -> Case:
+    networks = functools.partial(networks_of, name, torch.float32, device)
+
+    def inputs() -> tuple[tuple, dict]:
+        networks()
+        images = inputs_of(batch, torch.float32, device)[0][1]
+        return (images, 1 + torch.arange(batch, device=device) % 999), {}
+
+    models: dict[str, Callable[[], nn.Module]] = {
+        "eager": lambda: copy.deepcopy(networks().stock),
+        "cvkernels": lambda: copy.deepcopy(networks().ours),
+    }
+    if name.startswith("densenet"):
+        models["eager memory_efficient"] = lambda: _stock_memory_efficient(name, networks().stock)
+        models["cvkernels memory_efficient"] = lambda: _memory_efficient(
+            name, networks().ours, cvkernels.create_model
+        )
+    return Case(
+        op=name,
+        name=f"batch {batch}",
+        shape=f"{batch}x3x224x224",
+        dtype=dtype,
+        inputs=inputs,
+        reference=Reference(name, dtype, device),
+        variants={
+            variant: lambda model=model: Step(model(), _autocast(dtype))
+            for variant, model in models.items()
+        },
+        part=part,
+        network=True,
+        peer_factor=PEER_FACTOR,
+    )
+
+
+def cases(
+    device: torch.device,
+    dtypes: Iterable[torch.dtype],
+    batches: Iterable[int],
+    networks: Iterable[str] = (*NETWORKS, *DEPTHS[1:]),
+) -> list[Case]:
+    made = []
+    for name in networks:
+        for dtype in dtypes:
+            if name in NETWORKS:
+                made += [case_of(name, batch, dtype, device) for batch in batches]
+            else:
+                made.append(case_of(name, MEMORY_BATCH, dtype, device, "memory"))
+    return made

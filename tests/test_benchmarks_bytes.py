@@ -1,0 +1,83 @@
+"""The benchmarks' byte models are those that explain reports; their cases are the networks'."""
+
+import pytest
+import torch
+from harness_fakes import CPU
+
+from benchmarks import (
+    bench_avg_pool,
+    bench_conv_bn_act,
+    bench_dense_concat,
+    bench_max_pool,
+    harness,
+)
+from cvkernels import explain, extension, record
+
+
+def recorded(case, function):
+    args, kwargs = case.inputs()
+    recorder = record.Recorder()
+    with torch.no_grad(), record.recording(recorder):
+        function(*args, **kwargs)
+    return recorder.calls
+
+
+def test_byte_model_of_conv_bn_act_is_explain_s():
+    """On the meta device, which runs nothing, at the batch of a GPU's benchmark."""
+    meta = torch.device("meta")
+    cases = bench_conv_bn_act.cases(meta, [torch.bfloat16, torch.float32], batch=128)
+    forward = [case for case in cases if case.part == "forward"]
+    assert len(forward) > 2 * 25
+    for case in forward:
+        (call,) = recorded(case, case.variants["cvkernels"]())
+        assert case.bytes == call.bytes_read + call.bytes_written, case.id
+
+
+def test_benchmark_covers_every_convolution_of_resnet50():
+    from cases_conv_bn_act import RESNET50
+
+    cases = bench_conv_bn_act.cases(CPU, [torch.float32], batch=RESNET50["stem"].N)
+    shapes = {case.inputs.args[1] for case in cases if case.part == "forward"}
+    assert set(RESNET50.values()) <= shapes
+    assert {case.part for case in cases} == {"forward", "backward", "host"}
+    quick = bench_conv_bn_act.cases(CPU, [torch.float32], batch=1, quick=True)
+    assert 5 <= len(quick) < len(cases) / 2
+    assert {case.part for case in quick} == {"forward", "backward", "host"}
+
+
+@pytest.mark.parametrize(
+    "bench", [bench_avg_pool, bench_dense_concat, bench_max_pool], ids=lambda b: b.__name__
+)
+def test_byte_model_of_a_native_op_is_explain_s(bench):
+    if not extension.has("cpu"):
+        pytest.skip(extension.status()["cpu"].reason)
+    cases = bench.cases(CPU, [torch.float32, torch.bfloat16], batch=1)
+    for case in cases:
+        if case.part == "forward":
+            (call,) = recorded(case, case.variants["cvkernels"]())
+            assert case.bytes == call.bytes_read + call.bytes_written, case.id
+
+
+def test_explain_reports_the_same_bytes():
+    """The recorder that the two tests above read is the one behind the public explain."""
+    name, conv = "one-pixel", bench_conv_bn_act.ODD["one-pixel"]
+    case = bench_conv_bn_act.case_of(name, conv, torch.float32, torch.device("meta"))
+    args, kwargs = case.inputs()
+
+    class Call(torch.nn.Module):
+        def forward(self, x):
+            return case.variants["cvkernels"]()(x, *args[1:], **kwargs)
+
+    totals = explain(Call(), args[0]).totals
+    assert case.bytes == totals["bytes_read"] + totals["bytes_written"]
+
+
+def test_stock_is_the_reference():
+    for part in ("forward", "backward"):
+        conv = bench_conv_bn_act.ODD["grouped"]
+        for name in ("layer1.conv3", "layer1.0.downsample", "layer1.0.conv1"):
+            case = bench_conv_bn_act.case_of(name, conv, torch.float32, CPU, part)
+            with harness.grad_mode(case):
+                trial = harness.Trial(case)
+                for variant in ("eager", "cvkernels"):
+                    trial.check(case.variants[variant]())
