@@ -242,7 +242,26 @@ def _view(memory: Tensor, shape: Sequence[int]) -> Tensor:
     return memory.as_strided(shape, (H * W * C, 1, W * C, C))
 
 
+def _is_product(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:
+    """Whether the convolution is one matrix product, with no bias, on CPU: cheaper there."""
+    return (
+        x.is_cpu
+        and bias is None
+        and geometry == Geometry((1, 1), (0, 0), (1, 1), 1)
+        and weight.shape[2:] == (1, 1)
+    )
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """A dense channels_last map as [pixels, C], or a 1x1 weight as [outputs, inputs]."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    if _is_product(x, weight, bias, geometry):
+        y = _map(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
+        torch.mm(_matrix(x), _matrix(weight.to(x.dtype)).t(), out=_matrix(y))
+        return y
     bias = None if bias is None else bias.to(x.dtype)
     y = F.conv2d(x, weight.to(x.dtype), bias, *geometry)
     return y.contiguous(memory_format=torch.channels_last)
@@ -254,6 +273,14 @@ def _convolution_backward(
     """Gradients in x, weight and bias, those of the three needed."""
     if not any(needed):
         return None, None, None
+    if not needed[2] and _is_product(x, weight, None, geometry):
+        d_x = d_weight = None
+        if needed[1]:
+            d_weight = torch.mm(_matrix(grad).t(), _matrix(x)).view(weight.shape)
+        if needed[0]:
+            d_x = torch.empty_like(x)
+            torch.mm(_matrix(grad), _matrix(weight.to(x.dtype)), out=_matrix(d_x))
+        return d_x, d_weight, None
     stride, padding, dilation, groups = geometry
     bias_sizes = [weight.shape[0]] if needed[2] else None
     return torch.ops.aten.convolution_backward(
