@@ -292,13 +292,16 @@ def _convolution_backward(
 def run_norm_relu_pool(
     x: Tensor, norm: nn.Module, pool: nn.Module, statistics: Statistics | None = None
 ) -> Tensor:
-    """``pool(relu(norm(x)))``; keeps x and its statistics, which are computed where not given."""
+    """``pool(relu(norm(x)))`` in x's layout; keeps x, channels_last, and its statistics, which are
+    computed where not given."""
+    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
     x = x.contiguous(memory_format=torch.channels_last)
     if statistics is None:
         statistics = Statistics(*passes.statistics(x.detach()))
     y = _NormReluPool.apply(x, norm.weight, norm.bias, *statistics, norm.eps, _pooling(pool))
     update_running(norm, statistics, x.numel() // x.shape[1])
-    return y
+    # What draws random numbers in memory order behind it draws stock's.
+    return y.contiguous(memory_format=layout)
 
 
 class _Pooling(NamedTuple):
