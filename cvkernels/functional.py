@@ -2,6 +2,7 @@
 
 from cvkernels.ops.avg_pool.op import avg_pool
 from cvkernels.ops.batch_norm import BatchNormParams
+from cvkernels.ops.batch_norm_act.op import batch_norm_act
 from cvkernels.ops.conv_bn_act import registration as _conv_bn_act  # noqa: F401 - registers the op
 from cvkernels.ops.conv_bn_act.op import conv_bn_act
 from cvkernels.ops.dense_concat.op import dense_concat
@@ -19,6 +20,7 @@ __all__ = [
     "BatchNormParams",
     "DerivedWeights",
     "avg_pool",
+    "batch_norm_act",
     "conv_bn_act",
     "dense_concat",
     "depthwise_conv_bn_act",

@@ -109,7 +109,9 @@ def check_train(name, device, stock=None, batch=4, **kwargs):
     assert_matches_module(Concatenated(ours), Concatenated(theirs), image(batch, device=device))
     for key, value in theirs.state_dict().items():
         if key.endswith(("running_mean", "running_var")):
-            assert torch.allclose(ours.state_dict()[key], value), key
+            # A few roundings of the largest: a mean near zero is a sum that cancels.
+            atol = 2e-6 * value.abs().max().item()
+            assert torch.allclose(ours.state_dict()[key], value, atol=atol), key
         else:
             assert torch.equal(ours.state_dict()[key], value), key
 

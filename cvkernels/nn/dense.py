@@ -16,12 +16,16 @@ from cvkernels import record
 from cvkernels.functional import avg_pool, dense_concat
 from cvkernels.nn.conditions import (
     pooled_shape,
+    why_not_batch_norm_relu,
     why_not_called,
     why_not_conv_bn_act,
     why_not_in_place,
     why_not_norm_relu,
     why_not_same_map,
+    why_not_train,
+    why_not_trained_conv,
 )
+from cvkernels.nn.dense_training import Statistics, run_block, run_norm_relu_pool
 from cvkernels.nn.fusion import FusedModule, affine_of, run_group
 from cvkernels.nn.grown import Verdict
 from cvkernels.nn.sequential import FusedSequential, GrowingBlock
@@ -60,6 +64,23 @@ class GrowingLayer(FusedModule):
             or why_not_same_map(conv1)
             or why_not_same_map(conv2)
         )
+
+    def why_not_train(self, x: Tensor, channels: int) -> str:
+        """Why the layer has to be called in training, where ``channels`` are there before it."""
+        norm1, relu1, conv1, norm2, relu2, conv2 = self.parts()
+        if self.training and self.drop_rate > 0:
+            return "dropout is active"
+        return (
+            why_not_called(x, self)
+            or why_not_batch_norm_relu(x, channels, norm1, relu1)
+            or why_not_trained_conv(x, channels, conv1)
+            or why_not_batch_norm_relu(x, conv1.out_channels, norm2, relu2)
+            or why_not_trained_conv(x, conv1.out_channels, conv2)
+        )
+
+    def recomputes(self) -> bool:
+        """Whether conv1's output is to be computed again in the backward pass."""
+        return self.memory_efficient
 
     def grow(self, buffer: Tensor, channels: int, scratch: Tensor | None) -> int:
         """Write the layer's output behind the ``channels`` that there are; how many there are now.
@@ -194,7 +215,11 @@ class DenseBlock(nn.ModuleDict, GrowingBlock):
 
     Returns them concatenated: ``num_input_features + num_layers * growth_rate`` channels. In eval
     without gradients they share one channels_last buffer: each layer reads a prefix of it and
-    writes the channels behind, and nothing is concatenated.
+    writes the channels behind, and nothing is concatenated. In training the same buffer (the
+    output, which must not be written then), the outputs of the conv1s (nothing with
+    ``memory_efficient``) and batch statistics are all that autograd keeps: see
+    :mod:`cvkernels.nn.dense_training`. Its gradient can be taken once; for ``create_graph=True``,
+    run the forward pass under ``cvkernels.backend.use("reference")``.
     """
 
     _version = 2
@@ -224,6 +249,10 @@ class DenseBlock(nn.ModuleDict, GrowingBlock):
             buffer = self.buffer_for(init_features, init_features.shape)
             channels = init_features.shape[1]
             return self.grow(dense_concat(buffer, init_features, 0), channels)
+        if self._normalises_batches():
+            reason = self.why_not_train(init_features)
+            if not reason:
+                return self.train_grow(init_features)[0]
         features = [init_features]
         for layer in self.values():
             features.append(layer(features))
@@ -231,6 +260,41 @@ class DenseBlock(nn.ModuleDict, GrowingBlock):
             return torch.cat(features, 1)
         with recorder.fallback(reason):
             return torch.cat(features, 1)
+
+    def _normalises_batches(self) -> bool:
+        norm = getattr(next(iter(self.values()), None), "norm1", None)
+        return norm is not None and norm.training
+
+    def why_not_train(self, x: Tensor) -> str:
+        """Why the layers have to be called one by one on x in training."""
+        if reason := why_not_train(x, self):
+            return reason
+        channels = x.shape[1]
+        for layer in self.values():
+            if not isinstance(layer, GrowingLayer):
+                return f"{type(layer).__name__} is no dense layer of cvkernels"
+            if reason := layer.why_not_train(x, channels):
+                return reason
+            channels += layer.conv2.out_channels
+        return ""
+
+    def train_grow(self, x: Tensor) -> tuple[Tensor, Statistics]:
+        """The output in training and its statistics; :meth:`why_not_train` has been asked."""
+        layers = list(self.values())
+        parts = [(layer.norm1, layer.conv1, layer.norm2, layer.conv2) for layer in layers]
+        return run_block(x, parts, [layer.recomputes() for layer in layers])
+
+    def with_consumer(self, x: Tensor, layers: list[nn.Module]) -> tuple[Tensor] | None:
+        consumer = layers[0] if layers else None
+        if not isinstance(consumer, Transition) or not self._normalises_batches():
+            return None
+        if self.why_not_train(x):
+            return None
+        layers.pop(0)
+        features, statistics = self.train_grow(x)
+        if consumer.why_not_train(features):
+            return (consumer(features),)
+        return (consumer.train_forward(features, statistics),)
 
     def why_not_grow(self, x: Tensor) -> str:
         """Why the layers have to be called one by one on x; empty where they share a buffer."""
@@ -269,8 +333,9 @@ class Transition(FusedSequential):
     """Between two blocks: ``pool(conv(relu(norm(x))))``, half the height and width.
 
     In eval without gradients the map is pooled before the convolution, which commutes with it, in
-    one pass with norm and relu: the convolution has a quarter of the pixels. Elsewhere norm and
-    relu are the convolution's prologue on CUDA in eval.
+    one pass with norm and relu: the convolution has a quarter of the pixels. So it is in training,
+    where autograd keeps the input, its batch statistics and the pooled map. Elsewhere norm and relu
+    are the convolution's prologue on CUDA in eval.
     """
 
     def __init__(self, num_input_features: int, num_output_features: int) -> None:
@@ -283,7 +348,26 @@ class Transition(FusedSequential):
         self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self._why_not_pool_first(x) else self.write(x, None)
+        if not self._why_not_pool_first(x):
+            return self.write(x, None)
+        return super().forward(x) if self.why_not_train(x) else self.train_forward(x)
+
+    def why_not_train(self, x: Tensor) -> str:
+        """Why x is not pooled first in training."""
+        if reason := why_not_train(x, self) or self._why_not_norm_conv_pool():
+            return reason
+        norm, relu, conv, pool = (
+            self._modules.get(name) for name in ("norm", "relu", "conv", "pool")
+        )
+        return (
+            why_not_batch_norm_relu(x, x.shape[1], norm, relu)
+            or why_not_trained_conv(x, x.shape[1], conv)
+            or why_not_called(x, pool)
+        )
+
+    def train_forward(self, x: Tensor, statistics: Statistics | None = None) -> Tensor:
+        """The output in training; :meth:`why_not_train` has been asked."""
+        return self.conv(run_norm_relu_pool(x, self.norm, self.pool, statistics))
 
     def output_shape(self, x: Tensor) -> Sequence[int] | None:
         if self._why_not_pool_first(x):
@@ -298,21 +382,25 @@ class Transition(FusedSequential):
         return self.fused(pooled, self.conv, out=out)
 
     def _why_not_pool_first(self, x: Tensor) -> str:
-        if reason := why_not_in_place(x, self):
+        if reason := why_not_in_place(x, self) or self._why_not_norm_conv_pool():
             return reason
-        names = [name for name in self._modules if name != "relu"]
-        if names != ["norm", "conv", "pool"] or type(self.pool) is not nn.AvgPool2d:
-            return "it is no norm, 1x1 convolution and average pool"
         norm, relu, conv, pool = (
             self._modules.get(name) for name in ("norm", "relu", "conv", "pool")
         )
-        if pool.padding not in (0, (0, 0)) or pool.divisor_override is not None:
-            return "the average is not over pixels of the map alone"
-        if type(conv) is nn.Conv2d and (*conv.kernel_size, *conv.stride) != (1, 1, 1, 1):
-            return "the convolution is not 1x1"
         return (
             why_not_norm_relu(x, norm, relu)
             or why_not_conv_bn_act(x, conv, None, None)
             or why_not_same_map(conv)
             or why_not_called(x, pool)
         )
+
+    def _why_not_norm_conv_pool(self) -> str:
+        names = [name for name in self._modules if name != "relu"]
+        if names != ["norm", "conv", "pool"] or type(self.pool) is not nn.AvgPool2d:
+            return "it is no norm, 1x1 convolution and average pool"
+        conv, pool = self.conv, self.pool
+        if pool.padding not in (0, (0, 0)) or pool.divisor_override is not None:
+            return "the average is not over pixels of the map alone"
+        if type(conv) is nn.Conv2d and (*conv.kernel_size, *conv.stride) != (1, 1, 1, 1):
+            return "the convolution is not 1x1"
+        return ""

@@ -7,8 +7,16 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cvkernels.nn.conditions import ACTIVATIONS, pooled_shape, why_not_called, why_not_max_pool
-from cvkernels.nn.fusion import FusedModule
+from cvkernels.nn.conditions import (
+    ACTIVATIONS,
+    pooled_shape,
+    why_not_batch_norm_relu,
+    why_not_called,
+    why_not_max_pool,
+    why_not_train,
+)
+from cvkernels.nn.dense_training import run_norm_relu_pool
+from cvkernels.nn.fusion import FusedModule, run_group
 
 ACTIVATION_MODULES = tuple(kind for kind in ACTIVATIONS if isinstance(kind, type))
 
@@ -26,6 +34,10 @@ class GrowingBlock(FusedModule):
     def grow(self, buffer: Tensor, channels: int) -> Tensor:
         """The output, given that ``buffer[:, :channels]`` holds the input."""
         raise NotImplementedError
+
+    def with_consumer(self, x: Tensor, layers: list[nn.Module]) -> tuple[Tensor] | None:
+        """``layers.pop(0)(self(x))``, where that uses what this block knows of its output."""
+        return None
 
 
 class FusedSequential(nn.Sequential, FusedModule):
@@ -51,7 +63,9 @@ class FusedSequential(nn.Sequential, FusedModule):
         """What ``layers``, children of this module, compute one behind the other."""
         while layers:
             first = layers.pop(0)
-            if _next_are(layers, GrowingBlock) and (grown := self._grown(x, first, layers[0])):
+            if isinstance(first, GrowingBlock) and (shared := first.with_consumer(x, layers)):
+                x = shared[0]
+            elif _next_are(layers, GrowingBlock) and (grown := self._grown(x, first, layers[0])):
                 layers.pop(0)
                 x = grown[0]
             elif isinstance(first, _BatchNorm) and _next_are(layers, nn.ReLU, nn.Conv2d):
@@ -61,12 +75,36 @@ class FusedSequential(nn.Sequential, FusedModule):
                 conv = layers.pop(0)
                 x = self.fused(x, conv, *_norm_and_act(layers), input_bn=(first, None))
             elif isinstance(first, nn.Conv2d):
-                x = self.fused(x, first, *_norm_and_act(layers))
+                norm, act = _norm_and_act(layers)
+                if _trains(norm) and _next_are(layers, nn.MaxPool2d, GrowingBlock):
+                    x = self._pooled_in_training(x, first, norm, act, layers.pop(0))
+                else:
+                    x = self.fused(x, first, norm, act)
             elif isinstance(first, nn.MaxPool2d):
                 x = self.pooled(x, first)
             else:
                 x = first(x)
         return x
+
+    def _pooled_in_training(
+        self,
+        x: Tensor,
+        conv: nn.Conv2d,
+        norm: nn.Module,
+        act: nn.Module | None,
+        pool: nn.MaxPool2d,
+    ) -> Tensor:
+        """``pool(act(norm(conv(x))))``, conv's output all that autograd keeps of the last three."""
+        y = conv(x)
+        reason = (
+            why_not_train(y, self)
+            or why_not_batch_norm_relu(y, y.shape[1], norm, act)
+            or why_not_max_pool(y, pool)
+        )
+        if not reason:
+            return run_norm_relu_pool(y, norm, pool)
+        y = run_group(norm, reason, None, lambda: norm(y) if act is None else act(norm(y)))
+        return self.pooled(y, pool)
 
     def _grown(self, x: Tensor, producer: nn.Module, block: GrowingBlock) -> tuple[Tensor] | None:
         """``block(producer(x))`` without a copy between the two, where both can."""
@@ -82,6 +120,10 @@ class FusedSequential(nn.Sequential, FusedModule):
         out = buffer[:, : shape[1]]
         self.pooled(x, producer, out) if pools else producer.write(x, out)
         return (block.grow(buffer, shape[1]),)
+
+
+def _trains(norm: nn.Module | None) -> bool:
+    return norm is not None and norm.training
 
 
 def _norm_and_act(layers: list[nn.Module]) -> tuple[nn.Module | None, nn.Module | None]:

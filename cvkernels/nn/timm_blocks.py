@@ -128,6 +128,9 @@ class TimmEfficientNet(FusedModule):
 class TimmDenseLayer(GrowingLayer):
     """``conv2(norm2(conv1(norm1(cat(inputs)))))``, the part up to conv1 checkpointed on request."""
 
+    def recomputes(self) -> bool:
+        return self.grad_checkpointing
+
     def forward(self, x: Tensor | list[Tensor]) -> Tensor:
         inputs = [x] if isinstance(x, Tensor) else x
         if self.grad_checkpointing and self.any_requires_grad(inputs):

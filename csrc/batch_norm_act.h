@@ -1,0 +1,70 @@
+// Arithmetic of batch_norm_act: batch norm with batch statistics and an optional ReLU, and its
+// gradient. One definition for CPU and CUDA, no torch header.
+//
+// A map is a matrix: one row per pixel, its channels side by side. With n pixels and, per channel,
+// scale = weight / sqrt(var + eps):
+//
+//   y = relu((x - mean) * scale + bias)      dy = y > 0 ? grad : 0
+//   d_bias = sum dy                          d_weight = sum dy * (x - mean) / sqrt(var + eps)
+//   dx = dy * scale + (x - mean) * slope + offset
+//   slope = -scale / sqrt(var + eps) * d_weight / n      offset = -scale * d_bias / n
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "affine.h"
+#include "number.h"
+#include "portable.h"
+
+namespace cvkernels::batch_norm_act {
+
+// What a channel's elements are normalised with.
+template <typename Wide>
+struct Norm {
+  Wide mean, scale, bias;
+
+  CVK_HOST_DEVICE Wide operator()(Wide x) const { return (x - mean) * scale + bias; }
+};
+
+template <typename Wide>
+CVK_HOST_DEVICE Wide inverse_std(Wide var, double eps) {
+  return Wide(1) / std::sqrt(var + Wide(eps));
+}
+
+// Without a variance the scale is 1.
+template <typename T>
+CVK_HOST_DEVICE Norm<typename Number<T>::Wide> norm_of(const BatchNorm& bn, int64_t c) {
+  using Wide = typename Number<T>::Wide;
+  Wide scale = bn.weight.at<T>(c, Wide(1));
+  if (bn.var.data != nullptr) scale *= inverse_std(bn.var.at<T>(c, Wide(1)), bn.eps);
+  return {bn.mean.at<T>(c, Wide(0)), scale, bn.bias.at<T>(c, Wide(0))};
+}
+
+// NaN stays NaN in y, and passes the gradient, as in PyTorch.
+template <typename Wide>
+CVK_HOST_DEVICE Wide at_least(Wide y, Wide lowest) {
+  return y < lowest ? lowest : y;
+}
+
+template <typename Wide>
+CVK_HOST_DEVICE Wide relu_gradient(Wide grad, Wide y, Wide lowest) {
+  return y <= lowest ? Wide(0) : grad;
+}
+
+// The sums of dy and of dy * (x - mean) as a call's four results.
+template <typename T>
+struct Reduced {
+  using Wide = typename Number<T>::Wide;
+  Wide d_weight, d_bias, slope, offset;
+
+  static CVK_HOST_DEVICE Reduced of(const BatchNorm& bn, int64_t c, double sum, double product,
+                                    double pixels) {
+    const double inverse = inverse_std(bn.var.at<T>(c, Wide(1)), bn.eps);
+    const double scale = norm_of<T>(bn, c).scale;
+    return {Wide(product * inverse), Wide(sum), Wide(-scale * inverse * inverse * product / pixels),
+            Wide(-scale * sum / pixels)};
+  }
+};
+
+}  // namespace cvkernels::batch_norm_act

@@ -1,0 +1,164 @@
+"""batch_norm_act: the contract, the choice of a backend, and the call with its gradient."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cvkernels import backend as backends
+from cvkernels.backend import Backend, Choice
+from cvkernels.ops import calls, native
+from cvkernels.ops.batch_norm import BatchNormParams
+from cvkernels.ops.batch_norm_act import passes
+from cvkernels.ops.batch_norm_act.reference import batch_norm_act_reference
+from cvkernels.ops.checks import check_vector
+
+ACTS = ("none", "relu")
+DTYPES = native.DTYPES["cpu"]
+
+
+class BatchNormAct(NamedTuple):
+    """What :func:`batch_norm_act` returns."""
+
+    out: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    act: str = "none",
+    backend: Backend = "auto",
+) -> BatchNormAct:
+    """Batch norm in training, with its activation:
+    ``out = act((x - mean) / sqrt(var + eps) * weight + bias)``, mean and var those of x.
+
+    Args:
+        x: Tensor[N, C, H, W], float32, float16, bfloat16 or float64; any strides,
+            channels_last and channel slices of a channels_last tensor are fast.
+        weight: Tensor[C], any floating dtype; None for ones.
+        bias: Tensor[C], any floating dtype; None for zeros.
+        eps: added to the variance.
+        act: "none" or "relu".
+        backend: see :mod:`cvkernels.backend`. "auto" runs the native passes on CPU and CUDA
+            tensors; the reference runs where the compiled part is missing or has no code for the
+            GPU, for float64 on CUDA, for x of other strides than those, for CPU tensors under
+            torch.compile, and under a torch.func transform.
+
+    Returns:
+        ``(out, mean, var)``: out as x, channels_last where the native passes ran; mean and biased
+        variance Tensor[C], float32 (float64 for float64), through which no gradient flows: what
+        running statistics are made of. Statistics and arithmetic are in float32 (float64 for
+        float64), rounded once. None is a view of x.
+
+    Raises:
+        ValueError: a shape or device does not fit, act is not known, or a channel of x has fewer
+            than two elements.
+        TypeError: a dtype is not listed above.
+        BackendError: the requested backend cannot run this call.
+        RuntimeError: from the native passes' gradient under ``create_graph=True``, or where x,
+            which they keep for it, was written since.
+
+    Differentiable in x, weight and bias; once, but for the reference. For the gradient the native
+    passes keep x and the vectors, and compute what is behind the norm again.
+    Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
+    """
+    choice = _checked_choice(x, weight, bias, act, backend)
+    if choice.backend == "reference":
+        return BatchNormAct(*batch_norm_act_reference(x, weight, bias, eps, act))
+    relu = act == "relu"
+    if not calls.needs_grad((x, weight, bias)):
+        return BatchNormAct(*_forward(x, weight, bias, eps, relu))
+    return BatchNormAct(*_BatchNormAct.apply(x, weight, bias, eps, relu))
+
+
+def choose(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    act: str = "none",
+    backend: Backend = "auto",
+) -> Choice:
+    """The backend that :func:`batch_norm_act` runs for these arguments, and the rule behind it."""
+    return _checked_choice(x, weight, bias, act, backend)
+
+
+def refuse_create_graph(name: str) -> None:
+    """For a backward pass: raise under ``create_graph=True``, with the way out."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} is differentiable once, and this backward pass is run with "
+            f"create_graph=True; run the forward pass under cvkernels.backend.use('reference')"
+        )
+
+
+def _checked_choice(x, weight, bias, act, backend) -> Choice:
+    if x.dim() != 4 or x.numel() <= x.shape[1]:
+        raise ValueError(
+            f"batch_norm_act: x must have shape [N, C, H, W] with more than one element per "
+            f"channel, got {list(x.shape)}; normalise a single pixel in eval"
+        )
+    if x.dtype not in DTYPES:
+        raise TypeError(
+            f"batch_norm_act: x must be float32, float16, bfloat16 or float64, got {x.dtype}"
+        )
+    if act not in ACTS:
+        raise ValueError(f"batch_norm_act: act must be one of {list(ACTS)}, got {act!r}")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None:
+            check_vector("batch_norm_act", name, vector, x.shape[1], x)
+    requested = backends.requested(backend, ("native",))
+    if requested == "auto" and torch._C._functorch.peek_interpreter_stack() is not None:
+        return Choice("reference", "a torch.func transform is active")
+    return passes.select(x, requested)
+
+
+def _forward(x, weight, bias, eps, relu) -> tuple[Tensor, Tensor, Tensor]:
+    mean, var = passes.statistics(x)
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    return passes.apply(x, BatchNormParams(weight, bias, mean, var, eps), relu, out), mean, var
+
+
+class _BatchNormAct(torch.autograd.Function):
+    """Saves x, weight, bias, mean and var."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, relu):
+        out, mean, var = _forward(x, weight, bias, eps, relu)
+        ctx.save_for_backward(x, weight, bias, mean, var)
+        ctx.mark_non_differentiable(mean, var)
+        ctx.eps, ctx.relu = eps, relu
+        return out, mean, var
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        refuse_create_graph("batch_norm_act")
+        x, weight, bias, mean, var = ctx.saved_tensors
+        bn = BatchNormParams(weight, bias, mean, var, ctx.eps)
+        return *norm_backward(grad, x, bn, ctx.relu, ctx.needs_input_grad), None, None
+
+
+def norm_backward(
+    grad: Tensor, x: Tensor, bn: BatchNormParams, relu: bool, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients in x, weight and bias of ``relu(batch_norm(x))``, those of the three needed."""
+    grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    slope, offset = passes.vector_like(x, zero=True), passes.vector_like(x, zero=True)
+    d_weight, d_bias = passes.reduce(grad, x, bn, relu, slope, offset)
+    d_x = None
+    if needed[0]:
+        out = torch.empty_like(x, memory_format=torch.channels_last)
+        d_x = passes.input_gradient(grad, x, bn, relu, slope, offset, out)
+    vectors = ((d_weight, bn.weight), (d_bias, bn.bias))
+    return d_x, *(
+        d.to(vector.dtype) if vector is not None and need else None
+        for (d, vector), need in zip(vectors, needed[1:], strict=False)
+    )

@@ -1,0 +1,73 @@
+"""What batch_norm_act and its passes compute, in plain PyTorch: the specification."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cvkernels.ops.batch_norm import BatchNormParams
+
+
+def batch_norm_act_reference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, act: str = "none"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``act(batch_norm(x))`` with the batch's mean and variance, and these two."""
+    mean, var = statistics_reference(x)
+    y = F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+    return F.relu(y) if act == "relu" else y, mean, var
+
+
+def wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def statistics_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    var, mean = torch.var_mean(wide(x), (0, 2, 3), correction=0)
+    return mean, var
+
+
+def normalized_reference(x: Tensor, bn: BatchNormParams) -> Tensor:
+    """``(x - mean) * scale + bias`` in the dtype that x is computed in."""
+    y = (wide(x) - _column(bn.mean)) * _column(scale_of(bn))
+    return y if bn.bias is None else y + _column(wide(bn.bias))
+
+
+def apply_reference(x: Tensor, bn: BatchNormParams, relu: bool) -> Tensor:
+    y = normalized_reference(x, bn)
+    return (F.relu(y) if relu else y).to(x.dtype)
+
+
+def reduce_reference(grad: Tensor, x: Tensor, bn: BatchNormParams, relu: bool):
+    """(what is added to the total, d_weight, d_bias, slope, offset)."""
+    dy = _before_relu(grad, x, bn, relu)
+    scale, inverse_std = scale_of(bn), torch.rsqrt(bn.var + bn.eps)
+    pixels = x.numel() // x.shape[1]
+    d_bias = dy.sum((0, 2, 3))
+    d_weight = (dy * (wide(x) - _column(bn.mean))).sum((0, 2, 3)) * inverse_std
+    slope, offset = -scale * inverse_std * d_weight / pixels, -scale * d_bias / pixels
+    return dy * _column(scale), d_weight, d_bias, slope, offset
+
+
+def input_gradient_reference(
+    grad: Tensor, x: Tensor, bn: BatchNormParams, relu: bool, slope: Tensor, offset: Tensor
+) -> Tensor:
+    dy = _before_relu(grad, x, bn, relu) * _column(scale_of(bn))
+    through_statistics = (wide(x) - _column(bn.mean)) * _column(slope) + _column(offset)
+    return (dy + through_statistics).to(x.dtype)
+
+
+def scale_of(bn: BatchNormParams) -> Tensor:
+    scale = torch.ones_like(bn.mean) if bn.weight is None else wide(bn.weight)
+    return scale if bn.var is None else scale * torch.rsqrt(bn.var + bn.eps)
+
+
+def _before_relu(grad: Tensor, x: Tensor, bn: BatchNormParams, relu: bool) -> Tensor:
+    grad = wide(grad)
+    if not relu:
+        return grad
+    return torch.where(normalized_reference(x, bn) <= 0, torch.zeros_like(grad), grad)
+
+
+def _column(vector: Tensor) -> Tensor:
+    return vector[:, None, None]

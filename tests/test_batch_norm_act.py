@@ -1,0 +1,276 @@
+"""batch_norm_act and its passes against stock batch norm: every promise of their docstrings."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import assert_close_as_eager, assert_matches
+from torch.library import opcheck
+
+import cvkernels
+from cvkernels import backend, extension
+from cvkernels.backend import BackendError
+from cvkernels.functional import BatchNormParams, batch_norm_act
+from cvkernels.ops.batch_norm_act import passes, reference
+from cvkernels.ops.batch_norm_act.reference import batch_norm_act_reference
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# N, C, H, W, and the channels of the tensor that x is a slice of
+SHAPES = {
+    "densenet121-block1": (2, 64, 14, 14, 256),
+    "densenet121-block4": (2, 544, 7, 7, 1024),
+    "whole": (3, 24, 6, 5, 24),
+    "odd": (3, 17, 5, 9, 37),  # nothing divides a vector
+    "one-channel": (2, 1, 9, 7, 1),
+    "one-channel-of-many": (2, 1, 9, 7, 8),
+    "pixels-of-one-image": (1, 5, 1, 3, 5),
+    "many-pixels": (2, 3, 130, 131, 4),  # more than one chunk
+}
+
+
+@pytest.fixture(autouse=True)
+def native(device):
+    if not extension.has(device.type):
+        pytest.skip(extension.status()[device.type].reason)
+
+
+def make(shape, dtype=torch.float32, device="cpu", mean=0.5, std=1.0):
+    N, C, H, W, total = shape
+    buffer = (torch.randn(N, total, H, W, device=device) * std + mean).to(dtype)
+    return buffer.contiguous(memory_format=torch.channels_last)[:, :C]
+
+
+def vectors(C, dtype=torch.float32, device="cpu"):
+    weight, bias = torch.randn(2, C, device=device).to(dtype)
+    weight[0] = 0.0
+    return weight, bias
+
+
+def outcome(function, x, weight, bias, act):
+    """Output, statistics, and the gradients of x, weight and bias."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
+    out = function(*leaves, 1e-3, act)
+    generator = torch.Generator().manual_seed(1)
+    cotangent = torch.randn(out[0].shape, generator=generator, dtype=torch.float64).to(out[0])
+    inputs = [t for t in leaves if t is not None]
+    return [t.detach() for t in out] + list(torch.autograd.grad(out[0], inputs, cotangent))
+
+
+def ours(x, weight, bias, eps, act):
+    return batch_norm_act(x, weight, bias, eps=eps, act=act, backend="native")
+
+
+def check(x, weight, bias, act):
+    actual, eager = (outcome(f, x, weight, bias, act) for f in (ours, batch_norm_act_reference))
+    exact = outcome(
+        batch_norm_act_reference, *(None if t is None else t.double() for t in (x, weight, bias)),
+        act,
+    )  # fmt: skip
+    for a, e, truth in zip(actual, eager, exact, strict=True):
+        assert_close_as_eager(a, e, truth)
+
+
+@pytest.mark.parametrize("act", ["none", "relu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_output_statistics_and_gradients_match_stock(shape, dtype, act, device):
+    check(make(shape, dtype, device), *vectors(shape[1], device=device), act)
+
+
+@pytest.mark.parametrize("given", ["weight", "bias", "neither"])
+def test_vectors_may_be_absent_or_of_x_s_dtype(given, device):
+    x = make(SHAPES["odd"], torch.bfloat16, device)
+    weight, bias = vectors(17, torch.bfloat16, device)
+    check(x, weight if given == "weight" else None, bias if given == "bias" else None, "relu")
+
+
+def test_far_from_zero(device):
+    """Sums of squares of x itself would lose the variance."""
+    x = make(SHAPES["many-pixels"], device=device, mean=300.0, std=0.1)
+    check(x, *vectors(3, device=device), "relu")
+
+
+def test_float64_is_exact():
+    x, (weight, bias) = make(SHAPES["odd"], torch.float64), vectors(17, torch.float64)
+    pairs = (outcome(f, x, weight, bias, "relu") for f in (ours, batch_norm_act_reference))
+    for actual, expected in zip(*pairs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_several_norms_share_one_gradient(device):
+    """What reduce leaves of two norms of one x, finished once, is the sum of their gradients."""
+    shape = SHAPES["densenet121-block1"]
+    x, norms = make(shape, device=device), [vectors(64, device=device) for _ in range(2)]
+    grads = [torch.randn_like(x) for _ in norms]
+    mean, var = passes.statistics(x)
+    total = torch.zeros(2, 80, 14, 14, device=device).contiguous(memory_format=torch.channels_last)
+    slope, offset = (passes.vector_like(x, zero=True) for _ in range(2))
+    for (weight, bias), grad in zip(norms, grads, strict=True):
+        bn = BatchNormParams(weight, bias, mean, var, 1e-5)
+        passes.reduce(grad, x, bn, True, slope, offset, total[:, 16:])
+    out = torch.empty_like(x)
+    bn = BatchNormParams(mean=mean)
+    passes.input_gradient(total[:, 16:], x, bn, False, slope, offset, out)
+    assert not total[:, :16].any()
+
+    def summed(dtype):
+        leaf = x.to(dtype).requires_grad_()
+        ys = [
+            F.relu(F.batch_norm(leaf, None, None, w.to(dtype), b.to(dtype), True)) * g.to(dtype)
+            for (w, b), g in zip(norms, grads, strict=True)
+        ]
+        return torch.autograd.grad(sum(y.sum() for y in ys), leaf)[0]
+
+    assert_close_as_eager(out, summed(torch.float32), summed(torch.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_passes_match_their_references(dtype, device):
+    x, grad = (make(SHAPES["odd"], dtype, device) for _ in range(2))
+    weight, bias = vectors(17, device=device)
+    mean, var = reference.statistics_reference(x)
+    slope, offset = torch.randn(2, 17, device=device)
+
+    def normalised(x, weight, bias, mean, var):
+        return passes.apply(x, BatchNormParams(weight, bias, mean, var), True, torch.empty_like(x))
+
+    def expected(x, weight, bias, mean, var):
+        return reference.apply_reference(x, BatchNormParams(weight, bias, mean, var), True)
+
+    assert_matches(
+        lambda *args: (normalised if args[0].dtype == dtype else expected)(*args),
+        expected,
+        (x, weight, bias, mean, var),
+    )
+
+    def finished(grad, x, weight, bias, mean, var, slope, offset):
+        bn = BatchNormParams(weight, bias, mean, var)
+        return reference.input_gradient_reference(grad, x, bn, True, slope, offset)
+
+    def ours(grad, x, weight, bias, mean, var, slope, offset):
+        bn = BatchNormParams(weight, bias, mean, var)
+        return passes.input_gradient(grad, x, bn, True, slope, offset, torch.empty_like(x))
+
+    assert_matches(ours, finished, (grad, x, weight, bias, mean, var, slope, offset))
+
+
+def test_nan_stays_and_spreads_as_in_stock():
+    x = make(SHAPES["odd"]).clone()
+    x[0, 3, 0, 0] = torch.nan
+    outs = [f(x, *vectors(17), 1e-5, "relu")[0] for f in (ours, batch_norm_act_reference)]
+    assert torch.equal(*(out.isnan() for out in outs)) and outs[0][:, 3].isnan().all()
+
+
+def test_sums_do_not_depend_on_threads():
+    x, threads = make(SHAPES["many-pixels"]), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(outcome(ours, x, *vectors_once, "relu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+vectors_once = (torch.tensor([1.0, -0.5, 0.25]), torch.tensor([0.1, 0.2, -0.3]))
+
+
+def test_strides_that_the_passes_do_not_take_run_the_reference():
+    x = torch.randn(2, 4, 5, 6)
+    assert backend.chosen("batch_norm_act", x) == "reference"
+    assert backend.chosen("batch_norm_act", make((2, 4, 5, 6, 8))) == "native"
+    torch.testing.assert_close(batch_norm_act(x).out, F.batch_norm(x, None, None, training=True))
+    with pytest.raises(BackendError, match="channel slice"):
+        batch_norm_act(x, backend="native")
+
+
+def test_what_is_kept_and_its_versions():
+    x = make(SHAPES["whole"]).requires_grad_()
+    kept = []
+    y = x * 1.0
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        batch_norm_act(y, act="relu")
+    out = batch_norm_act(y, act="relu").out
+    large = {t.data_ptr() for t in kept if t.numel() >= x.numel()}
+    assert large == {y.data_ptr()}
+    with torch.no_grad():
+        y.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_create_graph_is_refused_with_the_way_out():
+    x = make(SHAPES["whole"]).requires_grad_()
+    with pytest.raises(RuntimeError, match=r"batch_norm_act is differentiable once.*reference"):
+        torch.autograd.grad(batch_norm_act(x).out.sum(), x, create_graph=True)
+    with backend.use("reference"):
+        (grad,) = torch.autograd.grad(batch_norm_act(x).out.pow(3).sum(), x, create_graph=True)
+        assert torch.autograd.grad(grad.pow(2).sum(), x)[0].abs().sum() > 0
+
+
+def test_torch_func_and_compile():
+    x, (weight, bias) = make(SHAPES["whole"]), vectors(24)
+
+    def loss(x):
+        return batch_norm_act(x, weight, bias, act="relu").out.pow(2).sum()
+
+    (expected,) = torch.autograd.grad(loss(leaf := x.detach().requires_grad_()), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(leaf), leaf)[0], expected)
+
+
+def test_explain_counts_the_passes():
+    class Norm(torch.nn.Module):
+        def forward(self, x):
+            return batch_norm_act(x, act="relu").out
+
+    x = torch.empty(2, 16, 8, 8, dtype=torch.bfloat16, device="meta")
+    rows = cvkernels.explain(Norm(), x.contiguous(memory_format=torch.channels_last)).rows
+    assert [row.op for row in rows] == ["batch_norm_act_statistics", "batch_norm_act_apply"]
+    assert rows[1].bytes_read == rows[1].bytes_written == 2 * x.numel()
+
+
+def test_opcheck(device):
+    x = make((2, 5, 3, 4, 8), device=device)
+    grad, out, total = torch.randn_like(x), torch.empty_like(x), torch.zeros_like(x)
+    weight, bias = vectors(5, device=device)
+    mean, var, slope, offset, d_weight, d_bias = torch.rand(6, 5, device=device).unbind()
+    ops, norm = torch.ops.cvkernels, (weight, bias, mean, var, 1e-5, True)
+    opcheck(ops.batch_norm_act_statistics.default, (x, mean.clone(), var.clone()))
+    opcheck(ops.batch_norm_act_apply.default, (x, *norm, out))
+    results = [t.clone() for t in (d_weight, d_bias, slope, offset)]
+    opcheck(ops.batch_norm_act_reduce.default, (grad, x, *norm, total, *results))
+    opcheck(ops.batch_norm_act_input_gradient.default, (grad, x, *norm, slope, offset, out))
+
+
+BAD = {
+    "rank": (lambda x: (x[0],), ValueError, r"shape \[N, C, H, W\].*got \[4, 5, 6\]"),
+    "one-pixel": (lambda x: (x[:1, :, :1, :1],), ValueError, "more than one element per channel"),
+    "empty": (lambda x: (x[:0],), ValueError, "more than one element per channel"),
+    "dtype": (lambda x: (x.int(),), TypeError, "x must be float32.*got torch.int32"),
+    "weight": (lambda x: (x, x.new_ones(3)), ValueError, r"weight must have shape \[4\]"),
+    "bias": (lambda x: (x, None, x.new_ones(4, 1)), ValueError, r"bias must have shape \[4\]"),
+    "bias-device": (
+        lambda x: (x, None, torch.ones(4, device="meta")), ValueError, "bias must be on x's device",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("args", "kind", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_arguments_are_refused(args, kind, message):
+    x = make((2, 4, 5, 6, 4))
+    with pytest.raises(kind, match=message):
+        batch_norm_act(*args(x))
+
+
+def test_unknown_act_and_direct_calls_are_refused():
+    x = make((2, 4, 5, 6, 4))
+    with pytest.raises(ValueError, match="act must be one of"):
+        batch_norm_act(x, act="silu")
+    mean, var = torch.zeros(2, 4)
+    bad_out = torch.empty(2, 4, 5, 7).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="out must have x's shape"):
+        torch.ops.cvkernels.batch_norm_act_apply(x, None, None, mean, var, 0.0, True, bad_out)
+    with pytest.raises(RuntimeError, match="channel slice"):
+        torch.ops.cvkernels.batch_norm_act_statistics(x.contiguous(), mean, var)
