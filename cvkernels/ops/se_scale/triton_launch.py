@@ -16,10 +16,12 @@ from cvkernels.ops.se_scale.layouts import (
     pixel_stride,
 )
 from cvkernels.ops.se_scale.tiles import cdiv
-from cvkernels.ops.se_scale.triton_kernels import (
-    excite_kernel,
+from cvkernels.ops.se_scale.triton_backward import (
     se_scale_bwd_nchw_kernel,
     se_scale_bwd_nhwc_kernel,
+)
+from cvkernels.ops.se_scale.triton_kernels import (
+    excite_kernel,
     se_scale_nchw_kernel,
     se_scale_nhwc_kernel,
     squeeze_excite_image_nhwc_kernel,
