@@ -140,8 +140,8 @@ def _channels_last_view(memory: Tensor, shape: Sequence[int]) -> Tensor:
 class DenseLayer(GrowingLayer):
     """``conv2(relu2(norm2(conv1(relu1(norm1(cat(inputs)))))))``: ``growth_rate`` new channels.
 
-    In eval conv1 (1x1) runs with norm2 and relu2 as one op, and on CUDA with norm1 and relu1 too;
-    conv2 is the 3x3.
+    In eval conv1 (1x1) runs with norm2 and relu2 as one op, and with norm1 and relu1 too where a
+    kernel has that prologue; conv2 is the 3x3.
 
     Args:
         num_input_features: channels of the inputs together.
@@ -335,7 +335,7 @@ class Transition(FusedSequential):
     In eval without gradients the map is pooled before the convolution, which commutes with it, in
     one pass with norm and relu: the convolution has a quarter of the pixels. So it is in training,
     where autograd keeps the input, its batch statistics and the pooled map. Elsewhere norm and relu
-    are the convolution's prologue on CUDA in eval.
+    are the convolution's prologue where a kernel has one, in eval.
     """
 
     def __init__(self, num_input_features: int, num_output_features: int) -> None:

@@ -55,8 +55,9 @@ class Inception(FusedModule):
            +- max pool 3x3 - 1x1 - pool_proj -+
 
     In eval without gradients the three 1x1 that read x run as one convolution, and every branch
-    writes its channels of the output in place. On CUDA the output is then a channel slice of a
-    channels_last buffer, which the maps between the convolutions share.
+    writes its channels of the output in place. Where the kernels write channel slices (on CUDA, and
+    in float32 on CPU) the output is a slice of a channels_last buffer, which the maps between the
+    convolutions share.
 
     Args:
         in_channels: of x.
@@ -189,7 +190,7 @@ class Inception(FusedModule):
 
 
 def _shares_buffers(x: Tensor) -> bool:
-    """Whether convolutions read and write channel slices; oneDNN's take dense tensors alone."""
+    """Whether convolutions read and write channel slices; oneDNN's and cuDNN's do not."""
     return fuses_prologue(x)
 
 
