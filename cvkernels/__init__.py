@@ -11,6 +11,7 @@ from cvkernels.backend import BackendError
 from cvkernels.explain import explain
 from cvkernels.freeze.frozen import freeze
 from cvkernels.freeze.saving import load_frozen
+from cvkernels.freeze.tune import tune
 from cvkernels.info import info
 from cvkernels.models import create_model, list_models
 from cvkernels.patch import patch, restore
@@ -35,5 +36,6 @@ __all__ = [
     "nn",
     "patch",
     "restore",
+    "tune",
     "verify",
 ]

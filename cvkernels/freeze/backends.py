@@ -7,20 +7,17 @@ measured choices (:func:`cvkernels.tune`) names another.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cvkernels.backend import lacks_triton
 from cvkernels.freeze.graph import Like, Node
 from cvkernels.functional import conv_bn_act
-from cvkernels.ops.activation import activate
-from cvkernels.ops.batch_norm import BatchNormParams, fold
+from cvkernels.ops.batch_norm import BatchNormParams
 from cvkernels.ops.conv_bn_act import onednn
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.derived_weights import DerivedWeights
@@ -77,33 +74,19 @@ def _blas(problem: Problem, conv: Node, cache: DerivedWeights) -> Run:
 
 
 def _onednn_why_not(problem: Problem, device: torch.device) -> str:
-    return onednn.why_not(problem) if device.type == "cpu" else "oneDNN needs CPU tensors"
+    if device.type != "cpu":
+        return "oneDNN needs CPU tensors"
+    if onednn.multiplies(problem):
+        return "of few pixels it is a matrix product"
+    return onednn.why_not(problem)
 
 
 def _onednn(problem: Problem, conv: Node, cache: DerivedWeights) -> Run:
-    # As one of several rows: for few pixels the op itself would take BLAS.
     convolve = onednn.prepared(problem, *_weights(conv), cache)
-    if problem.C <= 4:
-        convolve = _checking_images(problem, conv, convolve)
 
     def run(x: Tensor, residual: Tensor | None, gate: None, out: Tensor | None) -> Tensor:
         y = convolve(x, residual)
         return y if out is None else out.copy_(y)
-
-    return run
-
-
-def _checking_images(problem: Problem, conv: Node, convolve: Callable) -> Callable:
-    """oneDNN's relu turns NaN into 0: a bad image must not come out as plausible logits."""
-    weight, bias = fold(*_weights(conv))
-
-    def run(x: Tensor, residual: Tensor | None) -> Tensor:
-        if math.isfinite(x.sum().item()):
-            return convolve(x, residual)
-        geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
-        y = F.conv2d(x, weight, bias, *geometry)
-        y = activate(y if residual is None else y + residual, problem.act)
-        return y.contiguous(memory_format=torch.channels_last)
 
     return run
 
@@ -153,6 +136,13 @@ def problem_of(conv: Node, x: Like) -> Problem:
         has_bn=a["scale"] is not None, has_residual="residual" in a["roles"],
         has_input_bn=a["input_affine"] is not None, has_input_gate="gate" in a["roles"],
     )  # fmt: skip
+
+
+def without_prologue(conv: Node, problem: Problem) -> tuple[Node, Problem]:
+    """The convolution alone, for a backend before which its prologue is a step of its own."""
+    roles = tuple(role for role in conv.attrs["roles"] if role != "gate")
+    bare = Node("conv", [], conv.layer, **{**conv.attrs, "input_affine": None, "roles": roles})
+    return bare, replace(problem, has_input_bn=False, has_input_gate=False)
 
 
 def possible(problem: Problem, device: torch.device) -> list[Backend]:

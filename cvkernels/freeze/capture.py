@@ -110,15 +110,16 @@ class _Reader:
             self.values[node] = self._value_of(node)
         results: list[Node] = []
 
-        def refer(leaf: Any) -> Any:
-            value = self.values[leaf] if isinstance(leaf, fx.Node) else leaf
-            if not isinstance(value, Node):
-                return value
-            if value not in results:
-                results.append(value)
-            return Ref(results.index(value))
+        def refer(value: Any) -> Any:
+            if isinstance(value, fx.Node):
+                return refer(self.values[value])
+            if isinstance(value, Node):
+                if value not in results:
+                    results.append(value)
+                return Ref(results.index(value))
+            return _mapped(refer, value)
 
-        graph = Graph(self.nodes, results, _plain(map_aggregate(node.args[0], refer)))
+        graph = Graph(self.nodes, results, refer(node.args[0]))
         graph.prune()
         return graph
 
@@ -140,6 +141,8 @@ class _Reader:
             return self._module(node, layer, args, kwargs)
         if node.op == "call_function" or node.op == "call_method":
             name = node.target if node.op == "call_method" else CALLABLES.get(node.target, "")
+            if hasattr(node.target, "_fields") and not kwargs:
+                return node.target(*args)  # a named tuple, which torch.fx makes a call of
             in_place = _writes_in_place(node, kwargs)
             value = self.converter.convert(name, layer, args, kwargs)
             if value is None:
@@ -231,11 +234,15 @@ def _attribute(model: nn.Module, path: str) -> Any:
 
 def _plain(value: Any) -> Any:
     """torch.fx's immutable lists and dicts as Python's own."""
+    return _mapped(_plain, value)
+
+
+def _mapped(function: Callable, value: Any) -> Any:
+    """value with function applied to its parts, where it is a plain container."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_plain, value))
-    if isinstance(value, (tuple, list)):
-        kind = tuple if isinstance(value, tuple) else list
-        return kind(map(_plain, value))
+        return type(value)(*map(function, value))
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        return (tuple if isinstance(value, tuple) else list)(map(function, value))
     if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
+        return {key: function(part) for key, part in value.items()}
     return value

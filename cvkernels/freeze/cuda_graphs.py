@@ -16,56 +16,56 @@ from cvkernels.freeze.plan import Plan
 WARM_UP = 2
 
 
+class Pool:
+    """What the graphs of one frozen model share: memory, so that they run one after the other."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.handle = torch.cuda.graph_pool_handle()
+        self.done = torch.cuda.Event()
+
+
 class CudaGraph:
     """Runs a plan by replaying its CUDA graph, one call at a time.
 
     Input and output of a graph are always the same memory: a call copies its input there, replays,
-    and returns a copy of the output. All happens on the caller's stream under a lock, and an event
-    keeps a call on another stream from writing the input before the one before it is done.
+    and returns a copy of the output. All happens on the caller's stream under the pool's lock, and
+    an event keeps a call on another stream from writing before the one ahead of it is done.
     """
 
-    pool: Any = None
-    pool_lock = threading.Lock()
-
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, pool: Pool) -> None:
         self.plan = plan
-        self._lock = threading.Lock()
+        self._pool = pool
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._input: Tensor | None = None
-        self._output: Any = None
-        self._done: torch.cuda.Event | None = None
 
     def __call__(self, x: Tensor) -> Any:
         if record.active() is not None or torch.cuda.is_current_stream_capturing():
             return self.plan(x)
-        with self._lock, torch.cuda.device(x.device):
+        with self._pool.lock, torch.cuda.device(x.device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._pool.done)
             if self._graph is None:
                 self._capture(x)
-            stream = torch.cuda.current_stream()
-            stream.wait_event(self._done)
             self._input.copy_(x)
             self._graph.replay()
             result = map_aggregate(
                 self._output, lambda part: part.clone() if isinstance(part, Tensor) else part
             )
-            self._done.record(stream)
+            self._pool.done.record(stream)
             return result
 
     def _capture(self, x: Tensor) -> None:
-        with CudaGraph.pool_lock:
-            if CudaGraph.pool is None:
-                CudaGraph.pool = torch.cuda.graph_pool_handle()
-            self._input = x.clone(memory_format=torch.channels_last)
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
-                    self.plan(self._input)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may allocate meanwhile: only this one's calls are the graph's.
-            with torch.cuda.graph(graph, pool=CudaGraph.pool, capture_error_mode="thread_local"):
-                self._output = self.plan(self._input)
-            self._done = torch.cuda.Event()
-            self._done.record()
-            self._graph = graph
+        self._input = x.clone(memory_format=torch.channels_last)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                self.plan(self._input)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may allocate meanwhile: only this one's calls are the graph's.
+        with torch.cuda.graph(graph, pool=self._pool.handle, capture_error_mode="thread_local"):
+            self._output = self.plan(self._input)
+        # The graph writes into its arena at every replay; no other call may get that one.
+        self._arena = self.plan.take_arenas()
+        self._graph = graph

@@ -17,18 +17,25 @@ from torch import Tensor, nn
 
 from cvkernels.freeze import saving
 from cvkernels.freeze.capture import capture
-from cvkernels.freeze.cuda_graphs import CudaGraph
+from cvkernels.freeze.cuda_graphs import CudaGraph, Pool
 from cvkernels.freeze.fuse import fuse, own_weights
-from cvkernels.freeze.graph import Graph, Like, Node
+from cvkernels.freeze.graph import Graph, Like, Node, fill
 from cvkernels.freeze.plan import Plan
 from cvkernels.freeze.report import Report, report
 from cvkernels.freeze.shapes import infer
 from cvkernels.functional import DerivedWeights
+from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.errors import InputTypeError, InputValueError
 
 # Shapes of input that a frozen model keeps plans for; the one used longest ago goes first.
 CAPACITY = 8
+# Shapes that get a CUDA graph, the first ones; others run without, as right.
+GRAPHS = 8
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Attributes of a frozen model that are not copied or pickled.
+_DERIVED = (
+    "_plans", "_used", "_clock", "_lock", "_pool", "_caches", "_original", "_example",
+)  # fmt: skip
 
 
 def freeze(
@@ -71,7 +78,7 @@ def freeze(
     _check_model(model, example, dtype)
     dtype = _dtype_of(model, example, dtype)
     choices = saving.read_table(table)
-    with _planning(), torch.no_grad():
+    with _planning(), torch.inference_mode(False), torch.no_grad():
         graph = capture(model)
         x = Like(tuple(example.shape), dtype)
         fuse(graph, infer_in(graph, x, example.device, dtype))
@@ -159,7 +166,9 @@ class Frozen(nn.Module):
     It takes Tensor[N, C, H, W] of the dtype, device and C that it was frozen for; any N, H and W
     that the network takes, any strides. It returns what the model returns, in tensors of its own.
     Several threads may call it at once, with equal results. It can be pickled and deep-copied; what
-    is derived from the weights is derived again. It has no parameters: ``state_dict`` is empty.
+    is derived from the weights is derived again. It has no parameters: ``state_dict`` is empty. It
+    computes in its dtype, under torch.autocast too. On CPU an image that holds NaN or infinity
+    gives NaN.
     """
 
     def __init__(
@@ -186,6 +195,7 @@ class Frozen(nn.Module):
         self._used: dict[tuple, int] = {}
         self._clock = itertools.count()
         self._lock = threading.Lock()
+        self._pool: Pool | None = None
         self._caches: dict[Node, DerivedWeights] = {}
         self._original: tuple[Any, tuple] | None = None
         self._example: Tensor | None = None
@@ -198,9 +208,9 @@ class Frozen(nn.Module):
                 return self._empty(x)
             plan = self.plan_for(x)
         self._used[x.shape] = next(self._clock)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(self.device.type):
             return plan(x)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return plan(x)
 
     def plan_for(self, x: Tensor) -> Plan | CudaGraph:
@@ -209,17 +219,32 @@ class Frozen(nn.Module):
             return plan
         with self._lock:
             if x.shape not in self._plans:
+                self._make_room()
                 with _planning(), torch.inference_mode(False), torch.no_grad():
-                    plan = Plan(
-                        self.graph, Like(tuple(x.shape), self.dtype), self.device, self._caches,
-                        self.table,
-                    )  # fmt: skip
-                while len(self._plans) >= CAPACITY:
-                    oldest = min(self._plans, key=lambda shape: self._used.get(shape, -1))
-                    self._plans.pop(oldest)
-                    self._used.pop(oldest, None)
-                self._plans[x.shape] = CudaGraph(plan) if x.is_cuda else plan
+                    like = Like(tuple(x.shape), self.dtype)
+                    plan = Plan(self.graph, like, self.device, self._caches, self.table)
+                    self._plans[x.shape] = self._captured(plan) if x.is_cuda else plan
             return self._plans[x.shape]
+
+    def _make_room(self) -> None:
+        """Drop the plan used longest ago where there are as many as are kept."""
+        plans = [shape for shape, plan in self._plans.items() if isinstance(plan, Plan)]
+        if len(plans) >= CAPACITY:
+            del self._plans[min(plans, key=lambda shape: self._used.get(shape, -1))]
+        self._used = {shape: self._used.get(shape, -1) for shape in self._plans}
+
+    def _captured(self, plan: Plan) -> Plan | CudaGraph:
+        """The plan as a CUDA graph, while there are few of them."""
+        if sum(isinstance(other, CudaGraph) for other in self._plans.values()) >= GRAPHS:
+            return plan
+        if self._pool is None:
+            self._pool = Pool()
+        return CudaGraph(plan, self._pool)
+
+    def convolutions(self, x: Tensor) -> list[tuple[Node, Problem]]:
+        """The convolutions that a table of choices knows, as they run on x."""
+        self._check(x)
+        return _plan_of(self.plan_for(x)).convolutions()
 
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
@@ -248,8 +273,6 @@ class Frozen(nn.Module):
 
     def _empty(self, x: Tensor) -> Any:
         """What the model returns for no images."""
-        from cvkernels.freeze.graph import fill
-
         values = infer(self.graph, Like((1, *x.shape[1:]), self.dtype), self.device)
         results = [
             x.new_empty((0, *values[node].shape[1:]), dtype=values[node].dtype)
@@ -264,9 +287,7 @@ class Frozen(nn.Module):
         if not self._plans:
             raise ValueError("report: there is no plan yet; call the frozen model once")
         latest = max(self._plans, key=lambda shape: self._used.get(shape, -1))
-        plan = self._plans[latest]
-        plan = plan.plan if isinstance(plan, CudaGraph) else plan
-        return report(plan, tuple(latest), self.seconds_to_first_batch)
+        return report(_plan_of(self._plans[latest]), tuple(latest), self.seconds_to_first_batch)
 
     def remember(self, model: nn.Module, example: Tensor) -> None:
         """Keep what :func:`cvkernels.verify` compares with: no copy, and the model only while
@@ -274,22 +295,23 @@ class Frozen(nn.Module):
         self._original = (weakref.ref(model), stamp(model))
         self._example = example.detach()
 
-    def original(self) -> tuple[nn.Module, Tensor]:
-        """The model that was frozen and the example, for :func:`cvkernels.verify`.
+    def original(self, model: nn.Module | None = None) -> tuple[nn.Module, Tensor | None]:
+        """The model that was frozen, if ``model`` is None, and the example; for ``verify``.
 
         Raises:
             ValueError: they are gone, or the model has changed since.
         """
-        model = None if self._original is None else self._original[0]()
-        if model is None or self._example is None:
+        if model is None and self._original is not None:
+            model = self._original[0]()
+            if model is not None and stamp(model) != self._original[1]:
+                raise ValueError(
+                    "verify: the parameters of the model have changed since it was frozen; freeze "
+                    "it again, or pass the model as it was: verify(frozen, original=model)"
+                )
+        if model is None:
             raise ValueError(
                 "verify: the frozen model was loaded or copied, or the model that it came from is "
-                "gone; pass it: cvkernels.verify(frozen, example, model=model)"
-            )
-        if stamp(model) != self._original[1]:
-            raise ValueError(
-                "verify: the parameters of the model have changed since it was frozen; freeze it "
-                "again, or pass the model as it was: cvkernels.verify(frozen, example, model=model)"
+                "gone; pass it: verify(frozen, example, original=model)"
             )
         return model, self._example
 
@@ -328,7 +350,16 @@ class Frozen(nn.Module):
         return self
 
     def __getstate__(self) -> dict:
-        derived = ("_plans", "_used", "_clock", "_lock", "_caches", "_original", "_example")
+        derived = (
+            "_plans",
+            "_used",
+            "_clock",
+            "_lock",
+            "_pool",
+            "_caches",
+            "_original",
+            "_example",
+        )
         return {key: value for key, value in self.__dict__.items() if key not in derived}
 
     def __setstate__(self, state: dict) -> None:
@@ -344,6 +375,10 @@ class Frozen(nn.Module):
     def extra_repr(self) -> str:
         ops = [node.op for node in self.graph.nodes[1:]]
         return f"{len(ops)} ops, dtype={self.dtype}, device={self.device}"
+
+
+def _plan_of(plan: Plan | CudaGraph) -> Plan:
+    return plan.plan if isinstance(plan, CudaGraph) else plan
 
 
 def stamp(model: nn.Module) -> tuple:

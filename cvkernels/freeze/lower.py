@@ -74,7 +74,6 @@ class Lowered:
             backend = inputs[0].attrs["backend"]
         extra = {"source": node}
         if node.op == "excite":
-            # A step of its own multiplies by the gates' sigmoid itself.
             x = self.values[inputs[0].inputs[0]]
             extra.update(sigmoid=True, count=x.shape[2] * x.shape[3])
             value = Like(value.shape, x.dtype)
@@ -91,28 +90,28 @@ class Lowered:
         if is_depthwise(node) and (step := self._depthwise(node, value, inputs, x, problem)):
             return step
         chosen = backends.choose(problem, self.device, self.table)
-        roles, attrs = list(node.attrs["roles"]), {}
+        attrs = node.attrs
         if problem.has_prologue and not chosen.prologue:
-            attrs["input_affine"] = None
-            affine = node.attrs["input_affine"]
-            backend = "native" if self.native(x.dtype) else "cvkernels"
-            if affine is not None:
-                prologue = Node("affine", [], node.layer, scale=affine[0], shift=affine[1])
-                inputs[0] = self._emit(prologue, x, inputs[:1], relu=True, backend=backend)
-            if "gate" in roles:
-                gate = inputs.pop(roles.index("gate"))
-                roles.remove("gate")
-                gate.attrs["sigmoid"] = False
-                prologue = Node("scale", [], gate.layer)
-                inputs[0] = self._emit(
-                    prologue, self.values[inputs[0]], [inputs[0], gate], backend=backend
-                )
-            bare = Node("conv", [], **{**node.attrs, **attrs, "roles": tuple(roles)})
-            problem = backends.problem_of(bare, x)
+            self._prologue(node, x, inputs)
+            bare, problem = backends.without_prologue(node, problem)
+            attrs = bare.attrs
         return self._emit(
-            node, value, inputs, **attrs, roles=tuple(roles), problem=problem, source=node,
-            backend=chosen.name, implementation=chosen,
+            node, value, inputs, **attrs, problem=problem, source=node, backend=chosen.name,
+            implementation=chosen,
         )  # fmt: skip
+
+    def _prologue(self, node: Node, x: Like, inputs: list[Node]) -> None:
+        """Emit what the convolution does to its input as steps of their own; changes inputs."""
+        backend = "native" if self.native(x.dtype) else "cvkernels"
+        if (affine := node.attrs["input_affine"]) is not None:
+            step = Node("affine", [], node.layer, scale=affine[0], shift=affine[1], relu=True)
+            inputs[0] = self._emit(step, x, inputs[:1], backend=backend)
+        if "gate" in node.attrs["roles"]:
+            gate = inputs.pop(node.attrs["roles"].index("gate"))
+            # The step that multiplies by the gates applies their sigmoid.
+            gate.attrs["sigmoid"] = False
+            step = Node("scale", [], gate.layer)
+            inputs[0] = self._emit(step, x, [inputs[0], gate], backend=backend)
 
     def _depthwise(
         self, node: Node, value: Like, inputs: list[Node], x: Like, problem: backends.Problem

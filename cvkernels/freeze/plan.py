@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import math
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.node import map_aggregate
 
 from cvkernels import record
+from cvkernels.freeze.backends import problem_of
 from cvkernels.freeze.graph import Graph, Like, Node, Ref, fill
 from cvkernels.freeze.lower import Lowered
 from cvkernels.freeze.memory import VIEWS, Memory, new_arena
+from cvkernels.freeze.progress import progress
 from cvkernels.freeze.shapes import infer
-from cvkernels.freeze.steps import Builder
+from cvkernels.freeze.steps import Builder, Step
 from cvkernels.freeze.traffic import cost
 from cvkernels.functional import DerivedWeights
+from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.se_scale.select import Traffic
 
 # Arenas that a plan keeps for later calls; more calls at once than this allocate theirs.
@@ -36,15 +43,24 @@ class Plan:
     ) -> None:
         self.device = device
         self.output = graph.output
-        values = infer(graph, x, device)
-        self.lowered = Lowered(graph, values, device, table)
+        self.graph = graph
+        self.values = infer(graph, x, device)
+        self.lowered = Lowered(graph, self.values, device, table)
         self.memory = Memory(self.lowered)
         builder = Builder(self.memory, caches)
-        self.steps = [(step, builder.build(step)) for step in self.lowered.steps]
+        self.steps: list[tuple[Node, Step | None]] = []
+        with progress("freeze", len(self.lowered.steps)) as advance:
+            for step in self.lowered.steps:
+                self.steps.append((step, builder.build(step)))
+                advance()
         self.run_order = self._run_order()
         index = self.memory.index
         self.results = [(index[step], self._needs_copy(step)) for step in self.lowered.results]
         self.single = isinstance(self.output, Ref)
+        self.returned = [0, *(n for n, _ in self.results if n not in self.fixed)]
+        self.hides_nan = any(
+            step.op == "conv" and step.attrs["backend"] == "onednn" for step in self.lowered.steps
+        )
         self._idle: deque[list] = deque()
 
     def __call__(self, x: Tensor) -> Any:
@@ -52,32 +68,49 @@ class Plan:
             env = self._idle.pop()
         except IndexError:
             env = self._new_env()
-        env[0] = x
+        env[0] = x.contiguous(memory_format=torch.channels_last)
         if record.active() is None:
             for run in self.run_order:
                 run(env)
         else:
             self._run_recorded(env)
         results = [
-            env[number].clone() if copied else env[number] for number, copied in self.results
+            _copied(env[number]) if copied else env[number] for number, copied in self.results
         ]
-        env[0] = None
-        for number, _ in self.results:
-            if number not in self.fixed:
-                env[number] = None
+        for number in self.returned:
+            env[number] = None
+        # oneDNN's relu turns NaN into 0: a bad image must not come out as plausible logits.
+        if self.hides_nan and not math.isfinite(x.sum().item()):
+            _spoil(results, x)
         if len(self._idle) < KEPT:
             self._idle.append(env)
         return results[0] if self.single else fill(self.output, results)
+
+    def take_arenas(self) -> list:
+        """The idle arenas, which later calls get no more."""
+        taken = list(self._idle)
+        self._idle.clear()
+        return taken
+
+    def convolutions(self) -> list[tuple[Node, Problem]]:
+        """The graph's convolutions that ``table`` can choose for, with their prologues."""
+        return [
+            (node, problem_of(node, self.values[node.inputs[0]]))
+            for node in self.graph.nodes
+            if node.op == "conv" and self.lowered.of[node].op == "conv"
+        ]
 
     def _new_env(self) -> list:
         """The values of a call before it: those in an arena of its own, and None for the others.
 
         One more, the last, is always None: it stands for what a step does not have.
         """
-        arena = new_arena(self.memory.nbytes, self.device)
         env: list = [None] * (len(self.memory.index) + 1)
-        for number in self.fixed:
-            env[number] = self.memory.view(arena, self.lowered.steps[number])
+        # Memory of inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            arena = new_arena(self.memory.nbytes, self.device)
+            for number in self.fixed:
+                env[number] = self.memory.view(arena, self.lowered.steps[number])
         return env
 
     def _run_order(self) -> list:
@@ -125,9 +158,35 @@ class Plan:
 
     def traffic(self) -> list[tuple[Node, Traffic]]:
         """What every step costs."""
-        return [
+        costs = [
             (step, cost(self, step, reports=False)) for step, run in self.steps if run is not None
         ]
+        if self.hides_nan:
+            x = next(iter(self.lowered.values.values()))
+            look = Node("sum", [], "", backend="aten")
+            costs.append((look, Traffic(1, x.nbytes, x.dtype.itemsize)))
+        return costs
+
+
+def _copied(value: Any) -> Any:
+    """value with its tensors copied, for the caller to keep."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        twin = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(twin, field.name, _copied(getattr(value, field.name)))
+        return twin
+    return map_aggregate(value, lambda part: part.clone() if isinstance(part, Tensor) else part)
+
+
+def _spoil(results: list, x: Tensor) -> None:
+    """Make the results of images that hold NaN or infinity NaN."""
+    bad = ~x.isfinite().flatten(1).all(1)
+    for result in results:
+        if isinstance(result, Tensor) and result.is_floating_point() and result.dim():
+            if result.shape[0] == len(x):
+                result[bad] = float("nan")
 
 
 def _forget(numbers: list[int]):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cvkernels import functional
-from cvkernels.freeze.graph import Node
+from cvkernels.freeze.graph import Like, Node
 from cvkernels.freeze.memory import Memory
 from cvkernels.freeze.shapes import call
 from cvkernels.functional import BatchNormParams, DerivedWeights
@@ -70,7 +70,13 @@ class Builder:
     def _computed(self, step: Node, compute: Callable[[list], Tensor]) -> Step:
         """A step whose result is a tensor of its own, copied where it has a place."""
         number, out = self._place(step)
-        if out is None:
+        value = self.memory.lowered.values[step]
+        if out is None and isinstance(value, Like) and len(value.shape) == 4:
+
+            def run(env: list) -> None:
+                env[number] = compute(env).contiguous(memory_format=torch.channels_last)
+
+        elif out is None:
 
             def run(env: list) -> None:
                 env[number] = compute(env)
@@ -326,9 +332,4 @@ class Builder:
 
     def _call(self, step: Node) -> Step:
         inputs, function = self._inputs(step), call(step)
-        number = self.index[step]
-
-        def run(env: list) -> None:
-            env[number] = function([env[source] for source in inputs])
-
-        return run
+        return self._computed(step, lambda env: function([env[source] for source in inputs]))
