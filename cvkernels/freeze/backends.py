@@ -22,6 +22,8 @@ from cvkernels.ops.conv_bn_act import onednn
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.derived_weights import DerivedWeights
 
+# Up to as many pixels, BLAS takes a 1x1 convolution from oneDNN.
+FEW_PIXELS = 1024
 # run(x, residual, gate, out): the result, in out where that is not None
 Run = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
 
@@ -55,6 +57,11 @@ def _blas_why_not(problem: Problem, device: torch.device) -> str:
     return ""
 
 
+def _few_pixels(problem: Problem) -> bool:
+    """Whether a call of oneDNN's convolution, some 60 us whatever its size, would be most of it."""
+    return problem.N * problem.H * problem.W <= FEW_PIXELS
+
+
 def _blas(problem: Problem, conv: Node, cache: DerivedWeights) -> Run:
     weight, bias = conv.attrs["weight"], conv.attrs["bias"]
     matrix = cache.get("matrix", [weight], lambda: weight.flatten(1).t().contiguous())
@@ -76,7 +83,7 @@ def _blas(problem: Problem, conv: Node, cache: DerivedWeights) -> Run:
 def _onednn_why_not(problem: Problem, device: torch.device) -> str:
     if device.type != "cpu":
         return "oneDNN needs CPU tensors"
-    if onednn.multiplies(problem):
+    if _few_pixels(problem) and not _blas_why_not(problem, device):
         return "of few pixels it is a matrix product"
     return onednn.why_not(problem)
 
@@ -113,7 +120,7 @@ def _ops(problem: Problem, conv: Node, cache: DerivedWeights) -> Run:
 
 
 BACKENDS = (
-    Backend("blas", _blas_why_not, onednn.multiplies, _blas, writes=True, prologue=False),
+    Backend("blas", _blas_why_not, _few_pixels, _blas, writes=True, prologue=False),
     Backend(
         "onednn", _onednn_why_not, lambda problem: True, _onednn, writes=False, prologue=False
     ),
