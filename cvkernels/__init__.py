@@ -9,6 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from cvkernels import backend, functional, models, nn
 from cvkernels.backend import BackendError
 from cvkernels.explain import explain
+from cvkernels.freeze.frozen import freeze
+from cvkernels.freeze.saving import load_frozen
+from cvkernels.freeze.tune import tune
 from cvkernels.info import info
 from cvkernels.models import create_model, list_models
 from cvkernels.patch import patch, restore
@@ -24,12 +27,15 @@ __all__ = [
     "backend",
     "create_model",
     "explain",
+    "freeze",
     "functional",
     "info",
     "list_models",
+    "load_frozen",
     "models",
     "nn",
     "patch",
     "restore",
+    "tune",
     "verify",
 ]

@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from cvkernels import backend, record
+from cvkernels.freeze.frozen import Frozen
 from cvkernels.record import Recorder
 from cvkernels.tables import text_table
 
@@ -79,7 +81,9 @@ class _Outputs(Recorder):
             self.outputs[self.names[id(module)]] = output.detach().clone()
 
 
-def verify(model: nn.Module, example: Tensor) -> Verification:
+def verify(
+    model: nn.Module, example: Tensor | None = None, *, original: nn.Module | None = None
+) -> Verification:
     """Compare ``model(example)`` with float64 and with stock PyTorch in example's dtype.
 
     The rule: our error against float64 may be at most twice stock PyTorch's, plus one rounding of
@@ -87,12 +91,26 @@ def verify(model: nn.Module, example: Tensor) -> Verification:
     run with it, or another module; errors are those accumulated since the input.
 
     Args:
-        model: in eval mode. It is not changed.
-        example: the input, on the model's device.
+        model: in eval mode, or what :func:`cvkernels.freeze` returned, of which the outputs alone
+            are compared, with those of the model that it came from. It is not changed.
+        example: the input, on the model's device; for a frozen model that of ``freeze`` if None.
+        original: what a frozen model came from, where it does not know: it was loaded or copied, or
+            ``freeze`` was given the only reference.
 
     Raises:
-        ValueError: the model is in training mode, or example holds no data (meta device).
+        TypeError: there is no example, or an original for a model that is not frozen.
+        ValueError: the model is in training mode, example holds no data (meta device), or the
+            original is not known or has changed since.
     """
+    if isinstance(model, Frozen):
+        if original is None or example is None:
+            original, remembered = model.original(original)
+            example = remembered if example is None else example
+        if example is None:
+            raise TypeError("verify: the frozen model was loaded or copied; give an example")
+        return _verify_frozen(model, original, example)
+    if original is not None or example is None:
+        raise TypeError("verify: give an example; original= is for a frozen model alone")
     if model.training:
         raise ValueError("verify: the model is in training mode; call model.eval() first")
     if example.is_meta:
@@ -105,11 +123,28 @@ def verify(model: nn.Module, example: Tensor) -> Verification:
     rows = [
         _layer_error(name, ours[name], stock[name], exact[name]) for name in exact if name in ours
     ]
-    final, truth = ours[""], exact[""]
-    agreement = None
-    if final.dim() == 2:
-        agreement = (final.argmax(1) == truth.argmax(1)).double().mean().item()
-    return Verification(rows, agreement)
+    return Verification(rows, _agreement(ours[""], exact[""]))
+
+
+def _agreement(final: Tensor, truth: Tensor) -> float | None:
+    if final.dim() != 2:
+        return None
+    return (final.argmax(1) == truth.argmax(1)).double().mean().item()
+
+
+def _verify_frozen(frozen: Frozen, original: nn.Module, example: Tensor) -> Verification:
+    image = example.to(frozen.dtype)
+    with torch.no_grad(), backend.use("reference"):
+        exact = tree_leaves(copy.deepcopy(original).double()(example.double()))
+        stock = tree_leaves(copy.deepcopy(original).to(frozen.dtype)(image))
+    triples = [
+        parts
+        for parts in zip(tree_leaves(frozen(image)), stock, exact, strict=True)
+        if isinstance(parts[0], Tensor)
+    ]
+    names = [f"output {number}" if len(triples) > 1 else "" for number in range(len(triples))]
+    rows = [_layer_error(name, *parts) for name, parts in zip(names, triples, strict=True)]
+    return Verification(rows, _agreement(triples[0][0], triples[0][2]))
 
 
 def _outputs(model: nn.Module, example: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+"""``freeze``: a trained model as one planned sequence of kernels, for deployment."""

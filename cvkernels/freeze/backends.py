@@ -1,0 +1,184 @@
+"""Which implementation runs a convolution of a frozen model: the one place that decides.
+
+Each is a :class:`Backend`; the first of the list that can run a convolution does, unless a table of
+measured choices (:func:`cvkernels.tune`) names another.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cvkernels.backend import lacks_triton
+from cvkernels.freeze.graph import Like, Node
+from cvkernels.functional import conv_bn_act
+from cvkernels.ops.batch_norm import BatchNormParams
+from cvkernels.ops.conv_bn_act import onednn
+from cvkernels.ops.conv_bn_act.problem import Problem
+from cvkernels.ops.derived_weights import DerivedWeights
+
+# Up to as many pixels, BLAS takes a 1x1 convolution from oneDNN.
+FEW_PIXELS = 1024
+# run(x, residual, gate, out): the result, in out where that is not None
+Run = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
+
+
+class Backend(NamedTuple):
+    """One implementation of conv_bn_act.
+
+    ``why_not(problem, device)`` is the reason why it cannot run a convolution, or empty;
+    ``automatic`` says whether it is chosen without a table. ``writes``: it writes channel slices of
+    a buffer itself; others are copied there. ``prologue``: it takes ``input_affine`` and the gates
+    along, which are steps of their own before others.
+    """
+
+    name: str
+    why_not: Callable[[Problem, torch.device], str]
+    automatic: Callable[[Problem], bool]
+    build: Callable[[Problem, Node, DerivedWeights], Run]
+    writes: bool
+    prologue: bool
+
+
+def _blas_why_not(problem: Problem, device: torch.device) -> str:
+    if device.type != "cpu" or problem.dtype != torch.float32:
+        return "BLAS runs in float32 on CPU"
+    if not problem.pointwise or problem.stride != (1, 1) or problem.groups != 1:
+        return "it is no matrix product"
+    if problem.act not in ("none", "relu") or problem.has_residual or problem.has_prologue:
+        return "BLAS adds a bias and applies ReLU, nothing else"
+    if torch.get_float32_matmul_precision() != "highest":
+        return "float32 matrix products are set to a lower precision"
+    return ""
+
+
+def _few_pixels(problem: Problem) -> bool:
+    """Whether a call of oneDNN's convolution, some 60 us whatever its size, would be most of it."""
+    return problem.N * problem.H * problem.W <= FEW_PIXELS
+
+
+def _blas(problem: Problem, conv: Node, cache: DerivedWeights) -> Run:
+    weight, bias = conv.attrs["weight"], conv.attrs["bias"]
+    matrix = cache.get("matrix", [weight], lambda: weight.flatten(1).t().contiguous())
+    shift = torch.zeros(problem.K) if bias is None else bias
+    multiply = torch._addmm_activation if problem.act == "relu" else torch.addmm
+    N, K, P, Q = problem.N, problem.K, problem.P, problem.Q
+    pixels, C = N * P * Q, problem.C
+
+    def run(x: Tensor, residual: None, gate: None, out: Tensor | None) -> Tensor:
+        rows = x.permute(0, 2, 3, 1).reshape(pixels, C)
+        if out is None:
+            return multiply(shift, rows, matrix).view(N, P, Q, K).permute(0, 3, 1, 2)
+        multiply(shift, rows, matrix, out=out.permute(0, 2, 3, 1).view(pixels, K))
+        return out
+
+    return run
+
+
+def _onednn_why_not(problem: Problem, device: torch.device) -> str:
+    if device.type != "cpu":
+        return "oneDNN needs CPU tensors"
+    if _few_pixels(problem) and not _blas_why_not(problem, device):
+        return "of few pixels it is a matrix product"
+    return onednn.why_not(problem)
+
+
+def _onednn(problem: Problem, conv: Node, cache: DerivedWeights) -> Run:
+    convolve = onednn.prepared(problem, *_weights(conv), cache)
+
+    def run(x: Tensor, residual: Tensor | None, gate: None, out: Tensor | None) -> Tensor:
+        y = convolve(x, residual)
+        return y if out is None else out.copy_(y)
+
+    return run
+
+
+def _weights(conv: Node) -> tuple[Tensor, Tensor | None, BatchNormParams | None]:
+    scale = conv.attrs["scale"]
+    bn = None if scale is None else BatchNormParams(scale, conv.attrs["shift"])
+    return conv.attrs["weight"], conv.attrs["bias"], bn
+
+
+def _ops(problem: Problem, conv: Node, cache: DerivedWeights) -> Run:
+    input_affine = conv.attrs["input_affine"]
+    call = functools.partial(
+        conv_bn_act, weight=conv.attrs["weight"], bias=conv.attrs["bias"], bn=_weights(conv)[2],
+        stride=problem.stride, padding=problem.padding, dilation=problem.dilation,
+        groups=problem.groups, act=problem.act, cache=cache,
+        input_bn=None if input_affine is None else BatchNormParams(*input_affine),
+    )  # fmt: skip
+
+    def run(x: Tensor, residual: Tensor | None, gate: Tensor | None, out: Tensor | None) -> Tensor:
+        return call(x, residual=residual, input_gate=gate, out=out)
+
+    return run
+
+
+BACKENDS = (
+    Backend("blas", _blas_why_not, _few_pixels, _blas, writes=True, prologue=False),
+    Backend(
+        "onednn", _onednn_why_not, lambda problem: True, _onednn, writes=False, prologue=False
+    ),
+    # The public op, by its own rule: Triton or cuDNN on CUDA, the reference for what nothing above
+    # runs.
+    Backend(
+        "conv_bn_act", lambda problem, device: "", lambda problem: True, _ops, writes=True,
+        prologue=True,
+    ),
+)  # fmt: skip
+
+
+def problem_of(conv: Node, x: Like) -> Problem:
+    """The convolution on an input like x, with all that the graph fused to it."""
+    a = conv.attrs
+    K, _, R, S = a["weight"].shape
+    return Problem(
+        *x.shape, K, R, S, tuple(a["stride"]), tuple(a["padding"]), tuple(a["dilation"]),
+        a["groups"], x.dtype, a["act"], has_bias=a["bias"] is not None,
+        has_bn=a["scale"] is not None, has_residual="residual" in a["roles"],
+        has_input_bn=a["input_affine"] is not None, has_input_gate="gate" in a["roles"],
+    )  # fmt: skip
+
+
+def without_prologue(conv: Node, problem: Problem) -> tuple[Node, Problem]:
+    """The convolution alone, for a backend before which its prologue is a step of its own."""
+    roles = tuple(role for role in conv.attrs["roles"] if role != "gate")
+    bare = Node("conv", [], conv.layer, **{**conv.attrs, "input_affine": None, "roles": roles})
+    return bare, replace(problem, has_input_bn=False, has_input_gate=False)
+
+
+def possible(problem: Problem, device: torch.device) -> list[Backend]:
+    """The backends that can run the convolution, with its prologue or, if they have none, after."""
+    bare = replace(problem, has_input_bn=False, has_input_gate=False)
+    backends = [b for b in BACKENDS if not b.why_not(problem if b.prologue else bare, device)]
+    last = backends[-1]
+    if device.type == "cuda" and lacks_triton("cuda"):
+        return [last._replace(prologue=False)]
+    # The reference is for what nothing else computes.
+    return backends[:-1] or [last]
+
+
+def choose(problem: Problem, device: torch.device, table: Mapping[str, str]) -> Backend:
+    """The backend for a convolution: the table's, or the first that is automatic."""
+    backends = possible(problem, device)
+    named = table.get(key(problem))
+    for backend in backends:
+        if backend.name == named:
+            return backend
+    bare = replace(problem, has_input_bn=False, has_input_gate=False)
+    return next(b for b in backends if b.automatic(problem if b.prologue else bare))
+
+
+def key(problem: Problem) -> str:
+    """What a table of measured choices knows a convolution by."""
+    p = problem
+    parts = [f"{p.N}x{p.C}x{p.H}x{p.W}", f"{p.K}x{p.R}x{p.S}", str(p.dtype).removeprefix("torch.")]
+    parts += [f"s{p.stride[0]},{p.stride[1]}", f"p{p.padding[0]},{p.padding[1]}"]
+    parts += [f"d{p.dilation[0]},{p.dilation[1]}", f"g{p.groups}", p.act]
+    flags = {"residual": p.has_residual, "norm": p.has_input_bn, "gate": p.has_input_gate}
+    return " ".join(parts + [name for name, is_set in flags.items() if is_set])

@@ -1,0 +1,268 @@
+"""What functions, methods and modules of a traced model are among the graph's ops.
+
+Every conversion gives None where the graph has no op that computes exactly the same: then the call
+stays as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cvkernels.freeze.graph import Node
+from cvkernels.nn.conditions import _is_norm_act, relu_, why_not_affine
+from cvkernels.ops.batch_norm import BatchNormParams, scale_shift
+
+CALLABLES: dict[Any, str] = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu_: "relu",
+    relu_: "relu",
+    F.relu6: "relu6",
+    F.silu: "silu",
+    torch.sigmoid: "sigmoid",
+    F.sigmoid: "sigmoid",
+    operator.add: "add",
+    operator.iadd: "add",
+    torch.add: "add",
+    operator.mul: "mul",
+    operator.imul: "mul",
+    torch.mul: "mul",
+    torch.cat: "cat",
+    torch.concat: "cat",
+    torch.flatten: "flatten",
+    torch.mean: "mean",
+    F.adaptive_avg_pool2d: "adaptive_avg_pool2d",
+    F.max_pool2d: "max_pool2d",
+    F.avg_pool2d: "avg_pool2d",
+    F.dropout: "dropout",
+    F.linear: "linear",
+}
+_ACTS = {
+    "relu": "relu", "relu_": "relu", "relu6": "relu6", "silu": "silu",
+    "sigmoid": "sigmoid", "sigmoid_": "sigmoid",
+}  # fmt: skip
+_ACT_MODULES: dict[type, str] = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.Sigmoid: "sigmoid",
+}
+_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d)
+
+
+class Converter:
+    """Emits a graph's nodes for functions and methods."""
+
+    def __init__(self, emit: Callable[..., Node]) -> None:
+        self.emit = emit
+
+    def convert(self, name: str, layer: str, args: tuple, kwargs: dict) -> Any:
+        """The node that computes this call, or None; a node of the input where it does nothing."""
+        if not args:
+            return None
+        if name in _ACTS and isinstance(args[0], Node) and len(args) == 1:
+            return self.emit("act", [args[0]], layer, act=_ACTS[name])
+        rule = getattr(self, f"_{name.rstrip('_')}", None)
+        return None if rule is None else rule(layer, *args, **kwargs)
+
+    def _add(self, layer: str, a: Any, b: Any = None, **others: Any) -> Node | None:
+        if not isinstance(a, Node) or not isinstance(b, Node) or others:
+            return None
+        return self.emit("add", [a, b], layer)
+
+    def _mul(self, layer: str, a: Any, b: Any = None, **others: Any) -> Node | None:
+        if not isinstance(a, Node) or not isinstance(b, Node) or others:
+            return None
+        return self.emit("mul", [a, b], layer)
+
+    def _cat(self, layer: str, parts: Any, dim: int = 0, axis: int | None = None) -> Any:
+        if dim != 1 or axis is not None or not all(isinstance(part, Node) for part in parts):
+            return None
+        if len(parts) == 1:
+            return parts[0]
+        if (affine := self._channels_apart(parts)) is not None:
+            x, scale, shift = affine
+            return self.emit("affine", [x], layer, scale=scale, shift=shift, relu=False)
+        return self.emit("cat", parts, layer)
+
+    def _channels_apart(self, parts: list[Node]) -> tuple[Node, Tensor, Tensor] | None:
+        """GoogLeNet's transform_input: each channel alone, scaled and shifted, and all again."""
+        scales, shifts = [], []
+        for channel, part in enumerate(parts):
+            shifted = _operand(part, "add", operator.add)
+            scaled = shifted and _operand(shifted[0], "mul", operator.mul)
+            added = scaled and _operand(scaled[0], "unsqueeze", torch.unsqueeze)
+            picked = added and _operand(added[0], "", operator.getitem)
+            if not picked or added[1] != 1 or picked[1] != (slice(None), channel):
+                return None
+            if picked[0].op != "input" or picked[0] is not _root(parts[0]):
+                return None
+            scales.append(scaled[1])
+            shifts.append(shifted[1])
+        vectors = (torch.tensor(values, dtype=torch.float64) for values in (scales, shifts))
+        return (picked[0], *vectors)
+
+    def _flatten(self, layer: str, x: Any, start_dim: int = 0, end_dim: int = -1) -> Node | None:
+        if isinstance(x, Node) and (start_dim, end_dim) == (1, -1):
+            return self.emit("flatten", [x], layer)
+        return None
+
+    def _view(self, layer: str, x: Any, *sizes: Any) -> Node | None:
+        """``x.view(x.size(0), -1)``."""
+        sizes = (
+            tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+        )
+        if len(sizes) == 2 and sizes[1] == -1 and _is_batch(sizes[0], x):
+            return self.emit("flatten", [x], layer)
+        return None
+
+    _reshape = _view
+
+    def _mean(self, layer: str, x: Any, dim: Any = None, keepdim: bool = False, **o) -> Node | None:
+        if not isinstance(x, Node) or o or tuple(dim or ()) not in ((2, 3), (-2, -1)):
+            return None
+        mean = self.emit("mean", [x], layer, input_affine=None)
+        return mean if keepdim else self.emit("flatten", [mean], layer)
+
+    def _adaptive_avg_pool2d(self, layer: str, x: Any, output_size: Any) -> Node | None:
+        if output_size in (1, (1, 1), [1, 1]):
+            return self.emit("mean", [x], layer, input_affine=None)
+        return None
+
+    def _max_pool2d(
+        self, layer: str, x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0,
+        dilation: Any = 1, ceil_mode: bool = False, return_indices: bool = False,
+    ) -> Node | None:  # fmt: skip
+        if return_indices:
+            return None
+        window = _window(kernel_size, stride, padding, dilation, ceil_mode)
+        return self.emit("max_pool", [x], layer, window=window)
+
+    def _avg_pool2d(
+        self, layer: str, x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0,
+        ceil_mode: bool = False, count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Node:  # fmt: skip
+        return self.emit(
+            "avg_pool", [x], layer, window=_window(kernel_size, stride, padding, 1, ceil_mode),
+            count_include_pad=count_include_pad, divisor=divisor_override, input_affine=None,
+        )  # fmt: skip
+
+    def _dropout(
+        self, layer: str, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Node | None:
+        return None if training else x
+
+    def _contiguous(self, layer: str, x: Any, **kwargs: Any) -> Any:
+        return x if isinstance(x, Node) else None
+
+
+def _operand(node: Any, method: str, function: Callable) -> tuple | None:
+    """(x, y) of a call of ``function(x, y)`` or ``x.method(y)`` on one value and one constant."""
+    if not isinstance(node, Node) or node.op != "call" or len(node.inputs) != 1:
+        return None
+    if node.attrs["target"] not in (method, function) or len(node.attrs["args"]) != 2:
+        return None
+    return (node.inputs[0], node.attrs["args"][1])
+
+
+def _root(node: Node) -> Node:
+    while node.inputs:
+        node = node.inputs[0]
+    return node
+
+
+def _is_batch(size: Any, x: Any) -> bool:
+    """Whether size is ``x.size(0)`` or ``x.shape[0]``."""
+    if not isinstance(size, Node) or not isinstance(x, Node) or size.op != "call":
+        return False
+    target, args = size.attrs["target"], size.attrs["args"]
+    if target == "size" and args[1:] == (0,):
+        return size.inputs[0] is x
+    if target is operator.getitem and args[1] == 0:
+        shape = size.inputs[0]
+        return (
+            shape.op == "call"
+            and (shape.attrs["target"], shape.attrs["args"][1:])
+            in ((getattr, ("shape",)), ("size", ()))
+            and shape.inputs[0] is x
+        )
+    return False
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return (value, value)
+    return (value[0], value[-1])
+
+
+def _window(kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil: bool) -> tuple:
+    """The options in the order of :class:`cvkernels.ops.pool.Window`."""
+    kernel_size = _pair(kernel_size)
+    stride = kernel_size if stride is None or stride == [] else _pair(stride)
+    return (kernel_size, stride, _pair(padding), _pair(dilation), bool(ceil))
+
+
+def convert_module(converter: Converter, module: nn.Module, layer: str, x: Any, *rest: Any) -> Any:
+    """The node that computes ``module(x)``, or None."""
+    if rest or not isinstance(x, Node):
+        return None
+    kind, emit = type(module), converter.emit
+    if kind is nn.Conv2d:
+        return _conv(converter, module, layer, x)
+    if kind is nn.BatchNorm2d or _is_norm_act(module):
+        return _norm(converter, module, layer, x)
+    if kind in _ACT_MODULES:
+        return emit("act", [x], layer, act=_ACT_MODULES[kind])
+    if kind in _IDENTITIES or kind.__name__ in ("StochasticDepth", "DropPath"):
+        return x
+    if kind is nn.Linear:
+        return emit("linear", [x], layer, weight=module.weight, bias=module.bias)
+    if kind is nn.Flatten:
+        return converter._flatten(layer, x, module.start_dim, module.end_dim)
+    if kind is nn.AdaptiveAvgPool2d:
+        return converter._adaptive_avg_pool2d(layer, x, module.output_size)
+    if kind is nn.MaxPool2d:
+        return converter._max_pool2d(
+            layer, x, module.kernel_size, module.stride, module.padding, module.dilation,
+            module.ceil_mode, module.return_indices,
+        )  # fmt: skip
+    if kind is nn.AvgPool2d:
+        return converter._avg_pool2d(
+            layer, x, module.kernel_size, module.stride, module.padding, module.ceil_mode,
+            module.count_include_pad, module.divisor_override,
+        )  # fmt: skip
+    return None
+
+
+def _conv(converter: Converter, conv: nn.Conv2d, layer: str, x: Node) -> Node | None:
+    padding = (0, 0) if conv.padding == "valid" else conv.padding
+    if conv.padding_mode != "zeros" or isinstance(padding, str):
+        return None
+    return converter.emit(
+        "conv", [x], layer, roles=("x",), weight=conv.weight, bias=conv.bias, scale=None,
+        shift=None, stride=conv.stride, padding=padding, dilation=conv.dilation,
+        groups=conv.groups, act="none", input_affine=None, squeeze=False,
+    )  # fmt: skip
+
+
+def _norm(converter: Converter, bn: nn.Module, layer: str, x: Node) -> Node | None:
+    if why_not_affine(bn):
+        return None
+    act = "none"
+    if _is_norm_act(bn) and type(bn.act) is not nn.Identity:
+        if type(bn.act) not in _ACT_MODULES:
+            return None
+        act = _ACT_MODULES[type(bn.act)]
+    params = BatchNormParams(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
+    with torch.no_grad():
+        scale, shift = scale_shift(None, params, bn.running_mean, torch.float64)
+    node = converter.emit("affine", [x], layer, scale=scale, shift=shift, relu=False)
+    return node if act == "none" else converter.emit("act", [node], layer, act=act)

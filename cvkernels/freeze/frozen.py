@@ -1,0 +1,387 @@
+"""``freeze``, and the module that it returns."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cvkernels.freeze import saving
+from cvkernels.freeze.capture import capture
+from cvkernels.freeze.cuda_graphs import CudaGraph, Pool
+from cvkernels.freeze.fuse import fuse, own_weights
+from cvkernels.freeze.graph import Graph, Like, Node, fill
+from cvkernels.freeze.plan import Plan
+from cvkernels.freeze.report import Report, report
+from cvkernels.freeze.shapes import infer
+from cvkernels.functional import DerivedWeights
+from cvkernels.ops.conv_bn_act.problem import Problem
+from cvkernels.ops.errors import InputTypeError, InputValueError
+
+# Shapes of input that a frozen model keeps plans for; the one used longest ago goes first.
+CAPACITY = 8
+# Shapes that get a CUDA graph, the first ones; others run without, as right.
+GRAPHS = 8
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Attributes of a frozen model that are not copied or pickled.
+_DERIVED = (
+    "_plans", "_used", "_clock", "_lock", "_pool", "_caches", "_original", "_example",
+)  # fmt: skip
+
+
+def freeze(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    table: Mapping[str, str] | str | Path | None = None,
+) -> Frozen:
+    """The fastest form of ``model`` for inference: captured once, folded, prepacked and planned.
+
+    The model is traced by torch.fx, its norms are folded into its convolutions in float64, the
+    ops next to each other are fused, and for every input shape a plan says which kernel runs each
+    step and where its result lies: in one arena that values share when they do not live at the same
+    time, and where concatenations are slices that their parts are written to.
+
+    Args:
+        model: in eval. Its parameters are copied: what changes in them later does not reach the
+            frozen model. A child that torch.fx cannot trace, that has a hook, or that is not known
+            runs as a copy of itself. Hooks of modules that are traced into are not called.
+        example: Tensor[N, C, H, W] on the model's device, as the model will get them. Other N, H
+            and W are planned when they come.
+        dtype: of weights and input, the model's if None. bfloat16 and float16 need a processor, or
+            a GPU, that convolves in them.
+        table: measured choices of :func:`cvkernels.tune`, or the file that they were saved to.
+
+    Returns:
+        A :class:`Frozen`.
+
+    Raises:
+        TypeError: model is no module, example no floating tensor, or dtype not listed.
+        ValueError: a module of the model is in training mode; the example has another rank, or
+            another device than the model; the model's control flow depends on the data
+            (:class:`cvkernels.freeze.capture.CaptureError`).
+        MemoryError: the plan does not fit into memory.
+
+    The model is the same and usable after any of these.
+    """
+    start = time.perf_counter()
+    _check_model(model, example, dtype)
+    dtype = _dtype_of(model, example, dtype)
+    choices = saving.read_table(table)
+    with _planning(), torch.inference_mode(False), torch.no_grad():
+        graph = capture(model)
+        x = Like(tuple(example.shape), dtype)
+        fuse(graph, infer_in(graph, x, example.device, dtype))
+        own_weights(graph, dtype, example.device)
+        frozen = Frozen(graph, dtype, example.device, choices, channels=example.shape[1])
+        frozen.remember(model, example)
+        image = example.detach().to(dtype)
+        frozen.plan_for(image)
+        frozen(image)
+    frozen.seconds_to_first_batch = time.perf_counter() - start
+    return frozen
+
+
+def infer_in(graph: Graph, x: Like, device: torch.device, dtype: torch.dtype) -> dict[Node, Any]:
+    """The shapes before the graph's own weights: modules that are called are cast first."""
+    for node in graph.nodes:
+        if node.op == "call" and isinstance(node.attrs["target"], nn.Module):
+            node.attrs["target"].to(dtype)
+    return infer(graph, x, device)
+
+
+def _check_model(model: nn.Module, example: Tensor, dtype: torch.dtype | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"freeze: model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, Frozen):
+        raise TypeError("freeze: the model is frozen already; freeze the model that it came from")
+    if not isinstance(example, Tensor):
+        raise TypeError(
+            f"freeze: example must be a tensor [N, C, H, W], got {type(example).__name__}; wrap a "
+            f"model of several inputs in a module that takes one"
+        )
+    if not example.is_floating_point() or (dtype is not None and dtype not in DTYPES):
+        raise TypeError(
+            f"freeze: example and dtype must be float32, bfloat16, float16 or float64, got "
+            f"{example.dtype} and {dtype}"
+        )
+    if example.dim() != 4 or example.is_meta or not example.numel():
+        raise ValueError(
+            f"freeze: example must be images [N, C, H, W] that hold data, got "
+            f"{list(example.shape)} on {example.device}; give a single image a batch of one with "
+            f"example[None]"
+        )
+    for name, module in model.named_modules():
+        if module.training:
+            where = f"its module {name!r}" if name else "the model"
+            raise ValueError(f"freeze: {where} is in training mode; call model.eval() first")
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    devices = {tensor.device for tensor in tensors}
+    if devices - {example.device}:
+        others = ", ".join(sorted(str(device) for device in devices))
+        raise ValueError(
+            f"freeze: example must be on the model's device ({others}), got {example.device}; move "
+            f"one with .to()"
+        )
+
+
+def _dtype_of(model: nn.Module, example: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    if dtype is not None:
+        return dtype
+    kinds = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    return kinds[0] if kinds else example.dtype
+
+
+@contextlib.contextmanager
+def _planning() -> Iterator[None]:
+    """Out of memory is one error, whoever ran out of it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        out = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+            "can't allocate memory" in text or "not enough memory" in text
+        )
+        if not out:
+            raise
+        raise MemoryError(
+            f"freeze: out of memory while planning ({text.splitlines()[0] if text else 'no room'});"
+            f" the model is unchanged. Free memory, or give a smaller batch"
+        ) from error
+
+
+class Frozen(nn.Module):
+    """A frozen model: call it as the model that it came from, without gradients.
+
+    It takes Tensor[N, C, H, W] of the dtype, device and C that it was frozen for; any N, H and W
+    that the network takes, any strides. It returns what the model returns, in tensors of its own.
+    Several threads may call it at once, with equal results. It can be pickled and deep-copied; what
+    is derived from the weights is derived again. It has no parameters: ``state_dict`` is empty. It
+    computes in its dtype, under torch.autocast too. On CPU an image that holds NaN or infinity
+    gives NaN.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        dtype: torch.dtype,
+        device: torch.device,
+        table: Mapping[str, str],
+        channels: int,
+    ) -> None:
+        super().__init__()
+        self.training = False
+        self.graph = graph
+        self.dtype = dtype
+        self.device = device
+        self.channels = channels
+        self.table = dict(table)
+        self.seconds_to_first_batch = float("nan")
+        self._start_empty()
+
+    def _start_empty(self) -> None:
+        """Without what is derived from the graph, or remembered for ``verify``."""
+        self._plans: dict[tuple, Plan | CudaGraph] = {}
+        self._used: dict[tuple, int] = {}
+        self._clock = itertools.count()
+        self._lock = threading.Lock()
+        self._pool: Pool | None = None
+        self._caches: dict[Node, DerivedWeights] = {}
+        self._original: tuple[Any, tuple] | None = None
+        self._example: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Any:
+        plan = self._plans.get(x.shape) if type(x) is Tensor else None
+        if plan is None or x.dtype is not self.dtype or x.device != self.device or x.requires_grad:
+            self._check(x)
+            if not x.shape[0]:
+                return self._empty(x)
+            plan = self.plan_for(x)
+        self._used[x.shape] = next(self._clock)
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(self.device.type):
+            return plan(x)
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return plan(x)
+
+    def plan_for(self, x: Tensor) -> Plan | CudaGraph:
+        """The plan of x's shape, made where there is none."""
+        if (plan := self._plans.get(x.shape)) is not None:
+            return plan
+        with self._lock:
+            if x.shape not in self._plans:
+                self._make_room()
+                with _planning(), torch.inference_mode(False), torch.no_grad():
+                    like = Like(tuple(x.shape), self.dtype)
+                    plan = Plan(self.graph, like, self.device, self._caches, self.table)
+                    self._plans[x.shape] = self._captured(plan) if x.is_cuda else plan
+            return self._plans[x.shape]
+
+    def _make_room(self) -> None:
+        """Drop the plan used longest ago where there are as many as are kept."""
+        plans = [shape for shape, plan in self._plans.items() if isinstance(plan, Plan)]
+        if len(plans) >= CAPACITY:
+            del self._plans[min(plans, key=lambda shape: self._used.get(shape, -1))]
+        self._used = {shape: self._used.get(shape, -1) for shape in self._plans}
+
+    def _captured(self, plan: Plan) -> Plan | CudaGraph:
+        """The plan as a CUDA graph, while there are few of them."""
+        if sum(isinstance(other, CudaGraph) for other in self._plans.values()) >= GRAPHS:
+            return plan
+        if self._pool is None:
+            self._pool = Pool()
+        return CudaGraph(plan, self._pool)
+
+    def convolutions(self, x: Tensor) -> list[tuple[Node, Problem]]:
+        """The convolutions that a table of choices knows, as they run on x."""
+        self._check(x)
+        return _plan_of(self.plan_for(x)).convolutions()
+
+    def _check(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"frozen model: the input must be a tensor, got {type(x).__name__}")
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            way_out = "; give a single image a batch of one with x[None]" if x.dim() == 3 else ""
+            raise InputValueError(
+                f"frozen model: the input must have shape [N, {self.channels}, H, W], got "
+                f"{list(x.shape)}{way_out}"
+            )
+        if x.dtype != self.dtype:
+            raise InputTypeError(
+                f"frozen model: the input must be {self.dtype}, got {x.dtype}; convert it with "
+                f".to({self.dtype}), or freeze the model with dtype={x.dtype}"
+            )
+        if x.device != self.device:
+            raise InputValueError(
+                f"frozen model: the input must be on {self.device}, got {x.device}; move it with "
+                f".to(), or freeze the model on {x.device}"
+            )
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "frozen model: the input requires a gradient, and a frozen model has none; call "
+                "it under torch.no_grad(), give it x.detach(), or use the model that it came from"
+            )
+
+    def _empty(self, x: Tensor) -> Any:
+        """What the model returns for no images."""
+        values = infer(self.graph, Like((1, *x.shape[1:]), self.dtype), self.device)
+        results = [
+            x.new_empty((0, *values[node].shape[1:]), dtype=values[node].dtype)
+            if isinstance(values[node], Like)
+            else values[node]
+            for node in self.graph.results
+        ]
+        return fill(self.graph.output, results)
+
+    def report(self) -> Report:
+        """What runs for the shape of the latest call: kernels, bytes, memory and backends."""
+        if not self._plans:
+            raise ValueError("report: there is no plan yet; call the frozen model once")
+        latest = max(self._plans, key=lambda shape: self._used.get(shape, -1))
+        return report(_plan_of(self._plans[latest]), tuple(latest), self.seconds_to_first_batch)
+
+    def remember(self, model: nn.Module, example: Tensor) -> None:
+        """Keep what :func:`cvkernels.verify` compares with: no copy, and the model only while
+        somebody else keeps it."""
+        self._original = (weakref.ref(model), stamp(model))
+        self._example = example.detach()
+
+    def original(self, model: nn.Module | None = None) -> tuple[nn.Module, Tensor | None]:
+        """The model that was frozen, if ``model`` is None, and the example; for ``verify``.
+
+        Raises:
+            ValueError: they are gone, or the model has changed since.
+        """
+        if model is None and self._original is not None:
+            model = self._original[0]()
+            if model is not None and stamp(model) != self._original[1]:
+                raise ValueError(
+                    "verify: the parameters of the model have changed since it was frozen; freeze "
+                    "it again, or pass the model as it was: verify(frozen, original=model)"
+                )
+        if model is None:
+            raise ValueError(
+                "verify: the frozen model was loaded or copied, or the model that it came from is "
+                "gone; pass it: verify(frozen, example, original=model)"
+            )
+        return model, self._example
+
+    def save(self, path: str | Path) -> None:
+        """Write the model to a file of plain types that :func:`cvkernels.load_frozen` reads.
+
+        Raises:
+            ValueError: the model holds modules or functions that are called as they are; pickle it
+                with torch.save(frozen, path), and load it with weights_only=False.
+        """
+        saving.save(self, path)
+
+    def train(self, mode: bool = True) -> Frozen:
+        if mode:
+            raise RuntimeError(
+                "train: a frozen model cannot be trained, its norms are folded away; train the "
+                "model that it came from, and freeze that again"
+            )
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Frozen:
+        if requires_grad:
+            raise RuntimeError(
+                "requires_grad_: a frozen model has no gradients; use the model that it came from"
+            )
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Frozen:
+        probe = torch.empty(0, dtype=self.dtype, device=self.device)
+        moved = fn(probe)
+        if (moved.dtype, moved.device) != (probe.dtype, probe.device):
+            raise RuntimeError(
+                f"to: a frozen model stays {self.dtype} on {self.device}; move or convert the "
+                f"model that it came from, and freeze that again (dtype= converts, too)"
+            )
+        return self
+
+    def __getstate__(self) -> dict:
+        derived = (
+            "_plans",
+            "_used",
+            "_clock",
+            "_lock",
+            "_pool",
+            "_caches",
+            "_original",
+            "_example",
+        )
+        return {key: value for key, value in self.__dict__.items() if key not in derived}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._start_empty()
+
+    def __deepcopy__(self, memo: dict) -> Frozen:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
+    def extra_repr(self) -> str:
+        ops = [node.op for node in self.graph.nodes[1:]]
+        return f"{len(ops)} ops, dtype={self.dtype}, device={self.device}"
+
+
+def _plan_of(plan: Plan | CudaGraph) -> Plan:
+    return plan.plan if isinstance(plan, CudaGraph) else plan
+
+
+def stamp(model: nn.Module) -> tuple:
+    """What changes when a parameter or buffer does."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)

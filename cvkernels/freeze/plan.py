@@ -1,0 +1,204 @@
+"""The plan of one input shape: its steps, its arena, and how a call runs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.node import map_aggregate
+
+from cvkernels import record
+from cvkernels.freeze.backends import problem_of
+from cvkernels.freeze.graph import Graph, Like, Node, Ref, fill
+from cvkernels.freeze.lower import Lowered
+from cvkernels.freeze.memory import VIEWS, Memory, new_arena
+from cvkernels.freeze.progress import progress
+from cvkernels.freeze.shapes import infer
+from cvkernels.freeze.steps import Builder, Step
+from cvkernels.freeze.traffic import cost
+from cvkernels.functional import DerivedWeights
+from cvkernels.ops.conv_bn_act.problem import Problem
+from cvkernels.ops.se_scale.select import Traffic
+
+# Arenas that a plan keeps for later calls; more calls at once than this allocate theirs.
+KEPT = 8
+
+
+class Plan:
+    """Runs a graph on inputs of one shape. Threads may share it: each call has an arena."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        x: Like,
+        device: torch.device,
+        caches: dict[Node, DerivedWeights],
+        table: Mapping[str, str],
+    ) -> None:
+        self.device = device
+        self.output = graph.output
+        self.graph = graph
+        self.values = infer(graph, x, device)
+        self.lowered = Lowered(graph, self.values, device, table)
+        self.memory = Memory(self.lowered)
+        builder = Builder(self.memory, caches)
+        self.steps: list[tuple[Node, Step | None]] = []
+        with progress("freeze", len(self.lowered.steps)) as advance:
+            for step in self.lowered.steps:
+                self.steps.append((step, builder.build(step)))
+                advance()
+        self.run_order = self._run_order()
+        index = self.memory.index
+        self.results = [(index[step], self._needs_copy(step)) for step in self.lowered.results]
+        self.single = isinstance(self.output, Ref)
+        self.returned = [0, *(n for n, _ in self.results if n not in self.fixed)]
+        self.hides_nan = any(
+            step.op == "conv" and step.attrs["backend"] == "onednn" for step in self.lowered.steps
+        )
+        self._idle: deque[list] = deque()
+
+    def __call__(self, x: Tensor) -> Any:
+        try:
+            env = self._idle.pop()
+        except IndexError:
+            env = self._new_env()
+        env[0] = x.contiguous(memory_format=torch.channels_last)
+        if record.active() is None:
+            for run in self.run_order:
+                run(env)
+        else:
+            self._run_recorded(env)
+        results = [
+            _copied(env[number]) if copied else env[number] for number, copied in self.results
+        ]
+        for number in self.returned:
+            env[number] = None
+        # oneDNN's relu turns NaN into 0: a bad image must not come out as plausible logits.
+        if self.hides_nan and not math.isfinite(x.sum().item()):
+            _spoil(results, x)
+        if len(self._idle) < KEPT:
+            self._idle.append(env)
+        return results[0] if self.single else fill(self.output, results)
+
+    def take_arenas(self) -> list:
+        """The idle arenas, which later calls get no more."""
+        taken = list(self._idle)
+        self._idle.clear()
+        return taken
+
+    def convolutions(self) -> list[tuple[Node, Problem]]:
+        """The graph's convolutions that ``table`` can choose for, with their prologues."""
+        return [
+            (node, problem_of(node, self.values[node.inputs[0]]))
+            for node in self.graph.nodes
+            if node.op == "conv" and self.lowered.of[node].op == "conv"
+        ]
+
+    def _new_env(self) -> list:
+        """The values of a call before it: those in an arena of its own, and None for the others.
+
+        One more, the last, is always None: it stands for what a step does not have.
+        """
+        env: list = [None] * (len(self.memory.index) + 1)
+        # Memory of inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            arena = new_arena(self.memory.nbytes, self.device)
+            for number in self.fixed:
+                env[number] = self.memory.view(arena, self.lowered.steps[number])
+        return env
+
+    def _run_order(self) -> list:
+        """The steps' functions, and after each what forgets the tensors that are read no more."""
+        index = self.memory.index
+        self.fixed = frozenset(index[step] for step in index if self.memory.in_arena(step))
+        dying: dict[int, list[int]] = {}
+        for step, last in self.memory.last.items():
+            if index[step] not in self.fixed and step.op != "input":
+                dying.setdefault(last, []).append(index[step])
+        order = []
+        for number, (_, run) in enumerate(self.steps):
+            if run is not None:
+                order.append(run)
+            if number in dying:
+                order.append(_forget(dying[number]))
+        return order
+
+    def _needs_copy(self, step: Node) -> bool:
+        """Whether a result lies in memory that a later call, or the caller, writes to."""
+        if step.op in ("input", "call") or self.memory.in_arena(step):
+            return True
+        return step.op in VIEWS and any(self._needs_copy(source) for source in step.inputs)
+
+    def _run_recorded(self, env: list) -> None:
+        recorder = record.active()
+        for step, run in self.steps:
+            if run is None:
+                continue
+            recorder.layer = step.layer
+            traffic = cost(self, step)
+            if traffic is None:
+                run(env)  # the op in it reports itself
+                continue
+            with recorder.call(step.op, step.attrs["backend"], self.reason(step), *traffic):
+                run(env)
+
+    def reason(self, step: Node) -> str:
+        """Why the step is as it is, for ``explain`` and the report."""
+        if step.op == "conv" and self.memory.in_arena(step) and not self.lowered.writes(step):
+            return "frozen; copied into its slice"
+        if step.op == "copy":
+            return "frozen; its producer cannot write into the slice"
+        return "frozen" if step.op != "call" else "called as it is"
+
+    def traffic(self) -> list[tuple[Node, Traffic]]:
+        """What every step costs."""
+        costs = [
+            (step, cost(self, step, reports=False)) for step, run in self.steps if run is not None
+        ]
+        if self.hides_nan:
+            x = next(iter(self.lowered.values.values()))
+            look = Node("sum", [], "", backend="aten")
+            costs.append((look, Traffic(1, x.nbytes, x.dtype.itemsize)))
+        return costs
+
+
+def _copied(value: Any) -> Any:
+    """value with its tensors copied, for the caller to keep."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        twin = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(twin, field.name, _copied(getattr(value, field.name)))
+        return twin
+    return map_aggregate(value, lambda part: part.clone() if isinstance(part, Tensor) else part)
+
+
+def _spoil(results: list, x: Tensor) -> None:
+    """Make the results of images that hold NaN or infinity NaN."""
+    bad = ~x.isfinite().flatten(1).all(1)
+    for result in results:
+        if isinstance(result, Tensor) and result.is_floating_point() and result.dim():
+            if result.shape[0] == len(x):
+                result[bad] = float("nan")
+
+
+def _forget(numbers: list[int]):
+    if len(numbers) == 1:
+        (only,) = numbers
+
+        def forget(env: list) -> None:
+            env[only] = None
+    else:
+
+        def forget(env: list) -> None:
+            for number in numbers:
+                env[number] = None
+
+    return forget

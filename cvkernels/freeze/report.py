@@ -1,0 +1,68 @@
+"""``frozen.report()``: which kernel runs each step, what it moves, and what memory it takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from cvkernels.tables import text_table
+
+if TYPE_CHECKING:
+    from cvkernels.freeze.plan import Plan
+
+
+class Row(NamedTuple):
+    """One step of the plan."""
+
+    layer: str
+    op: str
+    backend: str
+    kernels: int
+    bytes_read: int
+    bytes_written: int
+    note: str
+
+
+class Report(NamedTuple):
+    """The plan of one input shape; prints as a table.
+
+    ``arena_bytes`` is what the values in the arena take together, ``live_bytes`` what they would
+    each on its own. Values that a step allocates itself are in neither.
+    """
+
+    rows: list[Row]
+    shape: tuple[int, ...]
+    arena_bytes: int
+    live_bytes: int
+    seconds_to_first_batch: float
+
+    @property
+    def kernels(self) -> int:
+        return sum(row.kernels for row in self.rows)
+
+    @property
+    def bytes_moved(self) -> int:
+        return sum(row.bytes_read + row.bytes_written for row in self.rows)
+
+    def __str__(self) -> str:
+        header = ("layer", "op", "backend", "kernels", "MB read", "MB written", "note")
+        lines = [
+            (*row[:4], f"{row.bytes_read / 1e6:.3f}", f"{row.bytes_written / 1e6:.3f}", row.note)
+            for row in self.rows
+        ]
+        return (
+            f"{text_table(header, lines)}\n"
+            f"input {list(self.shape)}: {self.kernels} kernels, {self.bytes_moved / 1e6:.1f} MB "
+            f"moved; arena {self.arena_bytes / 1e6:.2f} MB for {self.live_bytes / 1e6:.2f} MB of "
+            f"values; first batch after {self.seconds_to_first_batch:.2f} s"
+        )
+
+    __repr__ = __str__
+
+
+def report(plan: Plan, shape: tuple[int, ...], seconds: float) -> Report:
+    rows = []
+    for step, traffic in plan.traffic():
+        note = plan.reason(step).removeprefix("frozen").removeprefix("; ")
+        rows.append(Row(step.layer, step.op, step.attrs["backend"], *traffic, note))
+    memory = plan.memory
+    return Report(rows, shape, memory.nbytes, memory.live_bytes, seconds)

@@ -1,0 +1,118 @@
+"""``tune``: measure each convolution of a model on every backend that can run it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cvkernels.freeze import backends
+from cvkernels.freeze.backends import Backend
+from cvkernels.freeze.frozen import Frozen, freeze
+from cvkernels.freeze.graph import Node
+from cvkernels.freeze.progress import progress
+from cvkernels.functional import BatchNormParams, DerivedWeights, dense_concat, se_scale
+from cvkernels.ops.conv_bn_act.problem import Problem
+
+# Each candidate is timed in turns, until it has run so often and so long.
+RUNS, SECONDS = 5, 0.02
+
+
+class Choices(dict[str, str]):
+    """The fastest backend of each convolution, by its shape; ``freeze(..., table=)`` takes it.
+
+    ``seconds`` has what every backend took.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: dict[str, dict[str, float]] = {}
+
+    def save(self, path: str | Path) -> None:
+        """Write the choices to a JSON file, which ``freeze(..., table=path)`` takes."""
+        Path(path).write_text(json.dumps(self, indent=1) + "\n")
+
+
+def tune(model: nn.Module, example: Tensor) -> Choices:
+    """Time every convolution of ``model`` on ``example``'s shape on all backends that can run it.
+
+    The choices hold for this machine, the number of threads set, and these shapes: convolutions
+    of other shapes run by the rule. They take effect where they are given: in
+    ``freeze(model, example, table=choices)``.
+
+    Args:
+        model: in eval, or what :func:`cvkernels.freeze` made of it.
+        example: as of :func:`cvkernels.freeze`.
+
+    Raises:
+        TypeError, ValueError: as of :func:`cvkernels.freeze`.
+    """
+    frozen = model if isinstance(model, Frozen) else freeze(model, example)
+    convolutions: dict[str, Node] = {}
+    for node, problem in frozen.convolutions(example):
+        convolutions.setdefault(backends.key(problem), (node, problem))
+    choices = Choices()
+    with torch.no_grad(), progress("tune", len(convolutions)) as advance:
+        for key, (node, problem) in convolutions.items():
+            candidates = backends.possible(problem, frozen.device)
+            if len(candidates) > 1:
+                seconds = _measure(node, problem, candidates, frozen.device)
+                choices[key] = min(seconds, key=seconds.__getitem__)
+                choices.seconds[key] = seconds
+            advance()
+    return choices
+
+
+def _measure(
+    node: Node, problem: Problem, candidates: list[Backend], device: torch.device
+) -> dict[str, float]:
+    runs = {b.name: _runner(node, problem, b, device) for b in candidates}
+    for run in runs.values():
+        run()
+    best = dict.fromkeys(runs, float("inf"))
+    count, spent = 0, 0.0
+    while count < RUNS or spent < SECONDS * len(runs):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            took = time.perf_counter() - start
+            best[name] = min(best[name], took)
+            spent += took
+        count += 1
+    return best
+
+
+def _runner(
+    node: Node, problem: Problem, backend: Backend, device: torch.device
+) -> Callable[[], None]:
+    """Runs the convolution, after its prologue where the backend has none."""
+
+    def drawn(*shape: int) -> Tensor:
+        tensor = torch.randn(shape, device=device).to(problem.dtype)
+        return tensor.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else tensor
+
+    x = drawn(problem.N, problem.C, problem.H, problem.W)
+    gate = drawn(problem.N, problem.C) if problem.has_input_gate else None
+    shape = (problem.N, problem.K, problem.P, problem.Q)
+    residual = drawn(*shape) if problem.has_residual else None
+    if backend.prologue or not problem.has_prologue:
+        convolve = backend.build(problem, node, DerivedWeights())
+        return lambda: convolve(x, residual, gate, None)
+    bare, bare_problem = backends.without_prologue(node, problem)
+    convolve = backend.build(bare_problem, bare, DerivedWeights())
+    affine, before = node.attrs["input_affine"], torch.empty_like(x)
+
+    def run() -> None:
+        if affine is not None:
+            dense_concat(before, x, 0, BatchNormParams(*affine), relu=True)
+        else:
+            se_scale(x, gate, out=before)
+        convolve(before, residual, None, None)
+
+    return run

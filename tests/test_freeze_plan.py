@@ -1,0 +1,129 @@
+"""The planner: no two values that live at the same time share memory; none has more than enough."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+import cvkernels
+from cvkernels.freeze.memory import ALIGNMENT, Interval, pack
+
+
+def aligned(nbytes):
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_packed_intervals_do_not_overlap(seed):
+    draw = random.Random(seed)
+    intervals = []
+    for _ in range(draw.randrange(1, 60)):
+        first = draw.randrange(40)
+        nbytes = draw.choice([0, 1, 63, 64, 100, 4096, draw.randrange(10_000)])
+        intervals.append(Interval(nbytes, first, first + draw.randrange(8)))
+    total = pack(intervals)
+    for number, a in enumerate(intervals):
+        assert a.offset % ALIGNMENT == 0 and a.offset + a.nbytes <= total
+        for b in intervals[:number]:
+            together = a.first <= b.last and b.first <= a.last
+            apart = a.offset + a.nbytes <= b.offset or b.offset + b.nbytes <= a.offset
+            assert apart or not together
+    busiest = max(
+        sum(aligned(i.nbytes) for i in intervals if i.first <= step <= i.last) for step in range(48)
+    )
+    assert busiest <= total <= sum(aligned(i.nbytes) for i in intervals)
+
+
+def test_values_that_never_meet_share_their_memory():
+    chain = [Interval(1000, step, step + 1) for step in range(10)]
+    assert pack(chain) == 2 * aligned(1000)
+
+
+class RandomNetwork(nn.Module):
+    """Ops on values drawn among those that there are; many of them are concatenated."""
+
+    def __init__(self, seed):
+        super().__init__()
+        draw = random.Random(seed)
+        self.plan = []
+        self.layers = nn.ModuleList()
+        channels = [8]
+        for _ in range(draw.randrange(6, 16)):
+            kind = draw.choice(["conv", "conv", "pool", "norm", "relu", "cat", "cat", "add", "se"])
+            a = draw.randrange(len(channels))
+            same = [i for i, count in enumerate(channels) if count == channels[a]]
+            others = [draw.randrange(len(channels)) for _ in range(draw.randrange(1, 4))]
+            module, count = nn.Identity(), channels[a]
+            if kind == "conv":
+                count = draw.choice([8, 16])
+                kernel = draw.choice([1, 3])
+                module = nn.Conv2d(channels[a], count, kernel, padding=kernel // 2)
+            elif kind == "pool":
+                module = draw.choice([nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1)])
+            elif kind == "norm":
+                module = nn.BatchNorm2d(channels[a])
+            elif kind == "relu":
+                module = nn.ReLU()
+            elif kind == "cat":
+                count = channels[a] + sum(channels[i] for i in others)
+            elif kind == "se":
+                gate = (nn.Conv2d(count, 4, 1), nn.ReLU(), nn.Conv2d(4, count, 1), nn.Sigmoid())
+                module = nn.Sequential(nn.AdaptiveAvgPool2d(1), *gate)
+            self.layers.append(module)
+            self.plan.append((kind, a, draw.choice(same), others))
+            channels.append(count)
+
+    def forward(self, x):
+        values = [x]
+        for (kind, a, same, others), module in zip(self.plan, self.layers, strict=True):
+            if kind == "cat":
+                y = torch.cat([values[a], *(values[i] for i in others)], 1)
+            elif kind == "add":
+                y = values[a] + values[same]
+            elif kind == "se":
+                y = values[a] * module(values[a])
+            else:
+                y = module(values[a])
+            values.append(y)
+        return values[-1], values[len(values) // 2]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_networks(seed):
+    torch.manual_seed(seed)
+    model = RandomNetwork(seed).eval()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(2, 8, 5, 6)
+    frozen = cvkernels.freeze(model, x)
+    verification = cvkernels.verify(frozen)
+    assert verification.ok, verification
+    plan = frozen._plans[x.shape]
+    intervals = plan.memory.intervals
+    for root, interval in intervals.items():
+        for other, another in intervals.items():
+            if other is root:
+                continue
+            together = interval.first <= another.last and another.first <= interval.last
+            apart = (
+                interval.offset + interval.nbytes <= another.offset
+                or another.offset + another.nbytes <= interval.offset
+            )
+            assert apart or not together
+    (env,) = plan.take_arenas()
+    starts = {value.data_ptr() % ALIGNMENT for value in env if value is not None}
+    assert starts <= {0} or any(plan.memory.slices(step) for step in plan.memory.index)
+
+
+def test_dense_blocks_share_one_buffer_and_inception_blocks_too():
+    torch.manual_seed(0)
+    model = cvkernels.models.DenseNet(8, (3, 3, 2, 2), 16, num_classes=10).eval()
+    report = cvkernels.freeze(model, torch.randn(1, 3, 64, 64)).report()
+    assert not {"cat", "copy"} & {row.op for row in report.rows}
+    assert report.arena_bytes < report.live_bytes / 2
+    model = cvkernels.models.googlenet(num_classes=10, init_weights=False).eval()
+    report = cvkernels.freeze(model, torch.randn(1, 3, 64, 64)).report()
+    assert not {"cat", "copy", "concat"} & {row.op for row in report.rows}
