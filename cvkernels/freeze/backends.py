@@ -18,12 +18,10 @@ from cvkernels.backend import lacks_triton
 from cvkernels.freeze.graph import Like, Node
 from cvkernels.functional import conv_bn_act
 from cvkernels.ops.batch_norm import BatchNormParams
-from cvkernels.ops.conv_bn_act import onednn
+from cvkernels.ops.conv_bn_act import native, onednn
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.derived_weights import DerivedWeights
 
-# Up to as many pixels, BLAS takes a 1x1 convolution from oneDNN.
-FEW_PIXELS = 1024
 # run(x, residual, gate, out): the result, in out where that is not None
 Run = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
 
@@ -39,53 +37,38 @@ class Backend(NamedTuple):
 
     name: str
     why_not: Callable[[Problem, torch.device], str]
-    automatic: Callable[[Problem], bool]
+    automatic: bool
     build: Callable[[Problem, Node, DerivedWeights], Run]
     writes: bool
     prologue: bool
 
 
-def _blas_why_not(problem: Problem, device: torch.device) -> str:
-    if device.type != "cpu" or problem.dtype != torch.float32:
-        return "BLAS runs in float32 on CPU"
-    if not problem.pointwise or problem.stride != (1, 1) or problem.groups != 1:
-        return "it is no matrix product"
-    if problem.act not in ("none", "relu") or problem.has_residual or problem.has_prologue:
-        return "BLAS adds a bias and applies ReLU, nothing else"
-    if torch.get_float32_matmul_precision() != "highest":
-        return "float32 matrix products are set to a lower precision"
-    return ""
+def _native_why_not(problem: Problem, device: torch.device) -> str:
+    return native.why_not(problem) if device.type == "cpu" else "it needs CPU tensors"
 
 
-def _few_pixels(problem: Problem) -> bool:
-    """Whether a call of oneDNN's convolution, some 60 us whatever its size, would be most of it."""
-    return problem.N * problem.H * problem.W <= FEW_PIXELS
+def _native(problem: Problem, conv: Node, cache: DerivedWeights, tile: int | None = None) -> Run:
+    input_affine = conv.attrs["input_affine"]
+    input_bn = None if input_affine is None else BatchNormParams(*input_affine)
+    convolve = native.prepared(problem, *_weights(conv), input_bn, cache, tile)
 
-
-def _blas(problem: Problem, conv: Node, cache: DerivedWeights) -> Run:
-    weight, bias = conv.attrs["weight"], conv.attrs["bias"]
-    matrix = cache.get("matrix", [weight], lambda: weight.flatten(1).t().contiguous())
-    shift = torch.zeros(problem.K) if bias is None else bias
-    multiply = torch._addmm_activation if problem.act == "relu" else torch.addmm
-    N, K, P, Q = problem.N, problem.K, problem.P, problem.Q
-    pixels, C = N * P * Q, problem.C
-
-    def run(x: Tensor, residual: None, gate: None, out: Tensor | None) -> Tensor:
-        rows = x.permute(0, 2, 3, 1).reshape(pixels, C)
-        if out is None:
-            return multiply(shift, rows, matrix).view(N, P, Q, K).permute(0, 3, 1, 2)
-        multiply(shift, rows, matrix, out=out.permute(0, 2, 3, 1).view(pixels, K))
-        return out
+    def run(x: Tensor, residual: Tensor | None, gate: Tensor | None, out: Tensor | None) -> Tensor:
+        return convolve(x, residual, out, gate)
 
     return run
 
 
+def _winograd_why_not(tile: int) -> Callable[[Problem, torch.device], str]:
+    def why_not(problem: Problem, device: torch.device) -> str:
+        reason = _native_why_not(problem, device)
+        tiles = native.tiles(problem)
+        return reason or ("" if tile in tiles and len(tiles) > 1 else "there is no such choice")
+
+    return why_not
+
+
 def _onednn_why_not(problem: Problem, device: torch.device) -> str:
-    if device.type != "cpu":
-        return "oneDNN needs CPU tensors"
-    if _few_pixels(problem) and not _blas_why_not(problem, device):
-        return "of few pixels it is a matrix product"
-    return onednn.why_not(problem)
+    return onednn.why_not(problem) if device.type == "cpu" else "oneDNN needs CPU tensors"
 
 
 def _onednn(problem: Problem, conv: Node, cache: DerivedWeights) -> Run:
@@ -120,14 +103,26 @@ def _ops(problem: Problem, conv: Node, cache: DerivedWeights) -> Run:
 
 
 BACKENDS = (
-    Backend("blas", _blas_why_not, _few_pixels, _blas, writes=True, prologue=False),
+    # By its own choice of an algorithm; then each of the others, for a table to name.
+    Backend("native", _native_why_not, True, _native, writes=True, prologue=True),
+    *(
+        Backend(
+            f"native F(2x{tile})" if tile else "native direct",
+            _winograd_why_not(tile),
+            False,
+            functools.partial(_native, tile=tile),
+            writes=True,
+            prologue=True,
+        )
+        for tile in (0, 2, 4)
+    ),
     Backend(
-        "onednn", _onednn_why_not, lambda problem: True, _onednn, writes=False, prologue=False
+        "onednn", _onednn_why_not, True, _onednn, writes=False, prologue=False
     ),
     # The public op, by its own rule: Triton or cuDNN on CUDA, the reference for what nothing above
     # runs.
     Backend(
-        "conv_bn_act", lambda problem, device: "", lambda problem: True, _ops, writes=True,
+        "conv_bn_act", lambda problem, device: "", True, _ops, writes=True,
         prologue=True,
     ),
 )  # fmt: skip
@@ -170,8 +165,7 @@ def choose(problem: Problem, device: torch.device, table: Mapping[str, str]) -> 
     for backend in backends:
         if backend.name == named:
             return backend
-    bare = replace(problem, has_input_bn=False, has_input_gate=False)
-    return next(b for b in backends if b.automatic(problem if b.prologue else bare))
+    return next(b for b in backends if b.automatic)
 
 
 def key(problem: Problem) -> str:

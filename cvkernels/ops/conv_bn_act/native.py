@@ -57,11 +57,16 @@ PRODUCTS, BYTES = 44.0, 12.0
 TRANSFORM = {2: 0.17, 4: 0.43}
 
 
-def tile_of(problem: Problem) -> int:
-    """0 for a direct convolution, or the width 2 or 4 of Winograd's tiles, which are 2 high."""
+def tiles(problem: Problem) -> tuple[int, ...]:
+    """The algorithms for ``problem``: 0 is direct, 2 or 4 the width of Winograd's tiles, 2 high."""
     if (problem.R, problem.S, *problem.stride, *problem.dilation) != (3, 3, 1, 1, 1, 1):
-        return 0
-    if problem.has_prologue or problem.C < PANEL:
+        return (0,)
+    return (0,) if problem.has_prologue or problem.C < PANEL else (0, 2, 4)
+
+
+def tile_of(problem: Problem) -> int:
+    """The one of :func:`tiles` that takes the least time, by a model of it."""
+    if not problem.bytes_written:
         return 0
 
     def cost(tile: int) -> float:
@@ -73,7 +78,7 @@ def tile_of(problem: Problem) -> int:
         transforms = TRANSFORM[tile] * (1 / problem.C + 1 / problem.K)
         return points * (tiles * (1 / PRODUCTS + transforms) + 4 / BYTES)
 
-    return min((0, 2, 4), key=cost)
+    return min(tiles(problem), key=cost)
 
 
 def lacks(dtype: torch.dtype, groups: int) -> str:
