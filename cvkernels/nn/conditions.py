@@ -122,7 +122,7 @@ def why_not_in_place(x: Tensor, module: nn.Module) -> str:
         return "a gradient is needed"
     if x.dim() != 4 or not x.numel():
         return "the input is empty or not [N, C, H, W]"
-    if (dtype := _autocast_dtype(x)) and dtype != x.dtype:
+    if (dtype := autocast_dtype(x)) and dtype != x.dtype:
         return f"autocast computes in {dtype}, the input is {x.dtype}"
     return ""
 
@@ -148,8 +148,17 @@ def _why_not_batch_norm(bn: nn.Module) -> str:
 
 def why_not_train(x: Tensor, module: nn.Module) -> str:
     """Why a training pass over module's parts cannot be one autograd function of x's dtype."""
-    if reason := why_not_called(x, module):
+    if reason := why_not_called(x, module) or why_not_differentiated_here():
         return reason
+    if x.dim() != 4 or x.numel() <= x.shape[1] or x.dtype not in TRAINED:
+        return f"the input is {x.dtype} of shape {list(x.shape)}, not a batch of float maps"
+    if (dtype := autocast_dtype(x)) and dtype != x.dtype:
+        return f"autocast computes in {dtype}, the input is {x.dtype}"
+    return ""
+
+
+def why_not_differentiated_here() -> str:
+    """Why an autograd function of ours, differentiable once and in reverse, will not do."""
     if torch.compiler.is_compiling():
         return "torch.compile plans the memory"
     if backend.requested("auto", ()) == "reference":
@@ -158,10 +167,6 @@ def why_not_train(x: Tensor, module: nn.Module) -> str:
         return "a torch.func transform is active"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if x.dim() != 4 or x.numel() <= x.shape[1] or x.dtype not in TRAINED:
-        return f"the input is {x.dtype} of shape {list(x.shape)}, not a batch of float maps"
-    if (dtype := _autocast_dtype(x)) and dtype != x.dtype:
-        return f"autocast computes in {dtype}, the input is {x.dtype}"
     return ""
 
 
@@ -171,12 +176,29 @@ def why_not_batch_norm_relu(
     """Why norm and relu do not normalise ``channels`` channels with the batch's statistics."""
     if reason := _why_not_batch_norm(norm):
         return reason
-    if not norm.training and norm.running_mean is not None:
-        return "batch norm normalises with running statistics"
+    if reason := _why_not_batch_statistics(norm):
+        return reason
     if relu is None and _is_norm_act(norm):
         relu = norm.act
     if type(relu) is not nn.ReLU:
         return f"{type(relu).__name__} is not exactly nn.ReLU"
+    return _why_not_vectors(x, channels, norm) or why_not_called(x, norm, relu)
+
+
+def why_not_batch_norm(x: Tensor, channels: int, norm: nn.Module) -> str:
+    """Why norm does not normalise ``channels`` channels with the batch's statistics."""
+    if type(norm) is not nn.BatchNorm2d:
+        return f"{type(norm).__name__} is not exactly nn.BatchNorm2d"
+    return _why_not_batch_statistics(norm) or _why_not_vectors(x, channels, norm)
+
+
+def _why_not_batch_statistics(norm: nn.Module) -> str:
+    if not norm.training and norm.running_mean is not None:
+        return "batch norm normalises with running statistics"
+    return ""
+
+
+def _why_not_vectors(x: Tensor, channels: int, norm: nn.Module) -> str:
     wide = torch.promote_types(x.dtype, torch.float32)
     for vector in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
         if vector is not None and (
@@ -185,7 +207,7 @@ def why_not_batch_norm_relu(
             return f"a vector of batch norm is {vector.dtype} on {vector.device}"
     if norm.num_features != channels:
         return f"batch norm has {norm.num_features} channels for {channels}"
-    return why_not_called(x, norm, relu)
+    return ""
 
 
 def why_not_trained_conv(x: Tensor, channels: int, conv: nn.Module) -> str:
@@ -196,12 +218,12 @@ def why_not_trained_conv(x: Tensor, channels: int, conv: nn.Module) -> str:
         return f"the convolution has {conv.in_channels} input channels for {channels}"
     if conv.weight.device != x.device:
         return f"the convolution is on {conv.weight.device}"
-    if conv.weight.dtype != x.dtype and _autocast_dtype(x) is None:
+    if conv.weight.dtype != x.dtype and autocast_dtype(x) is None:
         return f"the convolution is {conv.weight.dtype}, the input {x.dtype}"
     return ""
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     device = x.device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return None

@@ -127,18 +127,18 @@ class _DenseBlock(torch.autograd.Function):
         passes.statistics(buffer[:, :inputs], (mean[:inputs], var[:inputs]))
         scratch = x.new_empty(N * H * W * max(plan.inputs for plan in plans))
         kept, start = [], 0
-        with _as_it_is(x):
+        with as_it_is(x):
             for plan, layer in zip(plans, _by_layer(tensors), strict=True):
                 weight1, bias1, conv1, conv1_bias, weight2, bias2, conv2, conv2_bias = layer
                 now, stop = plan.inputs, plan.inputs + plan.outputs
                 bn1 = BatchNormParams(weight1, bias1, mean[:now], var[:now], plan.eps[0])
                 u = passes.apply(buffer[:, :now], bn1, True, _view(scratch, (N, now, H, W)))
-                a = _convolve(u, conv1, conv1_bias, plan.geometry[0])
+                a = convolve(u, conv1, conv1_bias, plan.geometry[0])
                 own = slice(start, start + plan.width)
                 statistics = passes.statistics(a, (width_mean[own], width_var[own]))
                 bn2 = BatchNormParams(weight2, bias2, *statistics, plan.eps[1])
                 v = passes.apply(a, bn2, True, torch.empty_like(a) if grad else a)
-                buffer[:, now:stop].copy_(_convolve(v, conv2, conv2_bias, plan.geometry[1]))
+                buffer[:, now:stop].copy_(convolve(v, conv2, conv2_bias, plan.geometry[1]))
                 passes.statistics(buffer[:, now:stop], (mean[now:stop], var[now:stop]))
                 if grad and not plan.recompute:
                     kept.append(a)
@@ -172,7 +172,7 @@ class _DenseBlock(torch.autograd.Function):
                 slope[own], offset[own], out,
             )  # fmt: skip
 
-        with _as_it_is(buffer):
+        with as_it_is(buffer):
             for index in reversed(range(len(plans))):
                 plan, need = plans[index], needs[PER_LAYER * index :][:PER_LAYER]
                 if not x_needs and not any(needs[: PER_LAYER * (index + 1)]):
@@ -188,18 +188,18 @@ class _DenseBlock(torch.autograd.Function):
                 below = x_needs or any(needs[: PER_LAYER * index])
                 u = passes.apply(prefix, bn1, True, _view(scratch, (N, now, H, W)))
                 if plan.recompute:
-                    a = _convolve(u, conv1, conv1_bias, plan.geometry[0])
+                    a = convolve(u, conv1, conv1_bias, plan.geometry[0])
                 else:
                     a = kept.pop().contiguous(memory_format=torch.channels_last)
                 v = passes.apply(a, bn2, True, torch.empty_like(a))
-                d_v, *d_conv2 = _convolution_backward(
+                d_v, *d_conv2 = convolution_backward(
                     finished(now, now + plan.outputs), v, conv2, plan.geometry[1],
                     (below or any(need[:6]), *need[6:]),
                 )  # fmt: skip
                 d_norm1 = d_norm2 = d_conv1 = (None, None)
                 if d_v is not None:
                     d_a, *d_norm2 = norm_backward(d_v, a, bn2, True, (True, *need[4:6]))
-                    d_u, *d_conv1 = _convolution_backward(
+                    d_u, *d_conv1 = convolution_backward(
                         d_a, u, conv1, plan.geometry[0], (below or any(need[:2]), *need[2:4])
                     )
                     if d_u is not None:
@@ -218,7 +218,7 @@ class _DenseBlock(torch.autograd.Function):
         return None, None, d_x, *(d for layer in reversed(grads) for d in layer)
 
 
-def _as_it_is(x: Tensor) -> contextlib.AbstractContextManager:
+def as_it_is(x: Tensor) -> contextlib.AbstractContextManager:
     """No autocast: operands have been given their dtypes."""
     device = x.device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
@@ -257,7 +257,7 @@ def _matrix(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     if _is_product(x, weight, bias, geometry):
         y = _map(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
         torch.mm(_matrix(x), _matrix(weight.to(x.dtype)).t(), out=_matrix(y))
@@ -267,7 +267,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
     return y.contiguous(memory_format=torch.channels_last)
 
 
-def _convolution_backward(
+def convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients in x, weight and bias, those of the three needed."""
@@ -347,7 +347,7 @@ class _NormReluPool(torch.autograd.Function):
     def forward(ctx, x, weight, bias, mean, var, eps, pooling):
         ctx.save_for_backward(x, weight, bias, mean, var)
         ctx.eps, ctx.pooling = eps, pooling
-        with _as_it_is(x):
+        with as_it_is(x):
             return pooling.forward(x, BatchNormParams(weight, bias, mean, var, eps))
 
     @staticmethod
@@ -356,7 +356,7 @@ class _NormReluPool(torch.autograd.Function):
         x, weight, bias, mean, var = ctx.saved_tensors
         x = x.contiguous(memory_format=torch.channels_last)
         bn = BatchNormParams(weight, bias, mean, var, ctx.eps)
-        with _as_it_is(x):
+        with as_it_is(x):
             grad = grad.contiguous(memory_format=torch.channels_last)
             d_y = ctx.pooling.backward(grad, x, bn)
             grads = norm_backward(d_y, x, bn, True, ctx.needs_input_grad)

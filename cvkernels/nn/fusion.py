@@ -21,6 +21,7 @@ from cvkernels.functional import (
     depthwise_conv_bn_act,
     max_pool,
 )
+from cvkernels.nn import recomputed
 from cvkernels.nn.conditions import (
     act_name,
     fused_act,
@@ -201,10 +202,13 @@ class FusedModule(nn.Module):
     def pooled(self, x: Tensor, pool: nn.Module, out: Tensor | None = None) -> Tensor:
         """``pool(x)``, without indices where it is exactly a max pool and nobody watches it.
 
-        ``out`` is written and returned, where no gradient is needed.
+        ``out`` is written and returned, where no gradient is needed. In training an x that can be
+        computed again is not kept for backward, see :mod:`cvkernels.nn.recomputed`.
         """
 
         def as_op() -> Tensor:
+            if (recipe := recomputed.recipe_for(x)) is not None:
+                return recomputed.max_pool(x, recipe, pool)
             window = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
             return max_pool(x, *window, out=out)
 

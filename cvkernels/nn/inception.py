@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cvkernels import backend, record
 from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act, dense_concat
+from cvkernels.nn import recomputed
 from cvkernels.nn.conditions import (
     relu_,
     why_not_called,
@@ -33,7 +34,11 @@ SEQUENCES = (nn.Sequential.forward, FusedSequential.forward)
 
 
 class BasicConv2d(FusedModule):
-    """``relu(bn(conv(x)))``, one op in eval; ``kwargs`` are nn.Conv2d's."""
+    """``relu(bn(conv(x)))``; ``kwargs`` are nn.Conv2d's.
+
+    One op in eval. In training autograd keeps the convolution's output alone, see
+    :mod:`cvkernels.nn.recomputed`.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, **kwargs: Any) -> None:
         super().__init__()
@@ -41,7 +46,9 @@ class BasicConv2d(FusedModule):
         self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fused(x, self.conv, self.bn, relu_)
+        if recomputed.why_not_recomputed(x, self.conv, self.bn, relu_):
+            return self.fused(x, self.conv, self.bn, relu_)
+        return recomputed.conv_bn_relu(x, self.conv, self.bn)
 
 
 class Inception(FusedModule):
@@ -108,7 +115,7 @@ class Inception(FusedModule):
             return self._in_place(x)
         branches = self._forward(x)
         if (recorder := record.active()) is None:
-            return torch.cat(branches, 1)
+            return recomputed.concatenated(branches)
         with recorder.fallback(reason):
             return torch.cat(branches, 1)
 
