@@ -127,3 +127,14 @@ def test_dense_blocks_share_one_buffer_and_inception_blocks_too():
     model = cvkernels.models.googlenet(num_classes=10, init_weights=False).eval()
     report = cvkernels.freeze(model, torch.randn(1, 3, 64, 64)).report()
     assert not {"cat", "copy", "concat"} & {row.op for row in report.rows}
+
+
+def test_a_stem_and_its_pool_run_image_by_image():
+    # 16 channels and up to 1024 pixels: BLAS or the native convolution, which write into the arena
+    model = nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU(), nn.MaxPool2d(3, 2, 1)).eval()
+    x = torch.randn(3, 16, 16, 16)
+    frozen = cvkernels.freeze(model, x)
+    report = frozen.report()
+    assert [row.op for row in report.rows if row.kernels] == ["conv_pool"]
+    assert report.arena_bytes == 4 * 32 * (16 * 16 + 3 * 8 * 8)
+    assert cvkernels.verify(frozen).ok and cvkernels.verify(frozen, x[:1]).ok

@@ -6,6 +6,7 @@ What a chosen implementation does not take along becomes a step of its own befor
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ from cvkernels.ops.native import DTYPES
 # Ops whose native implementation the steps call without the public function around it.
 NATIVE = ("affine", "max_pool", "avg_pool", "mean", "se", "excite", "scale", "copy")
 # Ops that write into memory that they are given.
-WRITES = ("depthwise", "affine", "max_pool", "avg_pool", "se", "scale", "copy", "sums")
+WRITES = (
+    "conv_pool", "scratch", "depthwise", "affine", "max_pool", "avg_pool", "se", "scale", "copy",
+    "sums",
+)  # fmt: skip
 
 
 class Lowered:
@@ -41,7 +45,36 @@ class Lowered:
         self.of: dict[Node, Node] = {}
         for node in graph.nodes:
             self._lower(node, values)
+        if device.type == "cpu":
+            self._pool_by_image(graph)
         self.results = [self.of[node] for node in graph.results]
+
+    def _pool_by_image(self, graph: Graph) -> None:
+        """Let a convolution and the max pool behind it run image by image.
+
+        The map between the two is then as large as one image's, and still in the cache.
+        """
+        uses = graph.uses()
+        for node in graph.nodes:
+            pool = self.of[node]
+            conv = pool.inputs[0] if pool.op == "max_pool" else pool
+            if conv.op != "conv" or conv is pool or uses[node.inputs[0]] != 1:
+                continue
+            images, *size = self.values[conv].shape
+            plain = conv.attrs["roles"] == ("x",) and self.writes(conv)
+            if images < 2 or not plain or pool.attrs["backend"] != "native":
+                continue
+            image = Node("scratch", [], conv.layer, backend="native")
+            one = replace(conv.attrs["problem"], N=1)
+            step = Node("conv_pool", [*conv.inputs, image], conv.layer, **conv.attrs)
+            step.attrs.update(roles=("x", "image"), window=pool.attrs["window"], problem=one)
+            self.values[image] = Like((1, *size), self.values[conv].dtype)
+            self.values[step] = self.values[pool]
+            self.steps[self.steps.index(conv)] = image
+            self.steps[self.steps.index(pool)] = step
+            for reader in self.steps:
+                reader.inputs = [step if source is pool else source for source in reader.inputs]
+            self.of[node] = step
 
     def native(self, dtype: torch.dtype) -> bool:
         return self.device.type == "cpu" and dtype in DTYPES["cpu"][:3] and extension.has("cpu")

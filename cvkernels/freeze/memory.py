@@ -22,7 +22,8 @@ VIEWS = ("flatten", "call")
 IN_PLACE = ("se", "scale")
 # Ops whose result a step can put into a slice of a larger buffer.
 PLACEABLE = (
-    "conv", "depthwise", "affine", "max_pool", "avg_pool", "se", "scale", "copy", "act", "add",
+    "conv", "conv_pool", "depthwise", "affine", "max_pool", "avg_pool", "se", "scale", "copy",
+    "act", "add",
 )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ class Builder:
 
     def build(self, step: Node) -> Step | None:
         """The step's function; None where there is nothing to do."""
-        if step.op in ("input", "cat", "sums"):
+        if step.op in ("input", "cat", "sums", "scratch"):
             return None
         own = getattr(self, f"_{step.op}_{step.attrs['backend']}", None)
         return (own or getattr(self, f"_{step.op}"))(step)
@@ -100,6 +100,20 @@ class Builder:
 
             def run(env: list) -> None:
                 convolve(env[x], env[residual], env[gate], env[number])
+
+        return run
+
+    def _conv_pool(self, step: Node) -> Step:
+        problem, window = step.attrs["problem"], step.attrs["window"]
+        convolve = step.attrs["implementation"].build(problem, step, self._cache(step))
+        number, x, image = self.index[step], self._role(step, "x"), self._role(step, "image")
+        pool = _ops.max_pool_out.default
+
+        def run(env: list) -> None:
+            between = env[image]
+            for source, out in zip(env[x].split(1), env[number].split(1), strict=True):
+                convolve(source, None, None, between)
+                pool(between, *window, out)
 
         return run
 

@@ -31,6 +31,11 @@ def cost(plan: Plan, step: Node, reports: bool = True) -> Traffic | None:
         return Traffic(int(moves), out * moves, out * moves)
     if step.op == "conv":
         return _conv(plan, step, out)
+    if step.op == "conv_pool":
+        problem, images = step.attrs["problem"], values[step].shape[0]
+        between = problem.bytes_written
+        read = images * (problem.bytes_read + between)
+        return Traffic(2 * images, read, images * between + out)
     if step.op == "depthwise":
         problem = step.attrs["problem"]
         return Traffic(1, problem.bytes_read, problem.bytes_written)
