@@ -7,7 +7,7 @@ import model_checks as checks
 import pytest
 import torch
 from model_checks import build, image, pair
-from numerics import assert_matches_module
+from numerics import assert_matches_module, run_with_input_grad
 from torch import nn
 
 import cvkernels
@@ -50,7 +50,14 @@ def test_eval_output_and_input_gradient_match_stock(kwargs, device):
 
 @pytest.mark.parametrize("kwargs", KEYWORDS.values(), ids=KEYWORDS.keys())
 def test_train_outputs_and_input_gradient_match_stock(kwargs, device):
-    checks.check_train(NAME, device, **kwargs)
+    """In float64: in float32 so deep a network amplifies stock's own rounding a thousandfold."""
+    x, results = image(4, device=device, dtype=torch.float64), []
+    for model in pair(NAME, **kwargs):
+        model = checks.Concatenated(model.double().train().to(device))
+        torch.manual_seed(2)
+        results.append((*run_with_input_grad(model, x), *model.buffers()))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("size", [15, 33, 50])

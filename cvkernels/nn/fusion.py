@@ -207,7 +207,7 @@ class FusedModule(nn.Module):
         """
 
         def as_op() -> Tensor:
-            if (recipe := recomputed.recipe_for(x)) is not None:
+            if (recipe := recomputed.recipe_of(x)) is not None:
                 return recomputed.max_pool(x, recipe, pool)
             window = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
             return max_pool(x, *window, out=out)

@@ -167,14 +167,11 @@ class Recipe:
 
 
 def recipe_of(x: Tensor) -> Recipe | None:
-    """The recipe that x carries, if it may be used here."""
+    """The recipe that x carries, if what is computed from x here may use it."""
+    if type(x) is not Tensor or _why_not_saved_less(x):
+        return None
     recipe = getattr(x, "recipe", None)
     return recipe if type(recipe) is Recipe and recipe.holds(x) else None
-
-
-def recipe_for(x: Tensor) -> Recipe | None:
-    """:func:`recipe_of`, for a function of x alone, where it is to be differentiated by us."""
-    return None if not hasattr(x, "recipe") or _why_not_saved_less(x) else recipe_of(x)
 
 
 def _saved_tensor_hooks() -> object:
@@ -247,6 +244,7 @@ class _Call(NamedTuple):
     """What a convolution block does beside its parameters."""
 
     geometry: Geometry
+    bn: nn.BatchNorm2d
     dtype: torch.dtype
     recipe: Recipe | None
     node: _Normalised
@@ -260,9 +258,8 @@ def conv_bn_relu(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Tensor:
     Autograd keeps ``conv(x)``, the batch statistics and, where it has no recipe, x. The result is
     channels_last.
     """
-    call = _Call(Geometry.of(conv), _operand_dtype(x), recipe_of(x), _Normalised(bn.eps), [])
+    call = _Call(Geometry.of(conv), bn, _operand_dtype(x), recipe_of(x), _Normalised(bn.eps), [])
     out = _ConvBNReLU.apply(x, conv.weight, conv.bias, bn.weight, bn.bias, call)
-    update_running(bn, Statistics(*call.leaves[1][:2]), out.numel() // out.shape[1])
     return _with_recipe(out, call.node, tuple(call.leaves))
 
 
@@ -283,7 +280,10 @@ class _ConvBNReLU(Function):
         with as_it_is(x):
             y = convolve(_channels_last(operand), weight, bias, call.geometry)
             vectors = y.new_zeros(4, y.shape[1], dtype=passes.wide_dtype(y))
-            passes.statistics(y, tuple(vectors[:2].unbind()))
+            statistics = Statistics(*vectors[:2].unbind())
+            passes.statistics(y, statistics)
+            # Here, not behind the call: a checkpoint runs again until the last tensor is saved.
+            update_running(call.bn, statistics, y.numel() // y.shape[1])
             vectors[2] = 1.0 if norm_weight is None else norm_weight
             if norm_bias is not None:
                 vectors[3] = norm_bias
@@ -316,7 +316,8 @@ class _ConvBNReLU(Function):
             )
             if grad_y is not None:
                 if not needs[1]:
-                    x = y.new_empty(1).expand(ctx.shape)  # only its shape counts
+                    # Only its shape and layout count.
+                    x = _channels_last(y.new_empty(ctx.shape))
                 elif ctx.source is None:
                     x = _channels_last(inputs[0])
                 else:
@@ -332,7 +333,8 @@ def _channels_last(x: Tensor) -> Tensor:
 
 def _refuse(grad: Tensor) -> None:
     refuse_create_graph("A convolution block that recomputes its activations")
-    if torch._C._functorch.is_functorch_wrapped_tensor(grad):
+    functorch = torch._C._functorch
+    if functorch.is_functorch_wrapped_tensor(grad) or functorch.is_legacy_batchedtensor(grad):
         raise RuntimeError(
             "A convolution block that recomputes its activations takes one gradient at a time, not "
             "is_grads_batched=True; run the forward pass under cvkernels.backend.use('reference')"
@@ -372,7 +374,7 @@ class _MaxPool(Function):
 
 def concatenated(parts: list[Tensor]) -> Tensor:
     """``torch.cat(parts, 1)``; the result has a recipe where all parts have."""
-    recipes = [recipe_for(part) for part in parts]
+    recipes = [recipe_of(part) for part in parts]
     if None in recipes or len({part.dtype for part in parts}) > 1:
         return torch.cat(parts, 1)
     leaves = tuple(leaf for recipe in recipes for leaf in recipe.leaves)

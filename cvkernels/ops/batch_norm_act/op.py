@@ -150,7 +150,9 @@ def norm_backward(
     grad: Tensor, x: Tensor, bn: BatchNormParams, relu: bool, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients in x, weight and bias of ``relu(batch_norm(x))``, those of the three needed."""
-    grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    grad = grad.to(x.dtype)
+    if not passes.is_pixel_matrix(grad):
+        grad = grad.contiguous(memory_format=torch.channels_last)
     slope, offset = passes.vector_like(x, zero=True), passes.vector_like(x, zero=True)
     d_weight, d_bias = passes.reduce(grad, x, bn, relu, slope, offset)
     d_x = None
