@@ -39,7 +39,9 @@ class GoogLeNet(FusedModule):
     ``forward`` takes Tensor[N, 3, H, W], any layout, H and W at least 15. In eval it returns logits
     Tensor[N, num_classes], each convolution runs with its norm and ReLU as one op, and the branches
     of a block write into one buffer. In training it returns :class:`GoogLeNetOutputs` where
-    ``aux_logits`` is True; the auxiliary classifiers run in training alone. They are removed by
+    ``aux_logits`` is True, and autograd keeps the convolutions' outputs, which all else is computed
+    from again (:mod:`cvkernels.nn.recomputed`; once differentiable). The auxiliary classifiers run
+    in training alone. They are removed by
     ``model.aux_logits = False; model.aux1 = None; model.aux2 = None``.
 
     Args:
