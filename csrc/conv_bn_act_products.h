@@ -10,6 +10,9 @@ constexpr int WIDEST = 2;
 #endif
 constexpr int HIGHEST = 6;
 
+// Products that a sum takes before it is added to a total: the error of a long sum grows with it.
+constexpr int64_t SUMMED = 256;
+
 // sums[ROW, v] += rows[ROW][c] * b[v]. By recursion: an array that a loop indexes would not live in
 // registers.
 template <int HEIGHT, int WIDTH, int ROW = 0>
@@ -29,6 +32,24 @@ CVK_INLINE void clear_sums(V* sums) {
   if constexpr (INDEX < COUNT) {
     sums[INDEX] = V{};
     clear_sums<COUNT, INDEX + 1>(sums);
+  }
+}
+
+// totals[i] += sums[i], both ways: into memory, the sums then starting anew, and back at the end.
+template <int COUNT, int INDEX = 0>
+CVK_INLINE void move_to_totals(V* sums, float* totals) {
+  if constexpr (INDEX < COUNT) {
+    store(totals + INDEX * LANES, load(totals + INDEX * LANES) + sums[INDEX]);
+    sums[INDEX] = V{};
+    move_to_totals<COUNT, INDEX + 1>(sums, totals);
+  }
+}
+
+template <int COUNT, int INDEX = 0>
+CVK_INLINE void add_totals(V* sums, const float* totals) {
+  if constexpr (INDEX < COUNT) {
+    sums[INDEX] += load(totals + INDEX * LANES);
+    add_totals<COUNT, INDEX + 1>(sums, totals);
   }
 }
 
@@ -92,16 +113,28 @@ CVK_TARGET static void multiply(const float* const* operand, int64_t stride, int
                                 const Epilogue& epilogue) {
   V sums[HEIGHT * WIDTH];
   clear_sums<HEIGHT * WIDTH>(sums);
+  const bool has_totals = taps * depth > SUMMED;
+  alignas(64) float totals[HEIGHT * WIDTH * LANES];
+  if (has_totals) std::fill_n(totals, HEIGHT * WIDTH * LANES, 0.0f);
+  int64_t summed = 0;
   for (int64_t tap = 0; tap < taps; ++tap, operand += stride) {
     const float* rows[HEIGHT];
     load_rows<HEIGHT>(rows, operand);
+    for (int64_t c = 0, end = 0; c < depth;) {
+      end = std::min(depth, c + SUMMED - summed);
+      summed += end - c;
 #pragma GCC unroll 4
-    for (int64_t c = 0; c < depth; ++c, weight += PANEL) {
-      V b[WIDTH];
-      load_weights<WIDTH>(b, weight, panel_size);
-      add_products<HEIGHT, WIDTH>(sums, rows, c, b);
+      for (; c < end; ++c, weight += PANEL) {
+        V b[WIDTH];
+        load_weights<WIDTH>(b, weight, panel_size);
+        add_products<HEIGHT, WIDTH>(sums, rows, c, b);
+      }
+      if (summed < SUMMED || !has_totals) continue;
+      move_to_totals<HEIGHT * WIDTH>(sums, totals);
+      summed = 0;
     }
   }
+  if (has_totals) add_totals<HEIGHT * WIDTH>(sums, totals);
   if (epilogue.shift == nullptr) {
     store_sums<HEIGHT, WIDTH>(sums, epilogue.to, epilogue.to_stride);
     return;

@@ -9,7 +9,7 @@ from torch import nn
 import cvkernels
 from cvkernels import BackendError, record
 from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act
-from cvkernels.ops.conv_bn_act import native
+from cvkernels.ops.conv_bn_act import native, onednn
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
 
 ACTS = ("none", "relu", "relu6", "silu")
@@ -430,15 +430,21 @@ def test_derived_weights_follow_every_change_of_the_parameters():
     assert len(cache) == 1
 
 
-def test_derived_weights_are_reused_and_bounded(monkeypatch):
+@pytest.mark.parametrize(
+    ("backend", "expected", "kept"), [(native, 1, 1), (onednn, 4, 2)], ids=["native", "onednn"]
+)
+def test_derived_weights_are_reused_and_bounded(backend, expected, kept, monkeypatch):
+    """oneDNN packs weights for a size of the map; for the native convolution they are the same."""
     args, kwargs = make_inputs(ODD["channels-not-8"])
-    folds = []
-    fold = native.fold
-    monkeypatch.setattr(native, "fold", lambda *a: folds.append(1) or fold(*a))
+    folds, fold = [], backend.fold
+    monkeypatch.setattr(backend, "fold", lambda *a: folds.append(1) or fold(*a))
     cache = DerivedWeights(capacity=2)
+    name = backend.__name__.rpartition(".")[2]
     for size in itertools.chain([9, 9, 9], [10, 11, 12]):
-        conv_bn_act(torch.randn(1, 13, size, 7), *args[1:], **kwargs, cache=cache)
-    assert len(folds) == 4 and len(cache) == 2
+        conv_bn_act(
+            torch.randn(1, 13, size, 7), *args[1:], **kwargs, cache=cache, backend=name
+        )  # fmt: skip
+    assert len(folds) == expected and len(cache) == kept
 
 
 def test_explain_reports_the_call(device):
