@@ -71,11 +71,9 @@ def test_float64(memory_format):
 
 def test_siblings_are_one_convolution_and_nothing_is_concatenated():
     ours, _ = pair()
-    ops, _ = explained(ours, image())
-    assert ops.count("conv_bn_act") == 4 and ops.count("max_pool") == 1
-    assert set(ops) == {"conv_bn_act", "max_pool", "dense_concat"}
-    ops, _ = explained(ours, torch.empty(2, 24, 7, 6, dtype=torch.bfloat16, device="meta"))
-    assert sorted(ops) == ["conv_bn_act"] * 4 + ["max_pool"]
+    for x in (image(), torch.empty(2, 24, 7, 6, dtype=torch.bfloat16, device="meta")):
+        ops, _ = explained(ours, x)
+        assert sorted(ops) == ["conv_bn_act"] * 4 + ["max_pool"]
 
 
 @pytest.mark.parametrize("name", ["reference", "triton", "onednn"])
