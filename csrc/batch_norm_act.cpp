@@ -36,10 +36,24 @@ struct Norms {
 struct Operands {
   const void* x;
   const void* grad;
-  void* out;    // or the total that a gradient is added to
+  void* out;  // or the total that a gradient is added to
   int64_t x_stride, grad_stride, out_stride, C;
   const void *mean, *scale, *bias, *slope, *offset;
   bool relu;
+
+  // What every pass over x with its norm reads; the rest is empty.
+  template <typename Wide>
+  static Operands of(const Tensor& x, const Matrix& map, const Norms<Wide>& norms, bool relu) {
+    Operands operands{};
+    operands.x = x.const_data_ptr();
+    operands.x_stride = map.stride;
+    operands.C = map.C;
+    operands.mean = norms.mean.data();
+    operands.scale = norms.scale.data();
+    operands.bias = norms.bias.data();
+    operands.relu = relu;
+    return operands;
+  }
 };
 
 template <typename T>
@@ -50,8 +64,7 @@ CVK_HOST_DEVICE const T* row_of(const void* data, int64_t stride, int64_t row) {
 // sums[c] += x[p, c] - mean[c] over COUNT rows, squares[c] += the squares.
 template <typename T, int COUNT, bool SQUARES>
 CVK_HOST_DEVICE void add_rows(const T* x, int64_t stride, int64_t C,
-                              const typename Number<T>::Wide* mean,
-                              typename Number<T>::Wide* sums,
+                              const typename Number<T>::Wide* mean, typename Number<T>::Wide* sums,
                               typename Number<T>::Wide* squares) {
   using Wide = typename Number<T>::Wide;
   const T* rows[COUNT];
@@ -76,8 +89,7 @@ CVK_HOST_DEVICE void add_rows(const T* x, int64_t stride, int64_t C,
 template <typename T, bool SQUARES>
 CVK_HOST_DEVICE void add_pixels(const Operands& op, int64_t first, int64_t last,
                                 const typename Number<T>::Wide* mean,
-                                typename Number<T>::Wide* sums,
-                                typename Number<T>::Wide* squares) {
+                                typename Number<T>::Wide* sums, typename Number<T>::Wide* squares) {
   const auto x = [&](int64_t p) { return row_of<T>(op.x, op.x_stride, p); };
   int64_t p = first;
   for (; p + ROWS <= last; p += ROWS)
@@ -100,8 +112,7 @@ CVK_HOST_DEVICE void add_and_clear(Wide* __restrict__ sums, double* __restrict__
 // `sums` is memory for 2 * C.
 template <typename T>
 CVK_HOST_DEVICE void statistics_of(const Operands& op, int64_t first, int64_t last,
-                                   void* pivot_data, double* off, double* squares,
-                                   void* sum_data) {
+                                   void* pivot_data, double* off, double* squares, void* sum_data) {
   using Wide = typename Number<T>::Wide;
   Wide *pivot = static_cast<Wide*>(pivot_data), *sums = static_cast<Wide*>(sum_data);
   for (int64_t c = 0; c < op.C; ++c) pivot[c] = 0;
@@ -137,8 +148,7 @@ CVK_HOST_DEVICE void apply_rows(const Operands& op, int64_t first) {
 }
 
 template <typename T, int COUNT, bool ACCUMULATES>
-CVK_HOST_DEVICE void reduce_rows(const Operands& op, int64_t first,
-                                 typename Number<T>::Wide* sums,
+CVK_HOST_DEVICE void reduce_rows(const Operands& op, int64_t first, typename Number<T>::Wide* sums,
                                  typename Number<T>::Wide* products) {
   using Wide = typename Number<T>::Wide;
   const Wide *mean = static_cast<const Wide*>(op.mean), *scale = static_cast<const Wide*>(op.scale),
@@ -176,8 +186,7 @@ CVK_HOST_DEVICE void reduce_pixels(const Operands& op, int64_t first, int64_t la
   Wide* sums = static_cast<Wide*>(sum_data);
   for (int64_t p = first; p < last;) {
     const int64_t stop = p + BLOCK < last ? p + BLOCK : last;
-    for (; p + ROWS <= stop; p += ROWS)
-      reduce_rows<T, ROWS, ACCUMULATES>(op, p, sums, sums + op.C);
+    for (; p + ROWS <= stop; p += ROWS) reduce_rows<T, ROWS, ACCUMULATES>(op, p, sums, sums + op.C);
     for (; p < stop; ++p) reduce_rows<T, 1, ACCUMULATES>(op, p, sums, sums + op.C);
     add_and_clear(sums, totals, op.C);
     add_and_clear(sums + op.C, products, op.C);
@@ -189,8 +198,7 @@ template <typename T, typename G, int COUNT>
 CVK_HOST_DEVICE void gradient_rows(const Operands& op, int64_t first) {
   using Wide = typename Number<T>::Wide;
   const Wide *mean = static_cast<const Wide*>(op.mean), *scale = static_cast<const Wide*>(op.scale),
-             *bias = static_cast<const Wide*>(op.bias),
-             *slope = static_cast<const Wide*>(op.slope),
+             *bias = static_cast<const Wide*>(op.bias), *slope = static_cast<const Wide*>(op.slope),
              *offset = static_cast<const Wide*>(op.offset);
   const Wide lowest = Affine<Wide>::lowest(op.relu);
   const T* x[COUNT];
@@ -208,35 +216,34 @@ CVK_HOST_DEVICE void gradient_rows(const Operands& op, int64_t first) {
     for (int i = 0; i < COUNT; ++i) {
       const Wide value = Number<T>::widen(x[i][c]);
       const Wide dy = relu_gradient(Number<G>::widen(grad[i][c]), norm(value), lowest);
-      out[i][c] =
-          Number<T>::narrow(dy * norm.scale + ((value - norm.mean) * slope[c] + offset[c]));
+      out[i][c] = Number<T>::narrow(dy * norm.scale + ((value - norm.mean) * slope[c] + offset[c]));
     }
   }
 }
 
 // Functions and not templates: compilers clone only those for each instruction set.
-#define CVK_PASSES(T)                                                                              \
-  CVK_SIMD void statistics_pass(Type<T>, const Operands& op, int64_t first, int64_t last,          \
-                                void* pivot, double* off, double* squares, void* sums) {           \
-    statistics_of<T>(op, first, last, pivot, off, squares, sums);                                  \
-  }                                                                                                \
-  CVK_SIMD void apply_pass(Type<T>, const Operands& op, int64_t first, int64_t last) {             \
-    for (; first + ROWS <= last; first += ROWS) apply_rows<T, ROWS>(op, first);                    \
-    for (; first < last; ++first) apply_rows<T, 1>(op, first);                                     \
-  }                                                                                                \
-  CVK_SIMD void reduce_pass(Type<T>, const Operands& op, int64_t first, int64_t last,              \
-                            double* totals, double* products, void* sums) {                        \
-    op.out == nullptr ? reduce_pixels<T, false>(op, first, last, totals, products, sums)           \
-                      : reduce_pixels<T, true>(op, first, last, totals, products, sums);           \
-  }                                                                                                \
-  CVK_SIMD void gradient_pass(Type<T>, const Operands& op, int64_t first, int64_t last) {          \
-    for (; first + ROWS <= last; first += ROWS) gradient_rows<T, T, ROWS>(op, first);              \
-    for (; first < last; ++first) gradient_rows<T, T, 1>(op, first);                               \
-  }                                                                                                \
-  CVK_SIMD void wide_gradient_pass(Type<T>, const Operands& op, int64_t first, int64_t last) {     \
-    using Wide = Number<T>::Wide;                                                                  \
-    for (; first + ROWS <= last; first += ROWS) gradient_rows<T, Wide, ROWS>(op, first);           \
-    for (; first < last; ++first) gradient_rows<T, Wide, 1>(op, first);                            \
+#define CVK_PASSES(T)                                                                          \
+  CVK_SIMD void statistics_pass(Type<T>, const Operands& op, int64_t first, int64_t last,      \
+                                void* pivot, double* off, double* squares, void* sums) {       \
+    statistics_of<T>(op, first, last, pivot, off, squares, sums);                              \
+  }                                                                                            \
+  CVK_SIMD void apply_pass(Type<T>, const Operands& op, int64_t first, int64_t last) {         \
+    for (; first + ROWS <= last; first += ROWS) apply_rows<T, ROWS>(op, first);                \
+    for (; first < last; ++first) apply_rows<T, 1>(op, first);                                 \
+  }                                                                                            \
+  CVK_SIMD void reduce_pass(Type<T>, const Operands& op, int64_t first, int64_t last,          \
+                            double* totals, double* products, void* sums) {                    \
+    op.out == nullptr ? reduce_pixels<T, false>(op, first, last, totals, products, sums)       \
+                      : reduce_pixels<T, true>(op, first, last, totals, products, sums);       \
+  }                                                                                            \
+  CVK_SIMD void gradient_pass(Type<T>, const Operands& op, int64_t first, int64_t last) {      \
+    for (; first + ROWS <= last; first += ROWS) gradient_rows<T, T, ROWS>(op, first);          \
+    for (; first < last; ++first) gradient_rows<T, T, 1>(op, first);                           \
+  }                                                                                            \
+  CVK_SIMD void wide_gradient_pass(Type<T>, const Operands& op, int64_t first, int64_t last) { \
+    using Wide = Number<T>::Wide;                                                              \
+    for (; first + ROWS <= last; first += ROWS) gradient_rows<T, Wide, ROWS>(op, first);       \
+    for (; first < last; ++first) gradient_rows<T, Wide, 1>(op, first);                        \
   }
 CVK_PASSES(float)
 CVK_PASSES(double)
@@ -244,7 +251,8 @@ CVK_PASSES(float16)
 CVK_PASSES(bfloat16)
 #undef CVK_PASSES
 
-// Pixels of a task that sums; no function of the number of threads, so that the sums are not either.
+// Pixels of a task that sums; no function of the number of threads, so that the sums are not
+// either.
 int64_t chunk_of(int64_t pixels) { return std::max<int64_t>(128, (pixels + 127) / 128); }
 
 int64_t grain_of(int64_t C) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, C)); }
@@ -291,8 +299,8 @@ void statistics(const Tensor& x, const Tensor& mean, const Tensor& var) {
     for (int64_t i = 0; i < chunks; ++i)
       for (int64_t c = 0; c < C; ++c) {
         const double move = pivots[i * C + c] - total[c] / n;
-        squared[c] += partial[(2 * i + 1) * C + c] + move * (2 * partial[2 * i * C + c] +
-                                                             move * count(i));
+        squared[c] +=
+            partial[(2 * i + 1) * C + c] + move * (2 * partial[2 * i * C + c] + move * count(i));
       }
     for (int64_t c = 0; c < C; ++c) {
       static_cast<Wide*>(mean_data)[c] = static_cast<Wide>(total[c] / n);
@@ -310,22 +318,11 @@ void apply(const Tensor& x, const Maybe& weight, const Maybe& bias, const Tensor
   dispatch_floating(op, x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const auto norms = Norms<typename Number<T>::Wide>::template of<T>(bn, map.C);
-    const Operands operands{x.const_data_ptr(),
-                            nullptr,
-                            out.mutable_data_ptr(),
-                            map.stride,
-                            0,
-                            to.stride,
-                            map.C,
-                            norms.mean.data(),
-                            norms.scale.data(),
-                            norms.bias.data(),
-                            nullptr,
-                            nullptr,
-                            relu};
-    parallel_for(0, map.pixels, grain_of(map.C), [&](int64_t first, int64_t last) {
-      apply_pass(type, operands, first, last);
-    });
+    Operands operands = Operands::of(x, map, norms, relu);
+    operands.out = out.mutable_data_ptr();
+    operands.out_stride = to.stride;
+    parallel_for(0, map.pixels, grain_of(map.C),
+                 [&](int64_t first, int64_t last) { apply_pass(type, operands, first, last); });
   });
 }
 
@@ -337,28 +334,19 @@ void reduce(const Tensor& grad, const Tensor& x, const Maybe& weight, const Mayb
   CVK_CHECK_CPU(op, x);
   const Matrix map = matrix_of(op, "x", x), from = matrix_like(op, "grad", grad, x, false);
   const BatchNorm bn = batch_norm_of(op, {weight, bias, mean, var, eps}, x, map.C);
-  const Results results{
-      result_of(op, "d_weight", d_weight, x), result_of(op, "d_bias", d_bias, x),
-      result_of(op, "slope", slope, x), result_of(op, "offset", offset, x)};
+  const Results results{result_of(op, "d_weight", d_weight, x), result_of(op, "d_bias", d_bias, x),
+                        result_of(op, "slope", slope, x), result_of(op, "offset", offset, x)};
   const int64_t total_stride = total ? matrix_like(op, "total", *total, x, true).stride : 0;
   CVK_CHECK(op, map.pixels > 0, "x must have pixels, got ", shape_of(x));
   dispatch_floating(op, x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     using Wide = typename Number<T>::Wide;
     const auto norms = Norms<Wide>::template of<T>(bn, map.C);
-    const Operands operands{x.const_data_ptr(),
-                            grad.const_data_ptr(),
-                            total ? total->mutable_data_ptr() : nullptr,
-                            map.stride,
-                            from.stride,
-                            total_stride,
-                            map.C,
-                            norms.mean.data(),
-                            norms.scale.data(),
-                            norms.bias.data(),
-                            nullptr,
-                            nullptr,
-                            relu};
+    Operands operands = Operands::of(x, map, norms, relu);
+    operands.grad = grad.const_data_ptr();
+    operands.grad_stride = from.stride;
+    operands.out = total ? total->mutable_data_ptr() : nullptr;
+    operands.out_stride = total_stride;
     const int64_t C = map.C, chunk = chunk_of(map.pixels);
     const int64_t chunks = (map.pixels + chunk - 1) / chunk;
     std::vector<double> partial(2 * chunks * C), sums(2 * C);
@@ -370,8 +358,7 @@ void reduce(const Tensor& grad, const Tensor& x, const Maybe& weight, const Mayb
     for (int64_t i = 0; i < chunks; ++i)
       for (int64_t c = 0; c < 2 * C; ++c) sums[c] += partial[2 * i * C + c];
     for (int64_t c = 0; c < C; ++c)
-      results.put(c, Reduced<T>::of(bn, c, sums[c], sums[C + c],
-                                    static_cast<double>(map.pixels)));
+      results.put(c, Reduced<T>::of(bn, c, sums[c], sums[C + c], static_cast<double>(map.pixels)));
   });
 }
 
@@ -389,19 +376,13 @@ void input_gradient(const Tensor& grad, const Tensor& x, const Maybe& weight, co
   dispatch_floating(op, x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const auto norms = Norms<typename Number<T>::Wide>::template of<T>(bn, map.C);
-    const Operands operands{x.const_data_ptr(),
-                            grad.const_data_ptr(),
-                            out.mutable_data_ptr(),
-                            map.stride,
-                            from.stride,
-                            to.stride,
-                            map.C,
-                            norms.mean.data(),
-                            norms.scale.data(),
-                            norms.bias.data(),
-                            slope_data,
-                            offset_data,
-                            relu};
+    Operands operands = Operands::of(x, map, norms, relu);
+    operands.grad = grad.const_data_ptr();
+    operands.grad_stride = from.stride;
+    operands.out = out.mutable_data_ptr();
+    operands.out_stride = to.stride;
+    operands.slope = slope_data;
+    operands.offset = offset_data;
     parallel_for(0, map.pixels, grain_of(map.C), [&](int64_t first, int64_t last) {
       wide ? wide_gradient_pass(type, operands, first, last)
            : gradient_pass(type, operands, first, last);

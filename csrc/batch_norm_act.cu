@@ -152,8 +152,7 @@ __global__ void __launch_bounds__(THREADS)
     auto values = load<T, LANES>(x_ptr + p * x.stride + place.c);
 #pragma unroll
     for (int i = 0; i < LANES; ++i)
-      values.at[i] =
-          Number<T>::narrow(at_least(norm[i](Number<T>::widen(values.at[i])), lowest));
+      values.at[i] = Number<T>::narrow(at_least(norm[i](Number<T>::widen(values.at[i])), lowest));
     store<T, LANES>(out_ptr + p * out_stride + place.c, values);
   }
 }
@@ -182,8 +181,7 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
       for (int i = 0; i < LANES; ++i) {
         const float value = Number<T>::widen(values.at[i]);
-        const float dy =
-            relu_gradient(Number<T>::widen(grads.at[i]), norm[i](value), lowest);
+        const float dy = relu_gradient(Number<T>::widen(grads.at[i]), norm[i](value), lowest);
         sum[i] += dy;
         product[i] += dy * (value - norm[i].mean);
         if constexpr (ACCUMULATES) total[i] += dy * norm[i].scale;
@@ -236,8 +234,8 @@ __global__ void __launch_bounds__(THREADS)
     for (int i = 0; i < LANES; ++i) {
       const float value = Number<T>::widen(values.at[i]);
       const float dy = relu_gradient(Number<G>::widen(grads[i]), norm[i](value), lowest);
-      values.at[i] = Number<T>::narrow(dy * norm[i].scale +
-                                       ((value - norm[i].mean) * slope[i] + offset[i]));
+      values.at[i] =
+          Number<T>::narrow(dy * norm[i].scale + ((value - norm[i].mean) * slope[i] + offset[i]));
     }
     store<T, LANES>(out_ptr + p * out_stride + place.c, values);
   }
@@ -323,12 +321,11 @@ void apply(const Tensor& x, const Maybe& weight, const Maybe& bias, const Tensor
     const T* x_ptr = static_cast<const T*>(x.const_data_ptr());
     T* out_ptr = static_cast<T*>(out.mutable_data_ptr());
     constexpr int WIDE = sizeof(Pack) / sizeof(T);
-    const bool packed = packs<T>(x_ptr, map.C, map.stride, WIDE) &&
-                        packs<T>(out_ptr, map.C, to.stride, WIDE);
+    const bool packed =
+        packs<T>(x_ptr, map.C, map.stride, WIDE) && packs<T>(out_ptr, map.C, to.stride, WIDE);
     with_lanes<T>(op, map, packed, [&]<int LANES>() {
-      batch_norm_act_apply_kernel<T, LANES>
-          <<<grid_for<LANES>(map, 1 << 20), THREADS, 0, stream>>>(x_ptr, out_ptr, map, to.stride,
-                                                                   bn, relu);
+      batch_norm_act_apply_kernel<T, LANES><<<grid_for<LANES>(map, 1 << 20), THREADS, 0, stream>>>(
+          x_ptr, out_ptr, map, to.stride, bn, relu);
     });
   });
   CVK_CHECK_LAUNCH(op);
@@ -342,9 +339,8 @@ void reduce(const Tensor& grad, const Tensor& x, const Maybe& weight, const Mayb
   CVK_CHECK_CUDA(op, x);
   const Matrix map = matrix_of(op, "x", x), from = matrix_like(op, "grad", grad, x, false);
   const BatchNorm bn = batch_norm_of(op, {weight, bias, mean, var, eps}, x, map.C);
-  const Results results{
-      result_of(op, "d_weight", d_weight, x), result_of(op, "d_bias", d_bias, x),
-      result_of(op, "slope", slope, x), result_of(op, "offset", offset, x)};
+  const Results results{result_of(op, "d_weight", d_weight, x), result_of(op, "d_bias", d_bias, x),
+                        result_of(op, "slope", slope, x), result_of(op, "offset", offset, x)};
   const int64_t total_stride = total ? matrix_like(op, "total", *total, x, true).stride : 0;
   CVK_CHECK(op, map.pixels > 0, "x must have pixels, got ", shape_of(x));
   const DeviceGuard guard(x.get_device_index());
@@ -356,8 +352,8 @@ void reduce(const Tensor& grad, const Tensor& x, const Maybe& weight, const Mayb
             *grad_ptr = static_cast<const T*>(grad.const_data_ptr());
     float* total_ptr = total ? static_cast<float*>(total->mutable_data_ptr()) : nullptr;
     constexpr int WIDE = sizeof(Pack) / sizeof(T);
-    const bool packed = packs<T>(x_ptr, map.C, map.stride, WIDE) &&
-                        packs<T>(grad_ptr, map.C, from.stride, WIDE);
+    const bool packed =
+        packs<T>(x_ptr, map.C, map.stride, WIDE) && packs<T>(grad_ptr, map.C, from.stride, WIDE);
     with_lanes<T>(op, map, packed, [&]<int LANES>() {
       const dim3 grid = grid_for<LANES>(map, PARTS);
       const Tensor partial = partial_sums(x, grid);
@@ -395,8 +391,8 @@ void input_gradient(const Tensor& grad, const Tensor& x, const Maybe& weight, co
     const T* x_ptr = static_cast<const T*>(x.const_data_ptr());
     T* out_ptr = static_cast<T*>(out.mutable_data_ptr());
     constexpr int WIDE = sizeof(Pack) / sizeof(T);
-    const bool packed = packs<T>(x_ptr, map.C, map.stride, WIDE) &&
-                        packs<T>(out_ptr, map.C, to.stride, WIDE);
+    const bool packed =
+        packs<T>(x_ptr, map.C, map.stride, WIDE) && packs<T>(out_ptr, map.C, to.stride, WIDE);
     with_lanes<T>(op, map, packed, [&]<int LANES>() {
       const dim3 grid = grid_for<LANES>(map, 1 << 20);
       if (wide)

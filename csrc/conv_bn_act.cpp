@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "check.h"
+#include "portable.h"
 
 namespace cvkernels::conv_bn_act {
 namespace {
@@ -53,8 +54,8 @@ float* scratch(int64_t floats) {
   if (floats > size) {
     memory.reset();
     size = 0;
-    memory.reset(static_cast<float*>(
-        ::operator new[](floats * sizeof(float), std::align_val_t(64))));
+    memory.reset(
+        static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t(64))));
     size = floats;
   }
   return memory.get();
@@ -101,22 +102,19 @@ void run_winograd(const Problem& problem, const Data& data, Convolve convolve) {
   });
 }
 
-#define CVK_RUN(isa)                                                                       \
-  do {                                                                                     \
-    if (tile == 4)                                                                         \
-      return run_winograd<2, 4, isa::Points>(problem, data, &isa::convolve_tiles<2, 4>);   \
-    if (tile == 2)                                                                         \
-      return run_winograd<2, 2, isa::Points>(problem, data, &isa::convolve_tiles<2, 2>);   \
-    return run_direct(problem, data, &isa::convolve);                                      \
+#define CVK_RUN(isa)                                                                     \
+  do {                                                                                   \
+    if (tile == 4)                                                                       \
+      return run_winograd<2, 4, isa::Points>(problem, data, &isa::convolve_tiles<2, 4>); \
+    if (tile == 2)                                                                       \
+      return run_winograd<2, 2, isa::Points>(problem, data, &isa::convolve_tiles<2, 2>); \
+    return run_direct(problem, data, &isa::convolve);                                    \
   } while (false)
 
 void run(const Problem& problem, const Data& data, int64_t tile) {
 #if defined(__x86_64__) && defined(__GLIBC__)
-  static const int level = __builtin_cpu_supports("x86-64-v4")   ? 4
-                           : __builtin_cpu_supports("x86-64-v3") ? 3
-                                                                 : 1;
-  if (level == 4) CVK_RUN(avx512);
-  if (level == 3) CVK_RUN(avx2);
+  if (x86_level() == 4) CVK_RUN(avx512);
+  if (x86_level() == 3) CVK_RUN(avx2);
 #endif
   CVK_RUN(baseline);
 }
@@ -163,11 +161,13 @@ void conv_bn_act_native(const Tensor& x, const Tensor& weight, const Tensor& shi
   CVK_CHECK(OP, x.scalar_type() == ScalarType::Float, "x must be float32, got ",
             torch::headeronly::toString(x.scalar_type()));
   CVK_CHECK_SAME(OP, out, x);
-  CVK_CHECK(OP, kernel_h > 0 && kernel_w > 0 && stride_h > 0 && stride_w > 0 && dilation_h > 0 &&
-                    dilation_w > 0 && padding_h >= 0 && padding_w >= 0,
+  CVK_CHECK(OP,
+            kernel_h > 0 && kernel_w > 0 && stride_h > 0 && stride_w > 0 && dilation_h > 0 &&
+                dilation_w > 0 && padding_h >= 0 && padding_w >= 0,
             "kernel, stride and dilation must be positive, and padding not negative");
   CVK_CHECK(OP, act >= 0 && act <= 3, "act must be between 0 and 3, got ", act);
   CVK_CHECK(OP, tile == 0 || tile == 2 || tile == 4, "tile must be 0, 2 or 4, got ", tile);
+  CVK_CHECK(OP, x.size(1) > 0, "x must have channels, got shape ", shape_of(x));
   Problem problem{x.size(0), x.size(1), x.size(2), x.size(3), out.size(1)};
   problem.R = kernel_h;
   problem.S = kernel_w;
@@ -201,8 +201,7 @@ void conv_bn_act_native(const Tensor& x, const Tensor& weight, const Tensor& shi
             "Winograd's tiles need a 3x3 kernel of stride 1, and x with its channels together");
   const int64_t filter = tile == 0 ? problem.taps() : 4 * (tile + 2);
   Data data{};
-  data.weight =
-      floats_of("weight", weight, problem.panels() * PANEL * filter * problem.C);
+  data.weight = floats_of("weight", weight, problem.panels() * PANEL * filter * problem.C);
   data.shift = floats_of("shift", shift, problem.panels() * PANEL);
   data.input_scale = floats_of("input_affine", input_affine, 2 * problem.C);
   if (data.input_scale != nullptr) data.input_shift = data.input_scale + problem.C;

@@ -69,7 +69,8 @@ struct Cut {
   // where there are fewer blocks than threads.
   Cut(int64_t rows, int64_t most, int64_t panels, int64_t threads) : rows(rows), panels(panels) {
     const int64_t per_thread = divide_up(std::max<int64_t>(rows, 1), threads);
-    block = even_share(rows, std::max<int64_t>(1, std::min(most, std::max<int64_t>(per_thread, 6))));
+    block =
+        even_share(rows, std::max<int64_t>(1, std::min(most, std::max<int64_t>(per_thread, 6))));
     const int64_t wanted = divide_up(threads, std::max<int64_t>(1, blocks()));
     split = divide_up(panels, std::min(panels, wanted));
   }
@@ -91,7 +92,8 @@ struct Tiling {
   int64_t rows, columns, tiles;
 
   Tiling(const Problem& problem, int64_t height, int64_t width)
-      : rows(divide_up(problem.P, height)), columns(divide_up(problem.Q, width)),
+      : rows(divide_up(problem.P, height)),
+        columns(divide_up(problem.Q, width)),
         tiles(problem.N * rows * columns) {}
 };
 

@@ -78,8 +78,8 @@ CVK_INLINE void load_rows(const float** rows, const float* const* from) {
   }
 }
 
-// What becomes of the sums: to[row, column] = clamp(sums + shift + residual), or without a shift the
-// sums themselves.
+// What becomes of the sums: to[row, column] = clamp(sums + shift + residual), or without a shift
+// the sums themselves.
 struct Epilogue {
   float* to;
   int64_t to_stride;
@@ -149,9 +149,9 @@ using Multiply = void (*)(const float* const*, int64_t, int64_t, int64_t, const 
 
 template <int WIDTH>
 CVK_TARGET static Multiply multiply_of_height(int64_t height) {
-  static constexpr Multiply heights[HIGHEST] = {
-      &multiply<1, WIDTH>, &multiply<2, WIDTH>, &multiply<3, WIDTH>,
-      &multiply<4, WIDTH>, &multiply<5, WIDTH>, &multiply<6, WIDTH>};
+  static constexpr Multiply heights[HIGHEST] = {&multiply<1, WIDTH>, &multiply<2, WIDTH>,
+                                                &multiply<3, WIDTH>, &multiply<4, WIDTH>,
+                                                &multiply<5, WIDTH>, &multiply<6, WIDTH>};
   return heights[height - 1];
 }
 
@@ -163,7 +163,7 @@ CVK_TARGET static Multiply tile_of(int64_t height, int64_t columns, int64_t* wid
   return *width = LANES, multiply_of_height<1>(height);
 }
 
-// out = act(sums + shift + residual) for `height` pixels and `kept` of WIDEST * LANES columns.
+// out = act(sums + shift + residual) for `height` pixels and the `kept` first of `columns`.
 template <Act ACT>
 CVK_TARGET static void finish(const Problem& problem, const float* sums, int64_t sums_stride,
                               int64_t height, int64_t columns, int64_t kept, const float* shift,

@@ -134,12 +134,12 @@ CVK_TARGET static void transform_output(const Problem& problem, const Data& data
     const int64_t width = std::min<int64_t>(MW, problem.Q - q);
     const float* from = products + (tile - tiles.begin) * columns;
     for (int64_t c = 0; c < columns; c += LANES) {
-      V m[HEIGHT * WIDTH], rows[MH * WIDTH];
-      alignas(64) float y[MH * MW * LANES];
-      V* both = reinterpret_cast<V*>(y);
+      V m[HEIGHT * WIDTH], rows[MH * WIDTH], both[MH * MW];
+      float y[MH * MW * LANES];
       for (int i = 0; i < HEIGHT * WIDTH; ++i) m[i] = load(from + i * points.product_stride + c);
       for (int i = 0; i < WIDTH; ++i) from_points<MH>(m + i, WIDTH, rows + i, WIDTH);
       for (int i = 0; i < MH; ++i) from_points<MW>(rows + i * WIDTH, 1, both + i * MW, 1);
+      for (int i = 0; i < MH * MW; ++i) store(y + i * LANES, both[i]);
       const int64_t channel = panels.begin * PANEL + c, kept = problem.K - channel;
       if (kept <= 0) break;
       for (int64_t i = 0; i < height; ++i) {

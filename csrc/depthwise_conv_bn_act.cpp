@@ -8,6 +8,7 @@
 #include "check.h"
 #include "element.h"
 #include "large_output.h"
+#include "portable.h"
 
 namespace cvkernels::depthwise_conv_bn_act {
 namespace {
@@ -43,11 +44,8 @@ namespace baseline {
 template <typename T>
 auto best_band(const Problem& problem) {
 #if defined(__x86_64__) && defined(__GLIBC__)
-  static const int level = __builtin_cpu_supports("x86-64-v4")   ? 4
-                           : __builtin_cpu_supports("x86-64-v3") ? 3
-                                                                 : 1;
-  if (level == 4) return avx512::select<T>(problem);
-  if (level == 3) return avx2::select<T>(problem);
+  if (x86_level() == 4) return avx512::select<T>(problem);
+  if (x86_level() == 3) return avx2::select<T>(problem);
 #endif
   return baseline::select<T>(problem);
 }

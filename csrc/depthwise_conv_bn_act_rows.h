@@ -195,4 +195,3 @@ auto select(const Problem& problem) {
   return problem.stride == 1 ? CVK_COLUMNS(5, 1) : CVK_COLUMNS(5, 2);
 #undef CVK_COLUMNS
 }
-

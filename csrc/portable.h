@@ -36,4 +36,15 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__CUDACC__)
+// The level of the x86-64 psABI that the processor has, of those that vectors.h is included for: 4
+// with AVX-512, 3 with AVX2, else 1, the baseline.
+inline int x86_level() {
+  static const int level = __builtin_cpu_supports("x86-64-v4")   ? 4
+                           : __builtin_cpu_supports("x86-64-v3") ? 3
+                                                                 : 1;
+  return level;
+}
+#endif
+
 }  // namespace cvkernels

@@ -16,35 +16,35 @@ using torch::stable::parallel_for;
 using Maybe = std::optional<Tensor>;
 
 // Functions and not templates: compilers clone only those for each instruction set.
-#define CVK_LOOPS(T)                                                                           \
-  CVK_SIMD void add_pixels(Type<T>, const void* x, int64_t stride, int64_t C, int64_t count,   \
-                           float* sums) {                                                      \
-    sum_pixels<T>(x, stride, C, count, sums);                                                  \
-  }                                                                                            \
-  CVK_SIMD void add_planes(Type<T>, const void* x, int64_t HW, int64_t first, int64_t last,    \
-                           float* sums) {                                                      \
-    for (int64_t c = first; c < last; ++c)                                                     \
-      sums[c] = sum_plane<T>(static_cast<const Element<T>::Bits*>(x) + c * HW, HW);            \
-  }                                                                                            \
-  CVK_SIMD void run_layer(Type<T>, const Layer& layer, int64_t images, const float* in,        \
-                          float* out, int64_t first, int64_t last) {                           \
-    layer_rows<T>(layer, images, in, out, first, last);                                        \
-  }                                                                                            \
-  CVK_SIMD void scale_by_column(Type<T>, const Rows& rows, Act act, const float* gate,         \
-                                int64_t first, int64_t last) {                                 \
-    scale_rows<T, false>(rows, act, gate, first, last);                                        \
-  }                                                                                            \
-  CVK_SIMD void scale_by_row(Type<T>, const Rows& rows, Act act, const float* gate,            \
-                             int64_t first, int64_t last) {                                    \
-    scale_rows<T, true>(rows, act, gate, first, last);                                         \
-  }                                                                                            \
-  CVK_SIMD void load_floats(Type<T>, const void* from, int64_t count, float* to) {             \
-    for (int64_t i = 0; i < count; ++i)                                                        \
-      to[i] = Element<T>::load(static_cast<const Element<T>::Bits*>(from)[i]);                 \
-  }                                                                                            \
-  CVK_SIMD void store_floats(Type<T>, const float* from, int64_t count, void* to) {            \
-    for (int64_t i = 0; i < count; ++i)                                                        \
-      static_cast<Element<T>::Bits*>(to)[i] = Element<T>::store(from[i]);                      \
+#define CVK_LOOPS(T)                                                                               \
+  CVK_SIMD void add_pixels(Type<T>, const void* x, int64_t stride, int64_t C, int64_t count,       \
+                           float* sums) {                                                          \
+    sum_pixels<T>(x, stride, C, count, sums);                                                      \
+  }                                                                                                \
+  CVK_SIMD void add_planes(Type<T>, const void* x, int64_t HW, int64_t first, int64_t last,        \
+                           float* sums) {                                                          \
+    for (int64_t c = first; c < last; ++c)                                                         \
+      sums[c] = sum_plane<T>(static_cast<const Element<T>::Bits*>(x) + c * HW, HW);                \
+  }                                                                                                \
+  CVK_SIMD void run_layer(Type<T>, const Layer& layer, int64_t images, const float* in,            \
+                          float* out, int64_t first, int64_t last) {                               \
+    layer_rows<T>(layer, images, in, out, first, last);                                            \
+  }                                                                                                \
+  CVK_SIMD void scale_by_column(Type<T>, const Rows& rows, Act act, const float* gate,             \
+                                int64_t first, int64_t last) {                                     \
+    scale_rows<T, false>(rows, act, gate, first, last);                                            \
+  }                                                                                                \
+  CVK_SIMD void scale_by_row(Type<T>, const Rows& rows, Act act, const float* gate, int64_t first, \
+                             int64_t last) {                                                       \
+    scale_rows<T, true>(rows, act, gate, first, last);                                             \
+  }                                                                                                \
+  CVK_SIMD void load_floats(Type<T>, const void* from, int64_t count, float* to) {                 \
+    for (int64_t i = 0; i < count; ++i)                                                            \
+      to[i] = Element<T>::load(static_cast<const Element<T>::Bits*>(from)[i]);                     \
+  }                                                                                                \
+  CVK_SIMD void store_floats(Type<T>, const float* from, int64_t count, void* to) {                \
+    for (int64_t i = 0; i < count; ++i)                                                            \
+      static_cast<Element<T>::Bits*>(to)[i] = Element<T>::store(from[i]);                          \
   }
 CVK_LOOPS(float)
 CVK_LOOPS(float16)
@@ -199,8 +199,7 @@ Maps<T> maps_of(const char* op, const Tensor& x, const Maybe& residual, const Te
   }
   if (out) {
     CVK_CHECK_SAME(op, *out, x);
-    CVK_CHECK(op, out->sizes().equals(x.sizes()), "out must have x's shape, got ",
-              shape_of(*out));
+    CVK_CHECK(op, out->sizes().equals(x.sizes()), "out must have x's shape, got ", shape_of(*out));
     maps.out = map_of(op, *out, nhwc);
     maps.out_data = out->mutable_data_ptr();
     const int64_t bytes = maps.out.N * maps.out.C * maps.out.HW * sizeof(typename Element<T>::Bits);
@@ -226,9 +225,10 @@ Excite excite_of(const char* op, const Tensor& weight1, const Maybe& bias1, cons
                  const Maybe& bias2, int64_t act) {
   for (const Tensor* weight : {&weight1, &weight2}) {
     CVK_CHECK_CPU(op, *weight);
-    CVK_CHECK(op, weight->dim() == 2 || (weight->dim() == 4 && weight->size(2) == 1 &&
-                                         weight->size(3) == 1),
-              "a weight must be a matrix or a 1x1 convolution's, got ", shape_of(*weight));
+    CVK_CHECK(
+        op,
+        weight->dim() == 2 || (weight->dim() == 4 && weight->size(2) == 1 && weight->size(3) == 1),
+        "a weight must be a matrix or a 1x1 convolution's, got ", shape_of(*weight));
     CVK_CHECK(op, weight->is_contiguous(), "weights must be contiguous");
   }
   const int64_t R = weight1.size(0), C = weight1.size(1);
@@ -294,10 +294,9 @@ void run_block(const Maps<T>& maps, const Excite& excite, int64_t element_size) 
                    [&](int64_t first, int64_t last) { maps.sum(n, first, last, partial.data()); });
       finish_sums(partial.data(), parts, x.C, floats, mean.data());
       excite_images(excite, 1, mean.data(), hidden.data(), gate.data(), true);
-      parallel_for(0, maps.scale_items(), grain_of(x.nhwc ? x.C : x.HW),
-                   [&](int64_t first, int64_t last) {
-                     scale_backwards(maps, n, first, last, gate.data());
-                   });
+      parallel_for(
+          0, maps.scale_items(), grain_of(x.nhwc ? x.C : x.HW),
+          [&](int64_t first, int64_t last) { scale_backwards(maps, n, first, last, gate.data()); });
     }
     return;
   }
@@ -351,20 +350,17 @@ Tensor squeeze(const Tensor& x) {
 
 // count: of the pixels, where pooled holds their sums; 0 where it holds means.
 Tensor excite(const Tensor& pooled, const Tensor& weight1, const Maybe& bias1,
-              const Tensor& weight2, const Maybe& bias2, int64_t act, bool sigmoid,
-              int64_t count) {
+              const Tensor& weight2, const Maybe& bias2, int64_t act, bool sigmoid, int64_t count) {
   CVK_CHECK_CPU("excite", pooled);
   const Excite layers = excite_of("excite", weight1, bias1, weight2, bias2, act);
-  CVK_CHECK("excite",
-            pooled.dim() == 2 && pooled.size(1) == layers.C() && pooled.is_contiguous(),
+  CVK_CHECK("excite", pooled.dim() == 2 && pooled.size(1) == layers.C() && pooled.is_contiguous(),
             "pooled must be contiguous with shape [N, ", layers.C(), "], got ", shape_of(pooled));
   const int64_t N = pooled.size(0), size = N * layers.C();
   const ScalarType dtype = count ? weight1.scalar_type() : pooled.scalar_type();
   const Tensor out = new_matrix(pooled, N, layers.C(), dtype);
   std::vector<float> mean(size), hidden(N * layers.R()), gate(size);
-  dispatch("excite", pooled.scalar_type(), [&](auto type) {
-    load_floats(type, pooled.const_data_ptr(), size, mean.data());
-  });
+  dispatch("excite", pooled.scalar_type(),
+           [&](auto type) { load_floats(type, pooled.const_data_ptr(), size, mean.data()); });
   if (count)
     for (float& value : mean) value /= static_cast<float>(count);
   excite_images(layers, N, mean.data(), hidden.data(), gate.data(), sigmoid);
@@ -377,10 +373,10 @@ void se_scale_out(const Tensor& x, const Tensor& gate, const Maybe& residual, in
                   const Tensor& out) {
   const Map map = map_of("se_scale", x, is_nhwc(x));
   CVK_CHECK_CPU("se_scale", gate);
-  CVK_CHECK("se_scale",
-            gate.dim() == 2 && gate.size(0) == map.N && gate.size(1) == map.C &&
-                gate.is_contiguous(),
-            "gate must be contiguous with shape [", map.N, ", ", map.C, "], got ", shape_of(gate));
+  CVK_CHECK(
+      "se_scale",
+      gate.dim() == 2 && gate.size(0) == map.N && gate.size(1) == map.C && gate.is_contiguous(),
+      "gate must be contiguous with shape [", map.N, ", ", map.C, "], got ", shape_of(gate));
   std::vector<float> multiplier(map.N * map.C);
   dispatch("se_scale", gate.scalar_type(), [&](auto type) {
     load_floats(type, gate.const_data_ptr(), map.N * map.C, multiplier.data());
@@ -406,8 +402,8 @@ void squeeze_excite_out(const Tensor& x, const Tensor& weight1, const Maybe& bia
                         const Maybe& residual, int64_t out_act, const Tensor& out) {
   const Map map = map_of("squeeze_excite", x, is_nhwc(x));
   const Excite layers = excite_of("squeeze_excite", weight1, bias1, weight2, bias2, act);
-  CVK_CHECK("squeeze_excite", layers.C() == map.C, "weight1 must have shape [R, ", map.C,
-            "], got ", shape_of(weight1));
+  CVK_CHECK("squeeze_excite", layers.C() == map.C, "weight1 must have shape [R, ", map.C, "], got ",
+            shape_of(weight1));
   dispatch("squeeze_excite", x.scalar_type(), [&]<typename T>(Type<T>) {
     run_block(maps_of<T>("squeeze_excite", x, residual, &out, out_act), layers, x.element_size());
   });

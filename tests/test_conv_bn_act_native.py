@@ -155,6 +155,7 @@ def test_nan_stays(act):
         ({"out": torch.zeros(2, 12, 4, 5)}, "out must have shape \\[2, 12, 5, 5\\]"),
         ({"out": torch.zeros(2, 12, 5, 5)}, "out must be channels_last or a channel slice"),
         ({"residual": torch.zeros(2, 12, 5, 5)}, "residual must be channels_last"),
+        ({"x": torch.zeros(2, 0, 5, 5)}, "x must have channels"),
         ({"tile": 3}, "tile must be 0, 2 or 4, got 3"),
         ({"tile": 4}, "need a 3x3 kernel of stride 1"),
         ({"act": 4}, "act must be between 0 and 3, got 4"),

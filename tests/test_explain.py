@@ -4,6 +4,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cvkernels
 from cvkernels.models import densenet121, googlenet, resnet18, resnet50, seresnet50
+from cvkernels.nn.sequential import FusedSequential
 
 # MB per image in bf16 at batch 128 and kernels of ResNet-50 with every epilogue fused, in eval.
 FUSED_KERNELS, FUSED_MB = 56, 57.2
@@ -181,3 +182,12 @@ def test_a_failed_run_leaves_no_hook_behind():
 def test_example_without_a_tensor_is_refused():
     with pytest.raises(TypeError, match="example must be a tensor or a tuple, got list"):
         cvkernels.explain(resnet18(), [])
+
+
+def test_a_prologue_that_no_kernel_has_leaves_the_rest_fused():
+    """The native convolution takes a norm along, and has no groups: oneDNN's runs behind it."""
+    norm, conv = torch.nn.BatchNorm2d(16), torch.nn.Conv2d(16, 16, 3, padding=1, groups=4)
+    layers = FusedSequential(norm, torch.nn.ReLU(), conv, torch.nn.BatchNorm2d(16)).eval()
+    rows = cvkernels.explain(layers, torch.randn(1, 16, 8, 8)).rows
+    assert [row.op for row in rows if row.backend == "onednn"] == ["conv_bn_act"]
+    assert {row.layer for row in rows if row.backend == "reference"} == {"0", "1"}

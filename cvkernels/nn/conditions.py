@@ -83,11 +83,11 @@ def why_not_conv_bn_act(
     return why_not_called(x, conv, bn, act if isinstance(act, nn.Module) else None)
 
 
-def why_not_input_bn(x: Tensor, norm: nn.Module, relu: nn.Module | None) -> str:
+def why_not_input_bn(x: Tensor, norm: nn.Module, relu: nn.Module | None, groups: int) -> str:
     """Why norm and relu have to be called first; empty where they are the op's prologue."""
     if reason := why_not_norm_relu(x, norm, relu):
         return reason
-    return "" if fuses_prologue(x) else "no backend here normalises a convolution's input"
+    return "" if fuses_prologue(x, groups) else "no backend here normalises a convolution's input"
 
 
 def why_not_norm_relu(x: Tensor, norm: nn.Module, relu: nn.Module | None) -> str:

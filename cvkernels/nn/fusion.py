@@ -72,10 +72,11 @@ class FusedModule(nn.Module):
         ``act`` and ``relu`` are None. ``out``, a channel slice of a channels_last buffer, is
         written and returned, where no gradient is needed.
         """
-        if input_bn is not None and (reason := why_not_input_bn(x, *input_bn)):
+        groups = getattr(conv, "groups", 1)
+        if input_bn is not None and (reason := why_not_input_bn(x, *input_bn, groups)):
             x = run_group(input_bn[0], reason, None, lambda u=x: _normalised(u, *input_bn))
             input_bn = None
-        if input_gate is not None and input_bn is None and not fuses_prologue(x, conv.groups):
+        if input_gate is not None and input_bn is None and not fuses_prologue(x, groups):
             x, input_gate = _gated(x, input_gate), None
         plain = input_bn is None and input_gate is None
         derived = self._derived_from(conv)
