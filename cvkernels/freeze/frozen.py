@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cvkernels.freeze import saving
+from cvkernels.freeze.backends import writes_slices
 from cvkernels.freeze.capture import capture
 from cvkernels.freeze.cuda_graphs import CudaGraph, Pool
 from cvkernels.freeze.fuse import fuse, own_weights
@@ -23,6 +24,7 @@ from cvkernels.freeze.graph import Graph, Like, Node, fill
 from cvkernels.freeze.plan import Plan
 from cvkernels.freeze.report import Report, report
 from cvkernels.freeze.shapes import infer
+from cvkernels.freeze.siblings import merge_siblings
 from cvkernels.functional import DerivedWeights
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.errors import InputTypeError, InputValueError
@@ -83,6 +85,8 @@ def freeze(
         x = Like(tuple(example.shape), dtype)
         fuse(graph, infer_in(graph, x, example.device, dtype))
         own_weights(graph, dtype, example.device)
+        if writes_slices(dtype, example.device):
+            merge_siblings(graph)
         frozen = Frozen(graph, dtype, example.device, choices, channels=example.shape[1])
         frozen.remember(model, example)
         image = example.detach().to(dtype)

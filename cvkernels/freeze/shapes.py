@@ -127,6 +127,7 @@ def _check(node: Node, ok: bool, expected: str, got: tuple) -> None:
 
 _RULES: dict[str, Callable[..., tuple]] = {
     "conv": _conv,
+    "part": lambda node, x: (x[0], node.attrs["channels"], *x[2:]),
     "affine": _same,
     "act": _same,
     "add": _broadcast,
