@@ -43,7 +43,7 @@ def test_outputs_and_input_gradients_are_the_stock_models(name):
     # Norms over two values amplify roundings: DenseNet's last maps are of one pixel at 48.
     size = 64 if "densenet" in name else 48
     x = torch.randn(2, 3, size, size, dtype=torch.float64)
-    for train, images in ((False, x[:1]), (True, x)):
+    for train, images in ((False, x[:1, :, :32, :32]), (True, x)):
         results = [output_and_gradient(model.train(train), images) for model in (ours, stock)]
         for actual, expected in zip(*results, strict=True):
             assert expected.abs().max() > 0
