@@ -102,8 +102,11 @@ class Inception(FusedModule):
         )
 
     def _forward(self, x: Tensor) -> list[Tensor]:
+        return [self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)]
+
+    def _branches(self, x: Tensor) -> list[Tensor]:
         if self._why_not_train_siblings(x):
-            return [self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)]
+            return self._forward(x)
         one, (reduce3, conv3), (reduce5, conv5) = self.branch1, self.branch2, self.branch3
         blocks = [(block.conv, block.bn) for block in (one, reduce3, reduce5)]
         one, reduced3, reduced5 = recomputed.siblings(x, blocks)
@@ -133,7 +136,7 @@ class Inception(FusedModule):
             reason = "" if requested == "reference" else "no backend here writes channel slices"
         if not reason:
             return self._in_place(x)
-        branches = self._forward(x)
+        branches = self._branches(x)
         if (recorder := record.active()) is None:
             return recomputed.concatenated(branches)
         with recorder.fallback(reason):

@@ -119,7 +119,7 @@ class _Concatenated(Node):
         self.leaves = sum(part.leaves for part in parts)
 
     def _compute(self, leaves: Sequence[Tensor]) -> Tensor:
-        buffer = leaves[0].new_empty(self.shape).contiguous(memory_format=torch.channels_last)
+        buffer = _new_map(leaves[0], self.shape)
         leaf = channel = 0
         for part, width in zip(self.parts, self.widths, strict=True):
             part.write(leaves[leaf : leaf + part.leaves], buffer[:, channel : channel + width])
@@ -341,7 +341,7 @@ class _ConvBNReLU(Function):
             if grad_y is not None:
                 if not wanted[1]:
                     # Only its shape and layout count.
-                    x = _channels_last(y.new_empty(ctx.shape))
+                    x = _new_map(y, ctx.shape)
                 elif ctx.source is None:
                     x = _channels_last(inputs[0])
                 else:
@@ -373,6 +373,12 @@ def _divided(
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def _new_map(like: Tensor, shape: torch.Size) -> Tensor:
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
 
 
 def _refuse(grad: Tensor) -> None:
