@@ -168,6 +168,28 @@ def test_autocast_keeps_no_cast_weights():
     assert count == 2 * x.numel() + 20 * (2 * 2 * 36 + 4 * 4)
 
 
+@pytest.mark.parametrize("change", ["none", "hook", "bias", "eval", "frozen"])
+def test_convolutions_on_one_map_run_as_one(change, monkeypatch):
+    """The three 1x1 of a block; in the test's block the third is a sequence's first."""
+    counts, convolve = [], recomputed.convolve
+    monkeypatch.setattr(recomputed, "convolve", lambda *args: counts.append(1) or convolve(*args))
+    ours, stock = pair()
+    for model in (ours, stock):
+        block = model.first.branch3[0]
+        if change == "hook":
+            block.register_forward_hook(lambda *_: None)
+        elif change == "bias":
+            block.conv.bias = nn.Parameter(torch.linspace(-1, 1, 4).double())
+        elif change == "eval":
+            block.bn.eval()
+        elif change == "frozen":
+            block.requires_grad_(False)
+    assert_equal(step(ours, image()), step(stock, image()))
+    # The stem's, and of each block the siblings, two 3x3 and the projection.
+    together = {"none": 9, "frozen": 9, "eval": 10}
+    assert len(counts) == together.get(change, 11)
+
+
 def test_maps_are_let_go_as_backward_passes():
     ours, _ = pair(torch.float32)
     nodes, compute = [], recomputed.Node.value
