@@ -162,11 +162,13 @@ def measure_case(
             elif calls:
                 first = next(iter(calls))
                 interleave({**calls, AGAIN: calls[first]}, machine, settings, samples, tick)
-    except (RuntimeError, ValueError, MemoryError) as error:
-        # The reference did not fit, or a call failed after its checks: the other cases go on.
+    except (RuntimeError, ValueError, MemoryError, ImportError) as error:
+        # The reference did not fit or is not installed, or a call failed after its checks: the
+        # other cases go on.
+        missing = isinstance(error, ImportError) or out_of_memory(error)
         for row in rows.values():
             if row.status == "pending":
-                row.status = "unavailable" if out_of_memory(error) else "failed"
+                row.status = "unavailable" if missing else "failed"
                 row.note = _one_line(error)
     finally:
         for name, row in rows.items():

@@ -9,6 +9,7 @@ from benchmarks import (
     bench_conv_bn_act,
     bench_dense_concat,
     bench_max_pool,
+    bench_mbconv,
     harness,
 )
 from cvkernels import explain, extension, record
@@ -70,6 +71,13 @@ def test_explain_reports_the_same_bytes():
 
     totals = explain(Call(), args[0]).totals
     assert case.bytes == totals["bytes_read"] + totals["bytes_written"]
+
+
+def test_bytes_of_mbconv_are_those_of_its_three_kernels():
+    size, wide, narrow = 56 * 56, 144, 24
+    maps = 128 * size * (2 * narrow + 4 * wide + narrow)  # the last is the residual
+    counted = bench_mbconv.traffic("2.1", 128, torch.bfloat16) / 2
+    assert maps < counted < 1.01 * maps
 
 
 def test_stock_is_the_reference():

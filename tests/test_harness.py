@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -201,6 +202,16 @@ def test_backend_that_cannot_run_is_unavailable_and_a_crash_is_failed(machine):
     statuses = [row.status for row in report.rows]
     assert statuses == ["measured", "unavailable", "failed", "unavailable"]
     assert not report.sound
+
+
+def test_stock_that_is_not_installed_leaves_the_other_cases(machine):
+    def missing():
+        raise ModuleNotFoundError("No module named 'torchvision'")
+
+    case = replace(make_case({"eager": doubled, "cvkernels": doubled}), inputs=missing)
+    report = harness.run([case, make_case({"eager": doubled})], machine, FEW)
+    assert [row.status for row in report.rows] == ["unavailable", "unavailable", "measured"]
+    assert report.rows[0].note == "No module named 'torchvision'" and report.sound
 
 
 def test_case_that_does_not_fit_leaves_the_others(machine):
