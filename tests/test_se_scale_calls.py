@@ -104,7 +104,7 @@ def test_opcheck(view, memory_format):
     residual = torch.randn(x.shape)
     ops = torch.ops.cvkernels
     leaf = x.detach().requires_grad_()
-    for act in ("none", "relu", "silu"):
+    for act in ("none", "relu", "silu") if view == "dense" else ("silu",):
         opcheck(ops.se_scale.default, (leaf, gate, residual, act, "auto"))
         opcheck(ops.squeeze_excite.default, (leaf, *layers, "silu", residual, act, "auto"))
     opcheck(ops.squeeze.default, (leaf, "auto"))
