@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-from dataclasses import replace
 
 import pytest
 import torch
@@ -208,7 +207,7 @@ def test_stock_that_is_not_installed_leaves_the_other_cases(machine):
     def missing():
         raise ModuleNotFoundError("No module named 'torchvision'")
 
-    case = replace(make_case({"eager": doubled, "cvkernels": doubled}), inputs=missing)
+    case = dataclasses.replace(make_case({"eager": doubled, "cvkernels": doubled}), inputs=missing)
     report = harness.run([case, make_case({"eager": doubled})], machine, FEW)
     assert [row.status for row in report.rows] == ["unavailable", "unavailable", "measured"]
     assert report.rows[0].note == "No module named 'torchvision'" and report.sound
