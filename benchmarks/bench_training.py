@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
+from autograd_memory import saved_bytes
 from torch import Tensor, nn
 
 import cvkernels
@@ -67,20 +68,7 @@ class Step:
 
     def saved_bytes(self, images: Tensor, labels: Tensor) -> float:
         """Per image."""
-        owned = [images, labels, *self.model.parameters(), *self.model.buffers()]
-        known = {tensor.untyped_storage().data_ptr() for tensor in owned}
-        saved: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.loss(images, labels)
-        total = sum(saved.values())
-        del loss  # until here every storage counted is held, and none is counted twice
+        total = saved_bytes(self.model, images, labels, run=self.loss, owned=(images, labels))
         return total / len(images)
 
 

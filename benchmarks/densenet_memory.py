@@ -8,33 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 
-import torch
-from torch import Tensor, nn
+from autograd_memory import megabytes_per_image
 
 from cvkernels import models
 from cvkernels.tables import text_table
 
 LAYERS = {"densenet121": 58, "densenet169": 82, "densenet201": 98}
-
-
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes of the storages that autograd keeps of ``model(x)``, the model's own aside."""
-    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    kept = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor  # alive: no other takes its address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x)
-    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
-
-
-def megabytes_per_image(model: nn.Module, batch: int = 8) -> float:
-    model = model.to(device="meta", dtype=torch.bfloat16).train()
-    x = torch.empty(batch, 3, 224, 224, dtype=torch.bfloat16, device="meta")
-    return saved_bytes(model, x) / batch / 1e6
 
 
 def table() -> str:

@@ -159,8 +159,14 @@ def run_parts(
 def run_process(command: Sequence[str], seconds: float) -> int:
     """The command's status. Ctrl-C and the end of the time reach it as an interrupt, which it obeys
     by writing what it has; it is 124 for the time."""
-    # In a session of its own, so that the terminal does not interrupt it a second time.
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    # In a session of its own, so that the terminal does not interrupt it a second time; and obeying
+    # interrupts where this process, in a shell's background, ignores them.
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:

@@ -6,8 +6,8 @@ and flops that it takes. :func:`run` turns cases into a :class:`Report`, a :clas
 1. :class:`Machine` measures the copy bandwidth and the matrix rate of the device, per dtype.
 2. :class:`Trial` holds each variant to the tests' tolerance rule. A wrong one is not timed.
 3. :func:`interleave` times all variants of a case in turn, in a shuffled order, the last-level
-   cache flushed before each call. The first variant runs twice a round: what the two differ by is
-   noise.
+   cache flushed before each call, and on a CPU a rest before each call of a network. The first
+   variant runs twice a round: what the two differ by is noise.
 
 Bytes are compulsory traffic, the same for each variant of a case: what the op needs, not what a
 variant moves. "% bound" is the larger of the shares of copy bandwidth and matrix rate.
@@ -149,8 +149,12 @@ def measure_case(
     try:
         with grad_mode(case):
             trial = Trial(case)
-            prepared = {name: prepare(trial, row) for name, row in rows.items()}
-            calls = {name: timed for name, timed in prepared.items() if timed is not None}
+            calls = {}
+            for name, row in rows.items():
+                if case.network:
+                    machine.rest()
+                if (timed := prepare(trial, row)) is not None:
+                    calls[name] = timed
             machine.hide_launches(calls.values())
             if calls and case.part == "memory":
                 for row in rows.values():

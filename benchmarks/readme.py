@@ -70,21 +70,38 @@ def _relative(path: Path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
+RUNTIMES = ("openvino", "onnxruntime", "tensorrt")
+
+
 def inference_table(reports: Sequence[Report]) -> str:
-    """Milliseconds of every variant, a row per network, dtype and batch; ours against two peers."""
+    """Milliseconds of every variant, a row per network, dtype and batch; ours against the peers."""
     rows = [row for report in reports for row in report.rows]
     variants = list(dict.fromkeys(row.variant for row in rows))
     header = ["network", "batch", "dtype", *(f"{name}, ms" for name in variants)]
     ours = [name for name in variants if name.startswith("cvkernels")]
-    header += [f"{name}: {what}" for name in ours for what in ("vs eager", "vs freezing", "error")]
+    compared = ("vs eager", "vs freezing", "vs better runtime", "error")
+    header += [f"{name}: {what}" for name in ours for what in compared]
+    ratios: dict[str, list[float]] = defaultdict(list)
     lines = []
     for (network, case, dtype), group in _grouped(rows).items():
         cells = [_ms(group.get(name)) for name in variants]
+        times = [group[name].time_us for name in RUNTIMES if name in group and group[name].time_us]
         for name in ours:
             row = group.get(name)
-            cells += [_ratio(row, "vs_eager"), _ratio(row, "vs_freezing"), _errors(row)]
+            found = [getattr(row, "vs_eager", None), getattr(row, "vs_freezing", None)]
+            found.append(min(times) / row.time_us if times and row and row.time_us else None)
+            for what, ratio in zip(compared, found, strict=False):
+                ratios[f"{name} {what}"] += [] if ratio is None else [ratio]
+            cells += ["" if ratio is None else f"{ratio:.2f}x" for ratio in found]
+            cells.append(_errors(row))
         lines.append([network, case.removeprefix("batch "), dtype, *cells])
-    return _markdown(header, lines) + "\n\n" + _first_batches(rows)
+    means = [
+        f"{what} {_geomean(found)} ({min(found):.2f}x to {max(found):.2f}x)"
+        for what, found in ratios.items()
+        if found
+    ]
+    summary = [f"Geometric means (worst to best): {'; '.join(means)}."] if means else []
+    return "\n\n".join([_markdown(header, lines), *summary, _first_batches(rows)])
 
 
 def _first_batches(rows: Sequence[Row]) -> str:

@@ -68,10 +68,11 @@ template <typename Convolve>
 void run_direct(const Problem& problem, const Data& data, Convolve convolve) {
   const int64_t C = problem.C, taps = problem.taps();
   const int64_t pixel = problem.gathers() ? taps * C : C;
-  const Cut cut(problem.pixels(), std::clamp<int64_t>(CACHED / pixel, 48, 240), problem.panels(),
-                torch::stable::get_num_threads());
-  const int64_t gathered = problem.gathers() ? cut.block * taps * C : 0;
-  const int64_t pointers = divide_up(sizeof(float*), sizeof(float)) * cut.block * taps;
+  const bool by_panels = !problem.gathers() && problem.K * taps > problem.pixels();
+  const Cut cut(problem.pixels(), std::clamp<int64_t>(CACHED / pixel, 56, 240), problem.panels(),
+                torch::stable::get_num_threads(), by_panels);
+  const int64_t gathered = problem.gathers() ? cut.block() * taps * C : 0;
+  const int64_t pointers = divide_up(sizeof(float*), sizeof(float)) * cut.block() * taps;
   torch::stable::parallel_for(0, cut.tasks(), 1, [&](int64_t first, int64_t last) {
     float* zeros = scratch(divide_up(C, 16) * 16 + divide_up(pointers, 16) * 16 + gathered);
     std::fill_n(zeros, C, 0.0f);
@@ -88,8 +89,10 @@ void run_winograd(const Problem& problem, const Data& data, Convolve convolve) {
   constexpr int64_t POINTS = (MH + 2) * (MW + 2);
   const Tiling tiling(problem, MH, MW);
   const int64_t most = std::clamp<int64_t>(2 * CACHED / (POINTS * problem.C), 48, 96);
-  const Cut cut(tiling.tiles, most, problem.panels(), torch::stable::get_num_threads());
-  const Points points(problem, cut.block, cut.split);
+  // With the panels split, every thread transforms the input.
+  const bool by_panels = problem.K > 8 * tiling.tiles;
+  const Cut cut(tiling.tiles, most, problem.panels(), torch::stable::get_num_threads(), by_panels);
+  const Points points(problem, cut.block(), cut.split());
   const int64_t zero = divide_up(problem.C, 16) * 16;
   torch::stable::parallel_for(0, cut.tasks(), 1, [&](int64_t first, int64_t last) {
     float* zeros = scratch(zero + POINTS * (points.operand_stride + points.product_stride));

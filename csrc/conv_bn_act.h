@@ -13,11 +13,6 @@ constexpr int64_t PANEL = 16;
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The largest share of `count` when it is cut into parts of nearly equal size, at most `most` each.
-constexpr int64_t even_share(int64_t count, int64_t most) {
-  return count == 0 ? 1 : divide_up(count, divide_up(count, most));
-}
-
 // One call. x[N, C, H, W], any strides, in elements; pixel (n, p, q) of out[N, K, P, Q] and of the
 // residual is number (n * P + p) * Q + q, `out_stride` and `residual_stride` elements apart.
 struct Problem {
@@ -61,30 +56,36 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
-// How `rows` of the product and its panels are cut into tasks. No result depends on it.
-struct Cut {
-  int64_t rows, block, panels, split;
+// Part `number` of [0, count) cut into `parts` of nearly equal size, the larger ones first.
+constexpr Range part_of(int64_t count, int64_t parts, int64_t number) {
+  const int64_t size = count / parts, larger = count % parts;
+  const int64_t begin = number * size + std::min(number, larger);
+  return {begin, begin + size + (number < larger)};
+}
 
-  // Blocks of at most `most` rows whose operand stays in the second cache; the panels are split
-  // where there are fewer blocks than threads.
-  Cut(int64_t rows, int64_t most, int64_t panels, int64_t threads) : rows(rows), panels(panels) {
-    const int64_t per_thread = divide_up(std::max<int64_t>(rows, 1), threads);
-    block =
-        even_share(rows, std::max<int64_t>(1, std::min(most, std::max<int64_t>(per_thread, 6))));
-    const int64_t wanted = divide_up(threads, std::max<int64_t>(1, blocks()));
-    split = divide_up(panels, std::min(panels, wanted));
+// How `rows` of the product and its panels are cut into tasks: as many for each thread. No result
+// depends on it.
+struct Cut {
+  int64_t rows, panels, blocks, splits;
+
+  // Blocks have at most `most` rows, whose operand stays in the second cache. Where these are fewer
+  // than threads, they are made smaller, or the panels are split: `by_panels` says that this comes
+  // first, since it saves reading all weights in every thread.
+  Cut(int64_t rows, int64_t most, int64_t panels, int64_t threads, bool by_panels)
+      : rows(rows), panels(panels), blocks(divide_up(std::max<int64_t>(rows, 1), most)) {
+    by_panels = by_panels && threads % blocks == 0 && panels >= 4 * (threads / blocks);
+    if (blocks > threads) {
+      blocks = divide_up(blocks, threads) * threads;
+    } else if (!by_panels) {
+      blocks = std::max(blocks, std::min(threads, divide_up(rows, 6)));
+    }
+    splits = std::max<int64_t>(1, std::min(panels, divide_up(threads, blocks)));
   }
-  int64_t blocks() const { return divide_up(rows, block); }
-  int64_t splits() const { return divide_up(panels, split); }
-  int64_t tasks() const { return blocks() * splits(); }
-  Range rows_of(int64_t task) const {
-    const int64_t begin = task / splits() * block;
-    return {begin, std::min(begin + block, rows)};
-  }
-  Range panels_of(int64_t task) const {
-    const int64_t begin = task % splits() * split;
-    return {begin, std::min(begin + split, panels)};
-  }
+  int64_t block() const { return divide_up(rows, blocks); }
+  int64_t split() const { return divide_up(panels, splits); }
+  int64_t tasks() const { return blocks * splits; }
+  Range rows_of(int64_t task) const { return part_of(rows, blocks, task / splits); }
+  Range panels_of(int64_t task) const { return part_of(panels, splits, task % splits); }
 };
 
 // F(height x width, 3 x 3): tiles of outputs, each from (height + 2) x (width + 2) inputs.

@@ -296,7 +296,7 @@ CVK_TARGET static void find_operand(const Problem& problem, const Data& data, Ra
 CVK_TARGET static void convolve(const Problem& problem, const Data& data, Range rows, Range panels,
                                 const float* zeros, float* gathered, const float** operand) {
   find_operand(problem, data, rows, zeros, gathered, operand);
-  const int64_t count = rows.size(), share = even_share(count, HIGHEST);
+  const int64_t count = rows.size(), tiles = divide_up(count, HIGHEST);
   const int64_t taps = problem.gathers() ? 1 : problem.taps();
   const int64_t depth = problem.gathers() ? problem.taps() * problem.C : problem.C;
   const int64_t panel_size = problem.taps() * problem.C * PANEL;
@@ -310,8 +310,9 @@ CVK_TARGET static void convolve(const Problem& problem, const Data& data, Range 
     const float* shift = data.shift + column;
     const int64_t kept = std::min(problem.K, panels.end * PANEL) - column;
     if (kept <= 0) break;
-    for (int64_t row = 0; row < count; row += share) {
-      const int64_t height = std::min(share, count - row);
+    for (int64_t number = 0; number < tiles; ++number) {
+      const auto [row, end] = part_of(count, tiles, number);
+      const int64_t height = end - row;
       const Multiply tile = tile_of(height, kept, &width);
       const int64_t pixel = rows.begin + row;
       float* out = data.out + pixel * problem.out_stride + column;

@@ -99,7 +99,7 @@ CVK_TARGET static void multiply_points(const Problem& problem, const Data& data,
                                        Range panels, const Points& points, const float* operand,
                                        float* products) {
   constexpr int HEIGHT = MH + 2, WIDTH = MW + 2;
-  const int64_t channels = Points::channels(problem), share = even_share(count, HIGHEST);
+  const int64_t channels = Points::channels(problem), parts = divide_up(count, HIGHEST);
   const int64_t panel_size = problem.C * PANEL, columns = panels.size() * PANEL;
   for (int point = 0; point < HEIGHT * WIDTH; ++point) {
     const float* weight = data.weight + (point * problem.panels() + panels.begin) * panel_size;
@@ -108,8 +108,9 @@ CVK_TARGET static void multiply_points(const Problem& problem, const Data& data,
     int64_t width = 0;
     for (int64_t column = 0; column < columns; column += width) {
       const float* part = weight + column / PANEL * panel_size + column % PANEL;
-      for (int64_t tile = 0; tile < count; tile += share) {
-        const int64_t height = std::min(share, count - tile);
+      for (int64_t number = 0; number < parts; ++number) {
+        const auto [tile, end] = part_of(count, parts, number);
+        const int64_t height = end - tile;
         const float* rows[HIGHEST];
         for (int64_t i = 0; i < height; ++i) rows[i] = from + (tile + i) * channels;
         const Multiply product = tile_of(height, columns - column, &width);

@@ -56,6 +56,14 @@ def calibrate(model, size=SIZE):
         norm.momentum = momentum
 
 
+def calibrated(build, **kwargs):
+    """A network of seed 0 in eval, as :func:`calibrate` leaves it."""
+    torch.manual_seed(0)
+    model = build(**kwargs)
+    calibrate(model)
+    return model.eval()
+
+
 class Concatenated(nn.Module):
     """The outputs of a model that may return several, side by side."""
 

@@ -80,13 +80,6 @@ def assert_same_gradients(ours, stock, x):
         assert (gradients[0][name] - expected).abs().max() <= allowed, name
 
 
-def assert_drop_in(ours, stock):
-    """Two networks of one seed: equal state, then equal outputs with norms that have seen data."""
-    assert_same_state(ours, stock)
-    ours, stock = calibrated(ours, stock)
-    assert_same_output(ours, stock, seen(2))
-
-
 def assert_eval_is_pure(ours, stock, x):
     """Outputs by the rule, gradients, and not a bit of the state changes."""
     before = {key: value.clone() for key, value in ours.state_dict().items()}

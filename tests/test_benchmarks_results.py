@@ -28,6 +28,7 @@ def folder(tmp_path):
         row("resnet50", "inference", "batch 1", "eager channels_last", 3000.0, **both),
         row("resnet50", "inference", "batch 1", "cvkernels", 2000.0, vs_eager=1.5, **both),
         row("resnet50", "inference", "batch 1", "openvino", None, status="unavailable"),
+        row("resnet50", "inference", "batch 1", "onnxruntime", 1800.0),
     ]
     training = [
         row(f"densenet{depth}", part, "batch 2", variant, time, saved_bytes=depth * factor)
@@ -62,7 +63,9 @@ def test_tables_hold_every_row_losing_and_missing_ones_too(folder):
     text = readme.result_tables(folder.parent)
     assert "### Measured on abacus" in text
     inference = next(line for line in text.splitlines() if line.startswith("| resnet50 | 1 |"))
-    assert "3.0 (3.0-3.0) | 2.0 (2.0-2.0) | unavailable | 1.50x" in inference
+    assert "| 3.0 (3.0-3.0) | 2.0 (2.0-2.0) | unavailable | 1.8 (1.8-1.8) |" in inference
+    assert "| 1.50x |  | 0.90x |" in inference
+    assert "cvkernels vs better runtime 0.90x (0.90x to 0.90x)" in text
     assert "1.0e-06 (eager 2.0e-06)" in inference
     assert "| densenet201 | 2 | cvkernels |  |  | 40.2 |" in text
     assert "| pool | forward | fp32 | cvkernels | 2 | 1.00x | 0.50x (loses) |" in text

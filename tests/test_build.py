@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from cvkernels import extension
+
 ROOT = Path(__file__).resolve().parent.parent
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the compiled part needs Linux")
 
@@ -138,6 +140,21 @@ def test_bad_max_jobs(source):
     assert_one_line(result, "MAX_JOBS must be a positive number, got 'many'")
 
 
+@LINUX
+@pytest.mark.parametrize("nvcc", [False, True], ids=["no-toolkit", "toolkit"])
+def test_says_once_what_it_builds(nvcc, source, tmp_path):
+    if missing_tools():
+        pytest.skip(missing_tools())
+    if nvcc and shutil.which("nvcc") is None:
+        pytest.skip("no nvcc on PATH")
+    path = os.environ["PATH"] if nvcc else without("nvcc", tmp_path / "bin")
+    # It ends before it compiles.
+    result = setup(source, "build_ext", CVKERNELS_BUILD="auto", PATH=path, MAX_JOBS="0")
+    said = [line for line in result.stdout.splitlines() if line.startswith("cvkernels: building")]
+    what = r"CPU and CUDA ops \(CUDA .*" if nvcc else "CPU ops, no CUDA ops: no nvcc on PATH.*"
+    assert len(said) == 1 and re.fullmatch(f"cvkernels: building {what}", said[0]), result.stdout
+
+
 def pip_wheel(source: Path, target: Path, mode: str) -> Path:
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps"]
     result = subprocess.run(
@@ -179,55 +196,32 @@ def test_source_distribution_carries_the_native_sources(source):
     assert {"setup.py", "pyproject.toml", "LICENSE"} <= names
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The shared objects of a build with everything that this machine can build."""
-    if sys.platform != "linux":
-        pytest.skip("the compiled part needs Linux")
-    if missing_tools():
-        pytest.skip(missing_tools())
-    folder = tmp_path_factory.mktemp("built")
-    variables = {"CVKERNELS_BUILD": "auto", "CUDA_HOME": os.environ.get("CUDA_HOME")}
-    arguments = ["build_ext", "--build-lib", str(folder), "--build-temp", str(folder / "temp")]
-    result = subprocess.run(
-        [sys.executable, "setup.py", *arguments],
-        cwd=ROOT,
-        env=environment(**variables),
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    said = [line for line in result.stdout.splitlines() if line.startswith("cvkernels: building")]
-    assert len(said) == 1, result.stdout
-    return folder / "cvkernels", said[0]
-
-
 def tool(*command: str) -> str:
     if shutil.which(command[0]) is None:
         pytest.skip(f"{command[0]} is not installed")
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def cpu_object(built) -> str:
-    (path,) = built[0].glob("_C.*")
-    return str(path)
+def cpu_object() -> str:
+    """The installed one: what installing the package built."""
+    spec = importlib.util.find_spec("cvkernels._C")
+    if spec is None:
+        pytest.skip(extension.status()["cpu"].reason)
+    return spec.origin
 
 
-def cuda_object(built) -> str:
-    folder, said = built
-    path = folder / "_C_cuda.so"
-    if not path.is_file():
-        assert "no CUDA ops: " in said
-        pytest.skip(said.split("no CUDA ops: ")[1])
-    assert "CUDA ops (CUDA " in said
+def cuda_object() -> str:
+    path = Path(cpu_object()).with_name("_C_cuda.so")
+    if not extension.build_info()["cuda_archs"]:
+        pytest.skip("installed without CUDA ops")
     return str(path)
 
 
 @pytest.mark.parametrize(
     ("find", "torch_library"), [(cpu_object, "libtorch_cpu.so"), (cuda_object, "libtorch_cuda.so")]
 )
-def test_depends_on_the_stable_abi_alone(built, find, torch_library):
-    path = find(built)
+def test_depends_on_the_stable_abi_alone(find, torch_library):
+    path = find()
     dynamic = tool("readelf", "-d", "-W", path)
     needed = re.findall(r"NEEDED.*\[(.+)\]", dynamic)
     system = {"libc.so.6", "libm.so.6", "libstdc++.so.6", "libgcc_s.so.1", "ld-linux-x86-64.so.2"}
@@ -243,8 +237,8 @@ def test_depends_on_the_stable_abi_alone(built, find, torch_library):
 
 
 @pytest.mark.parametrize("find", [cpu_object, cuda_object])
-def test_holds_no_build_path(built, find):
-    data = Path(find(built)).read_bytes()
+def test_holds_no_build_path(find):
+    data = Path(find()).read_bytes()
     assert str(ROOT).encode() not in data and b"site-packages" not in data
 
 
@@ -256,9 +250,9 @@ def triton_cuobjdump() -> str:
     return str(path)
 
 
-def test_cuda_code_for_every_architecture(built):
-    path = cuda_object(built)
-    archs = re.findall(r"sm_(\d+)", built[1])
+def test_cuda_code_for_every_architecture():
+    path = cuda_object()
+    archs = extension.build_info()["cuda_archs"].split(";")
     cuobjdump = shutil.which("cuobjdump") or triton_cuobjdump()
     elf = tool(cuobjdump, "--list-elf", path)
     assert {f"sm_{arch}" for arch in archs} == set(re.findall(r"sm_\d+", elf))
@@ -266,8 +260,8 @@ def test_cuda_code_for_every_architecture(built):
     assert set(re.findall(r"sm_\d+", ptx)) == {f"sm_{archs[-1]}"}
 
 
-def test_cuda_kernels_keep_to_registers(built):
-    path = cuda_object(built)
+def test_cuda_kernels_keep_to_registers():
+    path = cuda_object()
     cuobjdump = shutil.which("cuobjdump") or triton_cuobjdump()
     usage = tool(cuobjdump, "--dump-resource-usage", path)
     kernels = re.findall(r"Function (\w+):\s*\n?.*?REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)

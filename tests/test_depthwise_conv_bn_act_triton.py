@@ -4,18 +4,14 @@ Without a GPU the kernel runs in the interpreter; a subprocess compiles it for s
 sm_100, where no GPU is involved.
 """
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from cases_conv_bn_act import make_bn
 from cases_depthwise_conv_bn_act import NETWORKS
 from numerics import assert_close_as_eager, map_floats
+from triton_compiled import compiled_once
 
 pytest.importorskip("triton")
 
@@ -25,7 +21,6 @@ from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem, proble
 from cvkernels.ops.depthwise_conv_bn_act.reference import depthwise_conv_bn_act_reference
 from cvkernels.ops.depthwise_conv_bn_act.tiling import Tiling, tiling
 
-ROOT = Path(__file__).parents[1]
 # the interpreter cuts a bfloat16 off where a GPU rounds it
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 
@@ -210,18 +205,8 @@ def test_a_launch_that_cannot_be_indexed_is_refused():
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "triton_inspect.py", "depthwise_conv_bn_act"],
-        input=json.dumps(CASES_TO_COMPILE),
-        capture_output=True,
-        text=True,
-        env=env,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+def compiled(tmp_path_factory):
+    found = compiled_once("depthwise_conv_bn_act", CASES_TO_COMPILE, tmp_path_factory)
     return {case_id(c): f for c, f in zip(CASES_TO_COMPILE, found, strict=True)}
 
 

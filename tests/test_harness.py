@@ -51,6 +51,14 @@ def test_setup_is_not_timed(machine, clock):
     assert machine.sample(timed) == pytest.approx(1.0)
 
 
+def test_threads_of_the_call_before_fall_asleep_before_a_latency(machine, monkeypatch):
+    events = []
+    monkeypatch.setattr(machines.time, "sleep", lambda seconds: events.append(seconds))
+    machine.sample(Timed(lambda: events.append("run"), latency=True))
+    machine.sample(Timed(lambda: events.append("op")))
+    assert events == [machines.REST, "run", "op"] and machines.REST > 0
+
+
 def test_host_samples_are_means_in_warm_caches(machine, monkeypatch):
     monkeypatch.setattr(machine, "make_cold", lambda: pytest.fail("caches must stay warm"))
     ran = []

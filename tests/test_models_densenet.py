@@ -2,7 +2,7 @@ import model_checks as checks
 import pytest
 import torch
 from model_checks import build, image, pair
-from numerics import assert_matches_module, run_with_input_grad
+from numerics import assert_matches_module
 from torch import nn
 
 import cvkernels
@@ -41,19 +41,9 @@ def test_state_dict_is_torchvisions(name):
     checks.check_state_dict(name)
 
 
-@pytest.mark.parametrize("name", BUILDERS)
-def test_eval_output_and_input_gradient_match_stock(name, device):
-    checks.check_eval(name, device)
-
-
-@pytest.mark.parametrize("name", BUILDERS)
-def test_train_output_and_input_gradient_match_stock(name, device):
-    """In float64: in float32 so deep a network amplifies stock's own rounding a thousandfold."""
-    models = [model.double().train().to(device) for model in pair(name)]
-    x = image(2, device=device, dtype=torch.float64)
-    results = [(*run_with_input_grad(model, x), *model.buffers()) for model in models]
-    for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-8)
+def test_eval_output_and_input_gradient_match_stock(device):
+    """The other depths, and training, are test_every_builder's."""
+    checks.check_eval("densenet121", device)
 
 
 KEYWORDS = {
@@ -71,9 +61,8 @@ KEYWORDS = {
 def test_keyword_arguments_match_stock(kwargs, device, tiny):
     checks.check_state_dict(**tiny, **kwargs)
     checks.check_eval(device=device, **tiny, **kwargs)
-    if kwargs == KEYWORDS["memory_efficient"]:
-        # Stock's counts the batches of norm1 twice, in the forward pass and in the backward pass.
-        kwargs = {}
+    # Stock's counts the batches of norm1 twice, in the forward pass and in the backward pass.
+    kwargs = {key: value for key, value in kwargs.items() if key != "memory_efficient"}
     checks.check_train(device=device, **tiny, **kwargs)
 
 
@@ -135,7 +124,6 @@ def test_fx_and_feature_extraction_see_torchvisions_nodes(tiny):
 
 def test_export_agrees(tiny):
     checks.check_export(**tiny)
-    checks.check_export("densenet121")
 
 
 @pytest.mark.parametrize("memory_efficient", [False, True], ids=["plain", "memory_efficient"])

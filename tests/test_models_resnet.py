@@ -16,6 +16,8 @@ BUILDERS = [
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d",
     "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
 ]  # fmt: skip
+# One of every kind of block; test_every_builder has the outputs of all.
+BLOCKS = ["resnet18", "resnet50", "resnext50_32x4d"]
 
 
 def build(module, name, seed=0, **kwargs):
@@ -64,7 +66,7 @@ def test_state_dict_is_torchvisions(name):
     assert [n for n, p in ours.named_parameters()] == [n for n, p in stock.named_parameters()]
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", BLOCKS)
 def test_eval_output_and_input_gradient_match_stock(name, device):
     ours, stock = (model.eval().to(device) for model in pair(name))
     x = torch.randn(2, 3, 64, 64, device=device)
@@ -74,7 +76,7 @@ def test_eval_output_and_input_gradient_match_stock(name, device):
     assert_same_state(ours, before)
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", BLOCKS)
 def test_train_output_and_input_gradient_match_stock(name, device):
     ours, stock = (model.train().to(device) for model in pair(name))
     assert_matches_module(ours, stock, torch.randn(4, 3, 64, 64, device=device))

@@ -31,6 +31,20 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 acts = pytest.mark.parametrize("act", ["none", "relu", "silu"])
 
 
+def ends(maps):
+    """Every activation with and without a residual on one map, each of them once on the others."""
+    return pytest.mark.parametrize(
+        ("m", "act", "residual"),
+        [
+            pytest.param(m, act, residual, id=f"{name}-{act}-{'residual' if residual else 'alone'}")
+            for name, m in maps.items()
+            for act in ("none", "relu", "silu")
+            for residual in (False, True)
+            if name == "odd" or residual == (act != "none")
+        ],
+    )
+
+
 @pytest.fixture(autouse=True)
 def triton_everywhere(device):
     with backend.use("triton"):
@@ -68,9 +82,7 @@ def test_excite_of_sums_in_other_parameters(device):
         assert excite(*arguments, count=45).dtype == dtype
 
 
-@small_maps
-@acts
-@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@ends(MAPS)
 def test_se_scale(m, act, residual, memory_format, device):
     for dtype in DTYPES:
         x = make_map(m, dtype, memory_format, device)
@@ -81,12 +93,9 @@ def test_se_scale(m, act, residual, memory_format, device):
 
 @small_maps
 @dtypes
-@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
-def test_squeeze_excite(m, dtype, residual, memory_format, device):
-    x = make_map(m, dtype, memory_format, device)
-    added = make_map(m, dtype, memory_format, device) if residual else None
-    out_act = "relu" if residual else "none"
-    arguments = (x, *make_layers(m, dtype, device), m.act, added, out_act)
+def test_squeeze_excite(m, dtype, memory_format, device):
+    x, added = (make_map(m, dtype, memory_format, device) for _ in range(2))
+    arguments = (x, *make_layers(m, dtype, device), m.act, added, "relu")
     assert_matches(squeeze_excite, squeeze_excite_reference, arguments)
     nhwc = x.stride(1) == 1 and m.C > 1
     expected = CHANNELS_LAST if nhwc else torch.contiguous_format
@@ -179,9 +188,7 @@ GRADIENT_MAPS = {name: MAPS[name] for name in ("odd", "one-pixel", "several-part
                                                "several-blocks", "empty-batch")}  # fmt: skip
 
 
-@pytest.mark.parametrize("m", GRADIENT_MAPS.values(), ids=GRADIENT_MAPS.keys())
-@acts
-@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@ends(GRADIENT_MAPS)
 def test_se_scale_gradients(m, act, residual, memory_format, device):
     for dtype in DTYPES:
         x = make_map(m, dtype, memory_format, device).requires_grad_()
@@ -190,9 +197,7 @@ def test_se_scale_gradients(m, act, residual, memory_format, device):
         assert_matches_grad(se_scale, se_scale_reference, (x, gate, added, act))
 
 
-@pytest.mark.parametrize("m", GRADIENT_MAPS.values(), ids=GRADIENT_MAPS.keys())
-@acts
-@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@ends(GRADIENT_MAPS)
 def test_squeeze_excite_gradients(m, act, residual, memory_format, device):
     for dtype in DTYPES:
         x = make_map(m, dtype, memory_format, device).requires_grad_()

@@ -1,24 +1,17 @@
 """The Triton kernels of se_scale compiled for real targets, as in test_triton_compile."""
 
-import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import pytest
 from cases_se_scale import NETWORKS
+from triton_compiled import compile_cases, compiled_once
 
 from cvkernels.ops.se_scale import tiles
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[1]
 ARCHS = (80, 90, 100)
 REGISTERS = 65536  # of one SM
-PROCESSES = 2
 
 
 @dataclass(frozen=True)
@@ -87,31 +80,13 @@ AWKWARD = [
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def compiled(tmp_path_factory):
     """Case -> what inspect_launch found."""
-    with ThreadPoolExecutor(PROCESSES) as pool:
-        parts = [CASES[i::PROCESSES] for i in range(PROCESSES)]
-        results = pool.map(compile_cases, parts)
-    pairs = (zip(part, found, strict=True) for part, found in zip(parts, results, strict=True))
-    return {case: result for pair in pairs for case, result in pair}
-
-
-def compile_cases(cases):
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "triton_inspect.py", "se_scale"],
-        input=json.dumps([asdict(case) for case in cases]),
-        capture_output=True,
-        text=True,
-        env=env,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return dict(zip(CASES, compiled_once("se_scale", CASES, tmp_path_factory), strict=True))
 
 
 def test_awkward_shapes_compile():
-    assert len(compile_cases(AWKWARD)) == len(AWKWARD)
+    assert len(compile_cases("se_scale", AWKWARD)) == len(AWKWARD)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -4,25 +4,18 @@ No GPU is involved: a subprocess without TRITON_INTERPRET compiles for sm_80, sm
 the arguments' types, alignments and constants that a launch would have.
 """
 
-import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import pytest
+from triton_compiled import compile_cases, compiled_once
 
 from cvkernels.ops.conv_bn_act import tuning
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[1]
 ARCHS = (80, 90, 100)
 REGISTERS = 65536  # of one SM
 SHARED = 228 * 1024  # of one SM of sm_90 and sm_100
-PROCESSES = 2
 
 
 @dataclass(frozen=True)
@@ -150,34 +143,13 @@ def prologue(case):
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def compiled(tmp_path_factory):
     """Case -> what inspect_launch found."""
-    with ThreadPoolExecutor(PROCESSES) as pool:
-        parts = [CASES[i::PROCESSES] for i in range(PROCESSES)]
-        results = pool.map(compile_cases, parts)
-    return {
-        case: result
-        for part, found in zip(parts, results, strict=True)
-        for case, result in zip(part, found, strict=True)
-    }
-
-
-def compile_cases(cases):
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "triton_inspect.py"],
-        input=json.dumps([asdict(case) for case in cases]),
-        capture_output=True,
-        text=True,
-        env=env,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return dict(zip(CASES, compiled_once("conv_bn_act", CASES, tmp_path_factory), strict=True))
 
 
 def test_awkward_shapes_compile():
-    assert len(compile_cases(awkward_cases())) == 3 * len(AWKWARD)
+    assert len(compile_cases("conv_bn_act", awkward_cases())) == 3 * len(AWKWARD)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,7 +1,7 @@
 """Compile a Triton launch for a GPU that is not there, and read what the code needs and uses.
 
-Run as a script it reads cases of the op that its argument names (conv_bn_act without one) from
-stdin, a JSON list, and prints the list of their results. Tests call it so, since a process that has
+Run as a script it reads cases of the op that its argument names from stdin, a JSON list, and prints
+the list of their results. Tests call it so, by triton_compiled, since a process that has
 TRITON_INTERPRET set cannot compile.
 """
 
@@ -212,7 +212,7 @@ LAUNCHES = {
 
 
 def main() -> None:
-    plan = LAUNCHES[sys.argv[1] if len(sys.argv) > 1 else "conv_bn_act"]
+    plan = LAUNCHES[sys.argv[1]]
     results = []
     for case in json.load(sys.stdin):
         launch = plan(case)

@@ -128,6 +128,13 @@ BACKENDS = (
 )  # fmt: skip
 
 
+def writes_slices(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the convolutions that are chosen without a table read and write channel slices."""
+    if device.type == "cpu":
+        return not native.lacks(dtype, groups=1)
+    return dtype != torch.float64 and not lacks_triton(device.type)
+
+
 def problem_of(conv: Node, x: Like) -> Problem:
     """The convolution on an input like x, with all that the graph fused to it."""
     a = conv.attrs

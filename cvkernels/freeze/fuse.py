@@ -227,8 +227,11 @@ def own_weights(graph: Graph, dtype: torch.dtype, device: torch.device) -> None:
         attrs = node.attrs
         if node.op == "conv" and not is_depthwise(node):
             bn = None if attrs["scale"] is None else BatchNormParams(attrs["scale"], attrs["shift"])
-            weight, bias = fold_in_float64(attrs["weight"], attrs["bias"], bn)
-            attrs.update(weight=cast(weight), bias=cast(bias), scale=None, shift=None)
+            if bn is None:
+                weight, bias = cast(attrs["weight"]), cast(attrs["bias"])
+            else:
+                weight, bias = fold(attrs["weight"], attrs["bias"], bn, dtype)
+            attrs.update(weight=weight.contiguous(), bias=bias, scale=None, shift=None)
         elif node.op in ("affine", "conv"):
             for name in ("scale", "shift"):
                 attrs[name] = cast(attrs[name], wide)
@@ -241,13 +244,6 @@ def own_weights(graph: Graph, dtype: torch.dtype, device: torch.device) -> None:
             attrs["input_affine"] = tuple(cast(vector, wide) for vector in attrs["input_affine"])
         if node.op == "call":
             _cast_module(attrs, dtype)
-
-
-def fold_in_float64(
-    weight: Tensor, bias: Tensor | None, bn: BatchNormParams | None
-) -> tuple[Tensor, Tensor]:
-    """As :func:`cvkernels.ops.batch_norm.fold`, not rounded yet where there is a norm."""
-    return (weight, bias) if bn is None else fold(weight.double(), bias, bn)
 
 
 def _cast_module(attrs: dict, dtype: torch.dtype) -> None:

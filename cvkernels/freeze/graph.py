@@ -10,6 +10,7 @@ A node is one op and the value that it computes. Its tensors and options are in 
     act        x                                   act
     add, mul   a, b
     cat        parts, along the channels
+    part       x, of which it is some channels     start, channels
     max_pool   x                                   window
     avg_pool   x                                   window, count_include_pad, divisor, input_affine
     mean       x, over its pixels: [N, C, 1, 1]    input_affine

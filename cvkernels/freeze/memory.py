@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cvkernels.freeze.graph import Node
+from cvkernels.freeze.graph import Like, Node
 from cvkernels.freeze.lower import Lowered
 
 ALIGNMENT = 64
 # Ops whose result may be a view of an input.
-VIEWS = ("flatten", "call")
+VIEWS = ("flatten", "part", "call")
 # Ops that may write their result over their first input, element by element.
 IN_PLACE = ("se", "scale")
 # Ops whose result a step can put into a slice of a larger buffer.
@@ -94,7 +94,7 @@ class Memory:
         return sum(
             self.lowered.values[step].nbytes
             for step in self.index
-            if self.in_arena(step) and step.op != "cat"
+            if self.in_arena(step) and step.op not in ("cat", "part")
         )
 
     def view(self, arena: Tensor, step: Node) -> Tensor:
@@ -115,6 +115,9 @@ class Memory:
         A concatenation of some neighbouring parts of a larger one is a slice of that.
         """
         steps, values = self.lowered.steps, self.lowered.values
+        self.place = {
+            step: (step.inputs[0], step.attrs["start"]) for step in steps if step.op == "part"
+        }
         cats = [step for step in steps if step.op == "cat"]
         cats.sort(key=lambda step: -values[step].shape[1])
         copies: dict[Node, list[Node]] = {}
@@ -126,8 +129,9 @@ class Memory:
                 self.place[cat] = (larger, start)
                 continue
             whole.append(cat)
-            start = 0
-            for part in cat.inputs:
+            overlaps = cat not in self.place and self._begins_in_siblings(cat)
+            start = values[cat.inputs[0]].shape[1] if overlaps else 0
+            for part in cat.inputs[overlaps:]:
                 target = part
                 placeable = part.op in PLACEABLE or (part.op == "cat" and part not in whole)
                 if not placeable or part in self.place:
@@ -139,6 +143,28 @@ class Memory:
         self.lowered.steps = [
             step for one in steps for step in (one, *copies.get(one, ()))
         ]  # fmt: skip
+
+    def _begins_in_siblings(self, cat: Node) -> bool:
+        """Let cat's buffer begin where its first part lies in that of merged siblings.
+
+        Then both are slices of a buffer that is no step's value. False where the part is not their
+        last, or they lie in another buffer already.
+        """
+        part = cat.inputs[0]
+        if part.op != "part":
+            return False
+        siblings, start = self.place[part]
+        values = self.lowered.values
+        total = values[siblings].shape[1]
+        if siblings in self.place or start + values[part].shape[1] != total:
+            return False
+        whole = values[cat]
+        N, C, H, W = whole.shape
+        buffer = Node("buffer", [], cat.layer)
+        values[buffer] = Like((N, start + C, H, W), whole.dtype)
+        self.place[siblings] = (buffer, 0)
+        self.place[cat] = (buffer, start)
+        return True
 
     def _copies_by(self, part: Node) -> str:
         native = self.lowered.native(self.lowered.values[part].dtype)
@@ -170,7 +196,7 @@ class Memory:
         intervals: dict[Node, Interval] = {}
         for step in self.lowered.steps:
             root, _ = self.root(step)
-            if root.op != "cat" and not self.lowered.writes(root):
+            if root.op not in ("cat", "buffer") and not self.lowered.writes(root):
                 continue
             first, last = self.index[step], self.last[step]
             if step.op == "sums":

@@ -62,6 +62,8 @@ class Plan:
             step.op == "conv" and step.attrs["backend"] == "onednn" for step in self.lowered.steps
         )
         self._idle: deque[list] = deque()
+        # Here rather than in the first call: whoever plans learns that there is too little memory.
+        self._idle.append(self._new_env())
 
     def __call__(self, x: Tensor) -> Any:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from cvkernels.tables import text_table
@@ -26,7 +27,8 @@ class Report(NamedTuple):
     """The plan of one input shape; prints as a table.
 
     ``arena_bytes`` is what the values in the arena take together, ``live_bytes`` what they would
-    each on its own. Values that a step allocates itself are in neither.
+    each on its own. Values that a step allocates itself are in neither. ``seconds_to_first_batch``
+    is what ``freeze`` and the first call took; NaN before that call.
     """
 
     rows: list[Row]
@@ -49,11 +51,13 @@ class Report(NamedTuple):
             (*row[:4], f"{row.bytes_read / 1e6:.3f}", f"{row.bytes_written / 1e6:.3f}", row.note)
             for row in self.rows
         ]
+        seconds = self.seconds_to_first_batch
+        first = "not called yet" if math.isnan(seconds) else f"first batch after {seconds:.2f} s"
         return (
             f"{text_table(header, lines)}\n"
             f"input {list(self.shape)}: {self.kernels} kernels, {self.bytes_moved / 1e6:.1f} MB "
             f"moved; arena {self.arena_bytes / 1e6:.2f} MB for {self.live_bytes / 1e6:.2f} MB of "
-            f"values; first batch after {self.seconds_to_first_batch:.2f} s"
+            f"values; {first}"
         )
 
     __repr__ = __str__

@@ -5,6 +5,7 @@ Only what the graph does not know, a call of somebody's module or function, is r
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -102,9 +103,10 @@ def _cat(node: Node, *parts: tuple) -> tuple:
 
 
 def _broadcast(node: Node, a: tuple, b: tuple) -> tuple:
-    sizes = zip(reversed(a), reversed(b), strict=False)
+    # torch.broadcast_shapes would import the symbolic shapes, which takes half a second.
+    sizes = list(itertools.zip_longest(reversed(a), reversed(b), fillvalue=1))
     _check(node, all(m == n or 1 in (m, n) for m, n in sizes), "maps of one shape", (a, b))
-    return tuple(torch.broadcast_shapes(a, b))
+    return tuple(n if m == 1 else m for m, n in reversed(sizes))
 
 
 def _same(node: Node, x: tuple, *others: tuple) -> tuple:
@@ -127,6 +129,7 @@ def _check(node: Node, ok: bool, expected: str, got: tuple) -> None:
 
 _RULES: dict[str, Callable[..., tuple]] = {
     "conv": _conv,
+    "part": lambda node, x: (x[0], node.attrs["channels"], *x[2:]),
     "affine": _same,
     "act": _same,
     "add": _broadcast,

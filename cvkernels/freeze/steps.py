@@ -44,6 +44,8 @@ class Builder:
         """The step's function; None where there is nothing to do."""
         if step.op in ("input", "cat", "sums", "scratch"):
             return None
+        if step.op == "part" and self.memory.in_arena(step):
+            return None
         own = getattr(self, f"_{step.op}_{step.attrs['backend']}", None)
         return (own or getattr(self, f"_{step.op}"))(step)
 
@@ -339,6 +341,15 @@ class Builder:
     def _linear(self, step: Node) -> Step:
         (x,), weight, bias = self._inputs(step), step.attrs["weight"], step.attrs["bias"]
         return self._computed(step, lambda env: F.linear(env[x], weight, bias))
+
+    def _part(self, step: Node) -> Step:
+        number, (x,), start = self.index[step], self._inputs(step), step.attrs["start"]
+        stop = start + step.attrs["channels"]
+
+        def run(env: list) -> None:
+            env[number] = env[x][:, start:stop]
+
+        return run
 
     def _flatten(self, step: Node) -> Step:
         (x,) = self._inputs(step)

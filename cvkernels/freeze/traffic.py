@@ -25,6 +25,8 @@ def cost(plan: Plan, step: Node, reports: bool = True) -> Traffic | None:
         return None
     values = plan.lowered.values
     out = _nbytes(values[step])
+    if step.op == "part":
+        return Traffic(0, 0, 0)
     if step.op == "flatten":
         x = values[step.inputs[0]]
         moves = math.prod(x.shape[2:]) > 1

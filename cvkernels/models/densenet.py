@@ -37,8 +37,9 @@ class DenseNet(FusedModule):
         bn_size: a dense layer's 1x1 has ``bn_size * growth_rate`` outputs.
         drop_rate: of the dropout behind each dense layer.
         num_classes: outputs of the classifier.
-        memory_efficient: checkpoint the first half of each dense layer in training (Pleiss et al.
-            2017, arXiv:1707.06990): less memory, more time.
+        memory_efficient: compute the first half of each dense layer again in the backward pass
+            (Pleiss et al. 2017, arXiv:1707.06990): less memory, more time. Running statistics are
+            updated once a step; torchvision's checkpoint updates those of each norm1 twice.
     """
 
     def __init__(

@@ -116,15 +116,20 @@ def why_not_in_place(x: Tensor, module: nn.Module) -> str:
         return reason
     if torch.compiler.is_compiling():
         return "torch.compile plans the memory"
-    if torch.is_grad_enabled() and (
-        x.requires_grad or any(parameter.requires_grad for parameter in module.parameters())
-    ):
+    if torch.is_grad_enabled() and (x.requires_grad or _may_require_grad(module)):
         return "a gradient is needed"
     if x.dim() != 4 or not x.numel():
         return "the input is empty or not [N, C, H, W]"
     if (dtype := autocast_dtype(x)) and dtype != x.dtype:
         return f"autocast computes in {dtype}, the input is {x.dtype}"
     return ""
+
+
+def _may_require_grad(module: nn.Module) -> bool:
+    """Whether a parameter requires a gradient; those of DataParallel's replicas are not listed."""
+    if getattr(module, "_is_replica", False):
+        return True
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def why_not_affine(bn: nn.Module) -> str:
@@ -146,9 +151,9 @@ def _why_not_batch_norm(bn: nn.Module) -> str:
     return ""
 
 
-def why_not_train(x: Tensor, module: nn.Module) -> str:
-    """Why a training pass over module's parts cannot be one autograd function of x's dtype."""
-    if reason := why_not_called(x, module) or why_not_differentiated_here():
+def why_not_train(x: Tensor) -> str:
+    """Why a training pass over a few modules cannot be one autograd function of x's dtype."""
+    if reason := why_not_called(x) or why_not_differentiated_here():
         return reason
     if x.dim() != 4 or x.numel() <= x.shape[1] or x.dtype not in TRAINED:
         return f"the input is {x.dtype} of shape {list(x.shape)}, not a batch of float maps"
@@ -271,7 +276,7 @@ def why_not_called(x: Tensor, *modules: nn.Module | None) -> str:
         return "inductor fuses it" if x.device.type == "cpu" else ""
     if torch.jit.is_tracing():
         return "torch.jit is tracing"
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a torch.func transform is active"
     return ""
 

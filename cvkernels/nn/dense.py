@@ -5,11 +5,13 @@ Huang et al. 2017, arXiv:1608.06993; checkpointing: Pleiss et al. 2017, arXiv:17
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from cvkernels import record
@@ -25,7 +27,12 @@ from cvkernels.nn.conditions import (
     why_not_train,
     why_not_trained_conv,
 )
-from cvkernels.nn.dense_training import Statistics, run_block, run_norm_relu_pool
+from cvkernels.nn.dense_training import (
+    Statistics,
+    channels_last_view,
+    run_block,
+    run_norm_relu_pool,
+)
 from cvkernels.nn.fusion import FusedModule, affine_of, run_group
 from cvkernels.nn.grown import Verdict
 from cvkernels.nn.sequential import FusedSequential, GrowingBlock
@@ -98,7 +105,7 @@ class GrowingLayer(FusedModule):
         if scratch is None:
             bottleneck = self.fused(features, conv1, norm2, relu2, input_bn=(norm1, relu1))
         else:
-            u = _channels_last_view(scratch, features.shape)
+            u = channels_last_view(scratch, features.shape)
             bn = affine_of(norm1)
             run_group(norm1, "", lambda: dense_concat(u, features, 0, bn, relu=True), None)
             bottleneck = self.fused(u, conv1, norm2, relu2)
@@ -117,24 +124,32 @@ class GrowingLayer(FusedModule):
             if reduce is None or extend is None:
                 return None
             return lambda features, out, _: extend(reduce(features), None, out)
-        u = _channels_last_view(scratch, features.shape)
+        u = channels_last_view(scratch, features.shape)
         normalise = appender(u, affine_of(norm1), relu=True)
         reduce = self.prepared(u, conv1, norm2, relu2)
         if normalise is None or reduce is None or extend is None:
             return None
 
         def run(features: Tensor, out: Tensor, scratch: Tensor) -> None:
-            u = _channels_last_view(scratch, features.shape)
+            u = channels_last_view(scratch, features.shape)
             normalise(u, features)
             extend(reduce(u), None, out)
 
         return run
 
 
-def _channels_last_view(memory: Tensor, shape: Sequence[int]) -> Tensor:
-    """A channels_last tensor of ``shape`` in the memory of a flat one."""
-    N, C, H, W = shape
-    return memory.as_strided(shape, (H * W * C, 1, W * C, C))
+@contextlib.contextmanager
+def _untracked(norm: nn.Module) -> Iterator[None]:
+    """``norm`` leaves its running statistics as they are; autograd saves what it saved."""
+    if not isinstance(norm, _BatchNorm):
+        yield
+        return
+    kept = norm.momentum, norm.num_batches_tracked
+    norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        norm.momentum, norm.num_batches_tracked = kept
 
 
 class DenseLayer(GrowingLayer):
@@ -149,7 +164,8 @@ class DenseLayer(GrowingLayer):
         bn_size: conv1 has ``bn_size * growth_rate`` outputs.
         drop_rate: of the dropout behind conv2, in training.
         memory_efficient: where an input requires a gradient, compute up to conv1 again in the
-            backward pass and keep nothing of it until then.
+            backward pass and keep nothing of it until then. Running statistics are updated in the
+            forward pass alone; torchvision updates norm1's twice a step.
     """
 
     def __init__(
@@ -179,7 +195,14 @@ class DenseLayer(GrowingLayer):
         return any(tensor.requires_grad for tensor in inputs)
 
     def call_checkpoint_bottleneck(self, inputs: list[Tensor]) -> Tensor:
-        return checkpoint(lambda *parts: self.bn_function(parts), *inputs, use_reentrant=False)
+        def contexts() -> tuple[contextlib.AbstractContextManager, ...]:
+            return contextlib.nullcontext(), _untracked(self.norm1)
+
+        # torch.compile takes no such contexts, and repeats no write to a buffer.
+        again = {} if torch.compiler.is_compiling() else {"context_fn": contexts}
+        return checkpoint(
+            lambda *parts: self.bn_function(parts), *inputs, use_reentrant=False, **again
+        )
 
     def forward(self, input: Tensor | list[Tensor]) -> Tensor:
         inputs = [input] if isinstance(input, Tensor) else input
@@ -252,7 +275,9 @@ class DenseBlock(nn.ModuleDict, GrowingBlock):
         if self._normalises_batches():
             reason = self.why_not_train(init_features)
             if not reason:
-                return self.train_grow(init_features)[0]
+                out = self.train_grow(init_features)[0]
+                # A hook may write what it is given, autograd may not find it written.
+                return out.clone() if self._forward_hooks else out
         features = [init_features]
         for layer in self.values():
             features.append(layer(features))
@@ -266,8 +291,11 @@ class DenseBlock(nn.ModuleDict, GrowingBlock):
         return norm is not None and norm.training
 
     def why_not_train(self, x: Tensor) -> str:
-        """Why the layers have to be called one by one on x in training."""
-        if reason := why_not_train(x, self):
+        """Why the layers have to be called one by one on x in training.
+
+        Hooks on the block itself, such as ``fully_shard``'s, are no reason for its ``forward``.
+        """
+        if reason := why_not_train(x):
             return reason
         channels = x.shape[1]
         for layer in self.values():
@@ -288,11 +316,11 @@ class DenseBlock(nn.ModuleDict, GrowingBlock):
         consumer = layers[0] if layers else None
         if not isinstance(consumer, Transition) or not self._normalises_batches():
             return None
-        if self.why_not_train(x):
+        if why_not_called(x, self) or self.why_not_train(x):
             return None
         layers.pop(0)
         features, statistics = self.train_grow(x)
-        if consumer.why_not_train(features):
+        if why_not_called(features, consumer) or consumer.why_not_train(features):
             return (consumer(features),)
         return (consumer.train_forward(features, statistics),)
 
@@ -354,7 +382,7 @@ class Transition(FusedSequential):
 
     def why_not_train(self, x: Tensor) -> str:
         """Why x is not pooled first in training."""
-        if reason := why_not_train(x, self) or self._why_not_norm_conv_pool():
+        if reason := why_not_train(x) or self._why_not_norm_conv_pool():
             return reason
         norm, relu, conv, pool = (
             self._modules.get(name) for name in ("norm", "relu", "conv", "pool")

@@ -132,7 +132,9 @@ class _DenseBlock(torch.autograd.Function):
                 weight1, bias1, conv1, conv1_bias, weight2, bias2, conv2, conv2_bias = layer
                 now, stop = plan.inputs, plan.inputs + plan.outputs
                 bn1 = BatchNormParams(weight1, bias1, mean[:now], var[:now], plan.eps[0])
-                u = passes.apply(buffer[:, :now], bn1, True, _view(scratch, (N, now, H, W)))
+                u = passes.apply(
+                    buffer[:, :now], bn1, True, channels_last_view(scratch, (N, now, H, W))
+                )
                 a = convolve(u, conv1, conv1_bias, plan.geometry[0])
                 own = slice(start, start + plan.width)
                 statistics = passes.statistics(a, (width_mean[own], width_var[own]))
@@ -186,7 +188,7 @@ class _DenseBlock(torch.autograd.Function):
                 bn1 = BatchNormParams(weight1, bias1, mean[:now], var[:now], plan.eps[0])
                 bn2 = BatchNormParams(weight2, bias2, width_mean[own], width_var[own], plan.eps[1])
                 below = x_needs or any(needs[: PER_LAYER * index])
-                u = passes.apply(prefix, bn1, True, _view(scratch, (N, now, H, W)))
+                u = passes.apply(prefix, bn1, True, channels_last_view(scratch, (N, now, H, W)))
                 if plan.recompute:
                     a = convolve(u, conv1, conv1_bias, plan.geometry[0])
                 else:
@@ -236,7 +238,7 @@ def _map(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -
     )
 
 
-def _view(memory: Tensor, shape: Sequence[int]) -> Tensor:
+def channels_last_view(memory: Tensor, shape: Sequence[int]) -> Tensor:
     """A channels_last tensor of ``shape`` in the memory of a flat one."""
     N, C, H, W = shape
     return memory.as_strided(shape, (H * W * C, 1, W * C, C))

@@ -6,7 +6,7 @@ arXiv:1502.03167.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,10 +61,10 @@ class Inception(FusedModule):
            +- 1x1 ch5x5red - 3x3 - ch5x5     -+- cat
            +- max pool 3x3 - 1x1 - pool_proj -+
 
-    In eval without gradients the three 1x1 that read x run as one convolution, and every branch
-    writes its channels of the output in place. Where the kernels write channel slices (on CUDA, and
-    in float32 on CPU) the output is a slice of a channels_last buffer, which the maps between the
-    convolutions share.
+    The three 1x1 that read x run as one convolution, in eval and in training. In eval without
+    gradients every branch writes its channels of the output in place. Where the kernels write
+    channel slices (on CUDA, and in float32 on CPU) the output is a slice of a channels_last buffer,
+    which the maps between the convolutions share.
 
     Args:
         in_channels: of x.
@@ -104,6 +104,29 @@ class Inception(FusedModule):
     def _forward(self, x: Tensor) -> list[Tensor]:
         return [self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)]
 
+    def _branches(self, x: Tensor) -> list[Tensor]:
+        if self._why_not_train_siblings(x):
+            return self._forward(x)
+        one, (reduce3, conv3), (reduce5, conv5) = self.branch1, self.branch2, self.branch3
+        blocks = [(block.conv, block.bn) for block in (one, reduce3, reduce5)]
+        one, reduced3, reduced5 = recomputed.siblings(x, blocks)
+        return [one, conv3(reduced3), conv5(reduced5), self.branch4(x)]
+
+    def _why_not_train_siblings(self, x: Tensor) -> str:
+        """Why the first convolutions of the branches are not trained as one."""
+        branches = (self.branch1, self.branch2, self.branch3)
+        if reason := why_not_called(x, *branches) or _why_not_pairs(branches[1:]):
+            return reason
+        blocks = [branches[0], branches[1][0], branches[2][0]]
+        for block in blocks:
+            if type(block).forward is not BasicConv2d.forward:
+                return f"{type(block).__name__} is no convolution block of cvkernels"
+            reason = why_not_called(x, block)
+            reason = reason or recomputed.why_not_recomputed(x, block.conv, block.bn, relu_)
+            if reason := reason or why_not_same_map(block.conv):
+                return reason
+        return _why_not_one_convolution([block.conv for block in blocks])
+
     def forward(self, x: Tensor) -> Tensor:
         reason = why_not_in_place(x, self) or self._verdict().why_not(
             self, lambda: self._why_not_in_place(x)
@@ -113,7 +136,7 @@ class Inception(FusedModule):
             reason = "" if requested == "reference" else "no backend here writes channel slices"
         if not reason:
             return self._in_place(x)
-        branches = self._forward(x)
+        branches = self._branches(x)
         if (recorder := record.active()) is None:
             return recomputed.concatenated(branches)
         with recorder.fallback(reason):
@@ -128,8 +151,8 @@ class Inception(FusedModule):
         branches = (self.branch1, self.branch2, self.branch3, self.branch4)
         if reason := why_not_called(x, *branches):
             return reason
-        if any(type(b).forward not in SEQUENCES or len(b) != 2 for b in branches[1:]):
-            return "a branch is no sequence of two"
+        if reason := _why_not_pairs(branches[1:]):
+            return reason
         convolutions = [branches[0], *branches[1], *branches[2], branches[3][1]]
         for block in convolutions:
             if type(block).forward is not BasicConv2d.forward:
@@ -207,12 +230,25 @@ def _channels_last(x: Tensor, channels: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _why_not_siblings(blocks: list[BasicConv2d]) -> str:
-    """Why these blocks on one input are not one convolution with more outputs."""
-    for block in blocks:
-        conv, bn = block.conv, block.bn
+def _why_not_pairs(branches: Sequence[nn.Module]) -> str:
+    if any(type(b).forward not in SEQUENCES or len(b) != 2 for b in branches):
+        return "a branch is no sequence of two"
+    return ""
+
+
+def _why_not_one_convolution(convolutions: Sequence[nn.Conv2d]) -> str:
+    for conv in convolutions:
         if conv.kernel_size != (1, 1) or conv.groups != 1 or conv.bias is not None:
             return "a first convolution of a branch is not 1x1, or has groups or a bias"
+    return ""
+
+
+def _why_not_siblings(blocks: list[BasicConv2d]) -> str:
+    """Why these blocks on one input are not one convolution with more outputs."""
+    if reason := _why_not_one_convolution([block.conv for block in blocks]):
+        return reason
+    for block in blocks:
+        bn = block.bn
         if bn.weight is None or bn.bias is None or bn.eps != blocks[0].bn.eps:
             return "the norms behind the first convolutions differ in their form"
     return ""

@@ -85,27 +85,29 @@ class Node:
 
 
 class _Normalised(Node):
-    """``relu(bn(y))``, of y and a matrix whose rows are batch mean and variance, weight and bias.
+    """``relu(bn(y))`` of channels ``own`` of y, from y and a matrix of one column per channel.
 
-    The last two are copies: a consumer in another module keeps no parameter of this one, which may
-    be sharded until its own turn comes.
+    Its rows are batch mean and variance, weight and bias. The last two are copies: a consumer in
+    another module keeps no parameter of this one, which may be sharded until its own turn comes.
     """
 
     leaves = 2
 
-    def __init__(self, eps: float) -> None:
+    def __init__(self, eps: float, own: slice) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.own = eps, own
 
     def bn(self, vectors: Tensor) -> BatchNormParams:
-        mean, var, weight, bias = vectors.unbind()
+        mean, var, weight, bias = vectors[:, self.own].unbind()
         return BatchNormParams(weight, bias, mean, var, self.eps)
 
     def write(self, leaves: Sequence[Tensor], out: Tensor) -> None:
-        passes.apply(_channels_last(leaves[0]), self.bn(leaves[1]), True, out)
+        y, vectors = leaves
+        passes.apply(_channels_last(y)[:, self.own], self.bn(vectors), True, out)
 
     def _compute(self, leaves: Sequence[Tensor]) -> Tensor:
-        out = torch.empty_like(leaves[0], memory_format=torch.channels_last)
+        own = leaves[0][:, self.own]
+        out = torch.empty_like(own, memory_format=torch.channels_last)
         self.write(leaves, out)
         return out
 
@@ -117,7 +119,7 @@ class _Concatenated(Node):
         self.leaves = sum(part.leaves for part in parts)
 
     def _compute(self, leaves: Sequence[Tensor]) -> Tensor:
-        buffer = leaves[0].new_empty(self.shape).contiguous(memory_format=torch.channels_last)
+        buffer = _new_map(leaves[0], self.shape)
         leaf = channel = 0
         for part, width in zip(self.parts, self.widths, strict=True):
             part.write(leaves[leaf : leaf + part.leaves], buffer[:, channel : channel + width])
@@ -241,15 +243,19 @@ def _operand_dtype(x: Tensor) -> torch.dtype:
 
 
 class _Call(NamedTuple):
-    """What a convolution block does beside its parameters."""
+    """What convolution blocks on one map do beside their parameters."""
 
     geometry: Geometry
-    bn: nn.BatchNorm2d
+    norms: list[nn.BatchNorm2d]
     dtype: torch.dtype
     recipe: Recipe | None
-    node: _Normalised
-    # Receives what the output is computed from.
+    nodes: list[_Normalised]
+    # Receives what the outputs are computed from.
     leaves: list[Tensor]
+
+
+# Tensors of a block, in order: weight and bias of its convolution and of its norm.
+PER_BLOCK = 4
 
 
 def conv_bn_relu(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Tensor:
@@ -258,77 +264,121 @@ def conv_bn_relu(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Tensor:
     Autograd keeps ``conv(x)``, the batch statistics and, where it has no recipe, x. The result is
     channels_last.
     """
-    call = _Call(Geometry.of(conv), bn, _operand_dtype(x), recipe_of(x), _Normalised(bn.eps), [])
-    out = _ConvBNReLU.apply(x, conv.weight, conv.bias, bn.weight, bn.bias, call)
-    return _with_recipe(out, call.node, tuple(call.leaves))
+    return siblings(x, [(conv, bn)])[0]
+
+
+def siblings(x: Tensor, blocks: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]]) -> list[Tensor]:
+    """:func:`conv_bn_relu` of each of blocks on one x, their convolutions run as one.
+
+    These have one geometry and dtype, one group and, where they are several, no bias.
+    """
+    nodes, start = [], 0
+    for conv, bn in blocks:
+        own = slice(start, start + conv.out_channels)
+        nodes.append(_Normalised(bn.eps, own))
+        start = own.stop
+    geometry, norms = Geometry.of(blocks[0][0]), [bn for _, bn in blocks]
+    call = _Call(geometry, norms, _operand_dtype(x), recipe_of(x), nodes, [])
+    tensors = [t for conv, bn in blocks for t in (conv.weight, conv.bias, bn.weight, bn.bias)]
+    outs = _ConvBNReLU.apply(x, call, *tensors)
+    leaves = tuple(call.leaves)
+    return [_with_recipe(out, node, leaves) for out, node in zip(outs, nodes, strict=True)]
 
 
 class _ConvBNReLU(Function):
-    """Saves the convolution's output, the vectors of its norm, the weight, and leaves or x."""
+    """Saves the convolutions' output, the vectors of their norms, weights, and leaves or x."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-        call: _Call,
-    ) -> Tensor:
-        operand = x.to(call.dtype)
+        ctx: FunctionCtx, x: Tensor, call: _Call, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        operand, weights = x.to(call.dtype), tensors[::PER_BLOCK]
         with as_it_is(x):
-            y = convolve(_channels_last(operand), weight, bias, call.geometry)
+            # Where there are several convolutions, the first has no bias and none of them has.
+            y = convolve(_channels_last(operand), _joined(weights), tensors[1], call.geometry)
             vectors = y.new_zeros(4, y.shape[1], dtype=passes.wide_dtype(y))
-            statistics = Statistics(*vectors[:2].unbind())
-            passes.statistics(y, statistics)
-            # Here, not behind the call: a checkpoint runs again until the last tensor is saved.
-            update_running(call.bn, statistics, y.numel() // y.shape[1])
-            vectors[2] = 1.0 if norm_weight is None else norm_weight
-            if norm_bias is not None:
-                vectors[3] = norm_bias
-            out = torch.empty_like(y)
-            call.node.write((y, vectors), out)
-        call.leaves.extend((y, vectors))
+            passes.statistics(y, (vectors[0], vectors[1]))
+            affine = zip(tensors[2::PER_BLOCK], tensors[3::PER_BLOCK], strict=True)
+            for norm, node, (weight, bias) in zip(call.norms, call.nodes, affine, strict=True):
+                own = vectors[:, node.own]
+                # Here, not behind the call: a checkpoint runs again until the last tensor is saved.
+                update_running(norm, Statistics(own[0], own[1]), y.numel() // y.shape[1])
+                own[2] = 1.0 if weight is None else weight
+                if bias is not None:
+                    own[3] = bias
+            call.leaves.extend((y, vectors))
+            outs = tuple(node._compute(call.leaves) for node in call.nodes)
         inputs: tuple[Tensor, ...] = ()
-        if ctx.needs_input_grad[1]:
+        if any(ctx.needs_input_grad[2::PER_BLOCK]):
             inputs = (operand,) if call.recipe is None else call.recipe.leaves
-        ctx.save_for_backward(y, vectors, weight, *inputs)
-        ctx.node, ctx.geometry = call.node, call.geometry
+        ctx.save_for_backward(y, vectors, *weights, *inputs)
+        ctx.nodes, ctx.geometry = call.nodes, call.geometry
         ctx.source = None if call.recipe is None else call.recipe.node
         ctx.shape = x.shape
-        ctx.dtypes = [
-            t if t is None else t.dtype for t in (x, weight, bias, norm_weight, norm_bias)
-        ]
-        return out
+        ctx.dtypes = [t if t is None else t.dtype for t in (x, *tensors)]
+        return outs
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
-        _refuse(grad)
-        y, vectors, weight, *inputs = ctx.saved_tensors
-        ctx.node.drop()
-        needs, needs_norm = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:5]
-        grads = [None, None, None]
+    def backward(ctx: FunctionCtx, *grads_out: Tensor) -> tuple:
+        _refuse(grads_out[0])
+        y, vectors, *saved = ctx.saved_tensors
+        weights, inputs = saved[: len(ctx.nodes)], saved[len(ctx.nodes) :]
+        needs_x, _, *needs = ctx.needs_input_grad
+        wanted = (needs_x, any(needs[::PER_BLOCK]), needs[1])
+        grads = [None] * len(needs)
         with as_it_is(y):
             y = _channels_last(y)
-            grad_y, *grads_norm = norm_backward(
-                grad, y, ctx.node.bn(vectors), True, (any(needs), *needs_norm)
-            )
+            grad_y = torch.empty_like(y) if any(wanted) else None
+            for index, (node, grad) in enumerate(zip(ctx.nodes, grads_out, strict=True)):
+                node.drop()
+                first = PER_BLOCK * index
+                out = None if grad_y is None else grad_y[:, node.own]
+                needed = (out is not None, *needs[first + 2 : first + 4])
+                own = y[:, node.own]
+                _, *of_norm = norm_backward(grad, own, node.bn(vectors), True, needed, out)
+                grads[first + 2 : first + 4] = of_norm
+            grad_x = None
             if grad_y is not None:
-                if not needs[1]:
+                if not wanted[1]:
                     # Only its shape and layout count.
-                    x = _channels_last(y.new_empty(ctx.shape))
+                    x = _new_map(y, ctx.shape)
                 elif ctx.source is None:
                     x = _channels_last(inputs[0])
                 else:
                     x = ctx.source.value(inputs).to(y.dtype)
-                grads = convolution_backward(grad_y, x, weight, ctx.geometry, needs)
-        grads = zip((*grads, *grads_norm), ctx.dtypes, strict=True)
-        return *(g if g is None else g.to(dtype) for g, dtype in grads), None
+                grad_x, grad_weight, grads[1] = convolution_backward(
+                    grad_y, x, _joined(weights), ctx.geometry, wanted
+                )
+                if grad_weight is not None:
+                    grads[::PER_BLOCK] = _divided(grad_weight, weights, needs[::PER_BLOCK])
+        grads = zip((grad_x, *grads), ctx.dtypes, strict=True)
+        grad_x, *grads = (g if g is None else g.to(dtype) for g, dtype in grads)
+        return grad_x, None, *grads
+
+
+def _joined(weights: Sequence[Tensor]) -> Tensor:
+    """The weight of the convolutions run as one."""
+    return weights[0] if len(weights) == 1 else torch.cat(tuple(weights))
+
+
+def _divided(
+    grad: Tensor, weights: Sequence[Tensor], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of single weights, each in memory of its own, where they are needed."""
+    if len(weights) == 1:
+        return [grad]
+    parts = grad.split([len(weight) for weight in weights])
+    return [part.clone() if need else None for part, need in zip(parts, needed, strict=True)]
 
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def _new_map(like: Tensor, shape: torch.Size) -> Tensor:
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
 
 
 def _refuse(grad: Tensor) -> None:

@@ -97,7 +97,7 @@ class FusedSequential(nn.Sequential, FusedModule):
         """``pool(act(norm(conv(x))))``, conv's output all that autograd keeps of the last three."""
         y = conv(x)
         reason = (
-            why_not_train(y, self)
+            why_not_train(y)
             or why_not_batch_norm_relu(y, y.shape[1], norm, act)
             or why_not_max_pool(y, pool)
         )

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Weights that are folded at once on the CPU.
+FOLDED = 1 << 16
+
 
 class BatchNormParams(NamedTuple):
     """Inference batch normalisation per channel: ``(x - mean) / sqrt(var + eps) * weight + bias``.
@@ -74,12 +77,28 @@ def scale_shift(
     return scale, shift
 
 
-def fold(weight: Tensor, bias: Tensor | None, bn: BatchNormParams | None) -> tuple[Tensor, Tensor]:
+def fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    bn: BatchNormParams | None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     """Weight and bias of the one convolution that equals conv + batch norm; computed in float64.
 
-    Returns them in weight's dtype, weight's memory format kept.
+    Returns them in ``dtype``, weight's if None, weight's memory format kept. Without a norm they
+    may be the arguments themselves.
     """
+    dtype = dtype or weight.dtype
     with torch.no_grad():
+        if bn is None:
+            shift = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach()
+            return weight.detach().to(dtype), shift.to(dtype)
         scale, shift = scale_shift(bias, bn, weight, torch.float64)
-        folded = weight.double() * scale.view(-1, 1, 1, 1)
-        return folded.to(weight.dtype), shift.to(weight.dtype)
+        scale = scale.view(-1, 1, 1, 1)
+        folded = torch.empty_like(weight, dtype=dtype)
+        # By parts that stay in the cache: on the CPU fresh memory costs more than the products.
+        rows = max(1, FOLDED // max(1, weight[:1].numel())) if weight.is_cpu else weight.shape[0]
+        for start in range(0, weight.shape[0], rows):
+            part = slice(start, start + rows)
+            folded[part] = weight[part].double() * scale[part]
+        return folded, shift.to(dtype)

@@ -147,9 +147,17 @@ class _BatchNormAct(torch.autograd.Function):
 
 
 def norm_backward(
-    grad: Tensor, x: Tensor, bn: BatchNormParams, relu: bool, needed: tuple[bool, ...]
+    grad: Tensor,
+    x: Tensor,
+    bn: BatchNormParams,
+    relu: bool,
+    needed: tuple[bool, ...],
+    out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients in x, weight and bias of ``relu(batch_norm(x))``, those of the three needed."""
+    """Gradients in x, weight and bias of ``relu(batch_norm(x))``, those of the three needed.
+
+    The first is written to ``out`` where that is given.
+    """
     grad = grad.to(x.dtype)
     if not passes.is_pixel_matrix(grad):
         grad = grad.contiguous(memory_format=torch.channels_last)
@@ -157,7 +165,8 @@ def norm_backward(
     d_weight, d_bias = passes.reduce(grad, x, bn, relu, slope, offset)
     d_x = None
     if needed[0]:
-        out = torch.empty_like(x, memory_format=torch.channels_last)
+        if out is None:
+            out = torch.empty_like(x, memory_format=torch.channels_last)
         d_x = passes.input_gradient(grad, x, bn, relu, slope, offset, out)
     vectors = ((d_weight, bn.weight), (d_bias, bn.bias))
     return d_x, *(

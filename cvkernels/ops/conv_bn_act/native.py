@@ -20,6 +20,7 @@ from cvkernels.ops.batch_norm import BatchNormParams, fold, scale_shift
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.derived_weights import DerivedWeights
 
+TRANSFORMED = 1 << 13  # filters that are transformed at once
 PANEL = 16  # output channels that lie together in packed weights
 
 library = torch.library.Library("cvkernels", "FRAGMENT")
@@ -181,13 +182,16 @@ def pack(weight: Tensor, tile: int) -> Tensor:
     """
     with torch.no_grad():
         K, C = weight.shape[:2]
-        filters = weight
-        if tile:
-            down, along = (
-                torch.tensor(FILTER_POINTS[side], dtype=torch.float64) for side in (2, tile)
-            )
-            filters = (down @ weight.double() @ along.t()).float()
-        taps = filters.permute(2, 3, 1, 0)  # [R, S, C, K]
-        panels = F.pad(taps, (0, -K % PANEL)).unflatten(3, (-1, PANEL))  # [R, S, C, K/16, 16]
-        order = (0, 1, 3, 2, 4) if tile else (3, 0, 1, 2, 4)
-        return panels.permute(order).contiguous()
+        whole = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, -K % PANEL)) if K % PANEL else weight
+        panels = whole.unflatten(0, (-1, PANEL))  # [K/16, 16, C, R, S]
+        if not tile:
+            return panels.permute(0, 3, 4, 2, 1).contiguous()
+        down, along = (torch.tensor(FILTER_POINTS[side], dtype=torch.float64) for side in (2, tile))
+        transform = torch.kron(down, along)  # [points, 9]
+        taps = panels.permute(3, 4, 0, 2, 1).reshape(9, -1)
+        points = taps.new_empty(len(transform), taps.shape[1])
+        # By parts that stay in the cache: fresh memory costs more than the products.
+        for start in range(0, taps.shape[1], TRANSFORMED):
+            part = slice(start, start + TRANSFORMED)
+            points[:, part] = transform @ taps[:, part].double()
+        return points.view(len(transform), -1, C, PANEL)

@@ -1,0 +1,60 @@
+"""What triton_inspect finds in the code of many cases, compiled once in a test run."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from torch.utils.file_baton import FileBaton
+
+ROOT = Path(__file__).parents[1]
+PROCESSES = 2
+
+
+def compile_cases(op: str, cases: list) -> list[dict]:
+    """Of dicts or dataclasses, in a process without TRITON_INTERPRET."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "triton_inspect.py", op],
+        input=json.dumps(cases, default=vars),
+        capture_output=True,
+        text=True,
+        env=env,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def compile_in_processes(op: str, cases: list) -> list[dict]:
+    results = [None] * len(cases)
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        parts = [slice(i, None, PROCESSES) for i in range(PROCESSES)]
+        for part, found in zip(
+            parts, pool.map(lambda part: compile_cases(op, cases[part]), parts), strict=True
+        ):
+            results[part] = found
+    return results
+
+
+def compiled_once(op: str, cases: list, factory: pytest.TempPathFactory) -> list[dict]:
+    """The results of ``cases``; of several test processes, one compiles and the others wait."""
+    folder = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    path, part = folder / f"{op}.json", folder / f"{op}.part"
+    baton = FileBaton(str(folder / f"{op}.lock"))
+    while not path.exists():
+        if not baton.try_acquire():
+            baton.wait()
+            continue
+        try:
+            if not path.exists():
+                part.write_text(json.dumps(compile_in_processes(op, cases)))
+                part.replace(path)
+        finally:
+            baton.release()
+    return json.loads(path.read_text())
