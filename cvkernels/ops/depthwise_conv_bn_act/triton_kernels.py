@@ -135,7 +135,8 @@ def depthwise_conv_bn_act_kernel(
                     acc = updated
 
             q_mask = (q_start + q_offs < Q)[:, None] & c_mask[None, :]
-            out_columns = out_image + ((q_start + q_offs).to(tl.int64) * out_stride_w * VEC)[:, None]
+            columns_offs = (q_start + q_offs).to(tl.int64) * out_stride_w * VEC
+            out_columns = out_image + columns_offs[:, None]
             for p in tl.static_range(BLOCK_P):
                 y = activate(acc[p] * scale[None, :] + shift[None, :], ACT)
                 mask = q_mask & (p_start + p < p_end)
