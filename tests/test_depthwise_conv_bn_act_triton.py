@@ -171,7 +171,8 @@ CASES_TO_COMPILE = [
     # other dtypes and architectures on a third of the shapes: a shape takes half a second
     if (dtype == "bfloat16" and arch == 90)
     or SHAPES.index(shape) % 3 == 0
-    or (dtype == "float32" and arch == 90 and shape[2:] == (5, 1))
+    # ... but float32 wherever its registers are limited
+    or (dtype == "float32" and arch == 90 and shape[2:] != (3, 1))
 ]
 
 
@@ -213,10 +214,7 @@ def compiled(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES_TO_COMPILE, ids=case_id)
 def test_code_has_no_spill_and_wide_accesses(case, compiled):
     found = compiled[case_id(case)]
-    assert found["local"] == 0
-    # ptxas gives up two registers of a float32 tile of 5x5 with stride 2 for a fuller SM
-    strided = case["shape"][2:] == (5, 2)
-    assert found["stack"] <= (8 if case["dtype"] == "float32" and strided else 0), found
+    assert found["stack"] == found["local"] == 0, found
     # one store is that of the sums, once for a program
     assert found["store_16"] == found["store"] - 1, found
     assert found["load_16"] > 0 and found["load_2"] == 0, found

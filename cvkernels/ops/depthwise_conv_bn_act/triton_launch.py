@@ -13,9 +13,12 @@ from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
 from cvkernels.ops.depthwise_conv_bn_act.tiling import Tiling, cdiv, tiling
 from cvkernels.ops.depthwise_conv_bn_act.triton_kernels import depthwise_conv_bn_act_kernel
 
-# Of a float32 tile, by the filter's size and stride: without a limit ptxas aims at fewer registers,
-# and spills to get there.
-_REGISTERS = {(5, (1, 1)): 96, (3, (2, 2)): 80}
+# By the filter's size and stride, for elements of 2 and of 4 bytes: without a limit ptxas aims at
+# fewer registers, and spills to get there; with a much higher one it hoists loads until it spills.
+_REGISTERS = {
+    2: {(3, (2, 2)): 96, (5, (1, 1)): 136, (5, (2, 2)): 96},
+    4: {(3, (2, 2)): 80, (5, (1, 1)): 96, (5, (2, 2)): 96},
+}
 
 
 class Launch(NamedTuple):
@@ -95,8 +98,9 @@ def plan(
         "BLOCK_C": tiles.block_c,
         "num_warps": tiles.num_warps,
     }
-    limit = _REGISTERS.get((p.R, p.stride)) if p.dtype == torch.float32 else None
+    limit = _REGISTERS[p.dtype.itemsize].get((p.R, p.stride))
     if limit is not None:
-        meta["maxnreg"] = limit
+        # no more than lets an SM hold two programs
+        meta["maxnreg"] = min(limit, 65536 // (2 * 32 * tiles.num_warps))
     grid = p.N * tiles.bands * cdiv(p.C, tiles.block_c)
     return Launch(depthwise_conv_bn_act_kernel, (grid,), args, meta)
