@@ -11,7 +11,7 @@ import torch
 from cases_conv_bn_act import make_bn
 from cases_depthwise_conv_bn_act import NETWORKS
 from numerics import assert_close_as_eager, map_floats
-from triton_compiled import compiled_once
+from triton_compiled import compile_cases, compiled_once
 
 pytest.importorskip("triton")
 
@@ -171,7 +171,8 @@ CASES_TO_COMPILE = [
     # other dtypes and architectures on a third of the shapes: a shape takes half a second
     if (dtype == "bfloat16" and arch == 90)
     or SHAPES.index(shape) % 3 == 0
-    or (dtype == "float32" and arch == 90 and shape[2:] == (5, 1))
+    # ... but float32 wherever its registers are limited
+    or (dtype == "float32" and arch == 90 and shape[2:] != (3, 1))
 ]
 
 
@@ -213,13 +214,21 @@ def compiled(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES_TO_COMPILE, ids=case_id)
 def test_code_has_no_spill_and_wide_accesses(case, compiled):
     found = compiled[case_id(case)]
-    assert found["local"] == 0
-    # ptxas gives up two registers of a float32 tile of stride 2 for a fuller SM
-    strided = case["shape"][3] == 2
-    assert found["stack"] <= (8 if case["dtype"] == "float32" and strided else 0), found
+    assert found["stack"] == found["local"] == 0, found
     # one store is that of the sums, once for a program
     assert found["store_16"] == found["store"] - 1, found
     assert found["load_16"] > 0 and found["load_2"] == 0, found
+
+
+def test_channels_that_16_does_not_divide_have_wide_accesses():
+    """EfficientNet-B3's first blocks have 40: packs of 8 are aligned all the same."""
+    cases = [
+        {"shape": (40, 112, 3, 1), "batch": 1, "dtype": dtype, "arch": 90}
+        for dtype in ("bfloat16", "float32")
+    ]
+    for found in compile_cases("depthwise_conv_bn_act", cases):
+        assert found["stack"] == found["local"] == found["load_2"] == 0, found
+        assert found["load_16"] > 0 and found["store_16"] == found["store"] - 1, found
 
 
 # two programs on an SM hide each other's loads; Blackwell's compiler takes more registers

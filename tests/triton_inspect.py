@@ -42,6 +42,7 @@ def specialize(kernel, args: list, constexprs: dict):
     to be aligned, as fresh ones are.
     """
     unspecialized = set(kernel.do_not_specialize)
+    unaligned = set(kernel.do_not_specialize_on_alignment)
     signature, constants, attributes = {}, dict(constexprs), {}
     names = [name for name in kernel.arg_names if name not in constexprs]
     values = dict(zip(names, args, strict=True))
@@ -59,7 +60,7 @@ def specialize(kernel, args: list, constexprs: dict):
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[name] = "i32" if value in _INT32 else "i64"
-            if value % 16 == 0 and not free:
+            if value % 16 == 0 and not free and name not in unaligned:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"

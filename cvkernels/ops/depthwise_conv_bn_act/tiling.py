@@ -44,7 +44,10 @@ def tiling(problem: DepthwiseProblem, capability: tuple[int, int]) -> Tiling:
     vector = _ACCESS // itemsize
     block_q = min(_power_of_two(problem.Q), 128)
     # rows that share loads of x, of which a stride leaves fewer; more would not fit the registers
-    block_p = min(4 if problem.stride[0] == 1 else 2, problem.P)
+    rows = 4 if problem.stride[0] == 1 else 2
+    if itemsize == 4 and problem.R == 5 and rows == 2:
+        rows = 3  # two of them spill, at any number of registers
+    block_p = min(rows, problem.P)
     sms = SM_COUNT.get(tuple(capability), 108)
     threads = 256 if block_q >= 32 else 128
     block_c = min(vector * threads // block_q, 128, _power_of_two(problem.C))

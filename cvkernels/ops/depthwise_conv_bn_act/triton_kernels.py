@@ -1,7 +1,9 @@
 """The depthwise convolution kernel: pixels of one output row times channels, rows in registers.
 
 Letters: x[N, C, H, W], weight[C, 1, K, K], out[N, C, P, Q], all with any strides; parts[N, bands,
-C] float32. A vector or tensor that the call does not have is None. Offsets are int64.
+C] float32. A vector or tensor that the call does not have is None. Offsets are int64. C and every
+stride but the channels' are given in packs of VEC elements, so that accesses of VEC elements are
+known to be aligned.
 """
 
 import triton
@@ -11,9 +13,12 @@ from cvkernels.ops.conv_bn_act.triton_parts import activate, affine
 
 # sizes that only enter index arithmetic: specialising on them would recompile for no gain
 _UNSPECIALIZED = ["H", "W", "P", "Q", "bands", "band_rows"]
+# VEC tells all that matters
+_UNALIGNED = ["c_packs"] + [f"{x}_stride_{axis}" for x in ("x", "out") for axis in "nhw"]
+_UNALIGNED += ["weight_stride_r", "weight_stride_s"]
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit(do_not_specialize=_UNSPECIALIZED, do_not_specialize_on_alignment=_UNALIGNED)
 def depthwise_conv_bn_act_kernel(
     x_ptr,  # [N, C, H, W]
     weight_ptr,  # [C, K, K]
@@ -25,7 +30,7 @@ def depthwise_conv_bn_act_kernel(
     bn_mean_ptr,
     bn_var_ptr,
     bn_eps,
-    C,
+    c_packs,
     H,
     W,
     P,
@@ -51,6 +56,7 @@ def depthwise_conv_bn_act_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     ACT: tl.constexpr,
+    VEC: tl.constexpr,
     EVEN_C: tl.constexpr,  # BLOCK_C divides C
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -64,6 +70,7 @@ def depthwise_conv_bn_act_kernel(
     rows that two bands share, and writes out once; the sums cost no traffic but parts.
     """
     pid = tl.program_id(0)
+    C = c_packs * VEC
     blocks = tl.cdiv(C, BLOCK_C)
     # neighbouring programs share the pixels' cache lines
     block = pid % blocks
@@ -80,16 +87,17 @@ def depthwise_conv_bn_act_kernel(
     q_offs = tl.arange(0, BLOCK_Q)
     bn = (bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr)
     scale, shift = affine(bn, bn_eps, c_offs, c_mask)  # [BLOCK_C]
-    x_image = x_ptr + n.to(tl.int64) * x_stride_n + (c_offs.to(tl.int64) * x_stride_c)[None, :]
-    out_image = out_ptr + n.to(tl.int64) * out_stride_n
+    x_image = x_ptr + n.to(tl.int64) * x_stride_n * VEC
+    x_image += (c_offs.to(tl.int64) * x_stride_c)[None, :]
+    out_image = out_ptr + n.to(tl.int64) * out_stride_n * VEC
     out_image += (c_offs.to(tl.int64) * out_stride_c)[None, :]
     # as wide as a tile of x: a vector's layout would differ, and be converted for each tap
     weight_ptrs = weight_ptr + (c_offs.to(tl.int64) * weight_stride_c)[None, :]
     weight_ptrs += (q_offs * 0)[:, None]
     tap_mask = (q_offs >= 0)[:, None] & c_mask[None, :]
     # the rows are plain ints in the interpreter: the strides make their offsets int64
-    x_step_h = tl.full((), 1, tl.int64) * x_stride_h
-    out_step_h = tl.full((), 1, tl.int64) * out_stride_h
+    x_step_h = tl.full((), VEC, tl.int64) * x_stride_h
+    out_step_h = tl.full((), VEC, tl.int64) * out_stride_h
     ROWS: tl.constexpr = (BLOCK_P - 1) * STRIDE_H + (K - 1) * DILATION_H + 1
 
     sums = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
@@ -101,10 +109,10 @@ def depthwise_conv_bn_act_kernel(
             for s in range(K):
                 iw = (q_start + q_offs) * STRIDE_W + (s * DILATION_W - PADDING_W)
                 column_mask = ((iw >= 0) & (iw < W))[:, None] & c_mask[None, :]
-                columns = x_image + (iw.to(tl.int64) * x_stride_w)[:, None]
+                columns = x_image + (iw.to(tl.int64) * x_stride_w * VEC)[:, None]
                 taps = ()
                 for r in tl.static_range(K):
-                    tap_ptrs = weight_ptrs + (r * weight_stride_r + s * weight_stride_s)
+                    tap_ptrs = weight_ptrs + (r * weight_stride_r + s * weight_stride_s) * VEC
                     tap = tl.load(tap_ptrs, mask=tap_mask, other=0.0)
                     taps = taps + (tap.to(tl.float32),)  # [BLOCK_Q, BLOCK_C]
                 for row in tl.static_range(ROWS):
@@ -127,7 +135,8 @@ def depthwise_conv_bn_act_kernel(
                     acc = updated
 
             q_mask = (q_start + q_offs < Q)[:, None] & c_mask[None, :]
-            out_columns = out_image + ((q_start + q_offs).to(tl.int64) * out_stride_w)[:, None]
+            columns_offs = (q_start + q_offs).to(tl.int64) * out_stride_w * VEC
+            out_columns = out_image + columns_offs[:, None]
             for p in tl.static_range(BLOCK_P):
                 y = activate(acc[p] * scale[None, :] + shift[None, :], ACT)
                 mask = q_mask & (p_start + p < p_end)

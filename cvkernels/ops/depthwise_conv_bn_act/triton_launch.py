@@ -13,6 +13,13 @@ from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
 from cvkernels.ops.depthwise_conv_bn_act.tiling import Tiling, cdiv, tiling
 from cvkernels.ops.depthwise_conv_bn_act.triton_kernels import depthwise_conv_bn_act_kernel
 
+# By the filter's size and stride, for elements of 2 and of 4 bytes: without a limit ptxas aims at
+# fewer registers, and spills to get there; with a much higher one it hoists loads until it spills.
+_REGISTERS = {
+    2: {(3, (2, 2)): 96, (5, (1, 1)): 136, (5, (2, 2)): 96},
+    4: {(3, (2, 2)): 80, (5, (1, 1)): 96, (5, (2, 2)): 96},
+}
+
 
 class Launch(NamedTuple):
     """One launch, not yet made: ``kernel[grid](*args, **meta)``."""
@@ -66,11 +73,15 @@ def plan(
     # by position, in the order of the kernel's parameters: Triton binds names more slowly
     args = [x, weight, out, parts, bias]
     args += (None, None, None, None, 0.0) if bn is None else bn
-    args += (p.C, p.H, p.W, p.P, p.Q, tiles.bands, tiles.band_rows)
-    args += x.stride()
+    x_n, x_c, x_h, x_w = x.stride()
     weight_r, weight_s, weight_c = weight.stride()
-    args += (weight_c, weight_r, weight_s)
-    args += out.stride()
+    out_n, out_c, out_h, out_w = out.stride()
+    steps = x_n | x_h | x_w | weight_r | weight_s | out_n | out_h | out_w
+    vec = 1 if (p.C | steps) % 8 else 8
+    args += (p.C // vec, p.H, p.W, p.P, p.Q, tiles.bands, tiles.band_rows)
+    args += (x_n // vec, x_c, x_h // vec, x_w // vec)
+    args += (weight_c, weight_r // vec, weight_s // vec)
+    args += (out_n // vec, out_c, out_h // vec, out_w // vec)
     meta = {
         "K": p.R,
         "STRIDE_H": p.stride[0],
@@ -80,14 +91,16 @@ def plan(
         "DILATION_H": p.dilation[0],
         "DILATION_W": p.dilation[1],
         "ACT": p.act,
+        "VEC": vec,
         "EVEN_C": p.C % tiles.block_c == 0,
         "BLOCK_P": tiles.block_p,
         "BLOCK_Q": tiles.block_q,
         "BLOCK_C": tiles.block_c,
         "num_warps": tiles.num_warps,
     }
-    if p.dtype == torch.float32 and p.R == 5 and p.stride == (1, 1):
-        # Without a limit ptxas aims at fewer registers, and spills to get there.
-        meta["maxnreg"] = 96
+    limit = _REGISTERS[p.dtype.itemsize].get((p.R, p.stride))
+    if limit is not None:
+        # no more than lets an SM hold two programs
+        meta["maxnreg"] = min(limit, 65536 // (2 * 32 * tiles.num_warps))
     grid = p.N * tiles.bands * cdiv(p.C, tiles.block_c)
     return Launch(depthwise_conv_bn_act_kernel, (grid,), args, meta)

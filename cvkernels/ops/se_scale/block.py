@@ -65,7 +65,7 @@ def squeeze_excite(
         out_act: "none", "relu" or "silu".
         out: as of :func:`se_scale`; it may be x itself.
         backend: see :mod:`cvkernels.backend`; the rule is that of :func:`se_scale`. With R over
-            512, "auto" runs the reference on CUDA.
+            512, "auto" runs the reference on CUDA; the library's networks have at most 160.
 
     Returns:
         Tensor[N, C, H, W], as :func:`se_scale`. The fused backends keep means and logits in
