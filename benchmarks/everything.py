@@ -103,9 +103,9 @@ def main(options: argparse.Namespace) -> int:
         print(f"not measured yet: {', '.join(missing)}; {partial} holds the rest (--all --resume)")
         return 1 if failed else 0
     folder = replace_whole(options.results / machine, partial)
-    if options.results == results.RESULTS:
-        readme.write()
     _draw(folder)
+    if options.results == results.RESULTS:
+        readme.write()  # after the plots, which it shows
     print(f"measured: {folder}")
     return 1 if failed else 0
 
