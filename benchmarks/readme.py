@@ -70,6 +70,7 @@ def _relative(path: Path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
+# Of other people, that take a network as it is deployed.
 RUNTIMES = ("openvino", "onnxruntime", "tensorrt")
 
 
