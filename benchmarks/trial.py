@@ -28,7 +28,8 @@ class Case:
     empty.
 
     What a factory returns, and the reference, may have ``answers(*args)``: the tensors to check,
-    where a call returns others; and ``saved_bytes(*args)``: what a step keeps for its backward.
+    where a call returns others; ``fresh(*args)``: the arguments of one call, where it writes over
+    them; and ``saved_bytes(*args)``: what a step keeps for its backward.
 
     part: "forward"; "backward", of inputs that require gradients, the forward untimed; "host", the
         time that the caller's thread spends in one call, in warm caches; or for a network,
@@ -115,18 +116,25 @@ class Trial:
         """The backend that a variant of ours runs; why, where it is the reference."""
         recorder = _Reasons()
         with record.recording(recorder):
-            function(*self.args, **self.kwargs)
+            function(*self._fresh(function), **self.kwargs)
         backends = {call.backend for call in recorder.calls} - {"reference"}
         if backends:
             return "+".join(sorted(backends)), ""
         return "reference", recorder.fallback_reason
+
+    def _fresh(self, function: Callable) -> tuple:
+        return function.fresh(*self.args) if hasattr(function, "fresh") else self.args
 
     def bind(self, function: Callable) -> Timed:
         args, kwargs = self.args, self.kwargs
         if self.case.part == "host":
             return Timed(lambda: function(*args, **kwargs), repeats=HOST_CALLS, host=True)
         if self.case.part != "backward":
-            return Timed(lambda: function(*args, **kwargs), latency=self.case.network)
+            return Timed(
+                lambda *args: function(*args, **kwargs),
+                lambda: self._fresh(function),
+                latency=self.case.network,
+            )
         leaves = [tensor for tensor in tensors_in([args, kwargs]) if tensor.requires_grad]
         cotangent = torch.randn_like(function(*args, **kwargs))
         return Timed(

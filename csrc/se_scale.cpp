@@ -1,215 +1,18 @@
 // se_scale and its parts on the CPU. Schemas: cvkernels/ops/se_scale/native.py.
-#include "se_scale.h"
-
-#include <algorithm>
-#include <optional>
-#include <type_traits>
 #include <vector>
 
-#include "check.h"
-#include "large_output.h"
+#include "se_scale_maps.h"
 
 namespace cvkernels::se_scale {
 namespace {
 
 using torch::stable::parallel_for;
-using Maybe = std::optional<Tensor>;
-
-// Functions and not templates: compilers clone only those for each instruction set.
-#define CVK_LOOPS(T)                                                                               \
-  CVK_SIMD void add_pixels(Type<T>, const void* x, int64_t stride, int64_t C, int64_t count,       \
-                           float* sums) {                                                          \
-    sum_pixels<T>(x, stride, C, count, sums);                                                      \
-  }                                                                                                \
-  CVK_SIMD void add_planes(Type<T>, const void* x, int64_t HW, int64_t first, int64_t last,        \
-                           float* sums) {                                                          \
-    for (int64_t c = first; c < last; ++c)                                                         \
-      sums[c] = sum_plane<T>(static_cast<const Element<T>::Bits*>(x) + c * HW, HW);                \
-  }                                                                                                \
-  CVK_SIMD void run_layer(Type<T>, const Layer& layer, int64_t images, const float* in,            \
-                          float* out, int64_t first, int64_t last) {                               \
-    layer_rows<T>(layer, images, in, out, first, last);                                            \
-  }                                                                                                \
-  CVK_SIMD void scale_by_column(Type<T>, const Rows& rows, Act act, const float* gate,             \
-                                int64_t first, int64_t last) {                                     \
-    scale_rows<T, false>(rows, act, gate, first, last);                                            \
-  }                                                                                                \
-  CVK_SIMD void scale_by_row(Type<T>, const Rows& rows, Act act, const float* gate, int64_t first, \
-                             int64_t last) {                                                       \
-    scale_rows<T, true>(rows, act, gate, first, last);                                             \
-  }                                                                                                \
-  CVK_SIMD void load_floats(Type<T>, const void* from, int64_t count, float* to) {                 \
-    for (int64_t i = 0; i < count; ++i)                                                            \
-      to[i] = Element<T>::load(static_cast<const Element<T>::Bits*>(from)[i]);                     \
-  }                                                                                                \
-  CVK_SIMD void store_floats(Type<T>, const float* from, int64_t count, void* to) {                \
-    for (int64_t i = 0; i < count; ++i)                                                            \
-      static_cast<Element<T>::Bits*>(to)[i] = Element<T>::store(from[i]);                          \
-  }
-CVK_LOOPS(float)
-CVK_LOOPS(float16)
-CVK_LOOPS(bfloat16)
-#undef CVK_LOOPS
-
-CVK_SIMD void apply_sigmoid(float* values, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) values[i] = sigmoid(values[i]);
-}
-
-CVK_SIMD void finish_sums(const float* partial, int64_t parts, int64_t C, float divisor,
-                          float* mean) {
-  for (int64_t c = 0; c < C; ++c) mean[c] = 0.0f;
-  for (int64_t part = 0; part < parts; ++part)
-    for (int64_t c = 0; c < C; ++c) mean[c] += partial[part * C + c];
-  for (int64_t c = 0; c < C; ++c) mean[c] /= divisor;
-}
-
-template <typename Launch>
-void dispatch(const char* op, ScalarType dtype, Launch&& launch) {
-  dispatch_floating(op, dtype, [&](auto type) {
-    if constexpr (std::is_same_v<decltype(type), Type<double>>)
-      fail(op, ": dtype must be float32, float16 or bfloat16, got Double");
-    else
-      launch(type);
-  });
-}
-
-// Where the elements of a map lie. NHWC: channels are neighbours, and all pixels of an image have
-// one stride; else dense NCHW.
-struct Map {
-  int64_t N, C, HW;
-  bool nhwc;
-  int64_t stride_n, stride_p;
-
-  // From row to row, as Rows means them.
-  int64_t row_stride() const { return nhwc ? stride_p : HW; }
-};
-
-Map map_of(const char* op, const Tensor& x, bool nhwc) {
-  CVK_CHECK_CPU(op, x);
-  CVK_CHECK_DIM(op, x, 4);
-  const int64_t C = x.size(1), H = x.size(2), W = x.size(3);
-  CVK_CHECK(op, C > 0 && H * W > 0, "x must have channels and pixels, got ", shape_of(x));
-  const int64_t stride_p = W > 1 ? x.stride(3) : x.stride(2);
-  const bool flat = H == 1 || W == 1 || x.stride(2) == W * x.stride(3);
-  const bool fits = nhwc ? flat && (C == 1 || x.stride(1) == 1) : x.is_contiguous();
-  CVK_CHECK(op, fits || x.numel() == 0, "a tensor of shape ", shape_of(x),
-            " is neither contiguous nor channels_last as x is");
-  return {x.size(0), C, H * W, nhwc, x.stride(0), stride_p};
-}
-
-bool is_nhwc(const Tensor& x) { return x.dim() == 4 && x.stride(1) == 1 && x.size(1) > 1; }
-
-template <typename T>
-const void* at(const void* data, int64_t offset) {
-  return data ? static_cast<const Element<T>::Bits*>(data) + offset : nullptr;
-}
 
 // Elements of a task that is worth a thread.
 constexpr int64_t TASK = 32768;
 
 int64_t grain_of(int64_t elements_per_item) {
   return std::max<int64_t>(1, TASK / std::max<int64_t>(1, elements_per_item));
-}
-
-// The maps of one call, and what is done to one image or a part of it.
-template <typename T>
-struct Maps {
-  Map x, residual, out;
-  const void *x_data, *residual_data;
-  void* out_data;
-  Act act;
-  bool streams;  // past the caches, into dense memory that is none of the inputs'
-
-  int64_t chunks() const { return (x.HW + PIXELS - 1) / PIXELS; }
-  // What sums of one image are kept in: partial sums where channels are innermost.
-  int64_t sum_parts() const { return x.nhwc ? chunks() : 1; }
-  int64_t sum_items() const { return x.nhwc ? chunks() : x.C; }
-  int64_t scale_items() const { return x.nhwc ? x.HW : x.C; }
-
-  void sum(int64_t n, int64_t first, int64_t last, float* partial) const {
-    const void* image = at<T>(x_data, n * x.stride_n);
-    if (!x.nhwc) return add_planes(Type<T>{}, image, x.HW, first, last, partial);
-    for (int64_t chunk = first; chunk < last; ++chunk)
-      add_pixels(Type<T>{}, at<T>(image, chunk * PIXELS * x.stride_p), x.stride_p, x.C,
-                 std::min(PIXELS, x.HW - chunk * PIXELS), partial + chunk * x.C);
-  }
-
-  void scale(int64_t n, int64_t first, int64_t last, const float* gate) const {
-    const Rows rows{at<T>(x_data, n * x.stride_n),
-                    at<T>(residual_data, n * residual.stride_n),
-                    const_cast<void*>(at<T>(out_data, n * out.stride_n)),
-                    x.row_stride(),
-                    residual.row_stride(),
-                    out.row_stride(),
-                    x.nhwc ? x.C : x.HW};
-    if (streams)
-      scale_streaming(rows, gate, first, last);
-    else
-      scale_cached(rows, gate, first, last);
-  }
-
- private:
-  void scale_cached(const Rows& rows, const float* gate, int64_t first, int64_t last) const {
-    if (x.nhwc)
-      scale_by_column(Type<T>{}, rows, act, gate, first, last);
-    else
-      scale_by_row(Type<T>{}, rows, act, gate, first, last);
-  }
-
-  // A few rows at a time by way of the nearest cache.
-  void scale_streaming(const Rows& rows, const float* gate, int64_t first, int64_t last) const {
-    using Bits = Element<T>::Bits;
-    constexpr int64_t SIZE = 4096;
-    alignas(64) Bits near[SIZE];
-    const int64_t width = std::min(rows.width, SIZE);
-    const int64_t count = std::max<int64_t>(1, SIZE / rows.width);
-    for (int64_t start = 0; start < rows.width; start += width)
-      for (int64_t row = first; row < last; row += count) {
-        const int64_t rows_now = std::min(count, last - row);
-        const int64_t width_now = std::min(width, rows.width - start);
-        const Rows part{at<T>(rows.x, row * rows.x_stride + start),
-                        at<T>(rows.residual, row * rows.residual_stride + start),
-                        near,
-                        rows.x_stride,
-                        rows.residual_stride,
-                        width_now,
-                        width_now};
-        scale_cached(part, gate + (x.nhwc ? start : row), 0, rows_now);
-        stream(const_cast<void*>(at<T>(rows.out, row * rows.out_stride + start)), near,
-               rows_now * width_now * sizeof(Bits));
-      }
-    finish_streams();
-  }
-};
-
-template <typename T>
-Maps<T> maps_of(const char* op, const Tensor& x, const Maybe& residual, const Tensor* out,
-                int64_t act) {
-  const bool nhwc = is_nhwc(x);
-  Maps<T> maps{};
-  maps.x = map_of(op, x, nhwc);
-  maps.x_data = x.const_data_ptr();
-  maps.act = static_cast<Act>(act);
-  if (residual) {
-    CVK_CHECK_SAME(op, *residual, x);
-    maps.residual = map_of(op, *residual, nhwc);
-    CVK_CHECK(op, residual->sizes().equals(x.sizes()), "residual must have x's shape, got ",
-              shape_of(*residual));
-    maps.residual_data = residual->const_data_ptr();
-  }
-  if (out) {
-    CVK_CHECK_SAME(op, *out, x);
-    CVK_CHECK(op, out->sizes().equals(x.sizes()), "out must have x's shape, got ", shape_of(*out));
-    maps.out = map_of(op, *out, nhwc);
-    maps.out_data = out->mutable_data_ptr();
-    const int64_t bytes = maps.out.N * maps.out.C * maps.out.HW * sizeof(typename Element<T>::Bits);
-    const bool dense = maps.out.row_stride() == (nhwc ? maps.out.C : maps.out.HW) &&
-                       maps.out.stride_n == maps.out.C * maps.out.HW;
-    const bool fresh = maps.out_data != maps.x_data && maps.out_data != maps.residual_data;
-    maps.streams = dense && fresh && bytes >= UNCACHED_BYTES;
-    if (dense && fresh) prefer_huge_pages(maps.out_data, bytes);
-  }
-  return maps;
 }
 
 // The two layers; all four tensors hold one dtype.
@@ -232,6 +35,7 @@ Excite excite_of(const char* op, const Tensor& weight1, const Maybe& bias1, cons
     CVK_CHECK(op, weight->is_contiguous(), "weights must be contiguous");
   }
   const int64_t R = weight1.size(0), C = weight1.size(1);
+  CVK_CHECK(op, R > 0, "weight1 must have rows, got ", shape_of(weight1));
   CVK_CHECK_SAME(op, weight2, weight1);
   CVK_CHECK(op, weight2.size(0) == C && weight2.size(1) == R, "weight2 must have shape [", C, ", ",
             R, "], got ", shape_of(weight2));
@@ -322,6 +126,14 @@ Tensor new_matrix(const Tensor& like, int64_t rows, int64_t columns, ScalarType 
   return torch::stable::empty({rows, columns}, dtype, std::nullopt, like.device());
 }
 
+// An uninitialised map in the layout that results for x have.
+Tensor new_map(const Tensor& x) {
+  using torch::headeronly::MemoryFormat;
+  const auto format = is_nhwc(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+                              format);
+}
+
 Tensor squeeze(const Tensor& x) {
   const Map map = map_of("squeeze", x, is_nhwc(x));
   const Tensor out = new_matrix(x, map.N, map.C, x.scalar_type());
@@ -409,10 +221,37 @@ void squeeze_excite_out(const Tensor& x, const Tensor& weight1, const Maybe& bia
   });
 }
 
+// The same into new maps, for arguments that nobody has checked.
+
+Tensor se_scale(const Tensor& x, const Tensor& gate, const Maybe& residual, int64_t act) {
+  CVK_CHECK_DIM("se_scale", x, 4);
+  const ScalarType dtype = gate.scalar_type();
+  CVK_CHECK("se_scale", dtype == x.scalar_type() || dtype == ScalarType::Float,
+            "gate must have x's dtype or float32");
+  const Tensor out = new_map(x);
+  se_scale_out(x, gate, residual, act, out);
+  return out;
+}
+
+Tensor squeeze_excite(const Tensor& x, const Tensor& weight1, const Maybe& bias1,
+                      const Tensor& weight2, const Maybe& bias2, int64_t act, const Maybe& residual,
+                      int64_t out_act) {
+  CVK_CHECK_DIM("squeeze_excite", x, 4);
+  const ScalarType dtype = weight1.scalar_type();
+  CVK_CHECK("squeeze_excite", dtype == x.scalar_type() || dtype == ScalarType::Float,
+            "weights must have x's dtype or float32");
+  CVK_CHECK("squeeze_excite", act == 1 || act == 2, "act must be relu or silu");
+  const Tensor out = new_map(x);
+  squeeze_excite_out(x, weight1, bias1, weight2, bias2, act, residual, out_act, out);
+  return out;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(cvkernels, CPU, library) {
   library.impl("squeeze_native", TORCH_BOX(&squeeze));
   library.impl("excite_native", TORCH_BOX(&excite));
+  library.impl("se_scale_native", TORCH_BOX(&se_scale));
   library.impl("se_scale_native_out", TORCH_BOX(&se_scale_out));
+  library.impl("squeeze_excite_native", TORCH_BOX(&squeeze_excite));
   library.impl("squeeze_excite_native_out", TORCH_BOX(&squeeze_excite_out));
 }
 

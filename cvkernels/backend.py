@@ -68,6 +68,11 @@ def requested(backend: str, implementations: tuple[str, ...]) -> str:
     return used if used == "reference" or used in implementations else "auto"
 
 
+def unrequested() -> bool:
+    """Whether no :func:`use` is in force; not for traced code."""
+    return _requested.get() == "auto"
+
+
 def chosen(op: str, *args, **kwargs) -> str:
     """The backend that ``cvkernels.functional.<op>(*args, **kwargs)`` would run.
 

@@ -116,6 +116,11 @@ def active() -> Recorder | None:
     return None if torch.compiler.is_compiling() else _active.get()
 
 
+def is_active() -> bool:
+    """Whether there is one; not for traced code."""
+    return _active.get() is not None
+
+
 @contextlib.contextmanager
 def unseen() -> Iterator[None]:
     """Count nothing of what runs inside the block: it is kept, and no later call runs it again."""

@@ -100,16 +100,29 @@ def assert_matches_module(
 ) -> None:
     """ours(x) and its input gradient against stock, and against a float64 copy of stock.
 
-    Each of the three starts from the same random state, so that dropout draws the same numbers.
+    Stock's error is the larger of its two memory layouts': by the few outputs of a network, one
+    alone may seem all but exact. Each run starts from the same random state, so that dropout draws
+    the same numbers.
     """
-    exact_model = copy.deepcopy(stock).double()
-    results = []
-    for model, image in ((ours, x), (stock, x), (exact_model, x.double())):
+
+    def run(model: nn.Module, image: Tensor) -> tuple[Tensor, ...]:
         torch.manual_seed(2)
         if grad:
-            results.append(run_with_input_grad(model, image))
-        else:
-            with torch.no_grad():
-                results.append((model(image),))
-    for actual, eager, exact in zip(*results, strict=True):
-        assert_close_as_eager(actual, eager, exact, factor)
+            return run_with_input_grad(model, image)
+        with torch.no_grad():
+            return (model(image),)
+
+    exact_model, other = copy.deepcopy(stock).double(), copy.deepcopy(stock)
+    actual, eager, exact = run(ours, x), run(stock, x), run(exact_model, x.double())
+    for place, truth in enumerate(exact):
+        try:
+            assert_close_as_eager(actual[place], eager[place], truth, factor)
+        except AssertionError:
+            again = run(*_in_other_layout(other, x))[place]
+            assert_close_as_eager(actual[place], again, truth, factor)
+
+
+def _in_other_layout(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
+    nhwc = x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.contiguous_format if nhwc else torch.channels_last
+    return model.to(memory_format=layout), x.contiguous(memory_format=layout)

@@ -23,7 +23,9 @@ from cvkernels.ops.se_scale.outputs import check_out, copies, write
 from cvkernels.ops.se_scale.reference import squeeze_excite_reference
 from cvkernels.ops.se_scale.select import (
     IMPLEMENTATIONS,
+    REFUSED,
     Traffic,
+    at_once,
     nbytes,
     needs_grad,
     registered_backend,
@@ -81,6 +83,12 @@ def squeeze_excite(
     Equal inputs give equal bits. Source: Hu et al. 2018, arXiv:1709.01507, figures 2 and 3.
     """
     layers = (weight1, bias1, weight2, bias2)
+    if out is None and at_once(backend, x, residual, *layers):
+        try:
+            acts = native.ACTS
+            return native.squeeze_excite_of(x, *layers, acts[act], residual, acts[out_act])
+        except REFUSED:
+            pass
     choice = choose(x, *layers, act, residual, out_act, out=out, backend=backend)
 
     def compute(out: Tensor | None) -> Tensor:

@@ -18,6 +18,10 @@ _LAYERS = "Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, int act
 library = torch.library.Library("cvkernels", "FRAGMENT")
 library.define("squeeze_native(Tensor x) -> Tensor")
 library.define(f"excite_native(Tensor pooled, {_LAYERS}, bool sigmoid, int count) -> Tensor")
+library.define("se_scale_native(Tensor x, Tensor gate, Tensor? residual, int act) -> Tensor")
+library.define(
+    f"squeeze_excite_native(Tensor x, {_LAYERS}, Tensor? residual, int out_act) -> Tensor"
+)
 library.define(
     "se_scale_native_out(Tensor x, Tensor gate, Tensor? residual, int act, Tensor(a!) out) -> ()"
 )
@@ -27,8 +31,11 @@ library.define(
 )
 extension.load()
 
-_squeeze = torch.ops.cvkernels.squeeze_native.default
+# They check their arguments; those without "out" refuse everything that the ops' contracts refuse.
+squeeze_of = torch.ops.cvkernels.squeeze_native.default
 excite_of = torch.ops.cvkernels.excite_native.default
+se_scale_of = torch.ops.cvkernels.se_scale_native.default
+squeeze_excite_of = torch.ops.cvkernels.squeeze_excite_native.default
 se_scale_out = torch.ops.cvkernels.se_scale_native_out.default
 squeeze_excite_out = torch.ops.cvkernels.squeeze_excite_native_out.default
 
@@ -43,7 +50,7 @@ def why_not(dtype: torch.dtype, device: str) -> str:
 
 
 def squeeze(x: Tensor) -> Tensor:
-    return _squeeze(fitting(x, is_nhwc(x)))
+    return squeeze_of(fitting(x, is_nhwc(x)))
 
 
 def excite(
@@ -98,6 +105,16 @@ def _(x):
 @torch.library.register_fake("cvkernels::excite_native", lib=library)
 def _(pooled, weight1, bias1, weight2, bias2, act, sigmoid, count):
     return pooled.new_empty(pooled.shape, dtype=weight1.dtype if count else pooled.dtype)
+
+
+@torch.library.register_fake("cvkernels::se_scale_native", lib=library)
+def _(x, gate, residual, act):
+    return new_like(x)
+
+
+@torch.library.register_fake("cvkernels::squeeze_excite_native", lib=library)
+def _(x, weight1, bias1, weight2, bias2, act, residual, out_act):
+    return new_like(x)
 
 
 @torch.library.register_fake("cvkernels::se_scale_native_out", lib=library)

@@ -20,7 +20,9 @@ from cvkernels.ops.se_scale.outputs import check_out, copies, write
 from cvkernels.ops.se_scale.reference import se_scale_reference
 from cvkernels.ops.se_scale.select import (
     IMPLEMENTATIONS,
+    REFUSED,
     Traffic,
+    at_once,
     nbytes,
     needs_grad,
     registered_backend,
@@ -68,6 +70,11 @@ def se_scale(
     Differentiable in x, gate and residual: once on Triton, else any number of times. Equal inputs
     give equal bits. Source: Hu et al. 2018, arXiv:1709.01507, eq. 4; with the residual, figure 3.
     """
+    if out is None and at_once(backend, x, gate, residual):
+        try:
+            return native.se_scale_of(x, gate, residual, native.ACTS[act])
+        except REFUSED:
+            pass
     choice = choose(x, gate, residual, act, out=out, backend=backend)
 
     def compute(out: Tensor | None) -> Tensor:

@@ -13,7 +13,9 @@ from cvkernels.ops.se_scale.layouts import fits, is_nhwc
 from cvkernels.ops.se_scale.reference import squeeze_reference
 from cvkernels.ops.se_scale.select import (
     IMPLEMENTATIONS,
+    REFUSED,
     Traffic,
+    at_once,
     nbytes,
     needs_grad,
     registered_backend,
@@ -43,6 +45,11 @@ def squeeze(x: Tensor, *, backend: Backend = "auto") -> Tensor:
     Differentiable in x. Equal inputs give equal bits. Source: Hu et al. 2018, arXiv:1709.01507,
     eq. 2.
     """
+    if at_once(backend, x):
+        try:
+            return native.squeeze_of(x)
+        except REFUSED:
+            pass
     choice = choose(x, backend=backend)
 
     def fused() -> Tensor:
