@@ -5,6 +5,7 @@
 #include "avg_pool.h"
 #include "avg_pool_call.h"
 #include "check.h"
+#include "recording.h"
 
 namespace cvkernels::avg_pool {
 namespace {
@@ -158,7 +159,9 @@ void launch(Type<T> type, const Problem& problem, const Average& average, const 
 void run(const Problem& problem, const Average& average, const Tensor& x, const Tensor& out) {
   if (problem.N == 0) return;
   dispatch_floating("avg_pool", x.scalar_type(), [&](auto type) {
-    launch(type, problem, average, x.const_data_ptr(), out.mutable_data_ptr());
+    const void* from = x.const_data_ptr();
+    void* to = out.mutable_data_ptr();
+    perform([=] { launch(type, problem, average, from, to); });
   });
 }
 

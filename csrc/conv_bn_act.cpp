@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "portable.h"
+#include "recording.h"
 
 namespace cvkernels::conv_bn_act {
 namespace {
@@ -74,9 +75,10 @@ void run_direct(const Problem& problem, const Data& data, Convolve convolve) {
   const int64_t gathered = problem.gathers() ? cut.block() * taps * C : 0;
   const int64_t pointers = divide_up(sizeof(float*), sizeof(float)) * cut.block() * taps;
   torch::stable::parallel_for(0, cut.tasks(), 1, [&](int64_t first, int64_t last) {
-    float* zeros = scratch(divide_up(C, 16) * 16 + divide_up(pointers, 16) * 16 + gathered);
-    std::fill_n(zeros, C, 0.0f);
-    float* indirect = zeros + divide_up(C, 16) * 16;
+    const int64_t widest = divide_up(problem.S * C, 16) * 16;  // a tap, or a row of them
+    float* zeros = scratch(widest + divide_up(pointers, 16) * 16 + gathered);
+    std::fill_n(zeros, problem.S * C, 0.0f);
+    float* indirect = zeros + widest;
     float* operand = indirect + divide_up(pointers, 16) * 16;
     for (int64_t task = first; task < last; ++task)
       convolve(problem, data, cut.rows_of(task), cut.panels_of(task), zeros, operand,
@@ -219,7 +221,7 @@ void conv_bn_act_native(const Tensor& x, const Tensor& weight, const Tensor& shi
   if (problem.pixels() == 0 || problem.K == 0) return;
   data.x = static_cast<const float*>(x.const_data_ptr());
   data.out = static_cast<float*>(out.mutable_data_ptr());
-  run(problem, data, tile);
+  perform([=] { run(problem, data, tile); });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cvkernels, CPU, library) {

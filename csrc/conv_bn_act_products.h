@@ -207,6 +207,15 @@ CVK_TARGET static void finish_tile(const Problem& problem, const float* sums, in
   }
 }
 
+// Sums whose SiLU is taken together: an exponential takes a hundred cycles, in which those of
+// others are under way; and they are still in the nearest cache.
+constexpr int64_t TOGETHER = 1024;
+
+CVK_TARGET static void apply_silu(float* out, int64_t stride, int64_t rows, int64_t width) {
+  for (int64_t row = 0; row < rows; ++row, out += stride)
+    for (int64_t c = 0; c < width; c += LANES) store(out + c, activate<Act::SILU>(load(out + c)));
+}
+
 // Where a tap of an output pixel lies in x: its offset, or -1 in the padding.
 CVK_INLINE int64_t offset_of(const Problem& problem, int64_t n, int64_t h, int64_t w) {
   if (h < 0 || h >= problem.H || w < 0 || w >= problem.W) return -1;
@@ -244,13 +253,12 @@ CVK_TARGET static void gather_tap(const Problem& problem, const Data& data, int6
   }
 }
 
-// A row of taps whose channels lie together in x, w being the first tap's column.
+// A row of taps whose channels lie together in x; w is the first tap's column.
 CVK_TARGET static void gather_row(const Problem& problem, const Data& data, int64_t n, int64_t h,
                                   int64_t w, float* to) {
   const int64_t C = problem.C, S = problem.S;
-  const bool inside = h >= 0 && h < problem.H;
-  const int64_t first = inside ? std::clamp<int64_t>(-w, 0, S) : S;
-  const int64_t last = inside ? std::clamp<int64_t>(problem.W - w, first, S) : S;
+  const int64_t first = std::clamp<int64_t>(-w, 0, S);
+  const int64_t last = std::clamp<int64_t>(problem.W - w, first, S);
   std::fill_n(to, first * C, 0.0f);
   if (first < last)
     std::copy_n(data.x + offset_of(problem, n, h, w + first), (last - first) * C, to + first * C);
@@ -258,22 +266,30 @@ CVK_TARGET static void gather_row(const Problem& problem, const Data& data, int6
 }
 
 // Pointers to the operand of a block of pixels, [taps][rows]; `gathered` is [rows, taps * C] where
-// the problem gathers, `zeros` the C channels of the padding.
+// the problem gathers, `zeros` the S * C channels of a row of padding.
 CVK_TARGET static void find_operand(const Problem& problem, const Data& data, Range rows,
                                     const float* zeros, float* gathered, const float** operand) {
   const int64_t count = rows.size(), C = problem.C, R = problem.R, S = problem.S;
-  const bool gathers = problem.gathers(), together = problem.taps_together();
+  const bool gathers = problem.gathers(), rows_as_taps = problem.rows_as_taps();
   int64_t q = rows.begin % problem.Q, p = rows.begin / problem.Q % problem.P;
   int64_t n = rows.begin / problem.Q / problem.P;
   for (int64_t row = 0; row < count; ++row) {
     float* to = gathered + row * R * S * C;
-    if (gathers) operand[row] = to;
+    if (gathers && !rows_as_taps) operand[row] = to;
     const int64_t top = p * problem.stride_h - problem.padding_h;
     const int64_t left = q * problem.stride_w - problem.padding_w;
     for (int64_t r = 0; r < R; ++r) {
       const int64_t h = top + r * problem.dilation_h;
-      if (gathers && together) {
-        gather_row(problem, data, n, h, left, to + r * S * C);
+      if (rows_as_taps) {
+        const float*& tap = operand[r * count + row];
+        if (h < 0 || h >= problem.H) {
+          tap = zeros;
+        } else if (left >= 0 && left + S <= problem.W) {
+          tap = data.x + offset_of(problem, n, h, left);
+        } else {
+          gather_row(problem, data, n, h, left, to + r * S * C);
+          tap = to + r * S * C;
+        }
         continue;
       }
       for (int64_t s = 0; s < S; ++s) {
@@ -292,16 +308,20 @@ CVK_TARGET static void find_operand(const Problem& problem, const Data& data, Ra
   }
 }
 
-// One task of a direct convolution: a block of pixels times a range of panels.
-CVK_TARGET static void convolve(const Problem& problem, const Data& data, Range rows, Range panels,
-                                const float* zeros, float* gathered, const float** operand) {
-  find_operand(problem, data, rows, zeros, gathered, operand);
+// Floats of weights that stay in the first cache. Then a strip of pixels gets all its channels
+// before the next: each cache line of out is written once.
+constexpr int64_t IN_FIRST_CACHE = 6 << 10;
+
+// A strip of pixels times a range of panels; the operand's taps are `stride` pointers apart.
+CVK_TARGET static void multiply_strip(const Problem& problem, const Data& data, Range rows,
+                                      Range panels, const float* const* operand, int64_t stride) {
   const int64_t count = rows.size(), tiles = divide_up(count, HIGHEST);
-  const int64_t taps = problem.gathers() ? 1 : problem.taps();
-  const int64_t depth = problem.gathers() ? problem.taps() * problem.C : problem.C;
+  const int64_t taps = problem.rows_as_taps() ? problem.R : problem.gathers() ? 1 : problem.taps();
+  const int64_t depth = problem.taps() * problem.C / taps;
   const int64_t panel_size = problem.taps() * problem.C * PANEL;
   const float infinity = std::numeric_limits<float>::infinity();
-  const float low = problem.act == Act::NONE ? -infinity : 0.0f;
+  const bool clamps = problem.act == Act::RELU || problem.act == Act::RELU6;
+  const float low = clamps ? 0.0f : -infinity;
   const float high = problem.act == Act::RELU6 ? 6.0f : infinity;
   alignas(64) float sums[HIGHEST * WIDEST * LANES];
   int64_t width = 0;
@@ -310,6 +330,7 @@ CVK_TARGET static void convolve(const Problem& problem, const Data& data, Range 
     const float* shift = data.shift + column;
     const int64_t kept = std::min(problem.K, panels.end * PANEL) - column;
     if (kept <= 0) break;
+    int64_t activated = 0;
     for (int64_t number = 0; number < tiles; ++number) {
       const auto [row, end] = part_of(count, tiles, number);
       const int64_t height = end - row;
@@ -318,14 +339,33 @@ CVK_TARGET static void convolve(const Problem& problem, const Data& data, Range 
       float* out = data.out + pixel * problem.out_stride + column;
       const float* residual = data.residual;
       if (residual != nullptr) residual += pixel * problem.residual_stride + column;
-      if (problem.act != Act::SILU && width <= kept) {
-        tile(operand + row, count, taps, depth, weight, panel_size,
+      if (width <= kept) {
+        tile(operand + row, stride, taps, depth, weight, panel_size,
              {out, problem.out_stride, shift, residual, problem.residual_stride, low, high});
+        const int64_t pending = end - activated;
+        if (problem.act == Act::SILU && (pending * width >= TOGETHER || end == count)) {
+          apply_silu(out + (height - pending) * problem.out_stride, problem.out_stride, pending,
+                     width);
+          activated = end;
+        }
         continue;
       }
-      tile(operand + row, count, taps, depth, weight, panel_size,
+      tile(operand + row, stride, taps, depth, weight, panel_size,
            {sums, WIDEST * LANES, nullptr, nullptr, 0, low, high});
       finish_tile(problem, sums, WIDEST * LANES, height, width, kept, shift, residual, out);
     }
+  }
+}
+
+// One task of a direct convolution: a block of pixels times a range of panels.
+CVK_TARGET static void convolve(const Problem& problem, const Data& data, Range rows, Range panels,
+                                const float* zeros, float* gathered, const float** operand) {
+  find_operand(problem, data, rows, zeros, gathered, operand);
+  const bool few_weights = panels.size() * PANEL * problem.taps() * problem.C <= IN_FIRST_CACHE;
+  const int64_t count = rows.size(), strips = few_weights ? divide_up(count, 4 * HIGHEST) : 1;
+  for (int64_t number = 0; number < strips; ++number) {
+    const auto [begin, end] = part_of(count, strips, number);
+    multiply_strip(problem, data, {rows.begin + begin, rows.begin + end}, panels, operand + begin,
+                   count);
   }
 }

@@ -6,6 +6,7 @@
 #include "check.h"
 #include "dense_concat.h"
 #include "dense_concat_call.h"
+#include "recording.h"
 
 namespace cvkernels::dense_concat {
 namespace {
@@ -130,8 +131,9 @@ void dense_concat(const Tensor& buffer, const Tensor& src, int64_t start,
   if (src.numel() == 0) return;
   dispatch_floating("dense_concat", src.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(type, problem, src.const_data_ptr(),
-           static_cast<T*>(buffer.mutable_data_ptr()) + start * buffer.stride(1));
+    const void* from = src.const_data_ptr();
+    T* to = static_cast<T*>(buffer.mutable_data_ptr()) + start * buffer.stride(1);
+    perform([=] { launch(type, problem, from, to); });
   });
 }
 

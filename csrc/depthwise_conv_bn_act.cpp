@@ -9,6 +9,7 @@
 #include "element.h"
 #include "large_output.h"
 #include "portable.h"
+#include "recording.h"
 
 namespace cvkernels::depthwise_conv_bn_act {
 namespace {
@@ -139,18 +140,19 @@ void depthwise_conv_bn_act_native(const Tensor& x, const Tensor& weight, const T
   if (problem.N == 0 || problem.C == 0) return;
   prefer_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
 
-  std::vector<float> bands;
-  float* total = sums ? static_cast<float*>(sums->mutable_data_ptr()) : nullptr;
-  float* parts = total;
-  if (total != nullptr && problem.bands() > 1) {
-    bands.resize(problem.N * problem.bands() * problem.C);
-    parts = bands.data();
-  }
+  const void* from = x.const_data_ptr();
   const float* weights = static_cast<const float*>(weight.const_data_ptr());
   const float* scale_shift = static_cast<const float*>(affine.const_data_ptr());
+  void* to = out.mutable_data_ptr();
+  float* total = sums ? static_cast<float*>(sums->mutable_data_ptr()) : nullptr;
   const auto run = [&](auto type) {
-    launch<typename decltype(type)::type>(problem, x.const_data_ptr(), weights, scale_shift,
-                                          out.mutable_data_ptr(), parts);
+    perform([=] {
+      const bool adds = total != nullptr && problem.bands() > 1;
+      std::vector<float> bands(adds ? problem.N * problem.bands() * problem.C : 0);
+      float* parts = adds ? bands.data() : total;
+      launch<typename decltype(type)::type>(problem, from, weights, scale_shift, to, parts);
+      if (adds) add_bands(problem, parts, total);
+    });
   };
   switch (x.scalar_type()) {
     case ScalarType::Float:
@@ -166,7 +168,6 @@ void depthwise_conv_bn_act_native(const Tensor& x, const Tensor& weight, const T
       fail(OP, ": dtype must be float32, float16 or bfloat16, got ",
            torch::headeronly::toString(x.scalar_type()));
   }
-  if (parts != total) add_bands(problem, parts, total);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cvkernels, CPU, library) {

@@ -6,6 +6,7 @@
 #include "check.h"
 #include "max_pool.h"
 #include "pool_call.h"
+#include "recording.h"
 
 namespace cvkernels::max_pool {
 namespace {
@@ -148,7 +149,9 @@ void launch(Type<T> type, const Problem& problem, const void* x, void* out) {
 void run(const Problem& problem, const Tensor& x, const Tensor& out) {
   if (problem.N == 0) return;
   dispatch_floating("max_pool", x.scalar_type(), [&](auto type) {
-    launch(type, problem, x.const_data_ptr(), out.mutable_data_ptr());
+    const void* from = x.const_data_ptr();
+    void* to = out.mutable_data_ptr();
+    perform([=] { launch(type, problem, from, to); });
   });
 }
 

@@ -1,6 +1,7 @@
 // se_scale and its parts on the CPU. Schemas: cvkernels/ops/se_scale/native.py.
 #include <vector>
 
+#include "recording.h"
 #include "se_scale_maps.h"
 
 namespace cvkernels::se_scale {
@@ -170,15 +171,38 @@ Tensor excite(const Tensor& pooled, const Tensor& weight1, const Maybe& bias1,
   const int64_t N = pooled.size(0), size = N * layers.C();
   const ScalarType dtype = count ? weight1.scalar_type() : pooled.scalar_type();
   const Tensor out = new_matrix(pooled, N, layers.C(), dtype);
-  std::vector<float> mean(size), hidden(N * layers.R()), gate(size);
-  dispatch("excite", pooled.scalar_type(),
-           [&](auto type) { load_floats(type, pooled.const_data_ptr(), size, mean.data()); });
-  if (count)
-    for (float& value : mean) value /= static_cast<float>(count);
-  excite_images(layers, N, mean.data(), hidden.data(), gate.data(), sigmoid);
-  dispatch("excite", dtype,
-           [&](auto type) { store_floats(type, gate.data(), size, out.mutable_data_ptr()); });
+  const ScalarType from_dtype = pooled.scalar_type();
+  const void* from = pooled.const_data_ptr();
+  void* to = out.mutable_data_ptr();
+  perform([=] {
+    std::vector<float> mean(size), hidden(N * layers.R()), gate(size);
+    dispatch("excite", from_dtype, [&](auto type) { load_floats(type, from, size, mean.data()); });
+    if (count)
+      for (float& value : mean) value /= static_cast<float>(count);
+    excite_images(layers, N, mean.data(), hidden.data(), gate.data(), sigmoid);
+    dispatch("excite", dtype, [&](auto type) { store_floats(type, gate.data(), size, to); });
+  });
   return out;
+}
+
+// Every image of the maps by gates[N, C], which are logits.
+template <typename T>
+void scale_images(const Maps<T>& maps, ScalarType gate_dtype, const void* gates) {
+  const Map& map = maps.x;
+  std::vector<float> multiplier(map.N * map.C);
+  dispatch("se_scale", gate_dtype,
+           [&](auto type) { load_floats(type, gates, map.N * map.C, multiplier.data()); });
+  apply_sigmoid(multiplier.data(), map.N * map.C);
+  const int64_t items = maps.scale_items();
+  parallel_for(0, map.N * items, grain_of(map.nhwc ? map.C : map.HW),
+               [&](int64_t first, int64_t last) {
+                 for (int64_t item = first; item < last;) {
+                   const int64_t n = item / items, start = item % items;
+                   const int64_t stop = std::min(items, start + last - item);
+                   maps.scale(n, start, stop, multiplier.data() + n * map.C);
+                   item += stop - start;
+                 }
+               });
 }
 
 void se_scale_out(const Tensor& x, const Tensor& gate, const Maybe& residual, int64_t act,
@@ -189,23 +213,11 @@ void se_scale_out(const Tensor& x, const Tensor& gate, const Maybe& residual, in
       "se_scale",
       gate.dim() == 2 && gate.size(0) == map.N && gate.size(1) == map.C && gate.is_contiguous(),
       "gate must be contiguous with shape [", map.N, ", ", map.C, "], got ", shape_of(gate));
-  std::vector<float> multiplier(map.N * map.C);
-  dispatch("se_scale", gate.scalar_type(), [&](auto type) {
-    load_floats(type, gate.const_data_ptr(), map.N * map.C, multiplier.data());
-  });
-  apply_sigmoid(multiplier.data(), map.N * map.C);
+  const ScalarType gate_dtype = gate.scalar_type();
+  const void* gates = gate.const_data_ptr();
   dispatch("se_scale", x.scalar_type(), [&]<typename T>(Type<T>) {
     const Maps<T> maps = maps_of<T>("se_scale", x, residual, &out, act);
-    const int64_t items = maps.scale_items();
-    parallel_for(0, map.N * items, grain_of(map.nhwc ? map.C : map.HW),
-                 [&](int64_t first, int64_t last) {
-                   for (int64_t item = first; item < last;) {
-                     const int64_t n = item / items, start = item % items;
-                     const int64_t stop = std::min(items, start + last - item);
-                     maps.scale(n, start, stop, multiplier.data() + n * map.C);
-                     item += stop - start;
-                   }
-                 });
+    perform([=] { scale_images(maps, gate_dtype, gates); });
   });
 }
 
@@ -217,7 +229,9 @@ void squeeze_excite_out(const Tensor& x, const Tensor& weight1, const Maybe& bia
   CVK_CHECK("squeeze_excite", layers.C() == map.C, "weight1 must have shape [R, ", map.C, "], got ",
             shape_of(weight1));
   dispatch("squeeze_excite", x.scalar_type(), [&]<typename T>(Type<T>) {
-    run_block(maps_of<T>("squeeze_excite", x, residual, &out, out_act), layers, x.element_size());
+    const Maps<T> maps = maps_of<T>("squeeze_excite", x, residual, &out, out_act);
+    const int64_t element_size = x.element_size();
+    perform([=] { run_block(maps, layers, element_size); });
   });
 }
 

@@ -53,7 +53,9 @@ def freeze(
     The model is traced by torch.fx, its norms are folded into its convolutions in float64, the
     ops next to each other are fused, and for every input shape a plan says which kernel runs each
     step and where its result lies: in one arena that values share when they do not live at the same
-    time, and where concatenations are slices that their parts are written to.
+    time, and where concatenations are slices that their parts are written to. The first call with
+    an arena records what its native CPU kernels do there, and later calls repeat that without
+    Python or a dispatcher between them; ``explain`` and a profiler still see every step.
 
     Args:
         model: in eval. Its parameters are copied: what changes in them later does not reach the

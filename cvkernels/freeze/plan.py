@@ -18,6 +18,7 @@ from cvkernels.freeze.backends import problem_of
 from cvkernels.freeze.graph import Graph, Like, Node, Ref, fill
 from cvkernels.freeze.lower import Lowered
 from cvkernels.freeze.memory import VIEWS, Memory, new_arena
+from cvkernels.freeze.programs import Env, Segment, recordable
 from cvkernels.freeze.progress import progress
 from cvkernels.freeze.shapes import infer
 from cvkernels.freeze.steps import Builder, Step
@@ -53,6 +54,7 @@ class Plan:
             for step in self.lowered.steps:
                 self.steps.append((step, builder.build(step)))
                 advance()
+        self.recorded = recordable(self.memory)
         self.run_order = self._run_order()
         index = self.memory.index
         self.results = [(index[step], self._needs_copy(step)) for step in self.lowered.results]
@@ -61,7 +63,7 @@ class Plan:
         self.hides_nan = any(
             step.op == "conv" and step.attrs["backend"] == "onednn" for step in self.lowered.steps
         )
-        self._idle: deque[list] = deque()
+        self._idle: deque[Env] = deque()
         # Here rather than in the first call: whoever plans learns that there is too little memory.
         self._idle.append(self._new_env())
 
@@ -71,11 +73,11 @@ class Plan:
         except IndexError:
             env = self._new_env()
         env[0] = x.contiguous(memory_format=torch.channels_last)
-        if record.active() is None:
+        if record.active() is None and not torch.autograd._profiler_enabled():
             for run in self.run_order:
                 run(env)
         else:
-            self._run_recorded(env)
+            self._run_watched(env)
         results = [
             _copied(env[number]) if copied else env[number] for number, copied in self.results
         ]
@@ -102,12 +104,12 @@ class Plan:
             if node.op == "conv" and self.lowered.of[node].op == "conv"
         ]
 
-    def _new_env(self) -> list:
+    def _new_env(self) -> Env:
         """The values of a call before it: those in an arena of its own, and None for the others.
 
         One more, the last, is always None: it stands for what a step does not have.
         """
-        env: list = [None] * (len(self.memory.index) + 1)
+        env = Env([None] * (len(self.memory.index) + 1), self.segments)
         # Memory of inference mode could not be written outside of it.
         with torch.inference_mode(False):
             arena = new_arena(self.memory.nbytes, self.device)
@@ -116,19 +118,36 @@ class Plan:
         return env
 
     def _run_order(self) -> list:
-        """The steps' functions, and after each what forgets the tensors that are read no more."""
+        """The steps' functions, and after each what forgets the tensors that are read no more.
+
+        Steps that can be recorded together are one function, and their tensors are kept.
+        """
         index = self.memory.index
         self.fixed = frozenset(index[step] for step in index if self.memory.in_arena(step))
         dying: dict[int, list[int]] = {}
         for step, last in self.memory.last.items():
-            if index[step] not in self.fixed and step.op != "input":
+            if index[step] not in self.fixed and step.op != "input" and step not in self.recorded:
                 dying.setdefault(last, []).append(index[step])
-        order = []
-        for number, (_, run) in enumerate(self.steps):
-            if run is not None:
+        order: list[Step] = []
+        together: list[Step] = []
+        self.segments = 0
+
+        def end_segment() -> None:
+            if together:
+                order.append(Segment(list(together), self.segments))
+                self.segments += 1
+                together.clear()
+
+        for number, (step, run) in enumerate(self.steps):
+            if step in self.recorded and run is not None:
+                together.append(run)
+            elif run is not None:
+                end_segment()
                 order.append(run)
             if number in dying:
+                end_segment()
                 order.append(_forget(dying[number]))
+        end_segment()
         return order
 
     def _needs_copy(self, step: Node) -> bool:
@@ -137,10 +156,15 @@ class Plan:
             return True
         return step.op in VIEWS and any(self._needs_copy(source) for source in step.inputs)
 
-    def _run_recorded(self, env: list) -> None:
+    def _run_watched(self, env: Env) -> None:
+        """Step by step, for ``explain`` or a profiler to see."""
+        env.programs = [None] * self.segments  # the steps make their tensors anew
         recorder = record.active()
         for step, run in self.steps:
             if run is None:
+                continue
+            if recorder is None:
+                run(env)
                 continue
             recorder.layer = step.layer
             traffic = cost(self, step)
