@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import cvkernels
 from benchmarks import command_line, harness
-from benchmarks.bench_models import PEER_FACTOR, networks_of
+from benchmarks.bench_models import networks_of
 from benchmarks.harness import Case
 
 STAGES = range(1, 8)
@@ -75,7 +75,6 @@ def case_of(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> 
             "cvkernels": lambda: block_of("ours"),
         },
         bytes=traffic(name, batch, dtype),
-        peer_factor=PEER_FACTOR,
     )
 
 

@@ -21,9 +21,6 @@ from benchmarks import peers
 from benchmarks.trial import Case
 from cvkernels.demo import NETWORKS, load_photos, stock_and_ours
 
-# Peers err as they please within this; their error stands beside eager's.
-PEER_FACTOR = 100.0
-
 
 class Networks(NamedTuple):
     """One network, in eval, with the same weights: ``stock`` and ``exact`` in channels_last."""
@@ -120,7 +117,6 @@ def case_of(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> 
         variants=variants,
         part="inference",
         network=True,
-        peer_factor=PEER_FACTOR,
     )
 
 

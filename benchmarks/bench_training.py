@@ -20,7 +20,7 @@ from autograd_memory import saved_bytes
 from torch import Tensor, nn
 
 import cvkernels
-from benchmarks.bench_models import PEER_FACTOR, inputs_of, networks_of
+from benchmarks.bench_models import inputs_of, networks_of
 from benchmarks.trial import Case
 from cvkernels.demo import NETWORKS
 
@@ -151,7 +151,6 @@ def case_of(
         },
         part=part,
         network=True,
-        peer_factor=PEER_FACTOR,
     )
 
 

@@ -37,8 +37,6 @@ class Case:
     bitwise: the op moves data, and must be equal to the reference.
     network: a whole network: its latency counts, and the time to its first result, from nothing
         compiled; and its memory.
-    peer_factor: by how much more than eager a peer may err and still be timed. A fused network of
-        others may sum in an order that the tests' rule refuses, and its error stands in its row.
     """
 
     op: str
@@ -53,7 +51,6 @@ class Case:
     part: str = "forward"
     bitwise: bool = False
     network: bool = False
-    peer_factor: float = 2.0
 
     @property
     def id(self) -> str:
