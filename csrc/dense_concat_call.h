@@ -39,6 +39,9 @@ inline Problem problem_of(const Tensor& buffer, const Tensor& src, int64_t start
             shape_of(buffer));
   CVK_CHECK(op, start >= 0 && start <= buffer.size(1) - src.size(1), "channels [", start, ", ",
             start + src.size(1), ") are not within the buffer's ", buffer.size(1));
+  for (int64_t d = 0; d < 4; ++d)
+    CVK_CHECK(op, buffer.stride(d) != 0 || buffer.size(d) <= 1,
+              "buffer must not overlap itself along dimension ", d);
   Problem problem{src.size(0),
                   src.size(1),
                   src.size(2),

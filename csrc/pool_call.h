@@ -20,6 +20,8 @@ struct Window {
   bool ceil_mode;
 
   Axis axis(int64_t size, int d) const {
+    for (const Ints* pair : {&kernel_size, &stride, &padding, &dilation})
+      CVK_CHECK(op, pair->size() == 2, "options must be pairs, got ", pair->size(), " numbers");
     const Axis axis{size, kernel_size.at(d), stride.at(d), padding.at(d), dilation.at(d)};
     CVK_CHECK(op, axis.kernel > 0 && axis.stride > 0 && axis.dilation > 0,
               "kernel_size, stride and dilation must be positive, got ", axis.kernel, ", ",
@@ -42,8 +44,8 @@ inline Problem problem_of(const Tensor& x, const Window& window) {
   problem.w = window.axis(x.size(3), 1);
   problem.P = window_count(problem.h, window.ceil_mode);
   problem.Q = window_count(problem.w, window.ceil_mode);
-  CVK_CHECK(op, problem.C > 0 && problem.P > 0 && problem.Q > 0, "no window fits x of shape ",
-            shape_of(x));
+  const bool fits = x.size(2) > 0 && x.size(3) > 0 && problem.P > 0 && problem.Q > 0;
+  CVK_CHECK(op, problem.C > 0 && fits, "no window fits x of shape ", shape_of(x));
   problem.x_stride_n = x.stride(0);
   problem.x_stride_c = x.stride(1);
   problem.x_stride_h = x.stride(2);

@@ -5,10 +5,8 @@ import torch
 from cases_se_scale import NETWORKS, SMALL, Map, make_layers, make_map
 from numerics import assert_close_as_eager, assert_matches
 
-from cvkernels import backend, extension, record
+from cvkernels import extension
 from cvkernels.functional import excite, se_scale, squeeze, squeeze_excite
-from cvkernels.ops.se_scale import block, op
-from cvkernels.ops.se_scale import squeeze as squeeze_module
 from cvkernels.ops.se_scale.reference import (
     excite_reference,
     se_scale_reference,
@@ -330,47 +328,3 @@ def test_results_are_never_views(implementation):
     y = se_scale(x, torch.full((1, 8), 100.0), backend=implementation)
     y.zero_()
     assert x.min() == 1
-
-
-# A call that the native op takes as it is
-
-
-def unchecked_calls(x, residual):
-    layers = make_layers(Map(*x.shape[:2], 6, *x.shape[2:]), x.dtype, "cpu")
-    gate = torch.randn(x.shape[:2])
-    return {
-        "squeeze": lambda name: squeeze(x, backend=name),
-        "op": lambda name: se_scale(x, gate, residual, "silu", backend=name),
-        "block": lambda name: squeeze_excite(x, *layers, "silu", residual, "relu", backend=name),
-    }
-
-
-@pytest.mark.parametrize(
-    "shape", [(2, 24, 5, 7), (1, 1, 3, 3), (0, 8, 4, 4), (2, 8, 1, 1)], ids=str
-)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_checks_change_no_result(shape, dtype, memory_format, native):
-    x, residual = (torch.randn(shape).to(dtype, memory_format=memory_format) for _ in range(2))
-    for call in unchecked_calls(x, residual).values():
-        at_once, checked = call("auto"), call("native")
-        assert torch.equal(at_once, checked)
-        assert at_once.stride() == checked.stride()
-
-
-def test_checks_wait_for_a_refusal(monkeypatch, native):
-    def checked(*args, **kwargs):
-        raise AssertionError("checked")
-
-    for module in (squeeze_module, op, block):
-        monkeypatch.setattr(module, "choose", checked)
-    x = torch.randn(2, 8, 5, 5)
-    for call in unchecked_calls(x, x).values():
-        call("auto")
-        for watched in (backend.use("reference"), record.recording(record.Recorder())):
-            with watched, pytest.raises(AssertionError, match="checked"):
-                call("auto")
-    wanting = torch.randn(2, 8, 5, 5, requires_grad=True)
-    for seen in (wanting, x.double(), x[:, :, ::2], x.to("meta")):
-        for call in unchecked_calls(seen, seen).values():
-            with pytest.raises(AssertionError, match="checked"):
-                call("auto")

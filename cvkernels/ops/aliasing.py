@@ -5,6 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 
+def one_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
 def same_view(a: Tensor, b: Tensor) -> bool:
     """Whether both are the same elements in the same order, given that they share storage."""
     return (a.storage_offset(), a.shape, a.stride()) == (b.storage_offset(), b.shape, b.stride())
@@ -12,7 +16,7 @@ def same_view(a: Tensor, b: Tensor) -> bool:
 
 def overlap(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors may share an element; exact for channel slices of one NHWC buffer."""
-    if a.untyped_storage()._cdata != b.untyped_storage()._cdata or 0 in (a.numel(), b.numel()):
+    if not one_storage(a, b) or 0 in (a.numel(), b.numel()):
         return False
     first, last = zip(
         *((t.storage_offset(), t.storage_offset() + _span(t)) for t in (a, b)), strict=True

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels import extension
+from cvkernels import extension, record
 from cvkernels.backend import BackendError, Choice
+from cvkernels.ops.calls import needs_grad
 
 DTYPES = {
     "cpu": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
@@ -16,6 +17,9 @@ DTYPES = {
 
 REQUESTED = Choice("native", "requested")
 COMPILED = {device: Choice("native", f"compiled for {device}") for device in DTYPES}
+
+# What a compiled op raises on arguments that it does not take.
+REFUSED = (RuntimeError, KeyError, TypeError, IndexError)
 
 extension.load()
 
@@ -47,6 +51,23 @@ def select(op: str, x: Tensor, requested: str, forbids: str = "") -> Choice:
             f"use backend='auto' or 'reference'"
         )
     return Choice("reference", reason)
+
+
+def at_once(backend: str, *tensors: Tensor | None) -> bool:
+    """Whether the op may be called on CPU before the checks in Python: it refuses what they refuse.
+
+    So where "auto" means that op, there is no gradient, and nobody has to see the call. Checking in
+    Python takes longer than a small map. What it refuses, by one of ``REFUSED``, is to be checked.
+    """
+    return (
+        backend == "auto"
+        and not torch.compiler.is_compiling()
+        and backends.unrequested()
+        and not record.is_active()
+        and extension.has("cpu")
+        and all([t is None or t.is_cpu for t in tensors])
+        and not needs_grad(tensors)
+    )
 
 
 def why_not(op: str, x: Tensor, device: str) -> str:

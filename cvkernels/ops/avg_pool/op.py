@@ -78,6 +78,15 @@ def avg_pool(
     Differentiable in x and input_bn through the reference. Source: LeCun et al. 1998; the norm and
     ReLU in front are the transition's of Huang et al. 2017, arXiv:1608.06993.
     """
+    if out is None and input_bn is None and native.at_once(backend, x):
+        try:
+            step = kernel_size if stride is None else stride
+            return _avg_pool(
+                x, kernel_size, step, padding, ceil_mode, count_include_pad, divisor_override,
+                *affine.NO_VECTORS,
+            )  # fmt: skip
+        except native.REFUSED:
+            pass
     window = window_of("avg_pool", kernel_size, stride, padding, 1, ceil_mode)
     size = _checked(x, window, divisor_override, input_bn, out)
     choice = _select(x, input_bn, out, backends.requested(backend, ("native",)))

@@ -65,6 +65,14 @@ def dense_concat(
     Not differentiable. Source: the shared storage of Pleiss et al. 2017, arXiv:1707.06990, in
     inference; the affine map and ReLU are Huang et al. 2017's, arXiv:1608.06993.
     """
+    if bn is None and native.at_once(backend, buffer, src):
+        try:
+            if not aliasing.one_storage(buffer, src):
+                _dense_concat(buffer, src, start, *affine.NO_VECTORS, relu)
+                native.mark_written(buffer)
+                return buffer
+        except native.REFUSED:
+            pass
     _check(buffer, src, start, bn)
     choice = native.select("dense_concat", buffer, backends.requested(backend, ("native",)))
     run = _reference if choice.backend == "reference" else _native

@@ -71,6 +71,12 @@ def max_pool(
     Differentiable in x through the reference, which keeps indices. Source: LeCun et al. 1998,
     with max for mean as in Krizhevsky et al. 2012.
     """
+    if out is None and native.at_once(backend, x):
+        try:
+            step = kernel_size if stride is None else stride
+            return _max_pool(x, kernel_size, step, padding, dilation, ceil_mode)
+        except native.REFUSED:
+            pass
     window = window_of("max_pool", kernel_size, stride, padding, dilation, ceil_mode)
     size = checked("max_pool", x, window, out)
     backend_name, reason = _select(x, out, backends.requested(backend, ("native",)))

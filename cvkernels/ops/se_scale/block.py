@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cvkernels import backend as backends
 from cvkernels.backend import Backend, Choice
+from cvkernels.ops.native import REFUSED, at_once
 from cvkernels.ops.se_scale import native, tiles
 from cvkernels.ops.se_scale.checks import (
     ACTS,
@@ -23,9 +24,7 @@ from cvkernels.ops.se_scale.outputs import check_out, copies, write
 from cvkernels.ops.se_scale.reference import squeeze_excite_reference
 from cvkernels.ops.se_scale.select import (
     IMPLEMENTATIONS,
-    REFUSED,
     Traffic,
-    at_once,
     nbytes,
     needs_grad,
     registered_backend,

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels import extension, record
+from cvkernels import record
 from cvkernels.backend import BackendError, Choice
 from cvkernels.ops.se_scale import native
 
 IMPLEMENTATIONS = ("triton", "native")
-# What a native op raises on arguments that it does not take; "auto" then looks at them.
-REFUSED = (RuntimeError, KeyError, TypeError)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 LARGEST_MAP = 2**31 - 2**13
@@ -55,23 +53,6 @@ def select(op: str, x: Tensor, grad: bool, requested: str, triton_limit: str = "
             f"use backend='auto' or 'reference'"
         )
     return Choice("reference", reason)
-
-
-def at_once(backend: str, *tensors: Tensor | None) -> bool:
-    """Whether the native op may be called before the checks: it refuses what they refuse.
-
-    So where "auto" means that op, there is no gradient, and nobody has to see the call. Checking
-    in Python takes longer than a small map.
-    """
-    return (
-        backend == "auto"
-        and not torch.compiler.is_compiling()
-        and backends.unrequested()
-        and not record.is_active()
-        and extension.has("cpu")
-        and all([t is None or t.is_cpu for t in tensors])
-        and not needs_grad(*tensors)
-    )
 
 
 def _why_not(

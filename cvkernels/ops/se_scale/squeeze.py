@@ -7,15 +7,14 @@ from torch import Tensor
 
 from cvkernels import backend as backends
 from cvkernels.backend import Backend, Choice
+from cvkernels.ops.native import REFUSED, at_once
 from cvkernels.ops.se_scale import native, tiles
 from cvkernels.ops.se_scale.checks import check_map
 from cvkernels.ops.se_scale.layouts import fits, is_nhwc
 from cvkernels.ops.se_scale.reference import squeeze_reference
 from cvkernels.ops.se_scale.select import (
     IMPLEMENTATIONS,
-    REFUSED,
     Traffic,
-    at_once,
     nbytes,
     needs_grad,
     registered_backend,
