@@ -1,6 +1,7 @@
 """A fused call that comes again is checked quickly, and never runs when something has changed."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -184,6 +185,14 @@ def mbconv():
     return MBConv(config, 0.2, nn.BatchNorm2d)
 
 
+def timm_inverted_residual():
+    blocks = pytest.importorskip("timm.models._efficientnet_blocks")
+    excite = partial(blocks.SqueezeExcite, rd_ratio=0.25)
+    block = blocks.InvertedResidual(16, 16, act_layer=nn.SiLU, exp_ratio=4.0, se_layer=excite)
+    cvkernels.patch(nn.Sequential(block))
+    return block
+
+
 # name -> (block, changes of its parts that a remembered call must notice)
 BLOCKS = {
     "SqueezeExcitation": (
@@ -223,6 +232,17 @@ BLOCKS = {
             "norm": lambda b: b.bn3.bias.add_(1),
             "excitation": lambda b: b.se_module.fc1.weight.mul_(-1),
             "downsample": lambda b: setattr(b, "downsample", nn.Conv2d(16, 16, 1)),
+        },
+    ),
+    "timm's InvertedResidual": (
+        timm_inverted_residual,
+        {
+            "depthwise weight": lambda b: b.conv_dw.weight.mul_(2),
+            "norm": lambda b: b.bn3.running_var.mul_(4),
+            "excitation": lambda b: b.se.conv_expand.bias.add_(1),
+            "shortcut": lambda b: setattr(b, "has_skip", False),
+            "an activation": lambda b: setattr(b.bn2, "act", nn.ReLU()),
+            "a place": lambda b: setattr(b, "aa", nn.ReLU()),
         },
     ),
     "depthwise": (

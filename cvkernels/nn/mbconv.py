@@ -14,7 +14,12 @@ from operator import itemgetter
 
 from torch import Tensor, nn
 
-from cvkernels.nn.conditions import runs_depthwise, why_not_called, why_not_conv_bn_act
+from cvkernels.nn.conditions import (
+    fused_act,
+    runs_depthwise,
+    why_not_called,
+    why_not_conv_bn_act,
+)
 from cvkernels.nn.conv_bn_act import ConvBNAct, split_conv_bn_act
 from cvkernels.nn.fusion import FusedModule
 from cvkernels.nn.recall import OPTIONS
@@ -188,33 +193,14 @@ class MBConv(_InvertedResidual):
         if not self._is_stock(x):
             return None
         *expand, depthwise, excitation, project = self.block
-        expands = []
-        y = x
-        for layer in expand:
-            parts = split_conv_bn_act(list(layer))
-            if why_not_conv_bn_act(y, *parts) or (run := layer.prepared(y, *parts)) is None:
-                return None
-            expands.append(run)
-            y = run(y, None)
-        if not sums_and_gates(y, excitation, depthwise, project):
-            return None
-        if (convolve := depthwise.prepared_squeezed(y, *depthwise)) is None:
-            return None
-        y, sums = convolve(y)
-        scale = excitation.prepared_gate(y, sums)
-        adds = self.use_res_connect
-        reduce = project.prepared(y, *project, residual=x if adds else None)
-        if scale is None or reduce is None:
-            return None
-
-        def run_block(x: Tensor) -> Tensor:
-            y = x
-            for run in expands:
-                y = run(y, None)
-            y, sums = convolve(y)
-            return reduce(scale(y, sums), x if adds else None)
-
-        return run_block
+        return prepared_branch(
+            x,
+            [(layer, *split_conv_bn_act(list(layer))) for layer in expand],
+            (depthwise, *depthwise),
+            excitation,
+            (project, *project),
+            self.use_res_connect,
+        )
 
     def _is_stock(self, x: Tensor) -> bool:
         """Whether the block has stock's parts, trains none of them, and nobody watches a join."""
@@ -251,6 +237,48 @@ def sums_and_gates(
         and not excitation.why_not_op(x)
         and runs_depthwise(x, conv)
     )
+
+
+def prepared_branch(
+    x: Tensor,
+    expand: list[tuple],
+    depthwise: tuple,
+    excitation: SqueezeExcite,
+    project: tuple,
+    adds: bool,
+) -> Callable[[Tensor], Tensor] | None:
+    """What runs an MBConv on others like x, while its modules stay as they are; or None.
+
+    Layers are (the module that fuses them, conv, norm, activation), ``project`` without the last.
+    """
+    expands = []
+    y = x
+    for owner, *parts in expand:
+        inner_act, clash = fused_act(*parts[1:])
+        reason = clash or why_not_conv_bn_act(y, *parts[:2], inner_act)
+        if reason or (run := owner.prepared(y, *parts)) is None:
+            return None
+        expands.append(run)
+        y = run(y, None)
+    owner, *parts = depthwise
+    if not sums_and_gates(y, excitation, parts, project[1:]):
+        return None
+    if (convolve := owner.prepared_squeezed(y, *parts)) is None:
+        return None
+    y, sums = convolve(y)
+    scale = excitation.prepared_gate(y, sums)
+    reduce = project[0].prepared(y, *project[1:], residual=x if adds else None)
+    if scale is None or reduce is None:
+        return None
+
+    def run_branch(x: Tensor) -> Tensor:
+        y = x
+        for run in expands:
+            y = run(y, None)
+        y, sums = convolve(y)
+        return reduce(scale(y, sums), x if adds else None)
+
+    return run_branch
 
 
 class FusedMBConv(_InvertedResidual):

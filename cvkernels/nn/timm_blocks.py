@@ -6,6 +6,8 @@ are timm's BatchNormAct2d, with the activation inside.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from cvkernels.nn.conditions import fused_act, why_not_called
 from cvkernels.nn.dense import GrowingLayer
 from cvkernels.nn.fusion import FusedModule
-from cvkernels.nn.mbconv import sums_and_gates
+from cvkernels.nn.mbconv import prepared_branch, sums_and_gates
 from cvkernels.nn.squeeze_excite import SqueezeExcite
 
 
@@ -70,6 +72,27 @@ class _InvertedResidual(FusedModule):
         y = self.se(self.aa(self.fused(x, conv, bn)))
         return self._projected(y, shortcut, *project)
 
+    def _prepared_branch(
+        self,
+        x: Tensor,
+        expand: tuple[nn.Module, nn.Module] | None,
+        depthwise: tuple[nn.Module, nn.Module],
+        project: tuple[nn.Module, nn.Module],
+    ) -> Callable[[Tensor], Tensor] | None:
+        """What runs the block on others like x, while its modules stay as they are; or None."""
+        if getattr(self, "conv_s2d", None) is not None or type(self.aa) is not nn.Identity:
+            return None
+        if self._adds_apart(x) or why_not_called(x, self.aa):
+            return None
+        return prepared_branch(
+            x,
+            [] if expand is None else [(self, *expand, None)],
+            (self, *depthwise, fused_act(depthwise[1])[0]),
+            self.se,
+            (self, *project),
+            self.has_skip,
+        )
+
 
 def _drops(drop_path: nn.Module) -> bool:
     """Whether stochastic depth may drop an image now, as far as is known of its class."""
@@ -91,16 +114,31 @@ class TimmDepthwiseSeparableConv(_InvertedResidual):
     """Depthwise k x k, squeeze-and-excitation, 1x1."""
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.recalled(x, self._computed, self._prepared_like)
+
+    def _computed(self, x: Tensor) -> Tensor:
         y = self._space_to_depth(x)
         return self._excited(y, x, (self.conv_dw, self.bn1), (self.conv_pw, self.bn2))
+
+    def _prepared_like(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        layers = (None, (self.conv_dw, self.bn1), (self.conv_pw, self.bn2))
+        return self._prepared_branch(x, *layers)
 
 
 class TimmInvertedResidual(_InvertedResidual):
     """MBConv: expand 1x1, depthwise k x k, squeeze-and-excitation, project 1x1."""
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.recalled(x, self._computed, self._prepared_like)
+
+    def _computed(self, x: Tensor) -> Tensor:
         y = self.fused(self._space_to_depth(x), self.conv_pw, self.bn1)
         return self._excited(y, x, (self.conv_dw, self.bn2), (self.conv_pwl, self.bn3))
+
+    def _prepared_like(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        expand = (self.conv_pw, self.bn1)
+        layers = (expand, (self.conv_dw, self.bn2), (self.conv_pwl, self.bn3))
+        return self._prepared_branch(x, *layers)
 
 
 class TimmEdgeResidual(_InvertedResidual):
