@@ -13,7 +13,8 @@ from benchmarks.report import Report, Row
 
 RESULTS = ROOT / "benchmarks" / "results"
 # Of a processor's name, what tells it from no other.
-NOISE_WORDS = {"amd", "intel", "nvidia", "r", "tm", "cpu", "processor", "core", "xeon", "geforce"}
+NOISE_WORDS = {"amd", "intel", "nvidia", "r", "tm", "cpu", "processor", "core", "geforce"}
+SERIES = {"xeon"}  # says something where nothing else does
 
 
 def machine_name(device: torch.device) -> str:
@@ -25,7 +26,8 @@ def machine_name(device: torch.device) -> str:
 
 def _slug(name: str) -> str:
     words = re.findall(r"[a-z0-9.]+", name.lower().partition("@")[0])
-    return "-".join(word for word in words if word not in NOISE_WORDS) or "unknown"
+    telling = [word for word in words if word not in NOISE_WORDS]
+    return "-".join([w for w in telling if w not in SERIES] or telling) or "unknown"
 
 
 def machine_folders(results: Path | None = None) -> list[Path]:

@@ -103,5 +103,7 @@ def test_machine_names_are_short(monkeypatch):
     monkeypatch.setattr(results, "cpu_name", lambda: "Intel(R) Xeon(R) Gold 6148 CPU @ 2.40GHz")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert results.machine_name(torch.device("cpu")) == "gold-6148-4core"
+    monkeypatch.setattr(results, "cpu_name", lambda: "Intel(R) Xeon(R) Processor")
+    assert results.machine_name(torch.device("cpu")) == "xeon-4core"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     assert results.machine_name(torch.device("cuda")) == "h200"
