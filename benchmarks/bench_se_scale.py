@@ -67,7 +67,7 @@ def block(function: Callable) -> Callable:
 class InBlock:
     """The block as our residual blocks call it: they own x, and the call has been checked before.
 
-    The result is written over x, which :meth:`fresh` makes, untimed.
+    The result is written over x, which :meth:`fresh` makes, untimed; it checks the call too.
     """
 
     def __init__(self) -> None:
@@ -76,19 +76,22 @@ class InBlock:
 
     def fresh(self, x: Tensor, *others) -> tuple:
         self._x = x.clone() if self._x is None else self._x.copy_(x)
+        self._run = prepared(self._x, *self._call(*others))
         return self._x, *others
+
+    @staticmethod
+    def _call(*layers_act_residual) -> tuple:
+        residual = layers_act_residual[5] if len(layers_act_residual) > 5 else None
+        return *layers_act_residual[:5], residual, "none" if residual is None else "relu"
 
     def answers(self, *arguments) -> list[Tensor]:
         return [self(*self.fresh(*arguments))]
 
     def __call__(self, x: Tensor, *layers_act_residual) -> Tensor:
-        *layers, act = layers_act_residual[:5]
-        residual = layers_act_residual[5] if len(layers_act_residual) > 5 else None
-        call = (*layers, act, residual, "none" if residual is None else "relu")
-        self._run = self._run or prepared(x, *call)
+        call = self._call(*layers_act_residual)
         if self._run is None or record.is_active():
             return squeeze_excite(x, *call, out=x)
-        return self._run(x, residual, x)
+        return self._run(x, call[5], x)
 
 
 def scaled(x: Tensor, gate: Tensor) -> Tensor:

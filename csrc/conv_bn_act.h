@@ -31,13 +31,11 @@ struct Problem {
   // computed, and where a tap has too few channels next to each other to be worth a loop.
   bool gathers() const { return has_prologue || x_stride_c != 1 || C < 16; }
 
-  // Whether the taps of a row of the kernel lie together in x, as they are multiplied. Where they
-  // are gathered otherwise, such a row is multiplied as one tap of S * C channels: in x itself, but
-  // at the edges.
-  bool taps_together() const {
-    return !has_prologue && x_stride_c == 1 && x_stride_w == C && dilation_w == 1;
+  // Whether a row of the kernel is multiplied as one tap of S * C channels: where its few channels
+  // lie together in x, as they are multiplied, and only those at the edges of x are gathered.
+  bool rows_as_taps() const {
+    return gathers() && !has_prologue && x_stride_c == 1 && x_stride_w == C && dilation_w == 1;
   }
-  bool rows_as_taps() const { return gathers() && taps_together(); }
 };
 
 // x, out and residual start at their first element. Direct: weight[panels, R, S, C, PANEL].

@@ -31,7 +31,8 @@ library.define(
 )
 extension.load()
 
-# They check their arguments; those without "out" refuse everything that the ops' contracts refuse.
+# They check their arguments; the three that "auto" may call at once refuse all that the ops'
+# contracts refuse: squeeze, se_scale and squeeze_excite.
 squeeze_of = torch.ops.cvkernels.squeeze_native.default
 excite_of = torch.ops.cvkernels.excite_native.default
 se_scale_of = torch.ops.cvkernels.se_scale_native.default
