@@ -227,7 +227,8 @@ def ninja_file(
     cxxflags += ["-fno-math-errno", "-fno-trapping-math", *prefix_maps]
     # "omp simd" alone, no threads and no library: a loop says that its sum may be reordered.
     cxxflags += ["-fopenmp-simd"]
-    for include in (inputs.torch_include, inputs.pybind11_include, inputs.python_include):
+    # pybind11 first: torch 2.11 carries a copy that refuses to be included beside the stable ABI.
+    for include in (inputs.pybind11_include, inputs.torch_include, inputs.python_include):
         cxxflags += ["-isystem", _shell(include)]
     lines = [
         "ninja_required_version = 1.3",

@@ -155,6 +155,25 @@ def test_says_once_what_it_builds(nvcc, source, tmp_path):
     assert len(said) == 1 and re.fullmatch(f"cvkernels: building {what}", said[0]), result.stdout
 
 
+@LINUX
+def test_pybind11_is_its_own_package(source, tmp_path):
+    # Not the copy that some torch carry, which refuses to be included beside the stable ABI.
+    if missing_tools():
+        pytest.skip(missing_tools())
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/commands\nexit 1\n')
+    compiler.chmod(0o755)
+    setup(source, "build_ext", CVKERNELS_BUILD="cpu", CXX=str(compiler), MAX_JOBS="1")
+    command = (tmp_path / "commands").read_text().splitlines()[0]
+    holds = [
+        name
+        for folder in re.findall(r"-isystem (\S+)", command)
+        for name in ("pybind11", "torch")
+        if Path(folder).parent.name == name
+    ]
+    assert holds == ["pybind11", "torch"]
+
+
 def pip_wheel(source: Path, target: Path, mode: str) -> Path:
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps"]
     result = subprocess.run(
