@@ -8,6 +8,8 @@ namespace cvkernels::avg_pool {
 namespace {
 
 constexpr int THREADS = 128;
+// Most output rows that 32 bits count and step through.
+constexpr int64_t ROWS_MAX = std::numeric_limits<int32_t>::max();
 // Output rows of one thread at most, which share its channels' scale and shift, where that leaves
 // enough blocks for a GPU.
 constexpr int64_t ROWS = 8;
@@ -39,9 +41,10 @@ __global__ void __launch_bounds__(THREADS)
   const Taps w = taps_of(problem.w, q);
   const int64_t w_counted = average.counted(problem.w, q, w);
 
-  for (int64_t row = blockIdx.x; row < problem.N * problem.P; row += gridDim.x) {
-    const int64_t n = row / problem.P;
-    const int64_t p = row - n * problem.P;
+  const uint32_t P = problem.P, rows = problem.N * problem.P;  // at most ROWS_MAX
+  for (uint32_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const int64_t n = row / P;
+    const int64_t p = row % P;
     const T* x = x_ptr + n * problem.x_stride_n + c;
     const Taps h = taps_of(problem.h, p);
     float sums[LANES] = {};
@@ -169,7 +172,8 @@ void launch(Type<T>, const Problem& problem, const Average& average, const void*
                problem.x_stride_w) &&
       packable(out, problem.C, sizeof(T), problem.out_stride_n, problem.out_stride_c,
                problem.out_stride_h, problem.out_stride_w);
-  if (vectorised && problem.Q * problem.C <= GRID_Y_MAX * THREADS)
+  if (vectorised && problem.Q * problem.C <= GRID_Y_MAX * THREADS &&
+      problem.N * problem.P <= ROWS_MAX)
     average.normalises ? launch_nhwc<T, true>(problem, average, x, out, stream)
                        : launch_nhwc<T, false>(problem, average, x, out, stream);
   else if (problem.N * problem.C * problem.P * problem.Q <= INDEX_MAX)

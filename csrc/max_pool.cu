@@ -15,6 +15,8 @@ namespace cvkernels::max_pool {
 namespace {
 
 constexpr int THREADS = 128;
+// Most output rows that 32 bits count and step through.
+constexpr int64_t ROWS_MAX = std::numeric_limits<int32_t>::max();
 
 // Maximum<T>::max on each element of a word: the 16-bit formats have an instruction for a pair.
 template <typename T>
@@ -74,9 +76,10 @@ __global__ void __launch_bounds__(THREADS)
   const int q = item / packs;
   const int c = (item - q * packs) * LANES;
 
-  for (int64_t row = blockIdx.x; row < problem.N * problem.P; row += gridDim.x) {
-    const int64_t n = row / problem.P;
-    const int64_t p = row - n * problem.P;
+  const uint32_t P = problem.P, rows = problem.N * problem.P;  // at most ROWS_MAX
+  for (uint32_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const int64_t n = row / P;
+    const int64_t p = row % P;
     const T* x = x_ptr + n * problem.x_stride_n + c;
     const uint32_t lowest = WordMax<T>::lowest();
     Pack best{lowest, lowest, lowest, lowest};
@@ -187,7 +190,8 @@ void launch(Type<T>, const Problem& problem, const void* x_data, void* out_data,
                problem.x_stride_w) &&
       packable(out, problem.C, sizeof(T), problem.out_stride_n, problem.out_stride_c,
                problem.out_stride_h, problem.out_stride_w);
-  if (vectorised && problem.Q * problem.C <= GRID_Y_MAX * THREADS)
+  if (vectorised && problem.Q * problem.C <= GRID_Y_MAX * THREADS &&
+      problem.N * problem.P <= ROWS_MAX)
     launch_nhwc(problem, x, out, stream);
   else if (problem.N * problem.C * problem.P * problem.Q <= INDEX_MAX)
     launch_strided<T, uint32_t>(problem, x, out, stream);

@@ -36,7 +36,8 @@ struct Taps {
 CVK_HOST_DEVICE Taps taps_of(const Axis& axis, int64_t window) {
   int64_t begin = window * axis.stride - axis.padding;
   int64_t end = begin + (axis.kernel - 1) * axis.dilation + 1;
-  if (begin < 0) begin += (-begin + axis.dilation - 1) / axis.dilation * axis.dilation;
+  if (begin < 0)
+    begin = axis.dilation == 1 ? 0 : (begin % axis.dilation + axis.dilation) % axis.dilation;
   if (end > axis.size) end = axis.size;
   return {begin, end};
 }

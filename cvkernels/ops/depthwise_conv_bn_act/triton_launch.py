@@ -13,11 +13,12 @@ from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
 from cvkernels.ops.depthwise_conv_bn_act.tiling import Tiling, cdiv, tiling
 from cvkernels.ops.depthwise_conv_bn_act.triton_kernels import depthwise_conv_bn_act_kernel
 
-# By the filter's size and stride, for elements of 2 and of 4 bytes: without a limit ptxas aims at
-# fewer registers, and spills to get there; with a much higher one it hoists loads until it spills.
+# By the filter's size and stride, for elements of 2 and of 4 bytes: without a limit some ptxas aim
+# at fewer registers, and spill to get there, others take more than two programs have; with a much
+# higher one they hoist loads until they spill. These hold for those of Triton 3.6 and of 3.8.
 _REGISTERS = {
-    2: {(3, (2, 2)): 96, (5, (1, 1)): 136, (5, (2, 2)): 96},
-    4: {(3, (2, 2)): 80, (5, (1, 1)): 96, (5, (2, 2)): 96},
+    2: {(3, (1, 1)): 128, (3, (2, 2)): 96, (5, (1, 1)): 136, (5, (2, 2)): 96},
+    4: {(3, (1, 1)): 108, (3, (2, 2)): 80, (5, (1, 1)): 96, (5, (2, 2)): 128},
 }
 
 
