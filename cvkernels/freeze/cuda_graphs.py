@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from typing import Any
 
 import torch
@@ -31,21 +32,32 @@ class CudaGraph:
     Input and output of a graph are always the same memory: a call copies its input there, replays,
     and returns a copy of the output. All happens on the caller's stream under the pool's lock, and
     an event keeps a call on another stream from writing before the one ahead of it is done.
+
+    A plan that cannot be captured, since a module that it calls as it is waits for the GPU, runs
+    step by step, with one warning.
     """
 
     def __init__(self, plan: Plan, pool: Pool) -> None:
         self.plan = plan
         self._pool = pool
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._refused = False
 
     def __call__(self, x: Tensor) -> Any:
-        if record.active() is not None or torch.cuda.is_current_stream_capturing():
+        watched = record.active() is not None or torch.cuda.is_current_stream_capturing()
+        if self._refused or watched:
             return self.plan(x)
         with self._pool.lock, torch.cuda.device(x.device):
             stream = torch.cuda.current_stream()
             stream.wait_event(self._pool.done)
             if self._graph is None:
-                self._capture(x)
+                try:
+                    self._capture(x)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    self._refuse(error)
+                    return self.plan(x)
             self._input.copy_(x)
             self._graph.replay()
             result = map_aggregate(
@@ -69,3 +81,12 @@ class CudaGraph:
         # The graph writes into its arena at every replay; no other call may get that one.
         self._arena = self.plan.take_arenas()
         self._graph = graph
+
+    def _refuse(self, error: RuntimeError) -> None:
+        self._refused = True
+        self._input = None
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        warnings.warn(
+            f"freeze: the model cannot be captured as a CUDA graph and runs step by step ({why})",
+            stacklevel=4,
+        )
