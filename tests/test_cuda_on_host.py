@@ -1,10 +1,14 @@
 """The CUDA ops held to the ops' own tests, compiled for the CPU: see cuda_on_host."""
 
+import contextlib
+
 import cuda_on_host
 import pytest
 import test_avg_pool
 import test_batch_norm_act
 import test_dense_concat
+import test_dense_training
+import test_inception_training
 import test_max_pool
 import torch
 from cuda_on_host import HostLibrary
@@ -147,6 +151,29 @@ def test_order_of_threads_and_blocks_changes_nothing(source, channels, host_libr
             result = ORDERS[source](x)
         results.append(result if isinstance(result, tuple) else (result,))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.fixture
+def all_on_host(host_library, capfd):
+    with contextlib.ExitStack() as stack:
+        for source in cuda_on_host.SOURCES:
+            stack.enter_context(host_library(source.stem).in_place_of_the_cpu_ops())
+        yield
+    assert "runtime error" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("memory_efficient", [False, True], ids=["plain", "memory_efficient"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dense_blocks_train(dtype, memory_efficient, device, all_on_host):
+    """Passes that write over what they read, and into slices."""
+    layout = torch.channels_last
+    test_dense_training.test_block_matches_stock(dtype, memory_efficient, layout, device)
+
+
+def test_inception_modules_train(device, all_on_host):
+    """Norms and pools that are computed again in backward, into channel slices."""
+    layout = torch.channels_last
+    test_inception_training.test_gradients_follow_the_numerics_rule(torch.float32, layout, device)
 
 
 @pytest.mark.parametrize("source", cuda_on_host.SOURCES, ids=lambda path: path.stem)

@@ -19,7 +19,6 @@ import torch
 import triton
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from cvkernels.ops.batch_norm import BatchNormParams
 from cvkernels.ops.conv_bn_act import triton_launch, tuning
@@ -31,49 +30,26 @@ from cvkernels.ops.se_scale import tiles
 from cvkernels.ops.se_scale import triton_launch as se_scale_launches
 
 _CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-_TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-_INT32 = range(-(2**31), 2**31)
 
 
-def specialize(kernel, args: list, constexprs: dict):
-    """(signature, constants, attributes) that Triton's launcher would give these arguments.
+class Driver:
+    """Of a GPU that is not there: says what to compile for, and launches nothing."""
 
-    None and 1 become constants; pointers and sizes divisible by 16 are marked so. Tensors are taken
-    to be aligned, as fresh ones are.
-    """
-    unspecialized = set(kernel.do_not_specialize)
-    unaligned = set(kernel.do_not_specialize_on_alignment)
-    signature, constants, attributes = {}, dict(constexprs), {}
-    names = [name for name in kernel.arg_names if name not in constexprs]
-    values = dict(zip(names, args, strict=True))
-    for index, name in enumerate(kernel.arg_names):
-        if name in constexprs:
-            signature[name] = "constexpr"
-            continue
-        value = values[name]
-        free = name in unspecialized or index in unspecialized
-        if value is None or (type(value) is int and value == 1 and not free):
-            signature[name] = "constexpr"
-            constants[name] = value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = _TYPES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[name] = "i32" if value in _INT32 else "i64"
-            if value % 16 == 0 and not free and name not in unaligned:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32"
-    return signature, constants, attributes
+    def __init__(self, arch: int) -> None:
+        # a device for each architecture, since Triton keeps a device's code
+        self.get_current_device = lambda: arch
+        self.get_current_stream = lambda device: 0
+        self.get_current_target = lambda: GPUTarget("cuda", arch, 32)
 
 
 def inspect_launch(launch, arch: int) -> dict:
-    """Compile ``launch`` for ``sm_<arch>``; its resources and the instructions tests ask about."""
-    meta = dict(launch.meta)
-    options = {n: meta.pop(n) for n in ("num_warps", "num_stages", "maxnreg") if n in meta}
-    signature, constants, attributes = specialize(launch.kernel, launch.args, meta)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    """Compile ``launch`` for ``sm_<arch>``; its resources and the instructions tests ask about.
+
+    Triton's own launcher says which arguments are constants, and which divisible by 16: tensors on
+    the meta device are aligned, as fresh ones are.
+    """
+    triton.runtime.driver.set_active(Driver(arch))
+    compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.meta)
     ptx = compiled.asm["ptx"]
     return {
         "kernel": launch.kernel.__name__,
