@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import re
 import shutil
@@ -32,14 +33,20 @@ _PRELUDE = """
 #define __CUDACC__ 1
 """
 _LAUNCH = re.compile(r"(\w+(?:<[^;{}()]*>)?)\s*<<<(.*?)>>>\s*(\(.*?\));", re.DOTALL)
-_SANITIZE = "-fsanitize=alignment,bounds,null,shift,signed-integer-overflow"
+_FLAGS = ("-std=c++20", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing")
+_FLAGS += ("-fsanitize=alignment,bounds,null,shift,signed-integer-overflow", "-static-libubsan")
 
 
+@functools.cache
 def missing() -> str:
     """Why the ops cannot be compiled; empty if they can."""
     if not SOURCES:
         return "the tests run without the repository"
-    return "" if _compiler() else "no C++ compiler"
+    if _compiler() is None:
+        return "no C++ compiler"
+    probe = [_compiler(), *_FLAGS, "-x", "c++", "-", "-o", os.devnull]
+    done = subprocess.run(probe, input="", capture_output=True, text=True)
+    return f"the compiler refuses {' '.join(_FLAGS)}" if done.returncode else ""
 
 
 def _compiler() -> str | None:
@@ -77,10 +84,9 @@ def _compile(source: Path, namespace: str, target: Path) -> None:
     translated = target.with_suffix(".cpp")
     translated.write_text(translate(source.read_text(), namespace))
     torch_folder = Path(torch.__file__).parent
-    command = [_compiler(), "-std=c++20", "-O1", "-shared", "-fPIC", "-fvisibility=hidden"]
-    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-fno-strict-aliasing", _SANITIZE]
+    command = [_compiler(), *_FLAGS, "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     command += [f"-I{HEADERS}", f"-I{ROOT / 'csrc'}", "-isystem", str(torch_folder / "include")]
-    command += [str(translated), "-o", str(target), "-static-libubsan"]
+    command += [str(translated), "-o", str(target)]
     command += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
