@@ -11,6 +11,7 @@ python -m benchmarks guard      speed-ups of the kernels against the committed o
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -127,4 +128,6 @@ _COMMANDS = {
 
 
 if __name__ == "__main__":
+    # Who ends it gets what was measured, and no part of --all goes on.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -1,7 +1,10 @@
 """``python -m benchmarks --all``: parts, interrupts, and the folder that is replaced whole."""
 
+import contextlib
 import json
+import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -126,3 +129,37 @@ def test_end_of_time_interrupts_a_part_which_keeps_what_it_has(tmp_path):
         signal.signal(signal.SIGINT, handler)
     assert status == everything.OUT_OF_TIME
     assert path.read_text() == "kept" and time.monotonic() - start < 30
+
+
+def children_of(pid):
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            _, parent, *_ = path.read_text().rpartition(")")[2].split()
+            if int(parent) == pid:
+                found.append(path.parent)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_whoever_ends_all_ends_its_part_too(stop, tmp_path):
+    part = everything.parts("cpu")[-1].name
+    command = [sys.executable, "-m", "benchmarks", "--all", "--part", part, "--machine", "some"]
+    process = subprocess.Popen(
+        [*command, "--results", str(tmp_path)],
+        cwd=everything.ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 120
+    while not children_of(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    (part,) = children_of(process.pid)
+    process.send_signal(stop)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and "go on with --all --resume" in out
+    assert not part.exists()
