@@ -72,11 +72,26 @@ CVK_CONCAT(float16)
 CVK_CONCAT(bfloat16)
 #undef CVK_CONCAT
 
+// Lines that are asked for before they are copied. Short runs far apart are no stream that a
+// processor would fetch by itself: each line that is not in a cache would be waited for.
+constexpr int64_t LINE = 64, LINES_AHEAD = 32;
+
 template <typename T>
-void copy_pixels(const T* src, T* out, const Problem& problem, int64_t first, int64_t last) {
-  for (int64_t pixel = first; pixel < last; ++pixel)
-    std::memcpy(out + problem.offset(problem.out, pixel), src + problem.offset(problem.src, pixel),
-                problem.C * sizeof(T));
+void copy_pixels(const T* src_data, T* out_data, const Problem& problem, int64_t first,
+                 int64_t last) {
+  const auto* src = reinterpret_cast<const char*>(src_data);
+  auto* out = reinterpret_cast<char*>(out_data);
+  const auto from = [&](int64_t pixel) { return problem.offset(problem.src, pixel) * sizeof(T); };
+  const auto to = [&](int64_t pixel) { return problem.offset(problem.out, pixel) * sizeof(T); };
+  const int64_t bytes = problem.C * sizeof(T), ahead = LINE * LINES_AHEAD / bytes;
+  for (int64_t pixel = first; pixel < last; ++pixel) {
+    if (const int64_t next = pixel + ahead; ahead != 0 && next < last)
+      for (int64_t byte = 0; byte < bytes; byte += LINE) {
+        __builtin_prefetch(src + from(next) + byte, 0);
+        __builtin_prefetch(out + to(next) + byte, 1);
+      }
+    std::memcpy(out + to(pixel), src + from(pixel), bytes);
+  }
 }
 
 template <typename T>
