@@ -33,6 +33,26 @@ CVK_HOST_DEVICE void add_pixel(const T* __restrict__ tap,
   }
 }
 
+// Channels that a window is summed for in registers, where it has so many taps: for fewer, the sums
+// of all channels cost less than to leave the order in which memory is read, for more too.
+constexpr int64_t BLOCK = 32;
+constexpr int64_t TAPS_MIN = 5, TAPS_MAX = 9;
+
+// One window, whose taps are at x + ih * stride_h + iw * stride_w, for BLOCK channels.
+template <typename T, bool NORMALISES>
+CVK_HOST_DEVICE void pool_block(const T* __restrict__ x, T* __restrict__ out,
+                                const typename Number<T>::Wide* __restrict__ scale,
+                                const typename Number<T>::Wide* __restrict__ shift,
+                                const Problem& problem, const Taps& h, const Taps& w,
+                                const Average& average, int64_t taps) {
+  typename Number<T>::Wide sums[BLOCK] = {};
+  for (int64_t ih = h.begin; ih < h.end; ++ih)
+    for (int64_t iw = w.begin; iw < w.end; ++iw)
+      add_pixel<T, NORMALISES>(x + ih * problem.x_stride_h + iw * problem.x_stride_w, scale, shift,
+                               sums, BLOCK);
+  for (int64_t c = 0; c < BLOCK; ++c) out[c] = Number<T>::narrow(average.of(sums[c], taps));
+}
+
 // Output rows [first, last) of the N * P, with x_stride_c == out_stride_c == 1: vectors along the
 // channels.
 template <typename T, bool NORMALISES>
@@ -43,6 +63,8 @@ CVK_HOST_DEVICE void pool_rows_nhwc(const void* x_data, void* out_data, const Pr
   const Wide* scale = static_cast<const Wide*>(scratch.scale);
   const Wide* shift = static_cast<const Wide*>(scratch.shift);
   Wide* __restrict__ sums = static_cast<Wide*>(scratch.sums);
+  const int64_t most_taps = problem.h.kernel * problem.w.kernel;
+  const bool blocks = problem.C >= BLOCK && most_taps >= TAPS_MIN && most_taps <= TAPS_MAX;
   for (int64_t row = first; row < last; ++row) {
     const int64_t n = row / problem.P, p = row % problem.P;
     const T* x = static_cast<const T*>(x_data) + n * problem.x_stride_n;
@@ -52,12 +74,21 @@ CVK_HOST_DEVICE void pool_rows_nhwc(const void* x_data, void* out_data, const Pr
     const int64_t h_counted = average.counted(problem.h, p, h);
     for (int64_t q = 0; q < problem.Q; ++q, out += problem.out_stride_w) {
       const Taps w = taps_of(problem.w, q);
+      const int64_t taps = h_counted * average.counted(problem.w, q, w);
+      if (blocks) {
+        // The last block overlaps the one before it.
+        for (int64_t next = 0; next < problem.C; next += BLOCK) {
+          const int64_t c = next < problem.C - BLOCK ? next : problem.C - BLOCK;
+          pool_block<T, NORMALISES>(x + c, out + c, scale + c, shift + c, problem, h, w, average,
+                                    taps);
+        }
+        continue;
+      }
       for (int64_t c = 0; c < problem.C; ++c) sums[c] = 0;
       for (int64_t ih = h.begin; ih < h.end; ++ih)
         for (int64_t iw = w.begin; iw < w.end; ++iw)
           add_pixel<T, NORMALISES>(x + ih * problem.x_stride_h + iw * problem.x_stride_w, scale,
                                    shift, sums, problem.C);
-      const int64_t taps = h_counted * average.counted(problem.w, q, w);
       CVK_INDEPENDENT_ITERATIONS
       for (int64_t c = 0; c < problem.C; ++c) out[c] = Number<T>::narrow(average.of(sums[c], taps));
     }
