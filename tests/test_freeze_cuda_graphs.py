@@ -38,6 +38,7 @@ class Graph:
         self.calls = []
         Graph.made.append(self)
 
+    @torch.no_grad()
     def replay(self):
         for func, args, kwargs, result in self.calls:
             again = func(*args, **kwargs)
@@ -55,6 +56,9 @@ class Stream:
     def wait_stream(self, stream):
         pass
 
+    def synchronize(self):
+        pass
+
 
 class Event:
     recorded_on = ()
@@ -63,33 +67,58 @@ class Event:
         self.recorded_on = (*self.recorded_on, stream)
 
 
-@pytest.fixture(autouse=True)
-def cuda(monkeypatch):
-    """torch.cuda as far as cuda_graphs uses it, and steps that run one by one, as on a GPU."""
-    monkeypatch.setattr(plans, "recordable", lambda memory: set())
+class Cuda:
+    """torch.cuda as far as freeze uses it, each name a fake."""
+
+    def __init__(self):
+        self.current, self.capturing, self.pools = Stream(), False, 0
+        self.Event, self.Stream, self.CUDAGraph = Event, Stream, Graph
+
+    def graph_pool_handle(self):
+        self.pools += 1
+        return f"pool {self.pools}"
 
     @contextlib.contextmanager
-    def capturing(graph, pool, capture_error_mode):
-        assert pool == "pool" and capture_error_mode == "thread_local"
-        with Recording(graph):
+    def graph(self, graph, pool=None, stream=None, capture_error_mode="global"):
+        assert isinstance(stream, Stream) and not self.capturing
+        self.capturing = True
+        with self.stream(stream), Recording(graph):
             yield
+            self.end_capture()
+        self.capturing = False
 
-    stream = Stream()
+    def end_capture(self):
+        pass
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        yield  # an error leaves the stream, as in torch 2.11
+        self.current = before
+
+    def set_stream(self, stream):
+        self.current = stream
+
+    def device(self, device):
+        return contextlib.nullcontext()
+
+    def current_stream(self, device=None):
+        return self.current
+
+    def is_current_stream_capturing(self):
+        return self.capturing
+
+
+@pytest.fixture(autouse=True)
+def cuda(monkeypatch):
+    """The fakes, and steps that run one by one, as on a GPU."""
+    monkeypatch.setattr(plans, "recordable", lambda memory: set())
+    fakes = Cuda()
     Graph.made.clear()
-    fakes = {
-        "graph_pool_handle": lambda: "pool",
-        "Event": Event,
-        "Stream": Stream,
-        "CUDAGraph": Graph,
-        "graph": capturing,
-        "stream": lambda stream: contextlib.nullcontext(),
-        "device": lambda device: contextlib.nullcontext(),
-        "current_stream": lambda: stream,
-        "is_current_stream_capturing": lambda: False,
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    return stream
+    for name in dir(fakes):
+        if not name.startswith("_") and hasattr(torch.cuda, name):
+            monkeypatch.setattr(torch.cuda, name, getattr(fakes, name))
+    return fakes
 
 
 class Net(nn.Module):
@@ -107,11 +136,15 @@ class Net(nn.Module):
         return self.fc(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1))
 
 
-def graphed(*shapes):
+def graphed(*shapes, model=None):
     """(frozen, {shape: CudaGraph}), the graphs in one pool as those of one frozen model."""
-    frozen = cvkernels.freeze(Net().eval(), torch.randn(shapes[0]))
-    pool = Pool()
-    return frozen, {shape: CudaGraph(frozen.plan_for(torch.empty(shape)), pool) for shape in shapes}
+    frozen = cvkernels.freeze((model or Net()).eval(), torch.randn(shapes[0]))
+    pool, graphs = Pool(frozen.device), {}
+    for shape in shapes:
+        plan = frozen.plan_for(torch.empty(shape))
+        plan.on_cuda = True
+        graphs[shape] = CudaGraph(plan, pool)
+    return frozen, graphs
 
 
 SMALL, LARGE = (1, 3, 8, 8), (2, 3, 12, 10)
@@ -130,17 +163,40 @@ def test_replays_give_what_the_plan_gives_and_each_its_own_memory():
 
 
 def test_other_calls_of_the_plan_do_not_get_the_graph_s_arena():
-    _, graphs = graphed(SMALL)
-    graph = graphs[SMALL]
-    x = torch.randn(SMALL)
+    frozen, graphs = graphed(SMALL)
+    graph, x = graphs[SMALL], torch.randn(SMALL)
     first = graph(x)
-    (arena,) = graph._arena
-    written = {t.data_ptr() for t in arena if isinstance(t, Tensor)}
-    assert written
-    plan_env = graph.plan._new_env()
-    assert written.isdisjoint(t.data_ptr() for t in plan_env if isinstance(t, Tensor))
-    graph.plan(torch.randn(SMALL))
+    written = {
+        t.data_ptr()
+        for *_, result in Graph.made[0].calls
+        for t in tree_leaves(result)
+        if isinstance(t, Tensor)
+    }
+    assert not graph.plan.drop_arenas()  # none that the warm-up left
+    for _ in range(2):
+        graph.plan(torch.randn(SMALL))
+        (env,) = graph.plan._idle
+        assert written.isdisjoint(t.data_ptr() for t in env if isinstance(t, Tensor))
     torch.testing.assert_close(graph(x), first)
+
+
+def test_an_arena_waits_for_the_stream_that_had_it(cuda):
+    _, graphs = graphed(SMALL)
+    plan, first, second = graphs[SMALL].plan, cuda.current, Stream()
+    plan(torch.randn(SMALL))
+    cuda.current = second
+    plan(torch.randn(SMALL))
+    (env,) = plan._idle
+    assert second.waited_for == (env.done,) and env.done.recorded_on == (first, second)
+
+
+def test_a_capture_in_inference_mode_serves_other_modes():
+    frozen, graphs = graphed(SMALL)
+    x = torch.randn(SMALL)
+    with torch.inference_mode():
+        captured = graphs[SMALL](x)
+    torch.testing.assert_close(graphs[SMALL](x), frozen(x))
+    torch.testing.assert_close(captured, frozen(x))
 
 
 def test_an_input_of_any_strides_is_copied_into_the_graph():
@@ -156,29 +212,74 @@ def test_the_capture_comes_after_warm_up_calls(monkeypatch):
     graph, calls = graphs[SMALL], []
     plan = graph.plan
     graph.plan = lambda x: calls.append(len(Graph.made)) or plan(x)
-    graph.plan.take_arenas = plan.take_arenas
+    graph.plan.drop_arenas = plan.drop_arenas
     graph(torch.randn(SMALL))
     graph(torch.randn(SMALL))
     assert calls == [0] * WARM_UP + [1]
 
 
-def test_what_cannot_be_captured_runs_step_by_step_with_one_warning(monkeypatch):
-    @contextlib.contextmanager
-    def refusing(graph, pool, capture_error_mode):
-        yield
+class Waiting(nn.Module):
+    """Somebody's module, which torch.fx cannot trace."""
+
+    def forward(self, x):
+        return x * 2 if x.sum().item() > 0 else x
+
+
+class Hooked(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 1), nn.ReLU())
+        self[1].register_forward_hook(lambda module, args, out: out.mul_(2))
+
+
+class Masked(nn.Module):
+    def forward(self, x):
+        return x[x > 0]
+
+
+@pytest.mark.parametrize("kind", [Waiting, Hooked, Masked])
+def test_a_plan_that_may_wait_for_the_gpu_is_not_captured(kind):
+    model = nn.Sequential(kind(), nn.Identity()) if kind is not Hooked else kind()
+    frozen, graphs = graphed(SMALL, model=model)
+    x = torch.rand(SMALL)
+    torch.testing.assert_close(graphs[SMALL](x), frozen(x))
+    assert not Graph.made
+
+
+def test_torch_s_own_modules_and_functions_are_captured():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.conv = nn.GroupNorm(2, 4), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            x = torch.nn.functional.pad(self.norm(self.conv(x)), (1, 1)).mul(2)
+            return torch.chunk(x, 2, 1)[0]
+
+    frozen, graphs = graphed(SMALL, model=Own())
+    x = torch.rand(SMALL)
+    assert any(step.op == "call" for step, _ in graphs[SMALL].plan.steps)
+    torch.testing.assert_close(graphs[SMALL](x), frozen(x))
+    assert Graph.made
+
+
+def test_what_fails_in_the_capture_runs_step_by_step_with_one_warning(cuda):
+    def refuse():
+        cuda.end_capture, cuda.capturing = lambda: None, False
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(torch.cuda, "graph", refusing)
     frozen, graphs = graphed(SMALL)
-    x = torch.randn(SMALL)
+    x, stream, pool = torch.randn(SMALL), cuda.current, graphs[SMALL]._pool
+    handle, cuda.end_capture = pool.handle, refuse
     with pytest.warns(UserWarning, match="runs step by step .*not permitted when stream"):
         torch.testing.assert_close(graphs[SMALL](x), frozen(x))
     torch.testing.assert_close(graphs[SMALL](x), frozen(x))  # and no second try
-    assert len(Graph.made) == 1
+    assert cuda.current is stream and pool.handle != handle
+    # The second capture is of nothing: it ends what the first one left open.
+    assert [len(graph.calls) > 0 for graph in Graph.made] == [True, False]
 
 
 def test_too_little_memory_for_a_capture_is_the_caller_s_error(monkeypatch):
-    def full(graph, pool, capture_error_mode):
+    def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch.cuda, "graph", full)
@@ -188,10 +289,10 @@ def test_too_little_memory_for_a_capture_is_the_caller_s_error(monkeypatch):
 
 def test_every_call_waits_for_the_one_ahead_of_it(cuda):
     _, graphs = graphed(SMALL)
+    done, stream = graphs[SMALL]._pool.done, cuda.current
     for _ in range(3):
         graphs[SMALL](torch.randn(SMALL))
-    done = graphs[SMALL]._pool.done
-    assert cuda.waited_for == (done,) * 3 and done.recorded_on == (cuda,) * 3
+    assert stream.waited_for.count(done) == 3 and done.recorded_on == (stream,) * 3
 
 
 @pytest.mark.parametrize("watcher", ["explain", "outer capture"])

@@ -113,7 +113,7 @@ def test_random_networks(seed):
                 or another.offset + another.nbytes <= interval.offset
             )
             assert apart or not together
-    (env,) = plan.take_arenas()
+    (env,) = plan.drop_arenas()
     starts = {value.data_ptr() % ALIGNMENT for value in env if value is not None}
     assert starts <= {0} or any(plan.memory.slices(step) for step in plan.memory.index)
 

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import threading
 import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.node import map_aggregate
 
 from cvkernels import record
+from cvkernels.freeze.graph import Node, Ref
 from cvkernels.freeze.plan import Plan
 
 # Calls before the capture: Triton compiles and cuDNN chooses in them.
 WARM_UP = 2
+# Of what is called as it is, what a capture may meet: code of these packages, but for functions
+# and methods that wait for the GPU.
+CAPTURABLE = ("torch.", "torchvision.ops.", "cvkernels.", "_operator.")
+WAITS = frozenset(
+    "allclose argwhere bincount cpu equal is_nonzero item masked_select nonzero numpy "
+    "repeat_interleave to tolist unique unique_consecutive".split()
+)
+# One capture at a time in a process: it has to do with the state of random generators, too.
+_capturing = threading.Lock()
 
 
 class Pool:
     """What the graphs of one frozen model share: memory, so that they run one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.lock = threading.Lock()
-        self.handle = torch.cuda.graph_pool_handle()
-        self.done = torch.cuda.Event()
+        with torch.cuda.device(device):
+            self.handle = torch.cuda.graph_pool_handle()
+            self.done = torch.cuda.Event()
+            # Of this device: torch.cuda.graph's own is of the first device that captured.
+            self.stream = torch.cuda.Stream()
 
 
 class CudaGraph:
@@ -33,15 +48,15 @@ class CudaGraph:
     and returns a copy of the output. All happens on the caller's stream under the pool's lock, and
     an event keeps a call on another stream from writing before the one ahead of it is done.
 
-    A plan that cannot be captured, since a module that it calls as it is waits for the GPU, runs
-    step by step, with one warning.
+    A plan that calls code of others runs step by step: what waits for the GPU cannot be captured,
+    and a capture that fails leaves PyTorch's random generators unusable.
     """
 
     def __init__(self, plan: Plan, pool: Pool) -> None:
         self.plan = plan
         self._pool = pool
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._refused = False
+        self._refused = any(not may_be_captured(step) for step, _ in plan.steps)
 
     def __call__(self, x: Tensor) -> Any:
         watched = record.active() is not None or torch.cuda.is_current_stream_capturing()
@@ -56,7 +71,7 @@ class CudaGraph:
                 except torch.OutOfMemoryError:
                     raise
                 except RuntimeError as error:
-                    self._refuse(error)
+                    self._refuse(error, stream)
                     return self.plan(x)
             self._input.copy_(x)
             self._graph.replay()
@@ -66,9 +81,12 @@ class CudaGraph:
             self._pool.done.record(stream)
             return result
 
+    # Whatever the caller's mode: tensors of inference mode could not be written outside of it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _capture(self, x: Tensor) -> None:
         self._input = x.clone(memory_format=torch.channels_last)
-        side = torch.cuda.Stream()
+        side = self._pool.stream
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
@@ -76,17 +94,45 @@ class CudaGraph:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate meanwhile: only this one's calls are the graph's.
-        with torch.cuda.graph(graph, pool=self._pool.handle, capture_error_mode="thread_local"):
-            self._output = self.plan(self._input)
-        # The graph writes into its arena at every replay; no other call may get that one.
-        self._arena = self.plan.take_arenas()
+        mode = "thread_local"
+        pool = self._pool.handle
+        with _capturing, torch.cuda.graph(graph, pool, side, capture_error_mode=mode):
+            self._output = self.plan(self._input)  # in an arena of the graph's memory
+        self.plan.drop_arenas()
         self._graph = graph
 
-    def _refuse(self, error: RuntimeError) -> None:
+    def _refuse(self, error: RuntimeError, stream: torch.cuda.Stream) -> None:
         self._refused = True
         self._input = None
+        # torch 2.11 leaves the capture's stream current, its random generator in the capture, and
+        # the pool open.
+        torch.cuda.set_stream(stream)
+        with contextlib.suppress(RuntimeError), _capturing:
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._pool.stream):
+                pass
+        torch.cuda.set_stream(stream)
+        self._pool.handle = torch.cuda.graph_pool_handle()
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         warnings.warn(
             f"freeze: the model cannot be captured as a CUDA graph and runs step by step ({why})",
             stacklevel=4,
         )
+
+
+def may_be_captured(step: Node) -> bool:
+    """False for a call of code that may wait for the GPU."""
+    if step.op != "call":
+        return True
+    target = step.attrs["target"]
+    if step.attrs["kind"] == "method":
+        return target not in WAITS
+    if isinstance(target, nn.Module):
+        return all(
+            f"{type(module).__module__}.".startswith(CAPTURABLE)
+            and not (module._forward_hooks or module._forward_pre_hooks)
+            for module in target.modules()
+        )
+    if target is operator.getitem and isinstance(step.attrs["args"][1], Ref):
+        return False  # a mask, perhaps
+    home = getattr(target, "__module__", "") or "torch"  # torch's built-in functions have None
+    return f"{home}.".startswith(CAPTURABLE) and getattr(target, "__name__", "") not in WAITS

@@ -266,7 +266,7 @@ class Frozen(nn.Module):
         if sum(isinstance(other, CudaGraph) for other in self._plans.values()) >= GRAPHS:
             return plan
         if self._pool is None:
-            self._pool = Pool()
+            self._pool = Pool(self.device)
         return CudaGraph(plan, self._pool)
 
     def convolutions(self, x: Tensor) -> list[tuple[Node, Problem]]:

@@ -43,6 +43,7 @@ class Plan:
         table: Mapping[str, str],
     ) -> None:
         self.device = device
+        self.on_cuda = device.type == "cuda"
         self.output = graph.output
         self.graph = graph
         self.values = infer(graph, x, device)
@@ -68,10 +69,9 @@ class Plan:
         self._idle.append(self._new_env())
 
     def __call__(self, x: Tensor) -> Any:
-        try:
-            env = self._idle.pop()
-        except IndexError:
-            env = self._new_env()
+        # A graph's arena is memory of its own, that no other call gets.
+        captured = self.on_cuda and torch.cuda.is_current_stream_capturing()
+        env = self._new_env() if captured else self._idle_env()
         env[0] = x.contiguous(memory_format=torch.channels_last)
         if record.active() is None and not torch.autograd._profiler_enabled():
             for run in self.run_order:
@@ -86,15 +86,18 @@ class Plan:
         # oneDNN's relu turns NaN into 0: a bad image must not come out as plausible logits.
         if self.hides_nan and not math.isfinite(x.sum().item()):
             _spoil(results, x)
-        if len(self._idle) < KEPT:
+        if not captured and len(self._idle) < KEPT:
+            if self.on_cuda:
+                env.done = env.done or torch.cuda.Event()
+                env.done.record(torch.cuda.current_stream(self.device))
             self._idle.append(env)
         return results[0] if self.single else fill(self.output, results)
 
-    def take_arenas(self) -> list:
+    def drop_arenas(self) -> list[Env]:
         """The idle arenas, which later calls get no more."""
-        taken = list(self._idle)
+        dropped = list(self._idle)
         self._idle.clear()
-        return taken
+        return dropped
 
     def convolutions(self) -> list[tuple[Node, Problem]]:
         """The graph's convolutions that ``table`` can choose for, with their prologues."""
@@ -103,6 +106,15 @@ class Plan:
             for node in self.graph.nodes
             if node.op == "conv" and self.lowered.of[node].op == "conv"
         ]
+
+    def _idle_env(self) -> Env:
+        try:
+            env = self._idle.pop()
+        except IndexError:
+            return self._new_env()
+        if env.done is not None:  # of a call on another stream, perhaps
+            torch.cuda.current_stream(self.device).wait_event(env.done)
+        return env
 
     def _new_env(self) -> Env:
         """The values of a call before it: those in an arena of its own, and None for the others.

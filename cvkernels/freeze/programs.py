@@ -31,11 +31,15 @@ RECORDED = frozenset(
 
 
 class Env(list):
-    """The values of a call before it, and for each segment of its plan what was recorded there."""
+    """The values of a call before it, and for each segment of its plan what was recorded there.
+
+    On CUDA ``done`` is when the call that had it last was.
+    """
 
     def __init__(self, values: Iterable, segments: int) -> None:
         super().__init__(values)
         self.programs: list[Callable[[], None] | None] = [None] * segments
+        self.done: torch.cuda.Event | None = None
 
 
 class Segment:

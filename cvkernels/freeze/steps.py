@@ -50,7 +50,8 @@ class Builder:
         return (own or getattr(self, f"_{step.op}"))(step)
 
     def _cache(self, step: Node) -> DerivedWeights:
-        return self.caches.setdefault(step.attrs["source"], DerivedWeights(capacity=8))
+        cache = DerivedWeights(capacity=8, constant=True)
+        return self.caches.setdefault(step.attrs["source"], cache)
 
     def _place(self, step: Node) -> tuple[int, int | None]:
         """The value's number, and the number of what ``out`` is for it, where it is written."""
