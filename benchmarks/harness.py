@@ -17,6 +17,7 @@ variant moves. "% bound" is the larger of the shares of copy bandwidth and matri
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -76,6 +77,7 @@ def make(trial: Trial, row: Row) -> Callable:
         return factory()
     device = trial.args[0].device
     with fresh_cache():
+        forget_triton_kernels()
         before, start = resident_memory(device), time.perf_counter()
         function = factory()
         function(*trial.args, **trial.kwargs)
@@ -85,6 +87,15 @@ def make(trial: Trial, row: Row) -> Callable:
         row.kept_bytes = max(resident_memory(device) - before, 0)
         row.peak_bytes = peak_memory(lambda: function(*trial.args, **trial.kwargs), device)
     return function
+
+
+def forget_triton_kernels() -> None:
+    """Have our Triton kernels compile again: a process keeps what it compiled of them."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("cvkernels."):
+            for value in vars(module).values():
+                if (caches := getattr(value, "device_caches", None)) is not None:
+                    caches.clear()
 
 
 def out_of_memory(error: BaseException) -> bool:

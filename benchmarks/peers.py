@@ -113,6 +113,7 @@ def graphed(function: Network, example: Tensor) -> Network:
         graph.replay()
         return out
 
+    call.eager = function
     return call
 
 

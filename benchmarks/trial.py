@@ -110,7 +110,11 @@ class Trial:
         return max(map(max_error, actual, self._exact))
 
     def backend(self, function: Callable) -> tuple[str, str]:
-        """The backend that a variant of ours runs; why, where it is the reference."""
+        """The backend that a variant of ours runs; why, where it is the reference.
+
+        Of a CUDA graph, whose replays nobody sees, that of the function which it was captured of.
+        """
+        function = getattr(function, "eager", function)
         recorder = _Reasons()
         with record.recording(recorder):
             function(*self._fresh(function), **self.kwargs)

@@ -270,12 +270,24 @@ def resident_memory(device: torch.device) -> float:
     """Bytes held now, as :func:`peak_memory` counts them; NaN where nothing tells."""
     gc.collect()
     if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
+        return torch.cuda.memory_allocated(device) + _graphs_bytes(device)
     if not Path("/proc/self/status").exists():
         return math.nan
     # What malloc keeps of freed memory would hide as much of what comes.
     ctypes.CDLL(None).malloc_trim(0)
     return _status_bytes("VmRSS")
+
+
+def _graphs_bytes(device: torch.device) -> int:
+    """What CUDA graphs hold for their replays beyond what PyTorch counts as allocated."""
+    own = torch.device(
+        "cuda", torch.cuda.current_device() if device.index is None else device.index
+    )
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["device"] == own.index and tuple(segment["segment_pool_id"]) != (0, 0)
+    )
 
 
 def _status_bytes(field: str) -> int:

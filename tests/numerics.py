@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from cvkernels.verify import rounding
+
 
 def max_error(actual: Tensor, exact: Tensor) -> float:
     """Largest absolute difference in float64; NaN where only one side has one."""
@@ -24,7 +26,7 @@ def assert_close_as_eager(
         return
     finite = exact[exact.isfinite()]
     largest = finite.abs().max().item() if finite.numel() else 0.0
-    allowed = factor * max_error(eager, exact) + torch.finfo(actual.dtype).eps * largest
+    allowed = factor * max_error(eager, exact) + rounding(actual) * largest
     error = max_error(actual, exact)
     assert error <= allowed, f"max error {error:.3e}, allowed {allowed:.3e}"
 

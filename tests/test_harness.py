@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import sys
+import types
 
 import pytest
 import torch
@@ -266,6 +268,26 @@ def test_fallback_to_the_reference_says_why(machine):
 
     (row,) = harness.run([make_case({"cvkernels": fallen_back})], machine, FEW).rows
     assert (row.backend, row.note) == ("reference", "no such kernel")
+
+
+def test_a_graph_s_backend_is_that_of_what_it_was_captured_of(machine):
+    def reports(x):
+        with record.active().call("double", "native", "compiled for CPU", 1, 64, 64):
+            return doubled(x)
+
+    def replays(x):
+        return doubled(x)
+
+    replays.eager = lambda x: reports(x) if record.active() else doubled(x)
+    (row,) = harness.run([make_case({"cvkernels graph": replays})], machine, FEW).rows
+    assert row.backend == "native"
+
+
+def test_triton_kernels_are_compiled_anew(monkeypatch):
+    kernel = types.SimpleNamespace(device_caches={0: "compiled"})
+    monkeypatch.setitem(sys.modules, "cvkernels.some", types.SimpleNamespace(kernel=kernel, one=1))
+    harness.forget_triton_kernels()
+    assert not kernel.device_caches
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ from torch import nn
 import cvkernels
 from cvkernels.models import resnet18
 from cvkernels.ops.conv_bn_act import native
+from cvkernels.verify import rounding
 
 
 @pytest.fixture
@@ -58,3 +59,18 @@ def test_training_mode_and_meta_examples_are_refused(model, example):
         cvkernels.verify(model.train(), example)
     with pytest.raises(ValueError, match="holds no data"):
         cvkernels.verify(model.eval(), example.to("meta"))
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("tf32", 2.0**-10), ("ieee", 2.0**-23)])
+def test_a_rounding_is_that_of_tf32_where_convolutions_may_compute_in_it(precision, expected):
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    x, before = torch.ones(2), torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = precision
+    try:
+        assert rounding(x.as_subclass(OnGpu)) == expected
+        assert rounding(x) == 2.0**-23
+        assert rounding(x.bfloat16().as_subclass(OnGpu)) == 2.0**-7
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before

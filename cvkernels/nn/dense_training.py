@@ -205,6 +205,8 @@ class _DenseBlock(torch.autograd.Function):
                         d_a, u, conv1, plan.geometry[0], (below or any(need[:2]), *need[2:4])
                     )
                     if d_u is not None:
+                        if not passes.is_pixel_matrix(d_u):
+                            d_u = d_u.contiguous(memory_format=torch.channels_last)
                         d_norm1 = passes.reduce(
                             d_u, prefix, bn1, True, slope[:now], offset[:now], total[:, :now]
                         )
