@@ -6,6 +6,7 @@ python -m benchmarks training [--network NAME] [--batch N] ...
 python -m benchmarks --all      everything that this machine can run, into benchmarks/results/
 python -m benchmarks plots      the plots of benchmarks/results/, as SVG beside the figures
 python -m benchmarks guard      speed-ups of the kernels against the committed ones
+python -m benchmarks tune       the fastest tiles on this GPU, into cvkernels/tuned/
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import signal
 import sys
 from pathlib import Path
 
-from benchmarks import bench_models, bench_training, everything, guard, kernels, results
+from benchmarks import bench_models, bench_training, everything, guard, kernels, results, tune
 from benchmarks.command_line import (
     Refused,
     add_case_options,
@@ -76,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("folder", nargs="*", type=Path, help="default: all of benchmarks/results")
     command = commands.add_parser("guard", help="the kernels' speed-ups against committed ones")
     guard.add_options(command)
+    command = commands.add_parser("tune", help="the fastest backend and tile on this GPU")
+    tune.add_options(command)
     return parser
 
 
@@ -124,6 +127,7 @@ _COMMANDS = {
     "all": everything.main,
     "plots": _plots,
     "guard": guard.main,
+    "tune": tune.main,
 }
 
 

@@ -1,0 +1,287 @@
+"""``python -m benchmarks tune``: the fastest backend and tile of each convolution on this GPU.
+
+Every convolution of the networks is measured with each tile that the heuristic could return and,
+where it can run it, with cuDNN: answers checked first, caches cold, candidates interleaved. What
+beats the heuristic's answer by more than :data:`GAIN` goes into the table of the GPU under
+``cvkernels/tuned/``, which :mod:`cvkernels.ops.conv_bn_act.tuning` reads. Convolutions come in the
+order of the time that a network must spend in them; with ``--minutes`` the rest is left as it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from numerics import assert_close_as_eager
+from torch import Tensor
+
+import cvkernels
+from benchmarks.command_line import Refused, check_writable, count, dtypes_of
+from benchmarks.command_line import add_options as add_shared_options
+from benchmarks.environment import ROOT, environment
+from benchmarks.machine import Machine, Settings, Timed, interleave
+from benchmarks.report import summarize
+from cvkernels import backend as backends
+from cvkernels.demo import NETWORKS
+from cvkernels.functional import BatchNormParams, DerivedWeights
+from cvkernels.ops.conv_bn_act import cudnn, triton_launch, tuning
+from cvkernels.ops.conv_bn_act.problem import Problem
+from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
+from cvkernels.ops.conv_bn_act.tuning import Config
+from cvkernels.tables import text_table
+
+GAIN = 0.03  # a smaller one is noise, and the heuristic's answer stays
+BATCHES = (1, 128)
+SETTINGS = Settings(rounds=12, seconds=0.4, least=6)
+
+
+class Operands(NamedTuple):
+    """The tensors of a call, as triton_launch takes them, and the reference's keywords for them."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    bn: BatchNormParams | None
+    residual: Tensor | None
+    input_bn: BatchNormParams | None
+    gate: Tensor | None
+    out: Tensor
+
+
+class Found(NamedTuple):
+    """Seconds of each candidate of a problem, by its config, and the heuristic's."""
+
+    problem: Problem
+    seconds: dict[Config, float]
+    heuristic: Config
+
+    @property
+    def best(self) -> Config:
+        fastest = min(self.seconds, key=self.seconds.__getitem__)
+        expected = self.seconds.get(self.heuristic, math.inf)
+        return fastest if expected > (1 + GAIN) * self.seconds[fastest] else self.heuristic
+
+
+def problems(
+    networks: Iterable[str], batches: Iterable[int], dtypes: Iterable[torch.dtype]
+) -> Counter[Problem]:
+    """The convolutions that the networks run on a GPU at 224 x 224, and how often each."""
+    met: Counter[Problem] = Counter()
+    choose = tuning.choose
+
+    def watched(problem: Problem, *device: Any) -> Config:
+        met[replace(problem, has_bias=False, has_bn=True)] += 1
+        return choose(problem, *device)
+
+    for network in networks:
+        options = {"init_weights": False} if network == "googlenet" else {}
+        with torch.device("meta"):
+            model = getattr(cvkernels.models, network)(**options).eval()
+        for dtype in dtypes:
+            model = model.to(dtype)
+            for batch in batches:
+                x = torch.empty(batch, 3, 224, 224, dtype=dtype, device="meta")
+                with mock.patch.object(tuning, "choose", watched):
+                    cvkernels.explain(model, x.contiguous(memory_format=torch.channels_last))
+    return met
+
+
+def candidates(problem: Problem, capability: tuple[int, int]) -> list[Config]:
+    """The heuristic's answer first, then what else might be faster."""
+    first = tuning.heuristic(problem, capability)
+    found = [first]
+    for config in tuning.CONFIGS[tuning.kernel(problem), problem.dtype.itemsize]:
+        padding = config.block_n > 32 and config.block_n >= 2 * problem.K
+        # A prologue passes through registers, which a wider block would use up.
+        spills = problem.has_prologue and config.block_k > first.block_k
+        if not padding and not spills:
+            found.append(config)
+    if not cudnn.why_not(problem):
+        found.append(replace(first, backend="cudnn"))
+    found.append(replace(first, backend="triton"))
+    return list(dict.fromkeys(found))
+
+
+def operands(problem: Problem, device: torch.device) -> Operands:
+    p = problem
+
+    def image(*shape: int) -> Tensor:
+        x = torch.randn(shape, device=device).to(p.dtype)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def norm(channels: int) -> BatchNormParams:
+        weight, bias, mean = torch.randn(3, channels, device=device)
+        return BatchNormParams(weight, bias, mean, torch.rand(channels, device=device) + 0.5)
+
+    fan_in = p.C // p.groups * p.R * p.S
+    width = 2 * p.K if p.sliced_out else p.K
+    return Operands(
+        image(p.N, p.C, p.H, p.W),
+        image(p.K, p.C // p.groups, p.R, p.S) / fan_in**0.5,
+        torch.randn(p.K, device=device) if p.has_bias else None,
+        norm(p.K) if p.has_bn else None,
+        image(p.N, p.K, p.P, p.Q) if p.has_residual else None,
+        norm(p.C) if p.has_input_bn else None,
+        torch.rand(p.N, p.C, device=device).to(p.dtype) if p.has_input_gate else None,
+        image(p.N, width, p.P, p.Q)[:, : p.K],
+    )
+
+
+def runner(problem: Problem, config: Config, given: Operands) -> Callable[[], Tensor]:
+    """A call with this config, which returns its output."""
+    if config.backend == "cudnn":
+        cache = DerivedWeights()
+        return lambda: cudnn.run(problem, *given[:5], cache)
+
+    def run() -> Tensor:
+        triton_launch.run(problem, *given, precision="ieee", config=config)
+        return given.out
+
+    return run
+
+
+def exact(problem: Problem, given: Operands, dtype: torch.dtype) -> Tensor:
+    """The reference in ``dtype``; the norms' vectors stay as they are where they are wider."""
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, BatchNormParams):
+            wide = torch.promote_types(dtype, torch.float32)
+            return BatchNormParams(*(v.to(wide) for v in value[:4]), value.eps)
+        return None if value is None else value.to(dtype)
+
+    x, weight, bias, bn, residual, input_bn, gate = map(cast, given[:7])
+    return conv_bn_act_reference(
+        x, weight, bias, bn, stride=problem.stride, padding=problem.padding,
+        dilation=problem.dilation, groups=problem.groups, act=problem.act, residual=residual,
+        input_bn=input_bn, input_gate=gate,
+    )  # fmt: skip
+
+
+def measure(problem: Problem, machine: Machine, settings: Settings = SETTINGS) -> Found:
+    """Every candidate that gives the right answer, timed. Float32 is the truth of 16 bits."""
+    device = machine.device
+    given = operands(problem, device)
+    wide = torch.float64 if problem.dtype == torch.float32 else torch.float32
+    truth, eager = (exact(problem, given, dtype) for dtype in (wide, problem.dtype))
+    tried = candidates(problem, backends.gpu(given.x)[1])
+    calls: dict[Config, Timed] = {}
+    for config in tried:
+        run = runner(problem, config, given)
+        try:
+            assert_close_as_eager(run(), eager, truth)
+        except Exception as error:  # noqa: BLE001 - of a compiler, too; others go on
+            print(f"{tuning.key(problem)}: {config}: {error}", file=sys.stderr)
+        else:
+            calls[config] = Timed(run)
+    del truth, eager
+    machine.hide_launches(calls.values())
+    samples = interleave(calls, machine, settings) if calls else {}
+    seconds = {config: summarize(times).median for config, times in samples.items()}
+    return Found(problem, seconds, tried[0])
+
+
+def compile_all(chosen: Sequence[Problem], device: torch.device) -> None:
+    """Compile what will be measured in a process for each core, into Triton's cache on disk."""
+    workers = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile, chosen, [str(device)] * len(chosen)))
+
+
+def _compile(problem: Problem, device: str) -> None:
+    given = operands(problem, torch.device("meta"))
+    with torch.cuda.device(device):
+        for config in candidates(problem, torch.cuda.get_device_capability()):
+            if config.backend == "triton":
+                launch = triton_launch.plan(problem, *given, precision="ieee", config=config)
+                launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.meta)
+
+
+def table_of(results: Iterable[Found], device: str, capability: Sequence[int], old: dict) -> dict:
+    """The table with these results in place of what ``old`` has for the same keys."""
+    entries = dict(old.get("entries", {}))
+    for found in results:
+        key, best = tuning.key(found.problem), found.best
+        entries.pop(key, None)
+        if best != found.heuristic:
+            entries[key] = {"backend": "cudnn"} if best.backend == "cudnn" else asdict(best)
+    versions = environment(torch.device("cpu"))
+    made = {name: versions[name] for name in ("torch", "triton", "commit")}
+    fields = {"device": device, "capability": list(capability), "op": "conv_bn_act", **made}
+    return fields | {"entries": dict(sorted(entries.items()))}
+
+
+def report(results: Sequence[Found], calls: Counter[Problem]) -> str:
+    """A row for each problem, and what all calls take with the heuristic and with the table."""
+    header = ("calls", "problem", "heuristic us", "best us", "gain", "best")
+    rows = []
+    for found in results:
+        expected = found.seconds.get(found.heuristic, math.nan)
+        best = found.seconds.get(found.best, math.nan)
+        words = " ".join(str(value) for value in asdict(found.best).values())
+        times = (f"{1e6 * expected:.1f}", f"{1e6 * best:.1f}", f"{expected / best:.2f}x")
+        rows.append((str(calls[found.problem]), tuning.key(found.problem), *times, words))
+    measured = [found for found in results if found.heuristic in found.seconds]
+    before, after = (
+        sum(calls[f.problem] * f.seconds[getattr(f, name)] for f in measured)
+        for name in ("heuristic", "best")
+    )
+    total = f"all calls: {1e6 * before:.0f} us by the heuristic, {1e6 * after:.0f} us by the table"
+    return f"{text_table(header, rows)}\n{total}"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--network", action="append", choices=list(NETWORKS), help="default: all")
+    parser.add_argument("--batch", action="append", type=count, help="default: 1 and 128")
+    add_shared_options(parser)
+
+
+def main(options: argparse.Namespace) -> int:
+    device = options.device
+    if device.type != "cuda":
+        raise Refused("tune measures a GPU, and torch finds no CUDA device here")
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    path = options.json or ROOT / "cvkernels" / "tuned" / f"{slug}.json"
+    path.parent.mkdir(exist_ok=True)
+    old = json.loads(path.read_text()) if path.exists() else {}
+    check_writable(path)
+    calls = problems(options.network or NETWORKS, options.batch or BATCHES, dtypes_of(options))
+    machine = Machine(device)
+    rates = {dtype: machine.rates(dtype) for dtype in {problem.dtype for problem in calls}}
+
+    def least(problem: Problem) -> float:
+        copy = (
+            (problem.bytes_read + problem.bytes_written) / rates[problem.dtype].copy_gb_per_s / 1e9
+        )
+        return max(copy, problem.flops / rates[problem.dtype].matrix_tflop_per_s / 1e12)
+
+    chosen = sorted(calls, key=lambda problem: -calls[problem] * least(problem))
+    end = time.monotonic() + 60 * options.minutes
+    compile_all(chosen, device)
+    results: list[Found] = []
+    try:
+        for problem in chosen:
+            if time.monotonic() > end:
+                print(f"{len(chosen) - len(results)} problems are left", file=sys.stderr)
+                break
+            results.append(measure(problem, machine))
+    finally:  # after Ctrl-C, too
+        table = table_of(results, name, capability, old)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(table, indent=1) + "\n")
+        partial.replace(path)
+        print(report(results, calls))
+    return 0
