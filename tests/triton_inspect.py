@@ -21,7 +21,7 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 
 from cvkernels.ops.batch_norm import BatchNormParams
-from cvkernels.ops.conv_bn_act import triton_launch, tuning
+from cvkernels.ops.conv_bn_act import triton_fold, triton_launch, tuning
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.depthwise_conv_bn_act import triton_launch as depthwise_launches
 from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
@@ -180,9 +180,17 @@ def depthwise_launch(case: dict):
     return depthwise_launches.plan(p, x, weight, None, bn, out, parts, tiles)
 
 
+def fold_launch(case: dict):
+    """The launch of a case: ``shape`` of the weight, ``dtype`` (a word)."""
+    weight = torch.empty(*case["shape"], dtype=getattr(torch, case["dtype"]), device="meta")
+    vectors = [torch.empty(weight.shape[0], device="meta") for _ in range(4)]
+    return triton_fold.plan(weight, None, BatchNormParams(*vectors))[0]
+
+
 LAUNCHES = {
     "conv_bn_act": conv_launch,
     "depthwise_conv_bn_act": depthwise_launch,
+    "fold": fold_launch,
     "se_scale": se_scale_launch,
 }
 

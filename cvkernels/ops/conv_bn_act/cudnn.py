@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cvkernels import backend as backends
 from cvkernels.ops.batch_norm import BatchNormParams, fold
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.derived_weights import DerivedWeights
@@ -35,6 +36,10 @@ def run(
     cache: DerivedWeights | None,
 ) -> Tensor:
     def build() -> tuple[Tensor, Tensor]:
+        if bn is not None and not backends.lacks_triton("cuda"):
+            from cvkernels.ops.conv_bn_act import triton_fold
+
+            return triton_fold.fold(weight, bias, bn)
         folded, shift = fold(weight, bias, bn)
         return folded.contiguous(memory_format=torch.channels_last), shift
 
