@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,9 +137,22 @@ class Machine:
             "copy": Timed(lambda: target.copy_(source)),
             "matrix": Timed(lambda: torch.mm(a, b, out=product)),
         }
-        samples = interleave(calls, self, Settings(rounds=15, seconds=2.0, least=5))
+        with _precision_of_convolutions():
+            samples = interleave(calls, self, Settings(rounds=15, seconds=2.0, least=5))
         copy, matrix = (summarize(samples[name]).median for name in ("copy", "matrix"))
         return Rates(2 * source.nbytes / copy / 1e9, 2 * side**3 / matrix / 1e12)
+
+
+@contextlib.contextmanager
+def _precision_of_convolutions() -> Iterator[None]:
+    """Matrix products in TF32 where convolutions may be: the rate that these are held to."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = products.fp32_precision
+    products.fp32_precision = convolutions.fp32_precision
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 def _as_host(timed: Timed) -> Timed:

@@ -47,6 +47,19 @@ def test_resnet50_shapes_match_reference_on_gpu(backend, conv, dtype):
     assert_matches(run(backend), conv_bn_act_reference, args, with_residual(args, kwargs))
 
 
+@pytest.mark.gpu
+def test_cudnn_reads_nothing_of_the_memory_that_it_writes():
+    """Its fused op takes the output for the summand that is multiplied by 0, too."""
+    args, kwargs = make_inputs(
+        RESNET50["layer2.1.conv2"], torch.bfloat16, torch.channels_last, "cuda"
+    )
+    out = run("cudnn")(*args, **kwargs)
+    for _ in range(3):
+        poison = [torch.full_like(out, torch.nan) for _ in range(8)]
+        del poison
+        assert torch.equal(run("cudnn")(*args, **kwargs), out)
+
+
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("conv", ODD.values(), ids=ODD.keys())

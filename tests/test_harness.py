@@ -119,6 +119,21 @@ def test_rates_are_measured_per_dtype_and_once(monkeypatch):
     assert all(copy > 0 and matrix > 0 for copy, matrix in rates)
 
 
+def test_the_matrix_rate_is_taken_in_the_precision_of_convolutions(monkeypatch):
+    products, seen = torch.backends.cuda.matmul, []
+    before = products.fp32_precision
+    monkeypatch.setattr(machines, "last_level_cache", lambda device: 2**10)
+    measure = machines.interleave
+
+    def watched(*args):
+        seen.append(products.fp32_precision)
+        return measure(*args)
+
+    monkeypatch.setattr(machines, "interleave", watched)
+    Machine(CPU).rates(torch.float32)
+    assert seen == [torch.backends.cudnn.conv.fp32_precision] and products.fp32_precision == before
+
+
 def test_wrong_result_is_refused_before_timing(machine):
     calls = []
 
