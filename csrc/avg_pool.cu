@@ -2,14 +2,11 @@
 #include "avg_pool.h"
 #include "avg_pool_call.h"
 #include "check.h"
-#include "cuda_pack.h"
+#include "pool_kernels.h"
 
 namespace cvkernels::avg_pool {
 namespace {
 
-constexpr int THREADS = 128;
-// Most output rows that 32 bits count and step through.
-constexpr int64_t ROWS_MAX = std::numeric_limits<int32_t>::max();
 // Output rows of one thread at most, which share its channels' scale and shift, where that leaves
 // enough blocks for a GPU.
 constexpr int64_t ROWS = 8;
@@ -26,12 +23,10 @@ __global__ void __launch_bounds__(THREADS)
     avg_pool_nhwc_kernel(const T* __restrict__ x_ptr,  // [N, C, H, W], channels innermost
                          T* __restrict__ out_ptr,      // [N, C, P, Q], channels innermost
                          Problem problem, Average average) {
-  constexpr int LANES = sizeof(Pack) / sizeof(T);
-  const int packs = static_cast<int>(problem.C / LANES);
-  const int item = blockIdx.y * THREADS + threadIdx.x;  // q * packs + c
-  if (item >= problem.Q * packs) return;
-  const int q = item / packs;
-  const int c = (item - q * packs) * LANES;
+  constexpr int LANES = PackPlace<T>::LANES;
+  const auto place = PackPlace<T>::of(problem);
+  if (!place.inside) return;
+  const int q = place.q, c = place.c;
 
   Affine<float> affine[LANES];
   if constexpr (NORMALISES) {
@@ -41,10 +36,7 @@ __global__ void __launch_bounds__(THREADS)
   const Taps w = taps_of(problem.w, q);
   const int64_t w_counted = average.counted(problem.w, q, w);
 
-  const uint32_t P = problem.P, rows = problem.N * problem.P;  // at most ROWS_MAX
-  for (uint32_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    const int64_t n = row / P;
-    const int64_t p = row % P;
+  place.over_rows(problem, [&](int64_t n, int64_t p) {
     const T* x = x_ptr + n * problem.x_stride_n + c;
     const Taps h = taps_of(problem.h, p);
     float sums[LANES] = {};
@@ -89,34 +81,16 @@ __global__ void __launch_bounds__(THREADS)
     T* out = out_ptr + n * problem.out_stride_n + p * problem.out_stride_h +
              q * problem.out_stride_w + c;
     *reinterpret_cast<Pack*>(out) = pooled;
-  }
+  });
 }
 
-// Any strides: one thread pools one output element. CHANNELS_INNER says which axis neighbouring
-// threads walk along.
+// Any strides: one thread pools one output element.
 template <typename T, typename Index, bool CHANNELS_INNER>
 __global__ void __launch_bounds__(THREADS)
     avg_pool_strided_kernel(const T* __restrict__ x_ptr,  // [N, C, H, W]
                             T* __restrict__ out_ptr,      // [N, C, P, Q]
                             Problem problem, Average average) {
-  const Index C = problem.C, P = problem.P, Q = problem.Q;
-  const int64_t total = problem.N * problem.C * problem.P * problem.Q;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * THREADS;
-  for (int64_t item = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x; item < total;
-       item += step) {
-    Index rest = item;
-    Index c, q;
-    if constexpr (CHANNELS_INNER) {
-      c = rest % C, rest /= C;
-      q = rest % Q, rest /= Q;
-    } else {
-      q = rest % Q, rest /= Q;
-    }
-    const Index p = rest % P;
-    rest /= P;
-    if constexpr (!CHANNELS_INNER) c = rest % C, rest /= C;
-    const int64_t n = rest;
-
+  over_outputs<Index, CHANNELS_INNER>(problem, [&](int64_t n, int64_t c, int64_t p, int64_t q) {
     const Taps h = taps_of(problem.h, p);
     const Taps w = taps_of(problem.w, q);
     const T* x = x_ptr + n * problem.x_stride_n + c * problem.x_stride_c;
@@ -131,14 +105,13 @@ __global__ void __launch_bounds__(THREADS)
     const int64_t taps = average.counted(problem.h, p, h) * average.counted(problem.w, q, w);
     out_ptr[n * problem.out_stride_n + c * problem.out_stride_c + p * problem.out_stride_h +
             q * problem.out_stride_w] = Number<T>::narrow(average.of(sum, taps));
-  }
+  });
 }
 
 template <typename T, bool NORMALISES>
 void launch_nhwc(const Problem& problem, const Average& average, const T* x, T* out,
                  cudaStream_t stream) {
-  const int64_t items = problem.Q * (problem.C * static_cast<int64_t>(sizeof(T)) / sizeof(Pack));
-  const int64_t columns = (items + THREADS - 1) / THREADS;
+  const int64_t columns = PackPlace<T>::columns(problem);
   const int64_t rows = problem.N * problem.P;
   const int64_t shared = NORMALISES ? (rows + ROWS - 1) / ROWS : rows;
   const int64_t blocks = std::min(rows, std::max(shared, ENOUGH_BLOCKS / columns));
@@ -149,37 +122,19 @@ void launch_nhwc(const Problem& problem, const Average& average, const T* x, T* 
     avg_pool_nhwc_kernel<T, 0, NORMALISES><<<grid, THREADS, 0, stream>>>(x, out, problem, average);
 }
 
-template <typename T, typename Index>
-void launch_strided(const Problem& problem, const Average& average, const T* x, T* out,
-                    cudaStream_t stream) {
-  const int64_t total = problem.N * problem.C * problem.P * problem.Q;
-  const unsigned grid = grid_of((total + THREADS - 1) / THREADS);
-  if (problem.x_stride_c == 1)
-    avg_pool_strided_kernel<T, Index, true><<<grid, THREADS, 0, stream>>>(x, out, problem, average);
-  else
-    avg_pool_strided_kernel<T, Index, false>
-        <<<grid, THREADS, 0, stream>>>(x, out, problem, average);
-}
-
 template <typename T>
 void launch(Type<T>, const Problem& problem, const Average& average, const void* x_data,
             void* out_data, cudaStream_t stream) {
   const T* x = static_cast<const T*>(x_data);
   T* out = static_cast<T*>(out_data);
-  constexpr int64_t INDEX_MAX = std::numeric_limits<int32_t>::max() - THREADS;
-  const bool vectorised =
-      packable(x, problem.C, sizeof(T), problem.x_stride_n, problem.x_stride_c, problem.x_stride_h,
-               problem.x_stride_w) &&
-      packable(out, problem.C, sizeof(T), problem.out_stride_n, problem.out_stride_c,
-               problem.out_stride_h, problem.out_stride_w);
-  if (vectorised && problem.Q * problem.C <= GRID_Y_MAX * THREADS &&
-      problem.N * problem.P <= ROWS_MAX)
+  if (PackPlace<T>::takes(problem, x, out))
     average.normalises ? launch_nhwc<T, true>(problem, average, x, out, stream)
                        : launch_nhwc<T, false>(problem, average, x, out, stream);
-  else if (problem.N * problem.C * problem.P * problem.Q <= INDEX_MAX)
-    launch_strided<T, uint32_t>(problem, average, x, out, stream);
   else
-    launch_strided<T, int64_t>(problem, average, x, out, stream);
+    launch_over_outputs(problem, [&]<typename Index, bool CHANNELS_INNER>(unsigned grid) {
+      avg_pool_strided_kernel<T, Index, CHANNELS_INNER>
+          <<<grid, THREADS, 0, stream>>>(x, out, problem, average);
+    });
 }
 
 void run(const Problem& problem, const Average& average, const Tensor& x, const Tensor& out) {

@@ -6,17 +6,13 @@
 #include <limits>
 
 #include "check.h"
-#include "cuda_pack.h"
 #include "max_pool.h"
 #include "number.h"
 #include "pool_call.h"
+#include "pool_kernels.h"
 
 namespace cvkernels::max_pool {
 namespace {
-
-constexpr int THREADS = 128;
-// Most output rows that 32 bits count and step through.
-constexpr int64_t ROWS_MAX = std::numeric_limits<int32_t>::max();
 
 // Maximum<T>::max on each element of a word: the 16-bit formats have an instruction for a pair.
 template <typename T>
@@ -69,17 +65,11 @@ __global__ void __launch_bounds__(THREADS)
     max_pool_nhwc_kernel(const T* __restrict__ x_ptr,  // [N, C, H, W], channels innermost
                          T* __restrict__ out_ptr,      // [N, C, P, Q], channels innermost
                          Problem problem) {
-  constexpr int LANES = sizeof(Pack) / sizeof(T);
-  const int packs = static_cast<int>(problem.C / LANES);
-  const int item = blockIdx.y * THREADS + threadIdx.x;  // q * packs + c
-  if (item >= problem.Q * packs) return;
-  const int q = item / packs;
-  const int c = (item - q * packs) * LANES;
+  const auto place = PackPlace<T>::of(problem);
+  if (!place.inside) return;
+  const int q = place.q, c = place.c;
 
-  const uint32_t P = problem.P, rows = problem.N * problem.P;  // at most ROWS_MAX
-  for (uint32_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    const int64_t n = row / P;
-    const int64_t p = row % P;
+  place.over_rows(problem, [&](int64_t n, int64_t p) {
     const T* x = x_ptr + n * problem.x_stride_n + c;
     const uint32_t lowest = WordMax<T>::lowest();
     Pack best{lowest, lowest, lowest, lowest};
@@ -110,11 +100,10 @@ __global__ void __launch_bounds__(THREADS)
     T* out = out_ptr + n * problem.out_stride_n + p * problem.out_stride_h +
              q * problem.out_stride_w + c;
     *reinterpret_cast<Pack*>(out) = best;
-  }
+  });
 }
 
-// Any strides: one thread pools one output element. CHANNELS_INNER says which axis neighbouring
-// threads walk along.
+// Any strides: one thread pools one output element.
 template <typename T, typename Index, bool CHANNELS_INNER>
 __global__ void __launch_bounds__(THREADS)
     max_pool_strided_kernel(const T* __restrict__ x_ptr,  // [N, C, H, W]
@@ -122,24 +111,7 @@ __global__ void __launch_bounds__(THREADS)
                             Problem problem) {
   using Bits = typename Maximum<T>::Bits;
   using Key = typename Maximum<T>::Key;
-  const Index N = problem.N, C = problem.C, P = problem.P, Q = problem.Q;
-  const int64_t total = problem.N * problem.C * problem.P * problem.Q;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * THREADS;
-  for (int64_t item = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x; item < total;
-       item += step) {
-    Index rest = item;
-    Index c, q;
-    if constexpr (CHANNELS_INNER) {
-      c = rest % C, rest /= C;
-      q = rest % Q, rest /= Q;
-    } else {
-      q = rest % Q, rest /= Q;
-    }
-    const Index p = rest % P;
-    rest /= P;
-    if constexpr (!CHANNELS_INNER) c = rest % C, rest /= C;
-    const Index n = rest;
-
+  over_outputs<Index, CHANNELS_INNER>(problem, [&](int64_t n, int64_t c, int64_t p, int64_t q) {
     const Taps h = taps_of(problem.h, p);
     const Taps w = taps_of(problem.w, q);
     const Bits* x =
@@ -152,13 +124,12 @@ __global__ void __launch_bounds__(THREADS)
     Bits* out = reinterpret_cast<Bits*>(out_ptr) + n * problem.out_stride_n +
                 c * problem.out_stride_c + p * problem.out_stride_h + q * problem.out_stride_w;
     *out = Maximum<T>::value(best);
-  }
+  });
 }
 
 template <typename T>
 void launch_nhwc(const Problem& problem, const T* x, T* out, cudaStream_t stream) {
-  const int64_t items = problem.Q * (problem.C * static_cast<int64_t>(sizeof(T)) / sizeof(Pack));
-  const dim3 grid(grid_of(problem.N * problem.P), (items + THREADS - 1) / THREADS);
+  const dim3 grid(grid_of(problem.N * problem.P), PackPlace<T>::columns(problem));
   const bool square =
       problem.h.kernel == problem.w.kernel && problem.h.dilation == 1 && problem.w.dilation == 1;
   if (square && problem.h.kernel == 3)
@@ -169,34 +140,18 @@ void launch_nhwc(const Problem& problem, const T* x, T* out, cudaStream_t stream
     max_pool_nhwc_kernel<T, 0><<<grid, THREADS, 0, stream>>>(x, out, problem);
 }
 
-template <typename T, typename Index>
-void launch_strided(const Problem& problem, const T* x, T* out, cudaStream_t stream) {
-  const int64_t total = problem.N * problem.C * problem.P * problem.Q;
-  const unsigned grid = grid_of((total + THREADS - 1) / THREADS);
-  if (problem.x_stride_c == 1)
-    max_pool_strided_kernel<T, Index, true><<<grid, THREADS, 0, stream>>>(x, out, problem);
-  else
-    max_pool_strided_kernel<T, Index, false><<<grid, THREADS, 0, stream>>>(x, out, problem);
-}
-
 template <typename T>
 void launch(Type<T>, const Problem& problem, const void* x_data, void* out_data,
             cudaStream_t stream) {
   const T* x = static_cast<const T*>(x_data);
   T* out = static_cast<T*>(out_data);
-  constexpr int64_t INDEX_MAX = std::numeric_limits<int32_t>::max() - THREADS;
-  const bool vectorised =
-      packable(x, problem.C, sizeof(T), problem.x_stride_n, problem.x_stride_c, problem.x_stride_h,
-               problem.x_stride_w) &&
-      packable(out, problem.C, sizeof(T), problem.out_stride_n, problem.out_stride_c,
-               problem.out_stride_h, problem.out_stride_w);
-  if (vectorised && problem.Q * problem.C <= GRID_Y_MAX * THREADS &&
-      problem.N * problem.P <= ROWS_MAX)
+  if (PackPlace<T>::takes(problem, x, out))
     launch_nhwc(problem, x, out, stream);
-  else if (problem.N * problem.C * problem.P * problem.Q <= INDEX_MAX)
-    launch_strided<T, uint32_t>(problem, x, out, stream);
   else
-    launch_strided<T, int64_t>(problem, x, out, stream);
+    launch_over_outputs(problem, [&]<typename Index, bool CHANNELS_INNER>(unsigned grid) {
+      max_pool_strided_kernel<T, Index, CHANNELS_INNER>
+          <<<grid, THREADS, 0, stream>>>(x, out, problem);
+    });
 }
 
 void run(const Problem& problem, const Tensor& x, const Tensor& out) {
