@@ -24,6 +24,8 @@ Backend = Literal["auto", "reference", "triton", "native", "cudnn", "onednn"]
 NAMES: tuple[str, ...] = get_args(Backend)
 
 _requested: ContextVar[str] = ContextVar("cvkernels_backend", default="auto")
+# What :func:`use` asks for, "auto" outside of it; not for traced code.
+in_force = _requested.get
 # What torch.compile sees and guards on: before torch 2.14 it cannot trace a ContextVar.
 _traced_request = "auto"
 
@@ -66,11 +68,6 @@ def requested(backend: str, implementations: tuple[str, ...]) -> str:
         return backend
     used = _traced_request if torch.compiler.is_compiling() else _requested.get()
     return used if used == "reference" or used in implementations else "auto"
-
-
-def unrequested() -> bool:
-    """Whether no :func:`use` is in force; not for traced code."""
-    return _requested.get() == "auto"
 
 
 def chosen(op: str, *args, **kwargs) -> str:

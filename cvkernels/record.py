@@ -109,16 +109,13 @@ class Recorder:
 
 
 _active: ContextVar[Recorder | None] = ContextVar("cvkernels_recorder", default=None)
+# As :func:`active`; not for traced code.
+current = _active.get
 
 
 def active() -> Recorder | None:
     """The recorder of the ``explain`` that is running, or None; None under torch.compile."""
     return None if torch.compiler.is_compiling() else _active.get()
-
-
-def is_active() -> bool:
-    """Whether there is one; not for traced code."""
-    return _active.get() is not None
 
 
 @contextlib.contextmanager

@@ -59,15 +59,20 @@ def at_once(backend: str, *tensors: Tensor | None) -> bool:
     So where "auto" means that op, there is no gradient, and nobody has to see the call. Checking in
     Python takes longer than a small map. What it refuses, by one of ``REFUSED``, is to be checked.
     """
-    return (
-        backend == "auto"
-        and not torch.compiler.is_compiling()
-        and backends.unrequested()
-        and not record.is_active()
-        and extension.has("cpu")
-        and all([t is None or t.is_cpu for t in tensors])
-        and not needs_grad(tensors)
-    )
+    # Written out: in cold caches each function that is called takes longer than what it does.
+    if (
+        backend != "auto"
+        or torch.compiler.is_compiling()
+        or backends.in_force() != "auto"
+        or record.current() is not None
+        or not extension.has("cpu")
+        or (torch.is_grad_enabled() and needs_grad(tensors))
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_cpu:
+            return False
+    return True
 
 
 def why_not(op: str, x: Tensor, device: str) -> str:
