@@ -51,7 +51,7 @@ def add_case_options(parser: argparse.ArgumentParser) -> None:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", action="append", choices=list(DTYPES))
-    parser.add_argument("--device", type=_device, default=default_device())
+    parser.add_argument("--device", type=device_of, default=default_device())
     parser.add_argument("--rounds", type=count, help="of timing per case, at most")
     parser.add_argument("--seconds", type=float, help="of timing per case, about")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="in all, about")
@@ -64,7 +64,7 @@ def count(text: str) -> int:
     return int(text)
 
 
-def _device(text: str) -> torch.device:
+def device_of(text: str) -> torch.device:
     if text.split(":")[0] not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text!r}")
     if text != "cpu" and not torch.cuda.is_available():

@@ -31,6 +31,7 @@ GRACE = 60  # seconds, to write what was measured
 # Of kernels' parts: ops with many shapes, and of each other one.
 KERNEL_MINUTES = {"conv_bn_act": 3.0, "depthwise_conv_bn_act": 3.0, "se_scale": 2.0}
 FEW_KERNEL_MINUTES = 1.0
+STOPS = (signal.SIGINT, signal.SIGTERM)
 OUT_OF_TIME = 124  # status of a part that was stopped
 
 
@@ -159,15 +160,22 @@ def run_parts(
 def run_process(command: Sequence[str], seconds: float) -> int:
     """The command's status. Ctrl-C and the end of the time reach it as an interrupt, which it obeys
     by writing what it has; it is 124 for the time."""
+
     # In a session of its own, so that the terminal does not interrupt it a second time; and obeying
     # interrupts where this process, in a shell's background, ignores them.
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    def obey() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+
+    # Not between the start of the process and the moment that this one knows it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=obey)
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        raise
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
         _interrupt(process)

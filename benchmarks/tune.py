@@ -10,6 +10,7 @@ order of the time that a network must spend in them; with ``--minutes`` the rest
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
@@ -18,9 +19,10 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -29,11 +31,10 @@ from numerics import assert_close_as_eager
 from torch import Tensor
 
 import cvkernels
-from benchmarks.command_line import Refused, check_writable, count, dtypes_of
-from benchmarks.command_line import add_options as add_shared_options
-from benchmarks.environment import ROOT, environment
+from benchmarks.command_line import Refused, check_writable, count, device_of, dtypes_of
+from benchmarks.environment import ROOT, default_device, environment
 from benchmarks.machine import Machine, Settings, Timed, interleave
-from benchmarks.report import summarize
+from benchmarks.report import DTYPES, summarize
 from cvkernels import backend as backends
 from cvkernels.demo import NETWORKS
 from cvkernels.functional import BatchNormParams, DerivedWeights
@@ -70,6 +71,8 @@ class Found(NamedTuple):
 
     @property
     def best(self) -> Config:
+        if not self.seconds:
+            return self.heuristic
         fastest = min(self.seconds, key=self.seconds.__getitem__)
         expected = self.seconds.get(self.heuristic, math.inf)
         return fastest if expected > (1 + GAIN) * self.seconds[fastest] else self.heuristic
@@ -193,32 +196,49 @@ def measure(problem: Problem, machine: Machine, settings: Settings = SETTINGS) -
     return Found(problem, seconds, tried[0])
 
 
-def compile_all(chosen: Sequence[Problem], device: torch.device) -> None:
-    """Compile what will be measured in a process for each core, into Triton's cache on disk."""
-    workers = len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_compile, chosen, [str(device)] * len(chosen)))
+def compiled(chosen: Sequence[Problem], device: torch.device, seconds: float) -> Iterator[Problem]:
+    """Each of ``chosen`` once a process for each core has compiled its candidates, and those of the
+    ones after it meanwhile, into Triton's cache on disk; ends after ``seconds``."""
+    end = time.monotonic() + seconds
+    pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"))
+    try:
+        waiting = [pool.submit(compile_candidates, problem, str(device)) for problem in chosen]
+        for problem, compiling in zip(chosen, waiting, strict=True):
+            wait([compiling], max(0.0, end - time.monotonic()))
+            if time.monotonic() >= end:
+                return
+            if not compiling.cancelled() and (error := compiling.exception()) is not None:
+                print(f"{tuning.key(problem)}: {error}", file=sys.stderr)  # measure tells of what
+            yield problem
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _compile(problem: Problem, device: str) -> None:
+def compile_candidates(problem: Problem, device: str) -> None:
     given = operands(problem, torch.device("meta"))
     with torch.cuda.device(device):
         for config in candidates(problem, torch.cuda.get_device_capability()):
             if config.backend == "triton":
                 launch = triton_launch.plan(problem, *given, precision="ieee", config=config)
-                launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.meta)
+                # What does not compile is not measured; measure says why.
+                with contextlib.suppress(Exception):
+                    launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.meta)
 
 
 def table_of(results: Iterable[Found], device: str, capability: Sequence[int], old: dict) -> dict:
-    """The table with these results in place of what ``old`` has for the same keys."""
-    entries = dict(old.get("entries", {}))
+    """The table with these results in place of what ``old`` has for the same keys.
+
+    Of a table that other versions of torch or Triton were measured with, nothing is kept.
+    """
+    versions = environment(torch.device("cpu"))
+    made = {name: versions[name] for name in ("torch", "triton", "commit")}
+    same = all(old.get(name) == made[name] for name in ("torch", "triton"))
+    entries = dict(old["entries"]) if same else {}
     for found in results:
         key, best = tuning.key(found.problem), found.best
         entries.pop(key, None)
         if best != found.heuristic:
             entries[key] = {"backend": "cudnn"} if best.backend == "cudnn" else asdict(best)
-    versions = environment(torch.device("cpu"))
-    made = {name: versions[name] for name in ("torch", "triton", "commit")}
     fields = {"device": device, "capability": list(capability), "op": "conv_bn_act", **made}
     return fields | {"entries": dict(sorted(entries.items()))}
 
@@ -245,7 +265,10 @@ def report(results: Sequence[Found], calls: Counter[Problem]) -> str:
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--network", action="append", choices=list(NETWORKS), help="default: all")
     parser.add_argument("--batch", action="append", type=count, help="default: 1 and 128")
-    add_shared_options(parser)
+    parser.add_argument("--dtype", action="append", choices=list(DTYPES))
+    parser.add_argument("--device", type=device_of, default=default_device())
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="in all, about")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the table")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -269,16 +292,16 @@ def main(options: argparse.Namespace) -> int:
         return max(copy, problem.flops / rates[problem.dtype].matrix_tflop_per_s / 1e12)
 
     chosen = sorted(calls, key=lambda problem: -calls[problem] * least(problem))
-    end = time.monotonic() + 60 * options.minutes
-    compile_all(chosen, device)
     results: list[Found] = []
     try:
-        for problem in chosen:
-            if time.monotonic() > end:
-                print(f"{len(chosen) - len(results)} problems are left", file=sys.stderr)
-                break
-            results.append(measure(problem, machine))
+        for problem in compiled(chosen, device, 60 * options.minutes):
+            try:
+                results.append(measure(problem, machine))
+            except torch.OutOfMemoryError as error:
+                print(f"{tuning.key(problem)}: {error}", file=sys.stderr)
     finally:  # after Ctrl-C, too
+        if len(results) < len(chosen):
+            print(f"{len(chosen) - len(results)} problems are not measured", file=sys.stderr)
         table = table_of(results, name, capability, old)
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(json.dumps(table, indent=1) + "\n")

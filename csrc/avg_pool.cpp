@@ -79,8 +79,8 @@ CVK_HOST_DEVICE void pool_rows_nhwc(const void* x_data, void* out_data, const Pr
         // The last block overlaps the one before it.
         for (int64_t next = 0; next < problem.C; next += BLOCK) {
           const int64_t c = next < problem.C - BLOCK ? next : problem.C - BLOCK;
-          pool_block<T, NORMALISES>(x + c, out + c, scale + c, shift + c, problem, h, w, average,
-                                    taps);
+          pool_block<T, NORMALISES>(x + c, out + c, NORMALISES ? scale + c : scale,
+                                    NORMALISES ? shift + c : shift, problem, h, w, average, taps);
         }
         continue;
       }

@@ -2,7 +2,7 @@
 //
 // A block has neighbouring packs of channels, at most COLUMNS, and a run of pixels: threads of one
 // row hold neighbouring packs, each row takes every rows-th pixel. Every pass reads and writes each
-// element of its maps once.
+// element of its maps once; the statistics read a few pixels more, the same for all blocks.
 #pragma once
 
 #include <cstdint>
@@ -158,6 +158,10 @@ __device__ void put_part(const Place& place, int64_t C, float* partial_ptr,
 template <int LANES>
 __device__ void add_moments(Total<LANES>& total, const Total<LANES>& other) {
   if (other.count == 0) return;
+  if (total.count == 0) {  // and no 0 times an infinite square
+    total = other;
+    return;
+  }
   const float count = total.count + other.count;
   const float part = other.count / count, weight = total.count * part;
 #pragma unroll

@@ -54,7 +54,7 @@ def _compiler() -> str | None:
 
 
 def _split(text: str) -> list[str]:
-    """The arguments of a call, split at commas outside of any bracket."""
+    """The arguments of a call, split at commas outside of parentheses."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "(") - (character in ")")

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -100,7 +101,11 @@ def vars_of(problem):
 def test_the_table_holds_what_beats_the_heuristic_and_is_read_back(tmp_path):
     one, two, noise = results()
     stale = {"entries": {tuning.key(noise.problem): {"backend": "cudnn"}, "kept": {}}}
-    table = tune.table_of([one, two, noise], "Some GPU", (9, 0), stale)
+    unmeasured = tune.Found(SPATIAL, {}, tuning.heuristic(SPATIAL, (9, 0)))
+    table = tune.table_of([one, two, noise, unmeasured], "Some GPU", (9, 0), stale)
+    assert "kept" not in table["entries"]  # it does not say with which versions
+    versions = {name: table[name] for name in ("torch", "triton")}
+    table = tune.table_of([one, two, noise, unmeasured], "Some GPU", (9, 0), stale | versions)
     assert table["entries"].pop("kept") == {}
     assert set(table["entries"]) == {tuning.key(one.problem), tuning.key(two.problem)}
     path = tmp_path / "table.json"
@@ -110,6 +115,22 @@ def test_the_table_holds_what_beats_the_heuristic_and_is_read_back(tmp_path):
     assert (chosen.block_m, chosen.num_stages) == (64, 3)
     assert tuning.choose(two.problem, "Some GPU", (9, 0)).backend == "cudnn"
     assert tuning.choose(noise.problem, "Some GPU", (9, 0)) == noise.heuristic
+
+
+def test_problems_come_as_they_are_compiled_until_the_time_is_over(monkeypatch, capsys):
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", lambda n, context: ThreadPoolExecutor(n))
+    started = []
+
+    def compiles(problem, device):
+        started.append(device)
+        if problem is SPATIAL:
+            raise RuntimeError("no such GPU")
+
+    monkeypatch.setattr(tune, "compile_candidates", compiles)
+    three = [TINY, SPATIAL, PROLOGUES]
+    assert list(tune.compiled(three, torch.device("cuda:1"), 60.0)) == three
+    assert started == ["cuda:1"] * 3 and "no such GPU" in capsys.readouterr().err
+    assert list(tune.compiled(three, torch.device("cuda:1"), 0.0)) == []
 
 
 def test_the_report_adds_up_all_calls():

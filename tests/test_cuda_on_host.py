@@ -142,7 +142,7 @@ ORDERS = {
 
 @pytest.mark.parametrize("channels", [64, 67, 600])
 @pytest.mark.parametrize("source", ORDERS)
-def test_order_of_threads_and_blocks_changes_nothing(source, channels, host_library):
+def test_order_of_threads_and_blocks_changes_nothing(source, channels, host_library, capfd):
     """What a missing barrier or two writers of one element would change."""
     x, library = channels_last(2, channels, 20, 21), host_library(source)
     results = []
@@ -151,6 +151,14 @@ def test_order_of_threads_and_blocks_changes_nothing(source, channels, host_libr
             result = ORDERS[source](x)
         results.append(result if isinstance(result, tuple) else (result,))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert "runtime error" not in capfd.readouterr().err
+
+
+def test_a_variance_beyond_the_numbers_is_infinite(host_library):
+    x = channels_last(2, 16, 20, 21) * 1e20
+    with host_library("batch_norm_act").in_place_of_the_cpu_ops():
+        _, var = passes.statistics(x)
+    assert torch.equal(var, passes.statistics(x)[1]) and var.isinf().all()
 
 
 @pytest.fixture

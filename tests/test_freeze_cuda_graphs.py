@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import cvkernels
 from cvkernels.freeze import plan as plans
-from cvkernels.freeze.cuda_graphs import WARM_UP, CudaGraph, Pool
+from cvkernels.freeze.cuda_graphs import WARM_UP, CudaGraph, Pool, may_be_captured
 
 
 class Recording(TorchDispatchMode):
@@ -190,6 +190,15 @@ def test_an_arena_waits_for_the_stream_that_had_it(cuda):
     assert second.waited_for == (env.done,) and env.done.recorded_on == (first, second)
 
 
+def test_an_arena_that_is_not_kept_is_done_with(cuda, monkeypatch):
+    monkeypatch.setattr(plans, "KEPT", 0)
+    _, graphs = graphed(SMALL)
+    waited = []
+    monkeypatch.setattr(Stream, "synchronize", lambda self: waited.append(self))
+    graphs[SMALL].plan(torch.randn(SMALL))
+    assert waited == [cuda.current] and not graphs[SMALL].plan._idle
+
+
 def test_a_capture_in_inference_mode_serves_other_modes():
     frozen, graphs = graphed(SMALL)
     x = torch.randn(SMALL)
@@ -236,13 +245,28 @@ class Masked(nn.Module):
         return x[x > 0]
 
 
-@pytest.mark.parametrize("kind", [Waiting, Hooked, Masked])
+class MaskedColumns(nn.Module):
+    def forward(self, x):
+        return x[:, :, (x > 0).all(1)[0].all(1)]
+
+
+class Where(nn.Module):
+    def forward(self, x):
+        return torch.where(x > 0)[0]
+
+
+class Moved(nn.Module):
+    def forward(self, x):
+        return (x + 1).to("cpu")
+
+
+@pytest.mark.parametrize("kind", [Waiting, Hooked, Masked, MaskedColumns, Where, Moved])
 def test_a_plan_that_may_wait_for_the_gpu_is_not_captured(kind):
-    model = nn.Sequential(kind(), nn.Identity()) if kind is not Hooked else kind()
-    frozen, graphs = graphed(SMALL, model=model)
-    x = torch.rand(SMALL)
-    torch.testing.assert_close(graphs[SMALL](x), frozen(x))
-    assert not Graph.made
+    model = kind() if kind is Hooked else nn.Sequential(kind(), nn.Identity())
+    frozen, _ = graphed(SMALL, model=model)
+    plan = frozen.plan_for(torch.empty(SMALL))
+    assert not all(may_be_captured(step) for step, _ in plan.steps)
+    assert frozen._captured(plan) is plan and not Graph.made
 
 
 def test_torch_s_own_modules_and_functions_are_captured():
@@ -252,12 +276,15 @@ def test_torch_s_own_modules_and_functions_are_captured():
             self.norm, self.conv = nn.GroupNorm(2, 4), nn.Conv2d(3, 4, 1)
 
         def forward(self, x):
-            x = torch.nn.functional.pad(self.norm(self.conv(x)), (1, 1)).mul(2)
+            x = torch.nn.functional.pad(self.norm(self.conv(x)), (1, 1)).mul(2).to(x.dtype)
+            x = torch.where(x > 0, x, x[:, :, :, :1].to(torch.float32))
             return torch.chunk(x, 2, 1)[0]
 
     frozen, graphs = graphed(SMALL, model=Own())
     x = torch.rand(SMALL)
-    assert any(step.op == "call" for step, _ in graphs[SMALL].plan.steps)
+    plan = graphs[SMALL].plan
+    assert sum(step.op == "call" for step, _ in plan.steps) > 4
+    assert isinstance(frozen._captured(plan), CudaGraph)
     torch.testing.assert_close(graphs[SMALL](x), frozen(x))
     assert Graph.made
 

@@ -121,7 +121,8 @@ def test_rates_are_measured_per_dtype_and_once(monkeypatch):
 
 def test_the_matrix_rate_is_taken_in_the_precision_of_convolutions(monkeypatch):
     products, seen = torch.backends.cuda.matmul, []
-    before = products.fp32_precision
+    convolutions = torch.backends.cudnn.conv
+    before, before_conv = products.fp32_precision, convolutions.fp32_precision
     monkeypatch.setattr(machines, "last_level_cache", lambda device: 2**10)
     measure = machines.interleave
 
@@ -130,8 +131,12 @@ def test_the_matrix_rate_is_taken_in_the_precision_of_convolutions(monkeypatch):
         return measure(*args)
 
     monkeypatch.setattr(machines, "interleave", watched)
-    Machine(CPU).rates(torch.float32)
-    assert seen == [torch.backends.cudnn.conv.fp32_precision] and products.fp32_precision == before
+    convolutions.fp32_precision = "tf32"
+    try:
+        Machine(CPU).rates(torch.float32)
+    finally:
+        convolutions.fp32_precision = before_conv
+    assert seen == ["tf32"] and products.fp32_precision == before
 
 
 def test_wrong_result_is_refused_before_timing(machine):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx.node import map_aggregate
+from torch.utils._pytree import tree_leaves
 
 from cvkernels import record
 from cvkernels.freeze.graph import Node, Ref
@@ -22,8 +23,8 @@ WARM_UP = 2
 # and methods that wait for the GPU.
 CAPTURABLE = ("torch.", "torchvision.ops.", "cvkernels.", "_operator.")
 WAITS = frozenset(
-    "allclose argwhere bincount cpu equal is_nonzero item masked_select nonzero numpy "
-    "repeat_interleave to tolist unique unique_consecutive".split()
+    "allclose argwhere bincount cpu equal is_nonzero item masked_select multinomial nonzero numpy "
+    "one_hot repeat_interleave tolist unique unique_consecutive".split()
 )
 # One capture at a time in a process: it has to do with the state of random generators, too.
 _capturing = threading.Lock()
@@ -48,15 +49,15 @@ class CudaGraph:
     and returns a copy of the output. All happens on the caller's stream under the pool's lock, and
     an event keeps a call on another stream from writing before the one ahead of it is done.
 
-    A plan that calls code of others runs step by step: what waits for the GPU cannot be captured,
-    and a capture that fails leaves PyTorch's random generators unusable.
+    A capture that fails is made good as far as PyTorch lets it, and the plan then runs step by
+    step; :func:`may_be_captured` keeps those away that would fail.
     """
 
     def __init__(self, plan: Plan, pool: Pool) -> None:
         self.plan = plan
         self._pool = pool
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._refused = any(not may_be_captured(step) for step, _ in plan.steps)
+        self._refused = False
 
     def __call__(self, x: Tensor) -> Any:
         watched = record.active() is not None or torch.cuda.is_current_stream_capturing()
@@ -94,9 +95,8 @@ class CudaGraph:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate meanwhile: only this one's calls are the graph's.
-        mode = "thread_local"
-        pool = self._pool.handle
-        with _capturing, torch.cuda.graph(graph, pool, side, capture_error_mode=mode):
+        only_this = {"stream": side, "capture_error_mode": "thread_local"}
+        with _capturing, torch.cuda.graph(graph, self._pool.handle, **only_this):
             self._output = self.plan(self._input)  # in an arena of the graph's memory
         self.plan.drop_arenas()
         self._graph = graph
@@ -123,16 +123,23 @@ def may_be_captured(step: Node) -> bool:
     """False for a call of code that may wait for the GPU."""
     if step.op != "call":
         return True
-    target = step.attrs["target"]
+    target, args = step.attrs["target"], step.attrs["args"]
     if step.attrs["kind"] == "method":
-        return target not in WAITS
+        # A device is a string or torch.device: to() another one waits.
+        moves = target == "to" and any(isinstance(arg, (str, torch.device)) for arg in args[1:])
+        moves = moves or (target == "to" and "device" in step.attrs["kwargs"])
+        return target not in WAITS and not moves
     if isinstance(target, nn.Module):
         return all(
             f"{type(module).__module__}.".startswith(CAPTURABLE)
             and not (module._forward_hooks or module._forward_pre_hooks)
             for module in target.modules()
         )
-    if target is operator.getitem and isinstance(step.attrs["args"][1], Ref):
+    if target is operator.getitem and any(isinstance(part, Ref) for part in tree_leaves(args[1])):
         return False  # a mask, perhaps
+    if target is torch.where and len(args) == 1:
+        return False
+    if target is getattr:  # a shape or a dtype
+        return True
     home = getattr(target, "__module__", "") or "torch"  # torch's built-in functions have None
     return f"{home}.".startswith(CAPTURABLE) and getattr(target, "__name__", "") not in WAITS

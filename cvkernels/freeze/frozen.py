@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cvkernels.freeze import saving
 from cvkernels.freeze.backends import writes_slices
 from cvkernels.freeze.capture import capture
-from cvkernels.freeze.cuda_graphs import CudaGraph, Pool
+from cvkernels.freeze.cuda_graphs import CudaGraph, Pool, may_be_captured
 from cvkernels.freeze.fuse import fuse, own_weights
 from cvkernels.freeze.graph import Graph, Like, Node, fill
 from cvkernels.freeze.plan import Plan
@@ -55,7 +55,8 @@ def freeze(
     step and where its result lies: in one arena that values share when they do not live at the same
     time, and where concatenations are slices that their parts are written to. The first call with
     an arena records what its native CPU kernels do there, and later calls repeat that without
-    Python or a dispatcher between them; ``explain`` and a profiler still see every step.
+    Python or a dispatcher between them; on CUDA a plan is one CUDA graph, but for one that calls
+    code which may wait for the GPU. ``explain`` and a profiler still see every step.
 
     Args:
         model: in eval. Its parameters are copied: what changes in them later does not reach the
@@ -262,7 +263,10 @@ class Frozen(nn.Module):
         self._used = {shape: self._used.get(shape, -1) for shape in self._plans}
 
     def _captured(self, plan: Plan) -> Plan | CudaGraph:
-        """The plan as a CUDA graph, while there are few of them."""
+        """The plan as a CUDA graph, while there are few of them; not one that may wait for the
+        GPU."""
+        if not all(may_be_captured(step) for step, _ in plan.steps):
+            return plan
         if sum(isinstance(other, CudaGraph) for other in self._plans.values()) >= GRAPHS:
             return plan
         if self._pool is None:

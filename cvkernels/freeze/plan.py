@@ -86,11 +86,8 @@ class Plan:
         # oneDNN's relu turns NaN into 0: a bad image must not come out as plausible logits.
         if self.hides_nan and not math.isfinite(x.sum().item()):
             _spoil(results, x)
-        if not captured and len(self._idle) < KEPT:
-            if self.on_cuda:
-                env.done = env.done or torch.cuda.Event()
-                env.done.record(torch.cuda.current_stream(self.device))
-            self._idle.append(env)
+        if not captured:
+            self._give_back(env)
         return results[0] if self.single else fill(self.output, results)
 
     def drop_arenas(self) -> list[Env]:
@@ -115,6 +112,18 @@ class Plan:
         if env.done is not None:  # of a call on another stream, perhaps
             torch.cuda.current_stream(self.device).wait_event(env.done)
         return env
+
+    def _give_back(self, env: Env) -> None:
+        full = len(self._idle) >= KEPT
+        if self.on_cuda:
+            stream = torch.cuda.current_stream(self.device)
+            if full:  # its memory is free for every stream then
+                stream.synchronize()
+            else:
+                env.done = env.done or torch.cuda.Event()
+                env.done.record(stream)
+        if not full:
+            self._idle.append(env)
 
     def _new_env(self) -> Env:
         """The values of a call before it: those in an arena of its own, and None for the others.

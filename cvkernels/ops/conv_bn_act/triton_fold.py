@@ -84,7 +84,7 @@ def plan(weight: Tensor, bias: Tensor | None, bn: BatchNormParams) -> tuple[Laun
 def fold(weight: Tensor, bias: Tensor | None, bn: BatchNormParams) -> tuple[Tensor, Tensor]:
     """Weight, channels_last, and bias of the one convolution that equals conv + batch norm.
 
-    Both have weight's dtype; computed in float64 and rounded.
+    Both have weight's dtype; computed in float64, eps being a float32, and rounded.
     """
     launch, folded, shift = plan(weight, bias, bn)
     with torch.cuda.device_of(weight):
