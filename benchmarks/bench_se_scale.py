@@ -89,7 +89,7 @@ class InBlock:
 
     def __call__(self, x: Tensor, *layers_act_residual) -> Tensor:
         call = self._call(*layers_act_residual)
-        if self._run is None or record.is_active():
+        if self._run is None or record.current() is not None:
             return squeeze_excite(x, *call, out=x)
         return self._run(x, call[5], x)
 

@@ -11,7 +11,11 @@ from benchmarks import (
     bench_max_pool,
     bench_mbconv,
     harness,
+    kernels,
+    machine,
 )
+from benchmarks.machine import Settings
+from benchmarks.report import Rates
 from cvkernels import explain, extension, record
 
 
@@ -89,3 +93,18 @@ def test_stock_is_the_reference():
                 trial = harness.Trial(case)
                 for variant in ("eager", "cvkernels"):
                     trial.check(case.variants[variant]())
+
+
+@pytest.mark.parametrize("op", kernels.ops())
+def test_every_variant_of_an_op_runs_and_is_right(op, monkeypatch):
+    """On the smallest of its maps, without what compiles."""
+    monkeypatch.setattr(machine, "last_level_cache", lambda device: 2**10)
+    monkeypatch.setattr(machine.Machine, "rates", lambda self, dtype: Rates(1.0, 1.0))
+    cases = kernels.cases(CPU, [torch.float32], 1, [op], quick=True, compiled="none")
+    by_op = {}
+    for case in sorted(cases, key=lambda case: case.bytes or 0):
+        if case.part == "forward":
+            by_op.setdefault(case.op, case)
+    once = Settings(rounds=1, seconds=60.0, least=1)
+    rows = harness.run(list(by_op.values()), machine.Machine(CPU), once).rows
+    assert {row.status for row in rows} == {"measured"}, [row.note for row in rows]
