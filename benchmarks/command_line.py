@@ -129,9 +129,13 @@ def check_writable(path: Path) -> None:
 
 
 def write_report(path: Path, report: Report) -> None:
+    write_json(path, report.as_dict())
+
+
+def write_json(path: Path, content: dict) -> None:
     """Whole or not at all, so that a killed run leaves what it had before."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
     partial.replace(path)
 
 

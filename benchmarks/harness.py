@@ -170,7 +170,8 @@ def measure_case(
                     machine.rest()
                 if (timed := prepare(trial, row)) is not None:
                     calls[name] = timed
-            if case.network:  # whoever was prepared later had the others' kernels compiled anew
+            if case.network and machine.device.type == "cuda" and case.part != "memory":
+                # Whoever was prepared later had the others' kernels compiled anew.
                 for timed in calls.values():
                     timed.run(*timed.setup())
             machine.hide_launches(calls.values())

@@ -15,7 +15,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import sys
 import time
 from collections import Counter
@@ -31,8 +30,8 @@ from numerics import assert_close_as_eager
 from torch import Tensor
 
 import cvkernels
-from benchmarks.command_line import Refused, check_writable, count, device_of, dtypes_of
-from benchmarks.environment import ROOT, default_device, environment
+from benchmarks.command_line import Refused, check_writable, count, device_of, dtypes_of, write_json
+from benchmarks.environment import default_device, environment
 from benchmarks.machine import Machine, Settings, Timed, interleave
 from benchmarks.report import DTYPES, summarize
 from cvkernels import backend as backends
@@ -276,8 +275,7 @@ def main(options: argparse.Namespace) -> int:
     if device.type != "cuda":
         raise Refused("tune measures a GPU, and torch finds no CUDA device here")
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    path = options.json or ROOT / "cvkernels" / "tuned" / f"{slug}.json"
+    path = options.json or tuning.shipped_table(name)
     path.parent.mkdir(exist_ok=True)
     old = json.loads(path.read_text()) if path.exists() else {}
     check_writable(path)
@@ -302,9 +300,6 @@ def main(options: argparse.Namespace) -> int:
     finally:  # after Ctrl-C, too
         if len(results) < len(chosen):
             print(f"{len(chosen) - len(results)} problems are not measured", file=sys.stderr)
-        table = table_of(results, name, capability, old)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(table, indent=1) + "\n")
-        partial.replace(path)
+        write_json(path, table_of(results, name, capability, old))
         print(report(results, calls))
     return 0

@@ -1,5 +1,6 @@
 // dense_concat on CUDA. Schema: cvkernels/ops/dense_concat/op.py.
 #include "check.h"
+#include "cuda_elements.h"
 #include "cuda_pack.h"
 #include "dense_concat.h"
 #include "dense_concat_call.h"
@@ -65,30 +66,13 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// Any strides: one thread moves one element. CHANNELS_INNER says which axis neighbouring threads
-// walk along.
+// Any strides: one thread moves one element.
 template <typename T, typename Index, bool CHANNELS_INNER>
 __global__ void __launch_bounds__(THREADS)
     dense_concat_strided_kernel(const T* __restrict__ src_ptr,  // [N, C, H, W]
                                 T* __restrict__ out_ptr,        // [N, C, H, W]
                                 Problem problem) {
-  const Index C = problem.C, H = problem.H, W = problem.W;
-  const int64_t total = problem.pixels() * problem.C;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * THREADS;
-  for (int64_t item = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x; item < total;
-       item += step) {
-    Index rest = item;
-    Index c, w;
-    if constexpr (CHANNELS_INNER) {
-      c = rest % C, rest /= C;
-      w = rest % W, rest /= W;
-    } else {
-      w = rest % W, rest /= W;
-    }
-    const Index h = rest % H;
-    rest /= H;
-    if constexpr (!CHANNELS_INNER) c = rest % C, rest /= C;
-    const int64_t n = rest;
+  const auto move = [&](int64_t n, int64_t c, int64_t h, int64_t w) {
     const auto offset = [&](const Strides& strides) {
       return n * strides.n + c * strides.c + h * strides.h + w * strides.w;
     };
@@ -97,7 +81,8 @@ __global__ void __launch_bounds__(THREADS)
       x = Number<T>::narrow(
           affine_of<T>(problem.bn, c)(Number<T>::widen(x), Affine<float>::lowest(problem.relu)));
     out_ptr[offset(problem.out)] = x;
-  }
+  };
+  over_elements<THREADS, Index, CHANNELS_INNER>(problem.N, problem.C, problem.H, problem.W, move);
 }
 
 template <typename T>
@@ -106,21 +91,11 @@ bool packable(const void* data, const Problem& problem, const Strides& strides) 
                              problem.H > 1 ? strides.h : 0, strides.w);
 }
 
-template <typename T, typename Index>
-void launch_strided(const Problem& problem, const T* src, T* out, cudaStream_t stream) {
-  const unsigned grid = grid_of((problem.pixels() * problem.C + THREADS - 1) / THREADS);
-  if (problem.out.c == 1)
-    dense_concat_strided_kernel<T, Index, true><<<grid, THREADS, 0, stream>>>(src, out, problem);
-  else
-    dense_concat_strided_kernel<T, Index, false><<<grid, THREADS, 0, stream>>>(src, out, problem);
-}
-
 template <typename T>
 void launch(Type<T>, const Problem& problem, const void* src_data, void* out_data,
             cudaStream_t stream) {
   const T* src = static_cast<const T*>(src_data);
   T* out = static_cast<T*>(out_data);
-  constexpr int64_t INDEX_MAX = std::numeric_limits<int32_t>::max() - THREADS;
   const int64_t packs = problem.C * static_cast<int64_t>(sizeof(T)) / sizeof(Pack);
   const int64_t columns = std::min<int64_t>(packs, THREADS);
   if (packable<T>(src, problem, problem.src) && packable<T>(out, problem, problem.out) &&
@@ -132,10 +107,12 @@ void launch(Type<T>, const Problem& problem, const void* src_data, void* out_dat
       dense_concat_nhwc_kernel<T, true><<<grid, THREADS, 0, stream>>>(src, out, problem);
     else
       dense_concat_nhwc_kernel<T, false><<<grid, THREADS, 0, stream>>>(src, out, problem);
-  } else if (problem.pixels() * problem.C <= INDEX_MAX) {
-    launch_strided<T, uint32_t>(problem, src, out, stream);
   } else {
-    launch_strided<T, int64_t>(problem, src, out, stream);
+    launch_over_elements<THREADS>(problem.pixels() * problem.C, problem.out.c == 1,
+                                  [&]<typename Index, bool CHANNELS_INNER>(unsigned grid) {
+                                    dense_concat_strided_kernel<T, Index, CHANNELS_INNER>
+                                        <<<grid, THREADS, 0, stream>>>(src, out, problem);
+                                  });
   }
 }
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "cuda_elements.h"
 #include "cuda_pack.h"
 #include "pool.h"
 
@@ -52,45 +53,16 @@ struct PackPlace {
   }
 };
 
-// Calls body(n, c, p, q) for this thread's outputs, of a tensor with any strides. CHANNELS_INNER
-// says which axis neighbouring threads walk along; Index counts all outputs.
+// Calls body(n, c, p, q) for this thread's outputs; see over_elements.
 template <typename Index, bool CHANNELS_INNER, typename Body>
 __device__ void over_outputs(const Problem& problem, Body&& body) {
-  const Index C = problem.C, P = problem.P, Q = problem.Q;
-  const int64_t total = problem.N * problem.C * problem.P * problem.Q;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * THREADS;
-  for (int64_t item = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x; item < total;
-       item += step) {
-    Index rest = item;
-    Index c, q;
-    if constexpr (CHANNELS_INNER) {
-      c = rest % C, rest /= C;
-      q = rest % Q, rest /= Q;
-    } else {
-      q = rest % Q, rest /= Q;
-    }
-    const Index p = rest % P;
-    rest /= P;
-    if constexpr (!CHANNELS_INNER) c = rest % C, rest /= C;
-    body(int64_t(rest), int64_t(c), int64_t(p), int64_t(q));
-  }
+  over_elements<THREADS, Index, CHANNELS_INNER>(problem.N, problem.C, problem.P, problem.Q, body);
 }
 
-// Calls launch.operator()<Index, CHANNELS_INNER>(grid) for a kernel of over_outputs.
 template <typename Launch>
 void launch_over_outputs(const Problem& problem, Launch&& launch) {
-  const int64_t total = problem.N * problem.C * problem.P * problem.Q;
-  const unsigned grid = grid_of((total + THREADS - 1) / THREADS);
-  const bool small = total <= std::numeric_limits<int32_t>::max() - THREADS;
-  const bool channels_inner = problem.x_stride_c == 1;
-  if (small && channels_inner)
-    launch.template operator()<uint32_t, true>(grid);
-  else if (small)
-    launch.template operator()<uint32_t, false>(grid);
-  else if (channels_inner)
-    launch.template operator()<int64_t, true>(grid);
-  else
-    launch.template operator()<int64_t, false>(grid);
+  launch_over_elements<THREADS>(problem.N * problem.C * problem.P * problem.Q,
+                                problem.x_stride_c == 1, launch);
 }
 
 }  // namespace cvkernels::pool

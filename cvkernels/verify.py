@@ -88,9 +88,10 @@ def verify(
     """Compare ``model(example)`` with float64 and with stock PyTorch in example's dtype.
 
     The rule: our error against float64 may be at most twice stock PyTorch's, plus one rounding of
-    the layer's largest value. Stock's is the larger of those in its two memory layouts, since by
-    few outputs one alone may seem all but exact. A row is a convolution with the norm, residual and
-    activation that run with it, or another module; errors are those accumulated since the input.
+    the layer's largest value, to TF32 where convolutions may compute in it. Stock's is the larger
+    of those in its two memory layouts, since by few outputs one alone may seem all but exact. A row
+    is a convolution with the norm, residual and activation that run with it, or another module;
+    errors are those accumulated since the input.
 
     Args:
         model: in eval mode, or what :func:`cvkernels.freeze` returned, of which the outputs alone

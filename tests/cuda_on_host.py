@@ -17,7 +17,7 @@ import subprocess
 from pathlib import Path
 
 import torch
-from torch.utils.file_baton import FileBaton
+from made_once import made_once
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADERS = ROOT / "tests" / "cuda_on_host"
@@ -92,31 +92,14 @@ def _compile(source: Path, namespace: str, target: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def _compiled(source: Path, namespace: str, folder: Path) -> Path:
-    """The library of a .cu file in folder; of several processes one compiles, the others wait."""
-    target = folder / f"{source.stem}.so"
-    baton = FileBaton(str(folder / f"{source.stem}.lock"))
-    while not target.exists():
-        if not baton.try_acquire():
-            baton.wait()
-            continue
-        try:
-            if not target.exists():
-                part = folder / f"{source.stem}.part"
-                _compile(source, namespace, part)
-                os.replace(part, target)
-        finally:
-            baton.release()
-    return target
-
-
 class HostLibrary:
     """The ops of one .cu file on CPU tensors, compiled in folder."""
 
     def __init__(self, source: Path, folder: Path, namespace: str = "") -> None:
         namespace = namespace or f"cuda_on_host_{source.stem}"
         names = re.findall(r'library\.impl\("(\w+)"', source.read_text())
-        path = str(_compiled(source, namespace, folder))
+        target = folder / f"{source.stem}.so"
+        path = str(made_once(target, lambda part: _compile(source, namespace, part)))
         self._schemas = torch.library.Library(namespace, "FRAGMENT")
         for name in names:
             schema = str(getattr(torch.ops.cvkernels, name).default._schema)

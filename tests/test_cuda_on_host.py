@@ -12,6 +12,7 @@ import test_inception_training
 import test_max_pool
 import torch
 from cuda_on_host import HostLibrary
+from made_once import shared_folder
 
 from cvkernels import extension
 from cvkernels.functional import avg_pool, dense_concat, max_pool
@@ -25,11 +26,9 @@ LIBRARIES: dict[str, HostLibrary] = {}
 
 
 @pytest.fixture
-def host_library(request, tmp_path_factory):
+def host_library(tmp_path_factory):
     """By the name of a .cu file, the library of its ops."""
-    folder = tmp_path_factory.getbasetemp()
-    if hasattr(request.config, "workerinput"):  # one folder for all test processes
-        folder = folder.parent
+    folder = shared_folder(tmp_path_factory)
 
     def library(name: str) -> HostLibrary:
         if name not in LIBRARIES:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from torch.utils.file_baton import FileBaton
+from made_once import made_once, shared_folder
 
 ROOT = Path(__file__).parents[1]
 PROCESSES = 2
@@ -42,19 +42,8 @@ def compile_in_processes(op: str, cases: list) -> list[dict]:
 
 def compiled_once(op: str, cases: list, factory: pytest.TempPathFactory) -> list[dict]:
     """The results of ``cases``; of several test processes, one compiles and the others wait."""
-    folder = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    path, part = folder / f"{op}.json", folder / f"{op}.part"
-    baton = FileBaton(str(folder / f"{op}.lock"))
-    while not path.exists():
-        if not baton.try_acquire():
-            baton.wait()
-            continue
-        try:
-            if not path.exists():
-                part.write_text(json.dumps(compile_in_processes(op, cases)))
-                part.replace(path)
-        finally:
-            baton.release()
+    path = made_once(
+        shared_folder(factory) / f"{op}.json",
+        lambda part: part.write_text(json.dumps(compile_in_processes(op, cases))),
+    )
     return json.loads(path.read_text())

@@ -226,11 +226,16 @@ def load_table(path: str | Path) -> int:
     return len(entries)
 
 
+def shipped_table(device_name: str) -> Path:
+    """Where a device's table is, if there is one."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+    return _SHIPPED / f"{slug}.json"
+
+
 @functools.cache
 def _entries(device_name: str) -> dict[str, Config | dict]:
     """All entries known for a device; starts as the shipped table, if there is one."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
-    file = _SHIPPED / f"{slug}.json"
+    file = shipped_table(device_name)
     return _parse(file.read_text(), str(file))[1] if file.is_file() else {}
 
 
