@@ -19,15 +19,23 @@ bool packs(const void* data, int64_t C, int64_t stride) {
          reinterpret_cast<uintptr_t>(data) % ALIGNED == 0;
 }
 
+// The blocks of a pass, grid.x of them along the pixels, and the pixels that each of those has.
+struct Blocks {
+  dim3 grid;
+  int64_t share;
+};
+
 // Blocks whose threads have `pixels` pixels each, or more where that were over `most_parts`.
 template <int LANES>
-dim3 grid_for(const Matrix& x, int64_t pixels, int64_t most_parts) {
+Blocks blocks_for(const Matrix& x, int64_t pixels, int64_t most_parts) {
   const int64_t packed = x.C / LANES;
   const int64_t columns = std::min<int64_t>(packed, COLUMNS);
   const int64_t of_block = THREADS / columns * pixels;
-  const int64_t parts = std::min((x.pixels + of_block - 1) / of_block, most_parts);
-  return dim3(static_cast<unsigned>(std::max<int64_t>(1, parts)),
-              static_cast<unsigned>((packed + columns - 1) / columns));
+  const int64_t parts =
+      std::max<int64_t>(1, std::min((x.pixels + of_block - 1) / of_block, most_parts));
+  return {
+      dim3(static_cast<unsigned>(parts), static_cast<unsigned>((packed + columns - 1) / columns)),
+      (x.pixels + parts - 1) / parts};
 }
 
 // Calls launch.operator()<LANES>() with 16 bytes of T, or with one element.
@@ -66,14 +74,14 @@ void statistics(const Tensor& x, const Tensor& mean, const Tensor& var) {
     const T* x_ptr = static_cast<const T*>(x.const_data_ptr());
     constexpr int WIDE = sizeof(Pack) / sizeof(T);
     with_lanes<T>(op, map, packs<T, WIDE>(x_ptr, map.C, map.stride), [&]<int LANES>() {
-      const dim3 grid = grid_for<LANES>(map, PIXELS, PARTS);
+      const auto [grid, share] = blocks_for<LANES>(map, PIXELS, PARTS);
       const Tensor partial = partial_sums(x, grid);
       float* partial_ptr = static_cast<float*>(partial.mutable_data_ptr());
       batch_norm_act_statistics_kernel<T, LANES>
-          <<<grid, THREADS, 0, stream>>>(x_ptr, partial_ptr, map);
+          <<<grid, THREADS, 0, stream>>>(x_ptr, partial_ptr, map, share);
       batch_norm_act_statistics_finish_kernel<T>
           <<<finish_grid(map.C), dim3(FINISH_CHANNELS, FINISH_ROWS), 0, stream>>>(
-              x_ptr, partial_ptr, grid.x, map, mean_ptr, var_ptr);
+              x_ptr, partial_ptr, grid.x, map, share, mean_ptr, var_ptr);
     });
   });
   CVK_CHECK_LAUNCH(op);
@@ -96,9 +104,9 @@ void apply(const Tensor& x, const Maybe& weight, const Maybe& bias, const Tensor
     const bool packed =
         packs<T, WIDE>(x_ptr, map.C, map.stride) && packs<T, WIDE>(out_ptr, map.C, to.stride);
     with_lanes<T>(op, map, packed, [&]<int LANES>() {
+      const auto [grid, share] = blocks_for<LANES>(map, STREAMED, 1 << 20);
       batch_norm_act_apply_kernel<T, LANES>
-          <<<grid_for<LANES>(map, STREAMED, 1 << 20), THREADS, 0, stream>>>(x_ptr, out_ptr, map,
-                                                                            to.stride, bn, relu);
+          <<<grid, THREADS, 0, stream>>>(x_ptr, out_ptr, map, share, to.stride, bn, relu);
     });
   });
   CVK_CHECK_LAUNCH(op);
@@ -129,15 +137,16 @@ void reduce(const Tensor& grad, const Tensor& x, const Maybe& weight, const Mayb
         packs<T, WIDE>(x_ptr, map.C, map.stride) && packs<T, WIDE>(grad_ptr, map.C, from.stride) &&
         (total_ptr == nullptr || packs<float, WIDE>(total_ptr, map.C, total_stride));
     with_lanes<T>(op, map, packed, [&]<int LANES>() {
-      const dim3 grid = grid_for<LANES>(map, PIXELS, PARTS);
+      const auto [grid, share] = blocks_for<LANES>(map, PIXELS, PARTS);
       const Tensor partial = partial_sums(x, grid);
       float* partial_ptr = static_cast<float*>(partial.mutable_data_ptr());
       if (total_ptr == nullptr)
         batch_norm_act_reduce_kernel<T, LANES, false><<<grid, THREADS, 0, stream>>>(
-            grad_ptr, x_ptr, nullptr, partial_ptr, map, from.stride, 0, bn, relu);
+            grad_ptr, x_ptr, nullptr, partial_ptr, map, share, from.stride, 0, bn, relu);
       else
-        batch_norm_act_reduce_kernel<T, LANES, true><<<grid, THREADS, 0, stream>>>(
-            grad_ptr, x_ptr, total_ptr, partial_ptr, map, from.stride, total_stride, bn, relu);
+        batch_norm_act_reduce_kernel<T, LANES, true>
+            <<<grid, THREADS, 0, stream>>>(grad_ptr, x_ptr, total_ptr, partial_ptr, map, share,
+                                           from.stride, total_stride, bn, relu);
       batch_norm_act_reduce_finish_kernel<T>
           <<<finish_grid(map.C), dim3(FINISH_CHANNELS, FINISH_ROWS), 0, stream>>>(
               partial_ptr, grid.x, map, bn, results);
@@ -170,14 +179,14 @@ void input_gradient(const Tensor& grad, const Tensor& x, const Maybe& weight, co
                         (wide ? packs<float, WIDE>(grad.const_data_ptr(), map.C, from.stride)
                               : packs<T, WIDE>(grad.const_data_ptr(), map.C, from.stride));
     with_lanes<T>(op, map, packed, [&]<int LANES>() {
-      const dim3 grid = grid_for<LANES>(map, STREAMED, 1 << 20);
+      const auto [grid, share] = blocks_for<LANES>(map, STREAMED, 1 << 20);
       if (wide)
         batch_norm_act_input_gradient_kernel<T, float, LANES><<<grid, THREADS, 0, stream>>>(
-            static_cast<const float*>(grad.const_data_ptr()), x_ptr, out_ptr, map, from.stride,
-            to.stride, bn, relu, slope_ptr, offset_ptr);
+            static_cast<const float*>(grad.const_data_ptr()), x_ptr, out_ptr, map, share,
+            from.stride, to.stride, bn, relu, slope_ptr, offset_ptr);
       else
         batch_norm_act_input_gradient_kernel<T, T, LANES><<<grid, THREADS, 0, stream>>>(
-            static_cast<const T*>(grad.const_data_ptr()), x_ptr, out_ptr, map, from.stride,
+            static_cast<const T*>(grad.const_data_ptr()), x_ptr, out_ptr, map, share, from.stride,
             to.stride, bn, relu, slope_ptr, offset_ptr);
     });
   });

@@ -26,8 +26,10 @@ struct Place {
   int64_t c, first, last;  // first channel of the pack; pixels of the block
   bool inside;
 
+  // share: pixels of a block, the same for all but the last ones. The host divides: a 64-bit
+  // division here is a call of some hundred instructions, around which registers are spilled.
   template <int LANES>
-  static __device__ Place of(int64_t pixels, int64_t C) {
+  static __device__ Place of(int64_t pixels, int64_t C, int64_t share) {
     const int64_t packs = C / LANES;
     Place place;
     place.columns = packs < COLUMNS ? static_cast<int>(packs) : COLUMNS;
@@ -36,19 +38,15 @@ struct Place {
     place.row = threadIdx.x / place.columns;
     const int64_t pack = int64_t(blockIdx.y) * place.columns + place.column;
     place.c = pack * LANES;
-    place.first = blockIdx.x * share(pixels, gridDim.x);
-    place.last = place.first + pixels_of_part(pixels, gridDim.x, blockIdx.x);
+    place.first = blockIdx.x * share;
+    place.last = place.first + pixels_of_part(pixels, share, blockIdx.x);
     place.inside = place.row < place.rows && pack < packs;
     return place;
   }
 
-  static __device__ int64_t share(int64_t pixels, int64_t parts) {
-    return (pixels + parts - 1) / parts;
-  }
-
-  static __device__ int64_t pixels_of_part(int64_t pixels, int64_t parts, int64_t part) {
-    const int64_t left = pixels - part * share(pixels, parts);
-    return left < 0 ? 0 : (left < share(pixels, parts) ? left : share(pixels, parts));
+  static __device__ int64_t pixels_of_part(int64_t pixels, int64_t share, int64_t part) {
+    const int64_t left = pixels - part * share;
+    return left < 0 ? 0 : (left < share ? left : share);
   }
 
   // Calls body.operator()<COUNT>(p) for this thread's pixels p, p + rows, ..., COUNT together while
@@ -205,8 +203,8 @@ template <typename T, int LANES>
 __global__ void __launch_bounds__(THREADS)
     batch_norm_act_statistics_kernel(const T* x_ptr,      // [pixels, C]
                                      float* partial_ptr,  // [gridDim.x, 2, C]
-                                     Matrix x) {
-  const Place place = Place::of<LANES>(x.pixels, x.C);
+                                     Matrix x, int64_t share) {
+  const Place place = Place::of<LANES>(x.pixels, x.C, share);
   Total<LANES> total = {};
   if (place.inside) {
     float pivot[LANES];
@@ -262,11 +260,12 @@ __device__ bool add_parts(int64_t parts, bool inside, double& first, double& sec
 template <typename T>
 __global__ void __launch_bounds__(FINISH_CHANNELS* FINISH_ROWS)
     batch_norm_act_statistics_finish_kernel(const T* x_ptr, const float* partial_ptr, int64_t parts,
-                                            Matrix x, float* mean_ptr, float* var_ptr) {
+                                            Matrix x, int64_t share, float* mean_ptr,
+                                            float* var_ptr) {
   const int64_t c = int64_t(blockIdx.x) * FINISH_CHANNELS + threadIdx.x;
   double sum, square;
   const auto read = [&](int64_t part, double& first, double& second) {
-    const double pixels = Place::pixels_of_part(x.pixels, parts, part);
+    const double pixels = Place::pixels_of_part(x.pixels, share, part);
     const double mean = partial_ptr[2 * part * x.C + c];
     first = pixels * mean;
     second = partial_ptr[(2 * part + 1) * x.C + c] + pixels * mean * mean;
@@ -284,8 +283,9 @@ template <typename T, int LANES>
 __global__ void __launch_bounds__(THREADS)
     batch_norm_act_apply_kernel(const T* x_ptr,  // [pixels, C]
                                 T* out_ptr,      // [pixels, C], may be x
-                                Matrix x, int64_t out_stride, BatchNorm bn, bool relu) {
-  const Place place = Place::of<LANES>(x.pixels, x.C);
+                                Matrix x, int64_t share, int64_t out_stride, BatchNorm bn,
+                                bool relu) {
+  const Place place = Place::of<LANES>(x.pixels, x.C, share);
   Lanes<float, LANES> vectors[NORM_VECTORS];
   share_vectors(place, x.C, vectors,
                 [&](int64_t c, float* values) { norm_vectors<T>(bn, c, values); });
@@ -313,9 +313,9 @@ __global__ void __launch_bounds__(THREADS, 2)
                                  const T* x_ptr,      // [pixels, C]
                                  float* total_ptr,    // [pixels, C]
                                  float* partial_ptr,  // [gridDim.x, 2, C]
-                                 Matrix x, int64_t grad_stride, int64_t total_stride, BatchNorm bn,
-                                 bool relu) {
-  const Place place = Place::of<LANES>(x.pixels, x.C);
+                                 Matrix x, int64_t share, int64_t grad_stride, int64_t total_stride,
+                                 BatchNorm bn, bool relu) {
+  const Place place = Place::of<LANES>(x.pixels, x.C, share);
   Lanes<float, LANES> vectors[NORM_VECTORS];
   share_vectors(place, x.C, vectors,
                 [&](int64_t c, float* values) { norm_vectors<T>(bn, c, values); });
@@ -368,10 +368,10 @@ __global__ void __launch_bounds__(THREADS)
     batch_norm_act_input_gradient_kernel(const G* grad_ptr,  // [pixels, C]
                                          const T* x_ptr,     // [pixels, C]
                                          T* out_ptr,         // [pixels, C], may be grad or x
-                                         Matrix x, int64_t grad_stride, int64_t out_stride,
-                                         BatchNorm bn, bool relu, const float* slope_ptr,
-                                         const float* offset_ptr) {
-  const Place place = Place::of<LANES>(x.pixels, x.C);
+                                         Matrix x, int64_t share, int64_t grad_stride,
+                                         int64_t out_stride, BatchNorm bn, bool relu,
+                                         const float* slope_ptr, const float* offset_ptr) {
+  const Place place = Place::of<LANES>(x.pixels, x.C, share);
   Lanes<float, LANES> vectors[GRADIENT_VECTORS];
   share_vectors(place, x.C, vectors, [&](int64_t c, float* values) {
     norm_vectors<T>(bn, c, values);
