@@ -1,10 +1,11 @@
-// Arithmetic of batch_norm_act: batch norm with batch statistics and an optional ReLU, and its
+// Arithmetic of batch_norm_act: batch norm with batch statistics and an activation, and its
 // gradient. One definition for CPU and CUDA, no torch header.
 //
 // A map is a matrix: one row per pixel, its channels side by side. With n pixels and, per channel,
 // scale = weight / sqrt(var + eps):
 //
-//   y = relu((x - mean) * scale + bias)      dy = y > 0 ? grad : 0
+//   z = (x - mean) * scale + bias            y = act(z)            dy = grad * act'(z)
+//   y = act(z + residual), act being ReLU or nothing: dy = grad where y > 0
 //   d_bias = sum dy                          d_weight = sum dy * (x - mean) / sqrt(var + eps)
 //   dx = dy * scale + (x - mean) * slope + offset
 //   slope = -scale / sqrt(var + eps) * d_weight / n      offset = -scale * d_bias / n
@@ -14,6 +15,7 @@
 #include <cstdint>
 
 #include "affine.h"
+#include "exponential.h"
 #include "number.h"
 #include "portable.h"
 
@@ -41,16 +43,27 @@ CVK_HOST_DEVICE Norm<typename Number<T>::Wide> norm_of(const BatchNorm& bn, int6
   return {bn.mean.at<T>(c, Wide(0)), scale, bn.bias.at<T>(c, Wide(0))};
 }
 
-// NaN stays NaN in y, and passes the gradient, as in PyTorch.
+// What may stand behind the norm: the activation of z, and the gradient in z from that in y. NaN
+// stays NaN, and passes the gradient, as in PyTorch.
+//
+// ReLU, with lowest = 0, or nothing.
 template <typename Wide>
-CVK_HOST_DEVICE Wide at_least(Wide y, Wide lowest) {
-  return y < lowest ? lowest : y;
-}
+struct Bounded {
+  Wide lowest;
+
+  static CVK_HOST_DEVICE Bounded of(bool relu) { return {Affine<Wide>::lowest(relu)}; }
+  CVK_HOST_DEVICE Wide operator()(Wide z) const { return z < lowest ? lowest : z; }
+  CVK_HOST_DEVICE Wide gradient(Wide grad, Wide z) const { return z <= lowest ? Wide(0) : grad; }
+};
 
 template <typename Wide>
-CVK_HOST_DEVICE Wide relu_gradient(Wide grad, Wide y, Wide lowest) {
-  return y <= lowest ? Wide(0) : grad;
-}
+struct Silu {
+  CVK_HOST_DEVICE Wide operator()(Wide z) const { return z / (Wide(1) + exponential(-z)); }
+  CVK_HOST_DEVICE Wide gradient(Wide grad, Wide z) const {
+    const Wide sigmoid = Wide(1) / (Wide(1) + exponential(-z));
+    return grad * (sigmoid * (Wide(1) + z * (Wide(1) - sigmoid)));
+  }
+};
 
 // The sums of dy and of dy * (x - mean) as a call's four results.
 template <typename T>

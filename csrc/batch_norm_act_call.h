@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "act.h"
 #include "affine_call.h"
 #include "batch_norm_act.h"
 #include "check.h"
@@ -48,6 +49,41 @@ inline Matrix matrix_like(const char* op, const char* name, const Tensor& tensor
             torch::headeronly::toString(x.scalar_type()));
   return matrix_of(op, name, tensor);
 }
+
+// The activation by its number. Beside another map, `what`, only ReLU and none are computed.
+inline Act act_of(const char* op, int64_t act, const char* what = nullptr) {
+  const bool silu = act == static_cast<int64_t>(Act::SILU);
+  CVK_CHECK(op, act == 0 || act == 1 || silu, "act must be 0, 1 or 3, got ", act);
+  CVK_CHECK(op, !silu || what == nullptr, "SiLU does not go with ", what);
+  return static_cast<Act>(act);
+}
+
+// The maps that reduce reads or writes beside grad and x: none, a total, or the two of a sum with a
+// shortcut.
+struct Beside {
+  const void* joined = nullptr;
+  void *masked = nullptr, *total = nullptr;
+  int64_t joined_stride = 0, masked_stride = 0, total_stride = 0;
+
+  static Beside of(const char* op, const Tensor& x, Act act, const Maybe& joined,
+                   const Maybe& masked, const Maybe& total) {
+    CVK_CHECK(op, joined.has_value() == masked.has_value(), "joined and masked belong together");
+    CVK_CHECK(op, !joined || (!total && act == Act::RELU),
+              "joined goes with ReLU and without a total");
+    Beside beside;
+    if (joined) {
+      beside.joined = joined->const_data_ptr();
+      beside.joined_stride = matrix_like(op, "joined", *joined, x, false).stride;
+      beside.masked = masked->mutable_data_ptr();
+      beside.masked_stride = matrix_like(op, "masked", *masked, x, false).stride;
+    }
+    if (total) {
+      beside.total = total->mutable_data_ptr();
+      beside.total_stride = matrix_like(op, "total", *total, x, true).stride;
+    }
+    return beside;
+  }
+};
 
 // A vector that is written, of the dtype that x is computed in.
 inline void* result_of(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {

@@ -27,6 +27,10 @@ SHAPES = {
 }
 
 
+# act, and whether a residual is added before it
+ENDS = [("none", False), ("relu", False), ("silu", False), ("none", True), ("relu", True)]
+
+
 @pytest.fixture(autouse=True)
 def native(device):
     if not extension.has(device.type):
@@ -41,57 +45,91 @@ def make(shape, dtype=torch.float32, device="cpu", mean=0.5, std=1.0):
 
 def vectors(C, dtype=torch.float32, device="cpu"):
     weight, bias = torch.randn(2, C, device=device).to(dtype)
-    weight[0] = 0.0
+    if C > 1:
+        weight[0] = 0.0
     return weight, bias
 
 
-def outcome(function, x, weight, bias, act):
-    """Output, statistics, and the gradients of x, weight and bias."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
-    out = function(*leaves, 1e-3, act)
+def outcome(function, x, weight, bias, act, residual=None):
+    """Output, statistics, and the gradients of x, weight, bias and residual."""
+    tensors = (x, weight, bias, residual)
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    out = function(*leaves[:3], 1e-3, act, leaves[3])
     generator = torch.Generator().manual_seed(1)
     cotangent = torch.randn(out[0].shape, generator=generator, dtype=torch.float64).to(out[0])
     inputs = [t for t in leaves if t is not None]
     return [t.detach() for t in out] + list(torch.autograd.grad(out[0], inputs, cotangent))
 
 
-def ours(x, weight, bias, eps, act):
-    return batch_norm_act(x, weight, bias, eps=eps, act=act, backend="native")
+def ours(x, weight, bias, eps, act, residual=None):
+    return batch_norm_act(x, weight, bias, eps=eps, act=act, residual=residual, backend="native")
 
 
-def check(x, weight, bias, act):
-    actual, eager = (outcome(f, x, weight, bias, act) for f in (ours, batch_norm_act_reference))
-    exact = outcome(
-        batch_norm_act_reference, *(None if t is None else t.double() for t in (x, weight, bias)),
-        act,
-    )  # fmt: skip
-    for a, e, truth in zip(actual, eager, exact, strict=True):
-        assert_close_as_eager(a, e, truth)
+def check(*calls):
+    """Of calls (x, weight, bias, act, residual or nothing), all together: the error of the largest
+    of few sums is a matter of luck."""
+    wide = [[t.double() if isinstance(t, torch.Tensor) else t for t in call] for call in calls]
+    actual = [outcome(ours, *call) for call in calls]
+    eager, exact = (
+        [outcome(batch_norm_act_reference, *call) for call in some] for some in (calls, wide)
+    )
+    for results in zip(*(zip(*some, strict=True) for some in (actual, eager, exact)), strict=True):
+        assert_close_as_eager(*(torch.stack(tensors) for tensors in results))
 
 
-@pytest.mark.parametrize("act", ["none", "relu"])
+def check_shape(shape, dtype, act, adds, device="cpu"):
+    def make_call():
+        residual = make(shape, dtype, device) if adds else None
+        return make(shape, dtype, device), *vectors(shape[1], device=device), act, residual
+
+    check(*(make_call() for _ in range(32 if shape[1] == 1 else 1)))
+
+
+@pytest.mark.parametrize(("act", "adds"), ENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_output_statistics_and_gradients_match_stock(shape, dtype, act, device):
-    check(make(shape, dtype, device), *vectors(shape[1], device=device), act)
+def test_output_statistics_and_gradients_match_stock(shape, dtype, act, adds, device):
+    check_shape(shape, dtype, act, adds, device)
+
+
+def test_a_residual_of_other_strides_and_gradients(device):
+    """A planar residual, one that needs no gradient, and one that alone needs it."""
+    x, residual = (make(SHAPES["odd"], device=device) for _ in range(2))
+    check((x, *vectors(17, device=device), "relu", residual.contiguous()))
+    for leaf, other in ((x, residual), (residual, x)):
+        leaf = leaf.detach().requires_grad_()
+        pair = (leaf, other) if other is residual else (other, leaf)
+        out = batch_norm_act(pair[0], act="relu", residual=pair[1]).out
+        expected = F.relu(F.batch_norm(pair[0], None, None, training=True) + pair[1])
+        grads = (torch.autograd.grad(y.square().sum(), leaf)[0] for y in (out, expected))
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_silu_far_out(device):
+    """Where the exponential is zero, infinite or not a number."""
+    x = make(SHAPES["many-pixels"], device=device)
+    weight, bias = torch.tensor([[300.0, 1.0, 1.0], [0.0, 200.0, -200.0]], device=device)
+    check((x, weight, bias, "silu"))
 
 
 @pytest.mark.parametrize("given", ["weight", "bias", "neither"])
 def test_vectors_may_be_absent_or_of_x_s_dtype(given, device):
     x = make(SHAPES["odd"], torch.bfloat16, device)
     weight, bias = vectors(17, torch.bfloat16, device)
-    check(x, weight if given == "weight" else None, bias if given == "bias" else None, "relu")
+    check((x, weight if given == "weight" else None, bias if given == "bias" else None, "relu"))
 
 
 def test_far_from_zero(device):
     """Sums of squares of x itself would lose the variance."""
     x = make(SHAPES["many-pixels"], device=device, mean=300.0, std=0.1)
-    check(x, *vectors(3, device=device), "relu")
+    check((x, *vectors(3, device=device), "relu"))
 
 
-def test_float64_is_exact():
-    x, (weight, bias) = make(SHAPES["odd"], torch.float64), vectors(17, torch.float64)
-    pairs = (outcome(f, x, weight, bias, "relu") for f in (ours, batch_norm_act_reference))
+@pytest.mark.parametrize(("act", "adds"), ENDS)
+def test_float64_is_exact(act, adds):
+    x, residual = (make(SHAPES["odd"], torch.float64) for _ in range(2))
+    arguments = (x, *vectors(17, torch.float64), act, residual if adds else None)
+    pairs = (outcome(f, *arguments) for f in (ours, batch_norm_act_reference))
     for actual, expected in zip(*pairs, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
@@ -106,10 +144,10 @@ def test_several_norms_share_one_gradient(device):
     slope, offset = (passes.vector_like(x, zero=True) for _ in range(2))
     for (weight, bias), grad in zip(norms, grads, strict=True):
         bn = BatchNormParams(weight, bias, mean, var, 1e-5)
-        passes.reduce(grad, x, bn, True, slope, offset, total[:, 16:])
+        passes.reduce(grad, x, bn, "relu", slope, offset, total[:, 16:])
     out = torch.empty_like(x)
     bn = BatchNormParams(mean=mean)
-    passes.input_gradient(total[:, 16:], x, bn, False, slope, offset, out)
+    passes.input_gradient(total[:, 16:], x, bn, "none", slope, offset, out)
     assert not total[:, :16].any()
 
     def summed(dtype):
@@ -131,10 +169,12 @@ def test_passes_match_their_references(dtype, device):
     slope, offset = torch.randn(2, 17, device=device)
 
     def normalised(x, weight, bias, mean, var):
-        return passes.apply(x, BatchNormParams(weight, bias, mean, var), True, torch.empty_like(x))
+        return passes.apply(
+            x, BatchNormParams(weight, bias, mean, var), "relu", torch.empty_like(x)
+        )
 
     def expected(x, weight, bias, mean, var):
-        return reference.apply_reference(x, BatchNormParams(weight, bias, mean, var), True)
+        return reference.apply_reference(x, BatchNormParams(weight, bias, mean, var), "relu")
 
     assert_matches(
         lambda *args: (normalised if args[0].dtype == dtype else expected)(*args),
@@ -144,11 +184,11 @@ def test_passes_match_their_references(dtype, device):
 
     def finished(grad, x, weight, bias, mean, var, slope, offset):
         bn = BatchNormParams(weight, bias, mean, var)
-        return reference.input_gradient_reference(grad, x, bn, True, slope, offset)
+        return reference.input_gradient_reference(grad, x, bn, "relu", slope, offset)
 
     def ours(grad, x, weight, bias, mean, var, slope, offset):
         bn = BatchNormParams(weight, bias, mean, var)
-        return passes.input_gradient(grad, x, bn, True, slope, offset, torch.empty_like(x))
+        return passes.input_gradient(grad, x, bn, "relu", slope, offset, torch.empty_like(x))
 
     assert_matches(ours, finished, (grad, x, weight, bias, mean, var, slope, offset))
 
@@ -236,11 +276,13 @@ def test_opcheck(device):
     grad, out, total = torch.randn_like(x), torch.empty_like(x), torch.zeros_like(x)
     weight, bias = vectors(5, device=device)
     mean, var, slope, offset, d_weight, d_bias = torch.rand(6, 5, device=device).unbind()
-    ops, norm = torch.ops.cvkernels, (weight, bias, mean, var, 1e-5, True)
+    ops, norm = torch.ops.cvkernels, (weight, bias, mean, var, 1e-5, 1)
     opcheck(ops.batch_norm_act_statistics.default, (x, mean.clone(), var.clone()))
-    opcheck(ops.batch_norm_act_apply.default, (x, *norm, out))
+    opcheck(ops.batch_norm_act_apply.default, (x, *norm, None, out))
+    opcheck(ops.batch_norm_act_apply.default, (x, *norm, grad, out))
     results = [t.clone() for t in (d_weight, d_bias, slope, offset)]
-    opcheck(ops.batch_norm_act_reduce.default, (grad, x, *norm, total, *results))
+    opcheck(ops.batch_norm_act_reduce.default, (grad, x, *norm, None, None, total, *results))
+    opcheck(ops.batch_norm_act_reduce.default, (grad, x, *norm, x, out, None, *results))
     opcheck(ops.batch_norm_act_input_gradient.default, (grad, x, *norm, slope, offset, out))
 
 
@@ -251,6 +293,12 @@ BAD = {
     "dtype": (lambda x: (x.int(),), TypeError, "x must be float32.*got torch.int32"),
     "weight": (lambda x: (x, x.new_ones(3)), ValueError, r"weight must have shape \[4\]"),
     "bias": (lambda x: (x, None, x.new_ones(4, 1)), ValueError, r"bias must have shape \[4\]"),
+    "residual": (
+        lambda x: (x, None, None, x[:1]), ValueError, r"residual must have x's shape",
+    ),
+    "residual-dtype": (
+        lambda x: (x, None, None, x.half()), TypeError, "residual must have x's dtype",
+    ),
     "bias-device": (
         lambda x: (x, None, torch.ones(4, device="meta")), ValueError, "bias must be on x's device",
     ),
@@ -261,16 +309,25 @@ BAD = {
 def test_bad_arguments_are_refused(args, kind, message):
     x = make((2, 4, 5, 6, 4))
     with pytest.raises(kind, match=message):
-        batch_norm_act(*args(x))
+        x, weight, bias, residual = (*args(x), None, None, None)[:4]
+        batch_norm_act(x, weight, bias, residual=residual)
 
 
 def test_unknown_act_and_direct_calls_are_refused():
     x = make((2, 4, 5, 6, 4))
     with pytest.raises(ValueError, match="act must be one of"):
-        batch_norm_act(x, act="silu")
+        batch_norm_act(x, act="gelu")
+    with pytest.raises(ValueError, match="a residual goes with act 'none' or 'relu'"):
+        batch_norm_act(x, act="silu", residual=x)
     mean, var = torch.zeros(2, 4)
     bad_out = torch.empty(2, 4, 5, 7).contiguous(memory_format=torch.channels_last)
     with pytest.raises(RuntimeError, match="out must have x's shape"):
-        torch.ops.cvkernels.batch_norm_act_apply(x, None, None, mean, var, 0.0, True, bad_out)
+        torch.ops.cvkernels.batch_norm_act_apply(x, None, None, mean, var, 0.0, 1, None, bad_out)
+    refused = {"act must be 0, 1 or 3": (2, None, None, None), "SiLU does not go": (3, x, x, x)}
+    refused |= {"belong together": (1, x, None, None), "joined goes with": (0, x, x, None)}
+    for message, (act, *beside) in refused.items():
+        with pytest.raises(RuntimeError, match=message):
+            norm = (None, None, mean, var, 0.0, act)
+            torch.ops.cvkernels.batch_norm_act_reduce(x, x, *norm, *beside, *torch.zeros(4, 4))
     with pytest.raises(RuntimeError, match="channel slice"):
         torch.ops.cvkernels.batch_norm_act_statistics(x.contiguous(), mean, var)

@@ -101,16 +101,18 @@ class TestDenseConcat:
 class TestBatchNormAct:
     source = "batch_norm_act"
 
-    # Of a single sum one rounding is little, and CPU eager sums in double.
-    @pytest.mark.parametrize("act", ["none", "relu"])
+    # CPU eager, which they are held to, sums in double: of one channel that is most of it.
+    @pytest.mark.parametrize(("act", "adds"), test_batch_norm_act.ENDS)
     @pytest.mark.parametrize("dtype", test_batch_norm_act.DTYPES, ids=str)
     @pytest.mark.parametrize(
         "shape", [s for n, s in test_batch_norm_act.SHAPES.items() if "one-channel" not in n]
     )
-    def test_calls(self, shape, dtype, act):
-        x, vectors = test_batch_norm_act.make(shape, dtype), test_batch_norm_act.vectors(shape[1])
-        test_batch_norm_act.check(x, *vectors, act)
+    def test_calls(self, shape, dtype, act, adds):
+        test_batch_norm_act.check_shape(shape, dtype, act, adds)
 
+    test_residuals = staticmethod(
+        test_batch_norm_act.test_a_residual_of_other_strides_and_gradients
+    )
     test_vectors = staticmethod(test_batch_norm_act.test_vectors_may_be_absent_or_of_x_s_dtype)
     test_far_from_zero = staticmethod(test_batch_norm_act.test_far_from_zero)
     test_several_norms = staticmethod(test_batch_norm_act.test_several_norms_share_one_gradient)
@@ -127,7 +129,7 @@ def statistics_and_gradient(x):
     bn = test_batch_norm_act.BatchNormParams(None, None, mean, var)
     slope, offset = (passes.vector_like(x, zero=True) for _ in range(2))
     total = torch.zeros_like(x, dtype=torch.float32)
-    d_weight, d_bias = passes.reduce(x + 1, x, bn, True, slope, offset, total)
+    d_weight, d_bias = passes.reduce(x + 1, x, bn, "relu", slope, offset, total)
     return torch.stack((mean, var, d_weight, d_bias, slope, offset)), total
 
 
@@ -194,11 +196,12 @@ def test_finds_a_missing_barrier_and_a_misaligned_access(tmp_path, capfd):
     """The looking itself: a file that holds such errors is found to."""
     for name, right, wrong in (
         (
-            "batch_norm_act_kernels.h",
+            "batch_norm_act_pixels.h",
             "    __syncthreads();\n    if (place.row",
             "    if (place.row",
         ),
         ("batch_norm_act.cu", "return C % LANES == 0", "return true; false"),
+        ("batch_norm_act_kernels.h", "", ""),  # beside them, so that it includes the first
     ):
         text = (cuda_on_host.ROOT / "csrc" / name).read_text()
         assert right in text

@@ -300,7 +300,7 @@ INVALID = {
                        lambda: se_scale(X, GATE, X[:1])),
     "residual-dtype": (TypeError, "squeeze_excite: residual must have x's dtype",
                        lambda: squeeze_excite(X, W1, B1, W2, B2, "relu", X.half())),
-    "residual-device": (ValueError, "se_scale: residual must be on the input's device",
+    "residual-device": (ValueError, "se_scale: residual must be on x's device",
                         lambda: se_scale(X, GATE, X.to("meta"))),
     "act": (ValueError, r"se_scale: act must be one of \['none', 'relu', 'silu'\], got 'gelu'",
             lambda: se_scale(X, GATE, None, "gelu")),

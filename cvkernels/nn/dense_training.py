@@ -133,13 +133,13 @@ class _DenseBlock(torch.autograd.Function):
                 now, stop = plan.inputs, plan.inputs + plan.outputs
                 bn1 = BatchNormParams(weight1, bias1, mean[:now], var[:now], plan.eps[0])
                 u = passes.apply(
-                    buffer[:, :now], bn1, True, channels_last_view(scratch, (N, now, H, W))
+                    buffer[:, :now], bn1, "relu", channels_last_view(scratch, (N, now, H, W))
                 )
                 a = convolve(u, conv1, conv1_bias, plan.geometry[0])
                 own = slice(start, start + plan.width)
                 statistics = passes.statistics(a, (width_mean[own], width_var[own]))
                 bn2 = BatchNormParams(weight2, bias2, *statistics, plan.eps[1])
-                v = passes.apply(a, bn2, True, torch.empty_like(a) if grad else a)
+                v = passes.apply(a, bn2, "relu", torch.empty_like(a) if grad else a)
                 buffer[:, now:stop].copy_(convolve(v, conv2, conv2_bias, plan.geometry[1]))
                 passes.statistics(buffer[:, now:stop], (mean[now:stop], var[now:stop]))
                 if grad and not plan.recompute:
@@ -170,7 +170,7 @@ class _DenseBlock(torch.autograd.Function):
             out = _map(buffer, (N, last - first, H, W))
             own = slice(first, last)
             return passes.input_gradient(
-                total[:, own], buffer[:, own], BatchNormParams(mean=mean[own]), False,
+                total[:, own], buffer[:, own], BatchNormParams(mean=mean[own]), "none",
                 slope[own], offset[own], out,
             )  # fmt: skip
 
@@ -188,19 +188,19 @@ class _DenseBlock(torch.autograd.Function):
                 bn1 = BatchNormParams(weight1, bias1, mean[:now], var[:now], plan.eps[0])
                 bn2 = BatchNormParams(weight2, bias2, width_mean[own], width_var[own], plan.eps[1])
                 below = x_needs or any(needs[: PER_LAYER * index])
-                u = passes.apply(prefix, bn1, True, channels_last_view(scratch, (N, now, H, W)))
+                u = passes.apply(prefix, bn1, "relu", channels_last_view(scratch, (N, now, H, W)))
                 if plan.recompute:
                     a = convolve(u, conv1, conv1_bias, plan.geometry[0])
                 else:
                     a = kept.pop().contiguous(memory_format=torch.channels_last)
-                v = passes.apply(a, bn2, True, torch.empty_like(a))
+                v = passes.apply(a, bn2, "relu", torch.empty_like(a))
                 d_v, *d_conv2 = convolution_backward(
                     finished(now, now + plan.outputs), v, conv2, plan.geometry[1],
                     (below or any(need[:6]), *need[6:]),
                 )  # fmt: skip
                 d_norm1 = d_norm2 = d_conv1 = (None, None)
                 if d_v is not None:
-                    d_a, *d_norm2 = norm_backward(d_v, a, bn2, True, (True, *need[4:6]))
+                    d_a, *d_norm2 = norm_backward(d_v, a, bn2, "relu", (True, *need[4:6]))
                     d_u, *d_conv1 = convolution_backward(
                         d_a, u, conv1, plan.geometry[0], (below or any(need[:2]), *need[2:4])
                     )
@@ -208,7 +208,7 @@ class _DenseBlock(torch.autograd.Function):
                         if not passes.is_pixel_matrix(d_u):
                             d_u = d_u.contiguous(memory_format=torch.channels_last)
                         d_norm1 = passes.reduce(
-                            d_u, prefix, bn1, True, slope[:now], offset[:now], total[:, :now]
+                            d_u, prefix, bn1, "relu", slope[:now], offset[:now], total[:, :now]
                         )
                 layer = (*d_norm1, *d_conv1, *d_norm2, *d_conv2)
                 own_tensors = tensors[PER_LAYER * index :][:PER_LAYER]
@@ -328,7 +328,7 @@ def _pooling(pool: nn.MaxPool2d | nn.AvgPool2d) -> _Pooling:
     window = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
 
     def normalised(x: Tensor, bn: BatchNormParams) -> Tensor:
-        return passes.apply(x, bn, True, torch.empty_like(x, memory_format=torch.channels_last))
+        return passes.apply(x, bn, "relu", torch.empty_like(x, memory_format=torch.channels_last))
 
     def backward(grad: Tensor, x: Tensor, bn: BatchNormParams) -> Tensor:
         y, sizes = normalised(x, bn), [_pair(size) for size in window[:4]]
@@ -363,5 +363,5 @@ class _NormReluPool(torch.autograd.Function):
         with as_it_is(x):
             grad = grad.contiguous(memory_format=torch.channels_last)
             d_y = ctx.pooling.backward(grad, x, bn)
-            grads = norm_backward(d_y, x, bn, True, ctx.needs_input_grad)
+            grads = norm_backward(d_y, x, bn, "relu", ctx.needs_input_grad)
         return *grads, None, None, None, None

@@ -103,7 +103,7 @@ class _Normalised(Node):
 
     def write(self, leaves: Sequence[Tensor], out: Tensor) -> None:
         y, vectors = leaves
-        passes.apply(_channels_last(y)[:, self.own], self.bn(vectors), True, out)
+        passes.apply(_channels_last(y)[:, self.own], self.bn(vectors), "relu", out)
 
     def _compute(self, leaves: Sequence[Tensor]) -> Tensor:
         own = leaves[0][:, self.own]
@@ -335,7 +335,7 @@ class _ConvBNReLU(Function):
                 out = None if grad_y is None else grad_y[:, node.own]
                 needed = (out is not None, *needs[first + 2 : first + 4])
                 own = y[:, node.own]
-                _, *of_norm = norm_backward(grad, own, node.bn(vectors), True, needed, out)
+                _, *of_norm = norm_backward(grad, own, node.bn(vectors), "relu", needed, out)
                 grads[first + 2 : first + 4] = of_norm
             grad_x = None
             if grad_y is not None:

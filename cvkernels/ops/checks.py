@@ -36,6 +36,19 @@ def check_tensor(op: str, name: str, tensor: Tensor, shape: tuple, letters: str,
     check_device(op, name, tensor, x)
 
 
+def check_residual(op: str, residual: Tensor, x: Tensor) -> None:
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"{op}: residual must have x's shape, {list(x.shape)}, got {list(residual.shape)}"
+        )
+    if residual.dtype != x.dtype:
+        raise TypeError(
+            f"{op}: residual must have x's dtype, {x.dtype}, got {residual.dtype}; "
+            f"convert it with .to(x.dtype)"
+        )
+    check_device(op, "residual", residual, x)
+
+
 def check_vector(op: str, name: str, vector: Tensor, channels: int, x: Tensor) -> None:
     if vector.dim() != 1 or vector.shape[0] != channels:
         raise ValueError(f"{op}: {name} must have shape [{channels}], got {list(vector.shape)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,9 +14,9 @@ from cvkernels.ops import calls, native
 from cvkernels.ops.batch_norm import BatchNormParams
 from cvkernels.ops.batch_norm_act import passes
 from cvkernels.ops.batch_norm_act.reference import batch_norm_act_reference
-from cvkernels.ops.checks import check_vector
+from cvkernels.ops.checks import check_residual, check_vector
 
-ACTS = ("none", "relu")
+ACTS = tuple(passes.ACTS)
 DTYPES = native.DTYPES["cpu"]
 
 
@@ -34,10 +35,11 @@ def batch_norm_act(
     *,
     eps: float = 1e-5,
     act: str = "none",
+    residual: Tensor | None = None,
     backend: Backend = "auto",
 ) -> BatchNormAct:
-    """Batch norm in training, with its activation:
-    ``out = act((x - mean) / sqrt(var + eps) * weight + bias)``, mean and var those of x.
+    """Batch norm in training, with its activation and the shortcut that ends at it:
+    ``out = act((x - mean) / sqrt(var + eps) * weight + bias + residual)``, mean and var those of x.
 
     Args:
         x: Tensor[N, C, H, W], float32, float16, bfloat16 or float64; any strides,
@@ -45,7 +47,8 @@ def batch_norm_act(
         weight: Tensor[C], any floating dtype; None for ones.
         bias: Tensor[C], any floating dtype; None for zeros.
         eps: added to the variance.
-        act: "none" or "relu".
+        act: "none", "relu" or "silu".
+        residual: Tensor[N, C, H, W] of x's dtype, added before act, which is then "none" or "relu".
         backend: see :mod:`cvkernels.backend`. "auto" runs the native passes on CPU and CUDA
             tensors; the reference runs where the compiled part is missing or has no code for the
             GPU, for float64 on CUDA, for x of other strides than those, for CPU tensors under
@@ -58,24 +61,27 @@ def batch_norm_act(
         float64), rounded once. None is a view of x.
 
     Raises:
-        ValueError: a shape or device does not fit, act is not known, or a channel of x has fewer
-            than two elements.
-        TypeError: a dtype is not listed above.
+        ValueError: a shape or device does not fit, act is not known or does not go with residual,
+            or a channel of x has fewer than two elements.
+        TypeError: a dtype is not listed above, or residual's is not x's.
         BackendError: the requested backend cannot run this call.
-        RuntimeError: from the native passes' gradient under ``create_graph=True``, or where x,
-            which they keep for it, was written since.
+        RuntimeError: from the native passes' gradient under ``create_graph=True``, or where what
+            they keep for it was written since.
 
-    Differentiable in x, weight and bias; once, but for the reference. For the gradient the native
-    passes keep x and the vectors, and compute what is behind the norm again.
-    Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
+    Differentiable in x, weight, bias and residual; once, but for the reference. For the gradient
+    the native passes keep x and the vectors, and compute what is behind the norm again; of a ReLU
+    behind a residual they keep the output.
+    Source: Ioffe and Szegedy 2015, arXiv:1502.03167; the shortcut He et al. 2016, arXiv:1512.03385.
     """
-    choice = _checked_choice(x, weight, bias, act, backend)
+    choice = _checked_choice(x, weight, bias, act, residual, backend)
     if choice.backend == "reference":
-        return BatchNormAct(*batch_norm_act_reference(x, weight, bias, eps, act))
-    relu = act == "relu"
-    if not calls.needs_grad((x, weight, bias)):
-        return BatchNormAct(*_forward(x, weight, bias, eps, relu))
-    return BatchNormAct(*_BatchNormAct.apply(x, weight, bias, eps, relu))
+        return BatchNormAct(*batch_norm_act_reference(x, weight, bias, eps, act, residual))
+    if residual is not None and not passes.is_pixel_matrix(residual):
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    arguments = (x, weight, bias, residual, eps, act)
+    if not calls.needs_grad((x, weight, bias, residual)):
+        return BatchNormAct(*_forward(*arguments))
+    return BatchNormAct(*_BatchNormAct.apply(*arguments))
 
 
 def choose(
@@ -85,10 +91,11 @@ def choose(
     *,
     eps: float = 1e-5,
     act: str = "none",
+    residual: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Choice:
     """The backend that :func:`batch_norm_act` runs for these arguments, and the rule behind it."""
-    return _checked_choice(x, weight, bias, act, backend)
+    return _checked_choice(x, weight, bias, act, residual, backend)
 
 
 def refuse_create_graph(name: str) -> None:
@@ -100,7 +107,7 @@ def refuse_create_graph(name: str) -> None:
         )
 
 
-def _checked_choice(x, weight, bias, act, backend) -> Choice:
+def _checked_choice(x, weight, bias, act, residual, backend) -> Choice:
     if x.dim() != 4 or x.numel() <= x.shape[1]:
         raise ValueError(
             f"batch_norm_act: x must have shape [N, C, H, W] with more than one element per "
@@ -112,6 +119,12 @@ def _checked_choice(x, weight, bias, act, backend) -> Choice:
         )
     if act not in ACTS:
         raise ValueError(f"batch_norm_act: act must be one of {list(ACTS)}, got {act!r}")
+    if residual is not None:
+        if act == "silu":
+            raise ValueError(
+                "batch_norm_act: a residual goes with act 'none' or 'relu', got 'silu'"
+            )
+        check_residual("batch_norm_act", residual, x)
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None:
             check_vector("batch_norm_act", name, vector, x.shape[1], x)
@@ -121,55 +134,99 @@ def _checked_choice(x, weight, bias, act, backend) -> Choice:
     return passes.select(x, requested)
 
 
-def _forward(x, weight, bias, eps, relu) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tensor]:
     mean, var = passes.statistics(x)
     out = torch.empty_like(x, memory_format=torch.channels_last)
-    return passes.apply(x, BatchNormParams(weight, bias, mean, var, eps), relu, out), mean, var
+    passes.apply(x, BatchNormParams(weight, bias, mean, var, eps), act, out, residual)
+    return out, mean, var
 
 
 class _BatchNormAct(torch.autograd.Function):
-    """Saves x, weight, bias, mean and var."""
+    """Saves x, weight, bias, mean and var, and out where it tells what a ReLU let pass."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, relu):
-        out, mean, var = _forward(x, weight, bias, eps, relu)
-        ctx.save_for_backward(x, weight, bias, mean, var)
+    def forward(ctx, x, weight, bias, residual, eps, act):
+        out, mean, var = _forward(x, weight, bias, residual, eps, act)
+        joins = residual is not None and act == "relu"
+        ctx.save_for_backward(x, weight, bias, mean, var, *((out,) if joins else ()))
         ctx.mark_non_differentiable(mean, var)
-        ctx.eps, ctx.relu = eps, relu
+        ctx.eps, ctx.act = eps, act
         return out, mean, var
 
     @staticmethod
     def backward(ctx, grad, *_):
         refuse_create_graph("batch_norm_act")
-        x, weight, bias, mean, var = ctx.saved_tensors
+        x, weight, bias, mean, var, *joined = ctx.saved_tensors
         bn = BatchNormParams(weight, bias, mean, var, ctx.eps)
-        return *norm_backward(grad, x, bn, ctx.relu, ctx.needs_input_grad), None, None
+        *needed, needs_residual, _, _ = ctx.needs_input_grad
+        if joined:
+            grads, grad = joined_backward(grad, x, bn, *joined, needed)
+        else:
+            grads = norm_backward(grad, x, bn, ctx.act, needed)
+        return *grads, grad if needs_residual else None, None, None
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def norm_backward(
     grad: Tensor,
     x: Tensor,
     bn: BatchNormParams,
-    relu: bool,
-    needed: tuple[bool, ...],
+    act: str,
+    needed: Sequence[bool],
     out: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients in x, weight and bias of ``relu(batch_norm(x))``, those of the three needed.
+) -> Gradients:
+    """Gradients in x, weight and bias of ``act(batch_norm(x))``, those of the three needed.
 
     The first is written to ``out`` where that is given.
     """
+    grad = _as_operand(grad, x)
+    slope, offset = (passes.vector_like(x, zero=True) for _ in range(2))
+    vectors = passes.reduce(grad, x, bn, act, slope, offset)
+    return _finished(grad, x, bn, act, (slope, offset), vectors, needed, out)
+
+
+def joined_backward(
+    grad: Tensor,
+    x: Tensor,
+    bn: BatchNormParams,
+    joined: Tensor,
+    needed: Sequence[bool],
+    out: Tensor | None = None,
+) -> tuple[Gradients, Tensor]:
+    """As :func:`norm_backward` of ``joined = relu(batch_norm(x) + residual)``, and the residual's
+    gradient."""
+    grad, masked = _as_operand(grad, x), torch.empty_like(x, memory_format=torch.channels_last)
+    slope, offset = (passes.vector_like(x, zero=True) for _ in range(2))
+    join = (joined.contiguous(memory_format=torch.channels_last), masked)
+    vectors = passes.reduce(grad, x, bn, "relu", slope, offset, join=join)
+    return _finished(masked, x, bn, "none", (slope, offset), vectors, needed, out), masked
+
+
+def _as_operand(grad: Tensor, x: Tensor) -> Tensor:
     grad = grad.to(x.dtype)
-    if not passes.is_pixel_matrix(grad):
-        grad = grad.contiguous(memory_format=torch.channels_last)
-    slope, offset = passes.vector_like(x, zero=True), passes.vector_like(x, zero=True)
-    d_weight, d_bias = passes.reduce(grad, x, bn, relu, slope, offset)
+    if passes.is_pixel_matrix(grad):
+        return grad
+    return grad.contiguous(memory_format=torch.channels_last)
+
+
+def _finished(
+    grad: Tensor,
+    x: Tensor,
+    bn: BatchNormParams,
+    act: str,
+    through_statistics: tuple[Tensor, Tensor],
+    vectors: tuple[Tensor, Tensor],
+    needed: Sequence[bool],
+    out: Tensor | None,
+) -> Gradients:
     d_x = None
     if needed[0]:
         if out is None:
             out = torch.empty_like(x, memory_format=torch.channels_last)
-        d_x = passes.input_gradient(grad, x, bn, relu, slope, offset, out)
-    vectors = ((d_weight, bn.weight), (d_bias, bn.bias))
+        d_x = passes.input_gradient(grad, x, bn, act, *through_statistics, out)
     return d_x, *(
         d.to(vector.dtype) if vector is not None and need else None
-        for (d, vector), need in zip(vectors, needed[1:], strict=False)
+        for d, vector, need in zip(vectors, bn[:2], needed[1:], strict=False)
     )

@@ -8,14 +8,21 @@ from torch import Tensor
 
 from cvkernels.ops.batch_norm import BatchNormParams
 
+ACTS = {"none": lambda z: z, "relu": F.relu, "silu": F.silu}
+
 
 def batch_norm_act_reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, act: str = "none"
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    act: str = "none",
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``act(batch_norm(x))`` with the batch's mean and variance, and these two."""
+    """``act(batch_norm(x) + residual)`` with the batch's mean and variance, and these two."""
     mean, var = statistics_reference(x)
-    y = F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
-    return F.relu(y) if act == "relu" else y, mean, var
+    z = F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+    return ACTS[act](z if residual is None else z + residual), mean, var
 
 
 def wide(x: Tensor) -> Tensor:
@@ -33,26 +40,30 @@ def normalized_reference(x: Tensor, bn: BatchNormParams) -> Tensor:
     return y if bn.bias is None else y + _column(wide(bn.bias))
 
 
-def apply_reference(x: Tensor, bn: BatchNormParams, relu: bool) -> Tensor:
-    y = normalized_reference(x, bn)
-    return (F.relu(y) if relu else y).to(x.dtype)
+def apply_reference(
+    x: Tensor, bn: BatchNormParams, act: str, residual: Tensor | None = None
+) -> Tensor:
+    z = normalized_reference(x, bn)
+    return ACTS[act](z if residual is None else z + wide(residual)).to(x.dtype)
 
 
-def reduce_reference(grad: Tensor, x: Tensor, bn: BatchNormParams, relu: bool):
-    """(what is added to the total, d_weight, d_bias, slope, offset)."""
-    dy = _before_relu(grad, x, bn, relu)
+def reduce_reference(
+    grad: Tensor, x: Tensor, bn: BatchNormParams, act: str, joined: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """(dy, what is added to the total, d_weight, d_bias, slope, offset)."""
+    dy = _before_act(grad, normalized_reference(x, bn) if joined is None else wide(joined), act)
     scale, inverse_std = scale_of(bn), torch.rsqrt(bn.var + bn.eps)
     pixels = x.numel() // x.shape[1]
     d_bias = dy.sum((0, 2, 3))
     d_weight = (dy * (wide(x) - _column(bn.mean))).sum((0, 2, 3)) * inverse_std
     slope, offset = -scale * inverse_std * d_weight / pixels, -scale * d_bias / pixels
-    return dy * _column(scale), d_weight, d_bias, slope, offset
+    return dy, dy * _column(scale), d_weight, d_bias, slope, offset
 
 
 def input_gradient_reference(
-    grad: Tensor, x: Tensor, bn: BatchNormParams, relu: bool, slope: Tensor, offset: Tensor
+    grad: Tensor, x: Tensor, bn: BatchNormParams, act: str, slope: Tensor, offset: Tensor
 ) -> Tensor:
-    dy = _before_relu(grad, x, bn, relu) * _column(scale_of(bn))
+    dy = _before_act(grad, normalized_reference(x, bn), act) * _column(scale_of(bn))
     through_statistics = (wide(x) - _column(bn.mean)) * _column(slope) + _column(offset)
     return (dy + through_statistics).to(x.dtype)
 
@@ -62,11 +73,15 @@ def scale_of(bn: BatchNormParams) -> Tensor:
     return scale if bn.var is None else scale * torch.rsqrt(bn.var + bn.eps)
 
 
-def _before_relu(grad: Tensor, x: Tensor, bn: BatchNormParams, relu: bool) -> Tensor:
+def _before_act(grad: Tensor, z: Tensor, act: str) -> Tensor:
+    """The gradient in z, from that in ``act(z)``."""
     grad = wide(grad)
-    if not relu:
+    if act == "relu":
+        return torch.where(z <= 0, torch.zeros_like(grad), grad)
+    if act == "none":
         return grad
-    return torch.where(normalized_reference(x, bn) <= 0, torch.zeros_like(grad), grad)
+    sigmoid = torch.sigmoid(z)
+    return grad * sigmoid * (1 + z * (1 - sigmoid))
 
 
 def _column(vector: Tensor) -> Tensor:

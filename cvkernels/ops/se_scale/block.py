@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cvkernels import backend as backends
 from cvkernels.backend import Backend, Choice
+from cvkernels.ops.checks import check_residual
 from cvkernels.ops.native import REFUSED, at_once
 from cvkernels.ops.se_scale import native, tiles
 from cvkernels.ops.se_scale.checks import (
@@ -15,7 +16,6 @@ from cvkernels.ops.se_scale.checks import (
     check_act,
     check_layers,
     check_map,
-    check_residual,
     parameter_dtypes,
 )
 from cvkernels.ops.se_scale.excite import triton_limit

@@ -49,19 +49,6 @@ def check_gate(op: str, gate: Tensor, x: Tensor) -> None:
     _check_device(op, "gate", gate, x)
 
 
-def check_residual(op: str, residual: Tensor, x: Tensor) -> None:
-    if residual.shape != x.shape:
-        raise ValueError(
-            f"{op}: residual must have x's shape, {list(x.shape)}, got {list(residual.shape)}"
-        )
-    if residual.dtype != x.dtype:
-        raise TypeError(
-            f"{op}: residual must have x's dtype, {x.dtype}, got {residual.dtype}; "
-            f"convert it with .to(x.dtype)"
-        )
-    _check_device(op, "residual", residual, x)
-
-
 def check_layers(
     op: str,
     weight1: Tensor,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cvkernels import backend as backends
 from cvkernels.backend import Backend, Choice
+from cvkernels.ops.checks import check_residual
 from cvkernels.ops.native import REFUSED, at_once
 from cvkernels.ops.se_scale import native
 from cvkernels.ops.se_scale.checks import (
@@ -14,7 +15,6 @@ from cvkernels.ops.se_scale.checks import (
     check_act,
     check_gate,
     check_map,
-    check_residual,
 )
 from cvkernels.ops.se_scale.layouts import new_like
 from cvkernels.ops.se_scale.outputs import check_out, copies, write
