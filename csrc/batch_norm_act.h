@@ -65,6 +65,48 @@ struct Silu {
   }
 };
 
+// What a training step keeps of a channel: its statistics and, where there are rows for them,
+// copies of the norm's weight and bias, whose running statistics move by `factor` towards these.
+struct Start {
+  void *mean, *var, *weight_copy, *bias_copy;
+  Vector weight, bias;
+  void *running_mean, *running_var;
+  bool running_mean_wide, running_var_wide;
+  double factor;
+
+  static Start of_statistics(void* mean, void* var) {
+    Start start{};
+    start.mean = mean;
+    start.var = var;
+    return start;
+  }
+
+  template <typename T>
+  CVK_HOST_DEVICE void put(int64_t c, double mean_of_c, double var_of_c, double pixels) const {
+    using Wide = typename Number<T>::Wide;
+    static_cast<Wide*>(mean)[c] = static_cast<Wide>(mean_of_c);
+    static_cast<Wide*>(var)[c] = static_cast<Wide>(var_of_c);
+    if (weight_copy != nullptr) {
+      static_cast<Wide*>(weight_copy)[c] = weight.at<T>(c, Wide(1));
+      static_cast<Wide*>(bias_copy)[c] = bias.at<T>(c, Wide(0));
+    }
+    if (running_mean == nullptr) return;
+    move<T>(running_mean, running_mean_wide, c, mean_of_c);
+    move<T>(running_var, running_var_wide, c, var_of_c * (pixels / (pixels - 1)));
+  }
+
+  template <typename T>
+  CVK_HOST_DEVICE void move(void* running, bool wide, int64_t c, double value) const {
+    using Wide = typename Number<T>::Wide;
+    const Wide old = Vector{running, wide}.at<T>(c, Wide(0));
+    const Wide moved = static_cast<Wide>(old * (1 - factor) + value * factor);
+    if (wide)
+      static_cast<Wide*>(running)[c] = moved;
+    else
+      static_cast<T*>(running)[c] = Number<T>::narrow(moved);
+  }
+};
+
 // The sums of dy and of dy * (x - mean) as a call's four results.
 template <typename T>
 struct Reduced {

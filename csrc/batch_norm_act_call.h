@@ -65,22 +65,23 @@ struct Beside {
   void *masked = nullptr, *total = nullptr;
   int64_t joined_stride = 0, masked_stride = 0, total_stride = 0;
 
-  static Beside of(const char* op, const Tensor& x, Act act, const Maybe& joined,
-                   const Maybe& masked, const Maybe& total) {
-    CVK_CHECK(op, joined.has_value() == masked.has_value(), "joined and masked belong together");
-    CVK_CHECK(op, !joined || (!total && act == Act::RELU),
-              "joined goes with ReLU and without a total");
+  static Beside of_total(const char* op, const Tensor& x, const Tensor& total) {
     Beside beside;
-    if (joined) {
-      beside.joined = joined->const_data_ptr();
-      beside.joined_stride = matrix_like(op, "joined", *joined, x, false).stride;
-      beside.masked = masked->mutable_data_ptr();
-      beside.masked_stride = matrix_like(op, "masked", *masked, x, false).stride;
-    }
-    if (total) {
-      beside.total = total->mutable_data_ptr();
-      beside.total_stride = matrix_like(op, "total", *total, x, true).stride;
-    }
+    beside.total = total.mutable_data_ptr();
+    beside.total_stride = matrix_like(op, "total", total, x, true).stride;
+    return beside;
+  }
+
+  static Beside of_join(const char* op, const Tensor& x, Act act, const Maybe& joined,
+                        const Maybe& masked) {
+    CVK_CHECK(op, joined.has_value() == masked.has_value(), "joined and masked belong together");
+    CVK_CHECK(op, !joined || act == Act::RELU, "joined goes with ReLU");
+    Beside beside;
+    if (!joined) return beside;
+    beside.joined = joined->const_data_ptr();
+    beside.joined_stride = matrix_like(op, "joined", *joined, x, false).stride;
+    beside.masked = masked->mutable_data_ptr();
+    beside.masked_stride = matrix_like(op, "masked", *masked, x, false).stride;
     return beside;
   }
 };
@@ -96,17 +97,63 @@ inline void* result_of(const char* op, const char* name, const Tensor& tensor, c
   return tensor.mutable_data_ptr();
 }
 
-// Where reduce leaves its results; slope and offset are added to.
+// The rows of a matrix [4, C] of the dtype that x is computed in. As `vectors` of a norm they are
+// batch mean and variance, weight and bias.
+struct Rows {
+  void* at[4];
+
+  static Rows of(const char* op, const char* name, const Tensor& matrix, const Tensor& x) {
+    const bool is_double = x.scalar_type() == ScalarType::Double;
+    CVK_CHECK(op, matrix.dim() == 2 && matrix.size(0) == 4 && matrix.size(1) == x.size(1), name,
+              " must have shape [4, ", x.size(1), "], got ", shape_of(matrix));
+    CVK_CHECK(op, matrix.stride(1) == 1 || matrix.size(1) == 1, name, " must have dense rows");
+    CVK_CHECK(op,
+              matrix.scalar_type() == (is_double ? ScalarType::Double : ScalarType::Float) &&
+                  matrix.device() == x.device(),
+              name, " must be on x's device and of the dtype that x is computed in");
+    char* data = static_cast<char*>(matrix.mutable_data_ptr());
+    const int64_t step = matrix.stride(0) * (is_double ? sizeof(double) : sizeof(float));
+    return {{data, data + step, data + 2 * step, data + 3 * step}};
+  }
+
+  BatchNorm batch_norm(double eps) const {
+    return {{at[2], true}, {at[3], true}, {at[0], true}, {at[1], true}, eps};
+  }
+};
+
+inline Start start_of(const char* op, const Tensor& x, const Maybe& weight, const Maybe& bias,
+                      const Maybe& running_mean, const Maybe& running_var, double factor,
+                      const Rows& rows) {
+  CVK_CHECK(op, running_mean.has_value() == running_var.has_value(),
+            "running_mean and running_var belong together");
+  const BatchNorm bn =
+      batch_norm_of(op, {weight, bias, running_mean, running_var, 0.0}, x, x.size(1));
+  return {rows.at[0],
+          rows.at[1],
+          rows.at[2],
+          rows.at[3],
+          bn.weight,
+          bn.bias,
+          const_cast<void*>(bn.mean.data),
+          const_cast<void*>(bn.var.data),
+          bn.mean.wide,
+          bn.var.wide,
+          factor};
+}
+
+// Where reduce leaves its results; where it accumulates, slope and offset are added to.
 struct Results {
   void *d_weight, *d_bias, *slope, *offset;
+  bool accumulates;
 
   template <typename T>
   CVK_HOST_DEVICE void put(int64_t c, const Reduced<T>& reduced) const {
     using Wide = typename Number<T>::Wide;
     static_cast<Wide*>(d_weight)[c] = reduced.d_weight;
     static_cast<Wide*>(d_bias)[c] = reduced.d_bias;
-    static_cast<Wide*>(slope)[c] += reduced.slope;
-    static_cast<Wide*>(offset)[c] += reduced.offset;
+    Wide *slopes = static_cast<Wide*>(slope), *offsets = static_cast<Wide*>(offset);
+    slopes[c] = accumulates ? slopes[c] + reduced.slope : reduced.slope;
+    offsets[c] = accumulates ? offsets[c] + reduced.offset : reduced.offset;
   }
 };
 

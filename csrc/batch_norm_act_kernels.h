@@ -93,8 +93,7 @@ __global__ void __launch_bounds__(THREADS)
 template <typename T>
 __global__ void __launch_bounds__(FINISH_CHANNELS* FINISH_ROWS)
     batch_norm_act_statistics_finish_kernel(const T* x_ptr, const float* partial_ptr, int64_t parts,
-                                            Matrix x, int64_t share, float* mean_ptr,
-                                            float* var_ptr) {
+                                            Matrix x, int64_t share, Start start) {
   const int64_t c = int64_t(blockIdx.x) * FINISH_CHANNELS + threadIdx.x;
   double sum, square;
   const auto read = [&](int64_t part, double& first, double& second) {
@@ -107,8 +106,7 @@ __global__ void __launch_bounds__(FINISH_CHANNELS* FINISH_ROWS)
   const double off = sum / x.pixels, var = square / x.pixels - off * off;
   float pivot[1];
   pivots<T, 1>(pivot, x_ptr, x, c);
-  mean_ptr[c] = static_cast<float>(pivot[0] + off);
-  var_ptr[c] = static_cast<float>(var < 0 ? 0 : var);
+  start.put<T>(c, pivot[0] + off, var < 0 ? 0 : var, double(x.pixels));
 }
 
 // out = act((x - mean) * scale + bias), with the residual added before act where ADDS.

@@ -97,7 +97,9 @@ class HostLibrary:
 
     def __init__(self, source: Path, folder: Path, namespace: str = "") -> None:
         namespace = namespace or f"cuda_on_host_{source.stem}"
-        names = re.findall(r'library\.impl\("(\w+)"', source.read_text())
+        texts = (source, *(ROOT / "csrc").glob(f"{source.stem}_*.h"))
+        names = re.findall(r'library\.impl\(\s*"(\w+)"', "".join(p.read_text() for p in texts))
+        assert names
         target = folder / f"{source.stem}.so"
         path = str(made_once(target, lambda part: _compile(source, namespace, part)))
         self._schemas = torch.library.Library(namespace, "FRAGMENT")

@@ -144,10 +144,8 @@ def test_several_norms_share_one_gradient(device):
     slope, offset = (passes.vector_like(x, zero=True) for _ in range(2))
     for (weight, bias), grad in zip(norms, grads, strict=True):
         bn = BatchNormParams(weight, bias, mean, var, 1e-5)
-        passes.reduce(grad, x, bn, "relu", slope, offset, total[:, 16:])
-    out = torch.empty_like(x)
-    bn = BatchNormParams(mean=mean)
-    passes.input_gradient(total[:, 16:], x, bn, "none", slope, offset, out)
+        passes.reduce(grad, x, bn, "relu", (slope, offset), total[:, 16:])
+    out = passes.input_gradient(total[:, 16:], x, mean, slope, offset, torch.empty_like(x))
     assert not total[:, :16].any()
 
     def summed(dtype):
@@ -182,15 +180,57 @@ def test_passes_match_their_references(dtype, device):
         (x, weight, bias, mean, var),
     )
 
-    def finished(grad, x, weight, bias, mean, var, slope, offset):
-        bn = BatchNormParams(weight, bias, mean, var)
-        return reference.input_gradient_reference(grad, x, bn, "relu", slope, offset)
+    def finished(total, x, mean, slope, offset):
+        through = reference.through_statistics_reference(x, mean, slope, offset)
+        return (reference.wide(total) + through).to(x.dtype)
 
-    def ours(grad, x, weight, bias, mean, var, slope, offset):
-        bn = BatchNormParams(weight, bias, mean, var)
-        return passes.input_gradient(grad, x, bn, "relu", slope, offset, torch.empty_like(x))
+    def ours(total, x, mean, slope, offset):
+        return passes.input_gradient(total, x, mean, slope, offset, torch.empty_like(x))
 
-    assert_matches(ours, finished, (grad, x, weight, bias, mean, var, slope, offset))
+    assert_matches(ours, finished, (grad, x, mean, slope, offset))
+    wide = (grad.float(), x, mean, slope, offset)
+    torch.testing.assert_close(ours(*wide), finished(*wide))
+
+
+@pytest.mark.parametrize("kind", ["float32", "own"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("absent", [(), ("weight",), ("bias",), ("running",)], ids=str)
+def test_forward_leaves_vectors_and_running_statistics(absent, dtype, kind, device):
+    """Statistics and copies of the vectors in a slice of a matrix; what batch norm moves."""
+    if dtype == torch.float64 and device.type == "cuda":
+        pytest.skip("the native passes have no float64 on CUDA")
+    x, wide = make(SHAPES["odd"], dtype, device), torch.promote_types(dtype, torch.float32)
+    of_vectors = dtype if kind == "own" else wide
+    norm = torch.nn.BatchNorm2d(17, momentum=0.3).to(device, of_vectors)
+    with torch.no_grad():
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            tensor.uniform_(0.5, 2.0)
+    weight = None if "weight" in absent else norm.weight.detach()
+    bias = None if "bias" in absent else norm.bias.detach()
+    stock = torch.nn.BatchNorm2d(17, momentum=0.3).to(device, torch.float64)
+    stock.load_state_dict(norm.state_dict())
+    stock(x.double())
+    matrix = torch.full((4, 20), torch.nan, device=device, dtype=wide)
+    own, out = matrix[:, 2:19], torch.empty_like(x, memory_format=torch.channels_last)
+    running = passes.Running(norm.running_mean, norm.running_var, 0.3)
+    before = norm.running_mean.clone()
+    running = None if "running" in absent else running
+    passes.forward(x, weight, bias, running, 1e-3, "relu", None, own, out)
+    assert matrix[:, :2].isnan().all() and matrix[:, 19:].isnan().all()
+    tolerance = torch.finfo(wide).eps * 20
+    expected = reference.rows_of(*reference.statistics_reference(x.double()), weight, bias)
+    for row, value in zip(own, expected, strict=True):
+        torch.testing.assert_close(row, value.to(wide), rtol=tolerance, atol=tolerance)
+    again = torch.empty_like(out)
+    assert torch.equal(passes.again(x, own, 1e-3, "relu", None, again), out)
+    if "running" in absent:
+        assert torch.equal(norm.running_mean, before)
+        return
+    tolerance = torch.finfo(of_vectors).eps * 4
+    for name in ("running_mean", "running_var"):
+        actual, exact = getattr(norm, name), getattr(stock, name).to(of_vectors)
+        torch.testing.assert_close(actual, exact, rtol=tolerance, atol=tolerance)
+    assert norm.running_mean._version > 0
 
 
 def test_nan_stays_and_spreads_as_in_stock():
@@ -267,8 +307,8 @@ def test_explain_counts_the_passes():
 
     x = torch.empty(2, 16, 8, 8, dtype=torch.bfloat16, device="meta")
     rows = cvkernels.explain(Norm(), x.contiguous(memory_format=torch.channels_last)).rows
-    assert [row.op for row in rows] == ["batch_norm_act_statistics", "batch_norm_act_apply"]
-    assert rows[1].bytes_read == rows[1].bytes_written == 2 * x.numel()
+    assert [row.op for row in rows] == ["batch_norm_act_forward"]
+    assert rows[0].bytes_read == 2 * rows[0].bytes_written == 4 * x.numel()
 
 
 def test_opcheck(device):
@@ -276,14 +316,28 @@ def test_opcheck(device):
     grad, out, total = torch.randn_like(x), torch.empty_like(x), torch.zeros_like(x)
     weight, bias = vectors(5, device=device)
     mean, var, slope, offset, d_weight, d_bias = torch.rand(6, 5, device=device).unbind()
-    ops, norm = torch.ops.cvkernels, (weight, bias, mean, var, 1e-5, 1)
+    ops, norm, vectors_of = (
+        torch.ops.cvkernels,
+        (weight, bias, mean, var, 1e-5, 1),
+        torch.rand(4, 5),
+    )
+    vectors_of, results = vectors_of.to(device), torch.rand(4, 5, device=device)
     opcheck(ops.batch_norm_act_statistics.default, (x, mean.clone(), var.clone()))
-    opcheck(ops.batch_norm_act_apply.default, (x, *norm, None, out))
-    opcheck(ops.batch_norm_act_apply.default, (x, *norm, grad, out))
-    results = [t.clone() for t in (d_weight, d_bias, slope, offset)]
-    opcheck(ops.batch_norm_act_reduce.default, (grad, x, *norm, None, None, total, *results))
-    opcheck(ops.batch_norm_act_reduce.default, (grad, x, *norm, x, out, None, *results))
-    opcheck(ops.batch_norm_act_input_gradient.default, (grad, x, *norm, slope, offset, out))
+    opcheck(ops.batch_norm_act_apply.default, (x, *norm, out))
+    sums = [t.clone() for t in (d_weight, d_bias, slope, offset)]
+    opcheck(ops.batch_norm_act_reduce.default, (grad, x, *norm, total, *sums))
+    opcheck(ops.batch_norm_act_input_gradient.default, (grad, x, mean, slope, offset, out))
+    running = (mean.clone(), var.clone())
+    for residual in (None, grad):
+        ending = (1e-5, 1, residual)
+        opcheck(
+            ops.batch_norm_act_forward.default,
+            (x, weight, bias, *running, 0.1, *ending, vectors_of, out),
+        )
+        opcheck(ops.batch_norm_act_again.default, (x, vectors_of, *ending, out))
+    for join in ((None, None), (x, total)):
+        arguments = (grad, x, vectors_of, 1e-5, 1, *join, results, out)
+        opcheck(ops.batch_norm_act_backward.default, arguments)
 
 
 BAD = {
@@ -322,12 +376,19 @@ def test_unknown_act_and_direct_calls_are_refused():
     mean, var = torch.zeros(2, 4)
     bad_out = torch.empty(2, 4, 5, 7).contiguous(memory_format=torch.channels_last)
     with pytest.raises(RuntimeError, match="out must have x's shape"):
-        torch.ops.cvkernels.batch_norm_act_apply(x, None, None, mean, var, 0.0, 1, None, bad_out)
-    refused = {"act must be 0, 1 or 3": (2, None, None, None), "SiLU does not go": (3, x, x, x)}
-    refused |= {"belong together": (1, x, None, None), "joined goes with": (0, x, x, None)}
-    for message, (act, *beside) in refused.items():
+        torch.ops.cvkernels.batch_norm_act_apply(x, None, None, mean, var, 0.0, 1, bad_out)
+    vectors_of = torch.zeros(4, 4)
+    refused = {
+        "act must be 0, 1 or 3": (vectors_of, 0.0, 2, None, None, vectors_of, None),
+        "belong together": (vectors_of, 0.0, 1, x, None, vectors_of, None),
+        "joined goes with ReLU": (vectors_of, 0.0, 0, x, x, vectors_of, None),
+        r"vectors must have shape \[4, 4\]": (vectors_of[:3], 0.0, 1, None, None, vectors_of, None),
+        "results must have dense rows": (vectors_of, 0.0, 1, None, None, vectors_of.t(), None),
+    }
+    for message, arguments in refused.items():
         with pytest.raises(RuntimeError, match=message):
-            norm = (None, None, mean, var, 0.0, act)
-            torch.ops.cvkernels.batch_norm_act_reduce(x, x, *norm, *beside, *torch.zeros(4, 4))
+            torch.ops.cvkernels.batch_norm_act_backward(x, x, *arguments)
+    with pytest.raises(RuntimeError, match="SiLU does not go with a residual"):
+        torch.ops.cvkernels.batch_norm_act_again(x, vectors_of, 0.0, 3, x, x)
     with pytest.raises(RuntimeError, match="channel slice"):
         torch.ops.cvkernels.batch_norm_act_statistics(x.contiguous(), mean, var)

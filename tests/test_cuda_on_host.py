@@ -10,6 +10,7 @@ import test_dense_concat
 import test_dense_training
 import test_inception_training
 import test_max_pool
+import test_residual_training
 import torch
 from cuda_on_host import HostLibrary
 from made_once import shared_folder
@@ -118,6 +119,13 @@ class TestBatchNormAct:
     test_several_norms = staticmethod(test_batch_norm_act.test_several_norms_share_one_gradient)
     test_passes = staticmethod(test_batch_norm_act.test_passes_match_their_references)
 
+    @pytest.mark.parametrize("absent", [(), ("weight",), ("bias",), ("running",)], ids=str)
+    @pytest.mark.parametrize("dtype", test_batch_norm_act.DTYPES, ids=str)
+    def test_forward(self, absent, dtype, device):
+        test_batch_norm_act.test_forward_leaves_vectors_and_running_statistics(
+            absent, dtype, "own", device
+        )
+
 
 def channels_last(*shape, dtype=torch.float32):
     return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -129,7 +137,7 @@ def statistics_and_gradient(x):
     bn = test_batch_norm_act.BatchNormParams(None, None, mean, var)
     slope, offset = (passes.vector_like(x, zero=True) for _ in range(2))
     total = torch.zeros_like(x, dtype=torch.float32)
-    d_weight, d_bias = passes.reduce(x + 1, x, bn, "relu", slope, offset, total)
+    d_weight, d_bias, *_ = passes.reduce(x + 1, x, bn, "relu", (slope, offset), total)
     return torch.stack((mean, var, d_weight, d_bias, slope, offset)), total
 
 
@@ -183,6 +191,16 @@ def test_inception_modules_train(device, all_on_host):
     """Norms and pools that are computed again in backward, into channel slices."""
     layout = torch.channels_last
     test_inception_training.test_gradients_follow_the_numerics_rule(torch.float32, layout, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("unit", ["silu", "none-added", "relu-added", "se-relu-added"])
+def test_residual_blocks_train(unit, dtype, device, all_on_host):
+    """Norms with a shortcut or SiLU behind them, forward, again and backward."""
+    conv, unit = test_residual_training.CONVOLUTIONS["3x3"], test_residual_training.UNITS[unit]
+    test_residual_training.test_gradients_follow_the_numerics_rule(
+        unit, dtype, conv, device, torch.channels_last
+    )
 
 
 @pytest.mark.parametrize("source", cuda_on_host.SOURCES, ids=lambda path: path.stem)

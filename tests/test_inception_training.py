@@ -13,6 +13,7 @@ from torch import nn
 
 import cvkernels
 from cvkernels.nn import FusedSequential, recomputed
+from cvkernels.nn.recomputed import convolution
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -171,8 +172,8 @@ def test_autocast_keeps_no_cast_weights():
 @pytest.mark.parametrize("change", ["none", "hook", "bias", "eval", "frozen"])
 def test_convolutions_on_one_map_run_as_one(change, monkeypatch):
     """The three 1x1 of a block; in the test's block the third is a sequence's first."""
-    counts, convolve = [], recomputed.convolve
-    monkeypatch.setattr(recomputed, "convolve", lambda *args: counts.append(1) or convolve(*args))
+    counts, convolve = [], convolution.convolve
+    monkeypatch.setattr(convolution, "convolve", lambda *args: counts.append(1) or convolve(*args))
     ours, stock = pair()
     for model in (ours, stock):
         block = model.first.branch3[0]

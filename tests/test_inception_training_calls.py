@@ -73,7 +73,7 @@ def test_other_blocks_run_as_modules(change, reason):
         model.double()
     block, x = ours.first.branch1, torch.randn(2, 16, 6, 6, dtype=torch.float64)
     act = cvkernels.nn.conditions.relu_
-    assert reason in recomputed.why_not_recomputed(x, block.conv, block.bn, act)
+    assert reason in recomputed.why_not_trained(x, block.conv, block.bn, act)
     if not isinstance(block.bn, nn.SyncBatchNorm):  # it trains on GPUs alone
         assert_equal(step(ours, image()), step(stock, image()))
 

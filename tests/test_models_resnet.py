@@ -84,7 +84,9 @@ def test_train_output_and_input_gradient_match_stock(name, device):
         if not key.endswith(("running_mean", "running_var")):
             assert torch.equal(ours.state_dict()[key], value), key
         else:
-            assert torch.allclose(ours.state_dict()[key], value), key
+            # A few roundings of the largest: a mean near zero is a sum that cancels.
+            atol = 2e-6 * value.abs().max().item()
+            assert torch.allclose(ours.state_dict()[key], value, atol=atol), key
 
 
 @pytest.mark.parametrize(

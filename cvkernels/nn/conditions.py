@@ -191,10 +191,11 @@ def why_not_batch_norm_relu(
 
 
 def why_not_batch_norm(x: Tensor, channels: int, norm: nn.Module) -> str:
-    """Why norm does not normalise ``channels`` channels with the batch's statistics."""
-    if type(norm) is not nn.BatchNorm2d:
-        return f"{type(norm).__name__} is not exactly nn.BatchNorm2d"
-    return _why_not_batch_statistics(norm) or _why_not_vectors(x, channels, norm)
+    """Why norm, but for its activation, does not normalise ``channels`` channels with the batch's
+    statistics."""
+    if reason := _why_not_batch_norm(norm) or _why_not_batch_statistics(norm):
+        return reason
+    return _why_not_vectors(x, channels, norm)
 
 
 def _why_not_batch_statistics(norm: nn.Module) -> str:
@@ -205,11 +206,15 @@ def _why_not_batch_statistics(norm: nn.Module) -> str:
 
 def _why_not_vectors(x: Tensor, channels: int, norm: nn.Module) -> str:
     wide = torch.promote_types(x.dtype, torch.float32)
-    for vector in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+    buffers = norm._buffers
+    statistics = (buffers["running_mean"], buffers["running_var"])
+    for vector in (*norm._parameters.values(), *statistics):
         if vector is not None and (
             vector.device != x.device or vector.dtype not in (x.dtype, wide)
         ):
             return f"a vector of batch norm is {vector.dtype} on {vector.device}"
+        if vector is not None and not vector.is_contiguous():
+            return f"a vector of batch norm has strides {vector.stride()}"
     if norm.num_features != channels:
         return f"batch norm has {norm.num_features} channels for {channels}"
     return ""

@@ -85,6 +85,14 @@ class GrowingLayer(FusedModule):
             or why_not_trained_conv(x, conv1.out_channels, conv2)
         )
 
+    def dropped(self, features: Tensor, x: Tensor) -> Tensor:
+        """Dropout, which draws its numbers in memory order: laid out as x, stock's."""
+        if self.drop_rate == 0:
+            return features
+        if x.is_contiguous():
+            features = features.contiguous()
+        return F.dropout(features, p=self.drop_rate, training=self.training)
+
     def recomputes(self) -> bool:
         """Whether conv1's output is to be computed again in the backward pass."""
         return self.memory_efficient
@@ -216,10 +224,7 @@ class DenseLayer(GrowingLayer):
                 self.relu2,
                 input_bn=(self.norm1, self.relu1),
             )
-        new_features = self.fused(bottleneck, self.conv2)
-        if self.drop_rate > 0:
-            new_features = F.dropout(new_features, p=self.drop_rate, training=self.training)
-        return new_features
+        return self.dropped(self.fused(bottleneck, self.conv2), inputs[0])
 
     def rename_old_keys(self, state_dict: MutableMapping[str, Tensor], prefix: str = "") -> None:
         """Give entries with the names of old checkpoints ("norm.1.weight") those of today."""

@@ -78,30 +78,37 @@ def run_block(
     plans = [plan_of(*parts, again) for parts, again in zip(layers, recompute, strict=True)]
     tensors = [tensor for parts in layers for tensor in tensors_of(parts)]
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
-    buffer, mean, var, widths_mean, widths_var = _DenseBlock.apply(plans, grad, x, *tensors)
+    buffer, mean, var, widths = _DenseBlock.apply(plans, grad, x, *tensors)
     pixels = x.numel() // x.shape[1]
     norms, start = [], 0
     for plan, (norm1, _, norm2, _) in zip(plans, layers, strict=True):
         stop = start + plan.width
         norms.append((norm1, mean[: plan.inputs], var[: plan.inputs]))
-        norms.append((norm2, widths_mean[start:stop], widths_var[start:stop]))
+        norms.append((norm2, *widths[:2, start:stop].unbind()))
         start = stop
     for norm, *statistics in norms:
         update_running(norm, Statistics(*statistics), pixels)
     return buffer, Statistics(mean, var)
 
 
-@torch.no_grad()
-def update_running(norm: nn.Module, batch: Statistics, pixels: int) -> None:
-    """What ``norm.forward`` does to its buffers in training."""
+def counted(norm: nn.Module) -> passes.Running | None:
+    """Count a batch as ``norm.forward`` does in training; the running statistics that it moves."""
     if not norm.track_running_stats or norm.running_mean is None:
-        return
+        return None
     factor = norm.momentum
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if factor is None:
             factor = 1.0 / float(norm.num_batches_tracked)
-    factor = 0.0 if factor is None else factor
+    return passes.Running(norm.running_mean, norm.running_var, factor or 0.0)
+
+
+@torch.no_grad()
+def update_running(norm: nn.Module, batch: Statistics, pixels: int) -> None:
+    """What ``norm.forward`` does to its buffers in training."""
+    if (running := counted(norm)) is None:
+        return
+    factor = running.factor
     for running, new in (
         (norm.running_mean, batch.mean),
         (norm.running_var, batch.var * (pixels / (pixels - 1))),
@@ -123,7 +130,7 @@ class _DenseBlock(torch.autograd.Function):
         buffer[:, :inputs].copy_(x)
         mean, var = (torch.empty(total, dtype=passes.wide_dtype(x), device=x.device) for _ in "mv")
         width = sum(plan.width for plan in plans)
-        width_mean, width_var = (mean.new_empty(width) for _ in "mv")
+        widths = mean.new_empty(4, width)
         passes.statistics(buffer[:, :inputs], (mean[:inputs], var[:inputs]))
         scratch = x.new_empty(N * H * W * max(plan.inputs for plan in plans))
         kept, start = [], 0
@@ -137,9 +144,9 @@ class _DenseBlock(torch.autograd.Function):
                 )
                 a = convolve(u, conv1, conv1_bias, plan.geometry[0])
                 own = slice(start, start + plan.width)
-                statistics = passes.statistics(a, (width_mean[own], width_var[own]))
-                bn2 = BatchNormParams(weight2, bias2, *statistics, plan.eps[1])
-                v = passes.apply(a, bn2, "relu", torch.empty_like(a) if grad else a)
+                v = torch.empty_like(a) if grad else a
+                norm2 = (weight2, bias2, None, plan.eps[1])
+                passes.forward(a, *norm2, "relu", None, widths[:, own], v)
                 buffer[:, now:stop].copy_(convolve(v, conv2, conv2_bias, plan.geometry[1]))
                 passes.statistics(buffer[:, now:stop], (mean[now:stop], var[now:stop]))
                 if grad and not plan.recompute:
@@ -147,14 +154,14 @@ class _DenseBlock(torch.autograd.Function):
                 start = own.stop
         ctx.plans, ctx.kept = plans, len(kept)
         if grad:
-            ctx.save_for_backward(buffer, mean, var, width_mean, width_var, *kept, *tensors)
-        ctx.mark_non_differentiable(mean, var, width_mean, width_var)
-        return buffer, mean, var, width_mean, width_var
+            ctx.save_for_backward(buffer, mean, var, widths, *kept, *tensors)
+        ctx.mark_non_differentiable(mean, var, widths)
+        return buffer, mean, var, widths
 
     @staticmethod
     def backward(ctx, grad, *_):
         refuse_create_graph("DenseBlock in training")
-        buffer, mean, var, width_mean, width_var, *saved = ctx.saved_tensors
+        buffer, mean, var, widths, *saved = ctx.saved_tensors
         kept, tensors = saved[: ctx.kept], saved[ctx.kept :]
         buffer = buffer.contiguous(memory_format=torch.channels_last)
         N, _, H, W = buffer.shape
@@ -163,16 +170,14 @@ class _DenseBlock(torch.autograd.Function):
         total.copy_(grad)
         slope, offset = passes.vector_like(buffer, True), passes.vector_like(buffer, True)
         scratch = buffer.new_empty(N * H * W * max(plan.inputs for plan in plans))
-        start, grads = len(width_mean), []
+        start, grads = widths.shape[1], []
 
         def finished(first: int, last: int) -> Tensor:
             """The gradient of channels that no other layer reads."""
             out = _map(buffer, (N, last - first, H, W))
             own = slice(first, last)
-            return passes.input_gradient(
-                total[:, own], buffer[:, own], BatchNormParams(mean=mean[own]), "none",
-                slope[own], offset[own], out,
-            )  # fmt: skip
+            vectors = (mean[own], slope[own], offset[own])
+            return passes.input_gradient(total[:, own], buffer[:, own], *vectors, out)
 
         with as_it_is(buffer):
             for index in reversed(range(len(plans))):
@@ -180,41 +185,39 @@ class _DenseBlock(torch.autograd.Function):
                 if not x_needs and not any(needs[: PER_LAYER * (index + 1)]):
                     grads.append([None] * PER_LAYER)
                     continue
-                weight1, bias1, conv1, conv1_bias, weight2, bias2, conv2, conv2_bias = tensors[
-                    PER_LAYER * index :
-                ][:PER_LAYER]
+                own_tensors = tensors[PER_LAYER * index :][:PER_LAYER]
+                weight1, bias1, conv1, conv1_bias, _, _, conv2, _ = own_tensors
                 now, start = plan.inputs, start - plan.width
                 prefix, own = buffer[:, :now], slice(start, start + plan.width)
                 bn1 = BatchNormParams(weight1, bias1, mean[:now], var[:now], plan.eps[0])
-                bn2 = BatchNormParams(weight2, bias2, width_mean[own], width_var[own], plan.eps[1])
+                norm2 = (widths[:, own], plan.eps[1], "relu")
                 below = x_needs or any(needs[: PER_LAYER * index])
                 u = passes.apply(prefix, bn1, "relu", channels_last_view(scratch, (N, now, H, W)))
                 if plan.recompute:
                     a = convolve(u, conv1, conv1_bias, plan.geometry[0])
                 else:
                     a = kept.pop().contiguous(memory_format=torch.channels_last)
-                v = passes.apply(a, bn2, "relu", torch.empty_like(a))
+                v = passes.again(a, *norm2, None, torch.empty_like(a))
                 d_v, *d_conv2 = convolution_backward(
                     finished(now, now + plan.outputs), v, conv2, plan.geometry[1],
                     (below or any(need[:6]), *need[6:]),
                 )  # fmt: skip
                 d_norm1 = d_norm2 = d_conv1 = (None, None)
                 if d_v is not None:
-                    d_a, *d_norm2 = norm_backward(d_v, a, bn2, "relu", (True, *need[4:6]))
+                    d_a = torch.empty_like(a)
+                    d_norm2 = norm_backward(d_v, a, *norm2, d_a)[0][:2]
                     d_u, *d_conv1 = convolution_backward(
                         d_a, u, conv1, plan.geometry[0], (below or any(need[:2]), *need[2:4])
                     )
                     if d_u is not None:
                         if not passes.is_pixel_matrix(d_u):
                             d_u = d_u.contiguous(memory_format=torch.channels_last)
-                        d_norm1 = passes.reduce(
-                            d_u, prefix, bn1, "relu", slope[:now], offset[:now], total[:, :now]
-                        )
+                        sums = (slope[:now], offset[:now])
+                        d_norm1 = passes.reduce(d_u, prefix, bn1, "relu", sums, total[:, :now])
                 layer = (*d_norm1, *d_conv1, *d_norm2, *d_conv2)
-                own_tensors = tensors[PER_LAYER * index :][:PER_LAYER]
                 grads.append(
                     [
-                        d.to(tensor.dtype) if wanted and d is not None else None
+                        d.to(tensor.dtype) if wanted and tensor is not None else None
                         for d, tensor, wanted in zip(layer, own_tensors, need, strict=True)
                     ]
                 )
@@ -246,14 +249,23 @@ def channels_last_view(memory: Tensor, shape: Sequence[int]) -> Tensor:
     return memory.as_strided(shape, (H * W * C, 1, W * C, C))
 
 
+# Pixels of a map up to which, on CPU, a matrix product is faster than oneDNN's 1x1 convolution; of
+# few channels it always is.
+SMALL_MAP = 14 * 14
+FEW_CHANNELS = 32
+
+
 def _is_product(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:
-    """Whether the convolution is one matrix product, with no bias, on CPU: cheaper there."""
-    return (
-        x.is_cpu
-        and bias is None
-        and geometry == Geometry((1, 1), (0, 0), (1, 1), 1)
-        and weight.shape[2:] == (1, 1)
-    )
+    """Whether the convolution is run as one matrix product."""
+    if not x.is_cpu or bias is not None or weight.shape[2:] != (1, 1):
+        return False
+    if geometry != Geometry((1, 1), (0, 0), (1, 1), 1):
+        return False
+    return _is_small(x) or min(weight.shape[:2]) < FEW_CHANNELS
+
+
+def _is_small(x: Tensor) -> bool:
+    return x.shape[2] * x.shape[3] <= SMALL_MAP
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -275,22 +287,34 @@ def convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients in x, weight and bias, those of the three needed."""
-    if not any(needed):
-        return None, None, None
+    d_x = d_weight = None
     if not needed[2] and _is_product(x, weight, None, geometry):
-        d_x = d_weight = None
-        if needed[1]:
-            d_weight = torch.mm(_matrix(grad).t(), _matrix(x)).view(weight.shape)
         if needed[0]:
             d_x = torch.empty_like(x)
             torch.mm(_matrix(grad), _matrix(weight.to(x.dtype)), out=_matrix(d_x))
+        if needed[1] and _is_small(x):
+            d_weight = _sum_of_products(_matrix(grad), _matrix(x)).view(weight.shape)
+        needed = (False, needed[1] and d_weight is None, False)
+    if not any(needed):
         return d_x, d_weight, None
     stride, padding, dilation, groups = geometry
     bias_sizes = [weight.shape[0]] if needed[2] else None
-    return torch.ops.aten.convolution_backward(
+    others = torch.ops.aten.convolution_backward(
         grad, x, weight.to(x.dtype), bias_sizes, stride, padding, dilation, False, [0, 0], groups,
         list(needed),
     )  # fmt: skip
+    return d_x if others[0] is None else others[0], *others[1:]
+
+
+def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """``a.T @ b``, summed in parts: the product's own sum errs twice as much as oneDNN's."""
+    parts = min(4, max(1, a.shape[0] // 64))
+    rows = -(-a.shape[0] // parts)
+    (first, second), *others = zip(a.split(rows), b.split(rows), strict=True)
+    total = torch.mm(first.t(), second)
+    for first, second in others:
+        total.addmm_(first.t(), second)
+    return total
 
 
 def run_norm_relu_pool(
@@ -363,5 +387,11 @@ class _NormReluPool(torch.autograd.Function):
         with as_it_is(x):
             grad = grad.contiguous(memory_format=torch.channels_last)
             d_y = ctx.pooling.backward(grad, x, bn)
-            grads = norm_backward(d_y, x, bn, "relu", ctx.needs_input_grad)
-        return *grads, None, None, None, None
+            d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+            vectors = passes.vectors_of(bn, x)
+            (d_weight, d_bias, *_), _ = norm_backward(d_y, x, vectors, ctx.eps, "relu", d_x)
+            d_vectors = [
+                None if vector is None else d.to(vector.dtype)
+                for d, vector in ((d_weight, weight), (d_bias, bias))
+            ]
+        return d_x, *d_vectors, None, None, None, None

@@ -71,6 +71,9 @@ class FusedModule(nn.Module):
         or :func:`relu_`. A norm may be timm's BatchNormAct2d, whose activation is inside it; there
         ``act`` and ``relu`` are None. ``out``, a channel slice of a channels_last buffer, is
         written and returned, where no gradient is needed.
+
+        In training batch norm takes the batch's statistics, and autograd keeps the convolution's
+        output alone, see :mod:`cvkernels.nn.recomputed`.
         """
         groups = getattr(conv, "groups", 1)
         if input_bn is not None and (reason := why_not_input_bn(x, *input_bn, groups)):
@@ -85,6 +88,10 @@ class FusedModule(nn.Module):
             if (run := recall.get(x, (conv, bn, act), residual)) is not None:
                 return run(x, residual, out)
         inner_act, clash = fused_act(bn, act, residual)
+        if plain and out is None and not clash:
+            parts = (x, conv, bn, inner_act, residual)
+            if not recomputed.why_not_trained(*parts):
+                return run_group(conv, "", lambda: recomputed.conv_bn_act(*parts), None)
 
         def as_modules() -> Tensor:
             u = x if input_bn is None else _normalised(x, *input_bn)

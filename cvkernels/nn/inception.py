@@ -46,9 +46,7 @@ class BasicConv2d(FusedModule):
         self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
-        if recomputed.why_not_recomputed(x, self.conv, self.bn, relu_):
-            return self.fused(x, self.conv, self.bn, relu_)
-        return recomputed.conv_bn_relu(x, self.conv, self.bn)
+        return self.fused(x, self.conv, self.bn, relu_)
 
 
 class Inception(FusedModule):
@@ -122,7 +120,7 @@ class Inception(FusedModule):
             if type(block).forward is not BasicConv2d.forward:
                 return f"{type(block).__name__} is no convolution block of cvkernels"
             reason = why_not_called(x, block)
-            reason = reason or recomputed.why_not_recomputed(x, block.conv, block.bn, relu_)
+            reason = reason or recomputed.why_not_trained(x, block.conv, block.bn, relu_)
             if reason := reason or why_not_same_map(block.conv):
                 return reason
         return _why_not_one_convolution([block.conv for block in blocks])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cvkernels import backend, record
 from cvkernels.functional import excite, squeeze_excite
+from cvkernels.nn import recomputed
 from cvkernels.nn.conditions import why_not_called
 from cvkernels.nn.fusion import FusedModule, run_group
 from cvkernels.nn.recall import OPTIONS
@@ -68,7 +69,13 @@ class SqueezeExcite(FusedModule):
         out_act: str = "none",
         out: Tensor | None = None,
     ) -> Tensor:
-        """``out_act(forward(x) + residual)`` as one op, where :meth:`why_not_op` is empty."""
+        """``out_act(forward(x) + residual)`` as one op, where :meth:`why_not_op` is empty.
+
+        In training an x that can be computed again is not kept for backward, see
+        :mod:`cvkernels.nn.recomputed`.
+        """
+        if out_act in recomputed.OUT_ACTS and (recipe := recomputed.recipe_of(x)) is not None:
+            return recomputed.squeeze_excite(x, recipe, self._layers(), residual, out_act)
         return squeeze_excite(x, *self._layers(), residual, out_act, out=out)
 
     def _prepared_like(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:

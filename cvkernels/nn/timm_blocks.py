@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -176,7 +175,4 @@ class TimmDenseLayer(GrowingLayer):
         else:
             features = torch.cat(inputs, 1)
             bottleneck = self.fused(features, self.conv1, self.norm2, input_bn=(self.norm1, None))
-        new_features = self.fused(bottleneck, self.conv2)
-        if self.drop_rate > 0:
-            new_features = F.dropout(new_features, p=self.drop_rate, training=self.training)
-        return new_features
+        return self.dropped(self.fused(bottleneck, self.conv2), inputs[0])

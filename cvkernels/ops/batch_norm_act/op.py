@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 from cvkernels import backend as backends
 from cvkernels.backend import Backend, Choice
 from cvkernels.ops import calls, native
-from cvkernels.ops.batch_norm import BatchNormParams
 from cvkernels.ops.batch_norm_act import passes
 from cvkernels.ops.batch_norm_act.reference import batch_norm_act_reference
 from cvkernels.ops.checks import check_residual, check_vector
@@ -79,9 +77,9 @@ def batch_norm_act(
     if residual is not None and not passes.is_pixel_matrix(residual):
         residual = residual.contiguous(memory_format=torch.channels_last)
     arguments = (x, weight, bias, residual, eps, act)
-    if not calls.needs_grad((x, weight, bias, residual)):
-        return BatchNormAct(*_forward(*arguments))
-    return BatchNormAct(*_BatchNormAct.apply(*arguments))
+    run = _BatchNormAct.apply if calls.needs_grad((x, weight, bias, residual)) else _forward
+    out, vectors = run(*arguments)
+    return BatchNormAct(out, *vectors[:2].detach().unbind())
 
 
 def choose(
@@ -134,99 +132,58 @@ def _checked_choice(x, weight, bias, act, residual, backend) -> Choice:
     return passes.select(x, requested)
 
 
-def _forward(x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor, Tensor]:
-    mean, var = passes.statistics(x)
+def _forward(x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor]:
+    vectors = x.new_empty(4, x.shape[1], dtype=passes.wide_dtype(x))
     out = torch.empty_like(x, memory_format=torch.channels_last)
-    passes.apply(x, BatchNormParams(weight, bias, mean, var, eps), act, out, residual)
-    return out, mean, var
+    weight, bias = (t if t is None else t.detach().contiguous() for t in (weight, bias))
+    passes.forward(x, weight, bias, None, eps, act, residual, vectors, out)
+    return out, vectors
 
 
 class _BatchNormAct(torch.autograd.Function):
-    """Saves x, weight, bias, mean and var, and out where it tells what a ReLU let pass."""
+    """Saves x and the vectors, and out where it tells what a ReLU let pass."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, eps, act):
-        out, mean, var = _forward(x, weight, bias, residual, eps, act)
+        out, vectors = _forward(x, weight, bias, residual, eps, act)
         joins = residual is not None and act == "relu"
-        ctx.save_for_backward(x, weight, bias, mean, var, *((out,) if joins else ()))
-        ctx.mark_non_differentiable(mean, var)
+        ctx.save_for_backward(x, vectors, *((out,) if joins else ()))
+        ctx.mark_non_differentiable(vectors)
         ctx.eps, ctx.act = eps, act
-        return out, mean, var
+        ctx.dtypes = [t if t is None else t.dtype for t in (weight, bias)]
+        return out, vectors
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx, grad, _):
         refuse_create_graph("batch_norm_act")
-        x, weight, bias, mean, var, *joined = ctx.saved_tensors
-        bn = BatchNormParams(weight, bias, mean, var, ctx.eps)
-        *needed, needs_residual, _, _ = ctx.needs_input_grad
-        if joined:
-            grads, grad = joined_backward(grad, x, bn, *joined, needed)
-        else:
-            grads = norm_backward(grad, x, bn, ctx.act, needed)
-        return *grads, grad if needs_residual else None, None, None
-
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+        x, vectors, *joined = ctx.saved_tensors
+        needs_x, *needs_vectors, needs_residual, _, _ = ctx.needs_input_grad
+        out = torch.empty_like(x, memory_format=torch.channels_last) if needs_x else None
+        d_vectors, d_residual = norm_backward(grad, x, vectors, ctx.eps, ctx.act, out, *joined)
+        grads = (
+            d.to(dtype) if need else None
+            for d, dtype, need in zip(d_vectors, ctx.dtypes, needs_vectors, strict=False)
+        )
+        return out, *grads, d_residual if needs_residual else None, None, None
 
 
 def norm_backward(
     grad: Tensor,
     x: Tensor,
-    bn: BatchNormParams,
+    vectors: Tensor,
+    eps: float,
     act: str,
-    needed: Sequence[bool],
-    out: Tensor | None = None,
-) -> Gradients:
-    """Gradients in x, weight and bias of ``act(batch_norm(x))``, those of the three needed.
-
-    The first is written to ``out`` where that is given.
-    """
-    grad = _as_operand(grad, x)
-    slope, offset = (passes.vector_like(x, zero=True) for _ in range(2))
-    vectors = passes.reduce(grad, x, bn, act, slope, offset)
-    return _finished(grad, x, bn, act, (slope, offset), vectors, needed, out)
-
-
-def joined_backward(
-    grad: Tensor,
-    x: Tensor,
-    bn: BatchNormParams,
-    joined: Tensor,
-    needed: Sequence[bool],
-    out: Tensor | None = None,
-) -> tuple[Gradients, Tensor]:
-    """As :func:`norm_backward` of ``joined = relu(batch_norm(x) + residual)``, and the residual's
-    gradient."""
-    grad, masked = _as_operand(grad, x), torch.empty_like(x, memory_format=torch.channels_last)
-    slope, offset = (passes.vector_like(x, zero=True) for _ in range(2))
-    join = (joined.contiguous(memory_format=torch.channels_last), masked)
-    vectors = passes.reduce(grad, x, bn, "relu", slope, offset, join=join)
-    return _finished(masked, x, bn, "none", (slope, offset), vectors, needed, out), masked
-
-
-def _as_operand(grad: Tensor, x: Tensor) -> Tensor:
-    grad = grad.to(x.dtype)
-    if passes.is_pixel_matrix(grad):
-        return grad
-    return grad.contiguous(memory_format=torch.channels_last)
-
-
-def _finished(
-    grad: Tensor,
-    x: Tensor,
-    bn: BatchNormParams,
-    act: str,
-    through_statistics: tuple[Tensor, Tensor],
-    vectors: tuple[Tensor, Tensor],
-    needed: Sequence[bool],
     out: Tensor | None,
-) -> Gradients:
-    d_x = None
-    if needed[0]:
-        if out is None:
-            out = torch.empty_like(x, memory_format=torch.channels_last)
-        d_x = passes.input_gradient(grad, x, bn, act, *through_statistics, out)
-    return d_x, *(
-        d.to(vector.dtype) if vector is not None and need else None
-        for d, vector, need in zip(vectors, bn[:2], needed[1:], strict=False)
-    )
+    joined: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``act(batch_norm(x) + residual)``: as :func:`passes.backward`, and the
+    residual's. ``joined`` is the result, which "relu" behind a residual needs.
+    """
+    grad = grad.to(x.dtype)
+    if not passes.is_pixel_matrix(grad):
+        grad = grad.contiguous(memory_format=torch.channels_last)
+    if joined is None:
+        return passes.backward(grad, x, vectors, eps, act, None, out), grad
+    masked = torch.empty_like(x, memory_format=torch.channels_last)
+    joined = joined.contiguous(memory_format=torch.channels_last)
+    return passes.backward(grad, x, vectors, eps, act, (joined, masked), out), masked

@@ -10,9 +10,12 @@ With n pixels and, per channel, ``scale = weight / sqrt(var + eps)``:
 ``act`` is "none", "relu" or "silu". Where a shortcut ends, ``y = act(z + residual)`` with "none" or
 "relu", ``dy = grad where y > 0, else 0`` is the residual's gradient too.
 
+:func:`forward`, :func:`again` and :func:`backward` are of one norm and its vectors [4, C]: mean,
+var, weight and bias in the dtype that x is computed in, which forward fills.
+
 Several norms of one x share its mean and var, and the last two terms of dx are linear in what is
-summed: :func:`reduce` adds ``dy * scale``, slope and offset to what other norms left there, and one
-:func:`input_gradient` finishes the sum.
+summed: after :func:`statistics` and each norm's :func:`apply`, :func:`reduce` adds ``dy * scale``,
+slope and offset to what other norms left, and one :func:`input_gradient` finishes the sum.
 
 A map is Tensor[N, C, H, W], channels_last or a channel slice of such a tensor where the native op
 is to run; vectors are float32 (float64 for float64 maps), but for weight and bias, of any floating
@@ -22,36 +25,146 @@ dtype. Nothing is checked here beyond what the native op checks, and nothing is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels import record
+from cvkernels import extension, record
 from cvkernels.backend import Choice
 from cvkernels.ops import affine, native
 from cvkernels.ops.batch_norm import BatchNormParams
 from cvkernels.ops.batch_norm_act import reference
 
-_NORM = "Tensor? weight, Tensor? bias, Tensor mean, Tensor{} var, float eps, int act"
-_VECTORS = "Tensor(b!) d_weight, Tensor(c!) d_bias, Tensor(d!) slope, Tensor(e!) offset"
+_NORM = "Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, int act"
 
 library = torch.library.Library("cvkernels", "FRAGMENT")
-library.define("batch_norm_act_statistics(Tensor x, Tensor(a!) mean, Tensor(b!) var) -> ()")
-library.define(
-    f"batch_norm_act_apply(Tensor x, {_NORM.format('')}, Tensor? residual, Tensor(a!) out) -> ()"
-)
-library.define(
-    f"batch_norm_act_reduce(Tensor grad, Tensor x, {_NORM.format('')}, Tensor? joined, "
-    f"Tensor(f!)? masked, Tensor(a!)? total, {_VECTORS}) -> ()"
-)
-library.define(
-    f"batch_norm_act_input_gradient(Tensor grad, Tensor x, {_NORM.format('?')}, Tensor slope, "
-    f"Tensor offset, Tensor(a!) out) -> ()"
-)
+for _schema in (
+    "statistics(Tensor x, Tensor(a!) mean, Tensor(b!) var)",
+    f"apply(Tensor x, {_NORM}, Tensor(a!) out)",
+    f"reduce(Tensor grad, Tensor x, {_NORM}, Tensor(a!) total, Tensor(b!) d_weight, "
+    "Tensor(c!) d_bias, Tensor(d!) slope, Tensor(e!) offset)",
+    "input_gradient(Tensor grad, Tensor x, Tensor mean, Tensor slope, Tensor offset, "
+    "Tensor(a!) out)",
+    "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, float factor, float eps, int act, Tensor? residual, "
+    "Tensor(c!) vectors, Tensor(d!) out)",
+    "again(Tensor x, Tensor vectors, float eps, int act, Tensor? residual, Tensor(a!) out)",
+    "backward(Tensor grad, Tensor x, Tensor vectors, float eps, int act, Tensor? joined, "
+    "Tensor(a!)? masked, Tensor(b!) results, Tensor(c!)? out)",
+):
+    library.define(f"batch_norm_act_{_schema} -> ()")
 _ops = torch.ops.cvkernels
 # As csrc/act.h counts them.
 ACTS = {"none": 0, "relu": 1, "silu": 3}
+
+
+class Running(NamedTuple):
+    """Running statistics, of x's dtype or the one that it is computed in, and how far they move."""
+
+    mean: Tensor
+    var: Tensor
+    factor: float
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: Running | None,
+    eps: float,
+    act: str,
+    residual: Tensor | None,
+    vectors: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """Fill vectors, move the running statistics, write ``act(z + residual)`` to out; returns out.
+
+    out and residual have x's shape and dtype; out may be either's elements. Absent weights are
+    ones, absent biases zeros. ``running = running * (1 - factor) + batch's * factor``, with the
+    unbiased variance.
+    """
+    running_mean, running_var, factor = running or (None, None, 0.0)
+
+    def run() -> None:
+        _ops.batch_norm_act_forward.default(
+            x, weight, bias, running_mean, running_var, factor, eps, ACTS[act], residual, vectors,
+            out,
+        )  # fmt: skip
+
+    def as_reference() -> None:
+        rows = reference.rows_of(*reference.statistics_reference(x), weight, bias)
+        for row, value in zip(vectors, rows, strict=True):
+            row.copy_(value)
+        pixels = x.numel() // x.shape[1]
+        news = (rows[0], rows[1] * (pixels / (pixels - 1)))
+        for old, new in zip((running_mean, running_var), news, strict=True):
+            if old is not None:
+                old.copy_(torch.lerp(old.to(new.dtype), new, factor))
+        out.copy_(reference.apply_reference(x, params_of(vectors, eps), act, residual))
+
+    read = (x, x) if residual is None else (x, x, residual)
+    _run("forward", x, read, (out,), run, as_reference)
+    if running:
+        native.mark_written(running_mean)
+        native.mark_written(running_var)
+    return out
+
+
+def again(
+    x: Tensor, vectors: Tensor, eps: float, act: str, residual: Tensor | None, out: Tensor
+) -> Tensor:
+    """Write ``act(z + residual)`` to out as :func:`forward` did; returns it."""
+
+    def run() -> None:
+        _ops.batch_norm_act_again.default(x, vectors, eps, ACTS[act], residual, out)
+
+    def as_reference() -> None:
+        out.copy_(reference.apply_reference(x, params_of(vectors, eps), act, residual))
+
+    read = (x,) if residual is None else (x, residual)
+    _run("again", x, read, (out,), run, as_reference)
+    return out
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    vectors: Tensor,
+    eps: float,
+    act: str,
+    join: tuple[Tensor, Tensor] | None,
+    out: Tensor | None,
+) -> Tensor:
+    """Write dx to out where that is given; returns d_weight, d_bias, slope and offset as [4, C].
+
+    ``join`` is, for "relu" behind a residual, what :func:`forward` gave and the map that dy is
+    written to, the residual's gradient, both as x.
+    """
+    joined, masked = join or (None, None)
+    results = x.new_empty(4, x.shape[1], dtype=wide_dtype(x))
+
+    def run() -> None:
+        _ops.batch_norm_act_backward.default(
+            grad, x, vectors, eps, ACTS[act], joined, masked, results, out
+        )
+
+    def as_reference() -> None:
+        bn = params_of(vectors, eps)
+        dy, _, *values = reference.reduce_reference(grad, x, bn, act, joined)
+        for row, value in zip(results, values, strict=True):
+            row.copy_(value)
+        if masked is not None:
+            masked.copy_(dy)
+        if out is not None:
+            through = reference.through_statistics_reference(x, bn.mean, *results[2:])
+            out.copy_(dy * reference.column(reference.scale_of(bn)) + through)
+
+    read = [t for t in (grad, x, joined, *((x, grad) if out is not None else ())) if t is not None]
+    written = [t for t in (masked, out) if t is not None]
+    _run("backward", x, read, written, run, as_reference)
+    return results
 
 
 def statistics(x: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -69,24 +182,17 @@ def statistics(x: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Ten
     return mean, var
 
 
-def apply(
-    x: Tensor, bn: BatchNormParams, act: str, out: Tensor, residual: Tensor | None = None
-) -> Tensor:
-    """Write ``act((x - mean) * scale + bias + residual)`` to out; returns it.
-
-    out and residual have x's shape and dtype; out may be either's elements. A residual goes with
-    "none" and "relu".
-    """
+def apply(x: Tensor, bn: BatchNormParams, act: str, out: Tensor) -> Tensor:
+    """Write ``act(z)`` to out, of x's shape and dtype; returns it."""
     vectors = affine.vectors_of(bn, x)
 
     def run() -> None:
-        _ops.batch_norm_act_apply.default(x, *vectors, ACTS[act], residual, out)
+        _ops.batch_norm_act_apply.default(x, *vectors, ACTS[act], out)
 
     def as_reference() -> None:
-        out.copy_(reference.apply_reference(x, vectors, act, residual))
+        out.copy_(reference.apply_reference(x, vectors, act))
 
-    read = (x,) if residual is None else (x, residual)
-    _run("apply", x, read, (out,), run, as_reference)
+    _run("apply", x, (x,), (out,), run, as_reference)
     return out
 
 
@@ -95,66 +201,59 @@ def reduce(
     x: Tensor,
     bn: BatchNormParams,
     act: str,
-    slope: Tensor,
-    offset: Tensor,
-    total: Tensor | None = None,
-    join: tuple[Tensor, Tensor] | None = None,
+    sums: tuple[Tensor, Tensor],
+    total: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(d_weight, d_bias); slope, offset and, where there is one, the map total are added to.
+    """(d_weight, d_bias); ``sums``, slope and offset, and the map total are added to.
 
-    ``total`` has x's shape and the dtype that x is computed in, and does not go with "silu".
-    ``join`` is, for act "relu", what :func:`apply` gave with a residual, and the map that dy is
-    written to, both as x.
+    ``total`` has x's shape and the dtype that x is computed in. act is "none" or "relu".
     """
     vectors = affine.vectors_of(bn, x)
-    d_weight, d_bias = vector_like(x), vector_like(x)
-    results = (d_weight, d_bias, slope, offset)
-    joined, masked = join or (None, None)
+    results = (vector_like(x), vector_like(x), *sums)
 
     def run() -> None:
-        _ops.batch_norm_act_reduce.default(
-            grad, x, *vectors, ACTS[act], joined, masked, total, *results
-        )
+        _ops.batch_norm_act_reduce.default(grad, x, *vectors, ACTS[act], total, *results)
 
     def as_reference() -> None:
-        dy, scaled, *values = reference.reduce_reference(grad, x, vectors, act, joined)
-        for out, value in zip(results, values, strict=True):
-            out.add_(value) if out is slope or out is offset else out.copy_(value)
-        if total is not None:
-            total.add_(scaled)
-        if masked is not None:
-            masked.copy_(dy)
+        _, scaled, *values = reference.reduce_reference(grad, x, vectors, act)
+        for out, value in zip(results[:2], values[:2], strict=True):
+            out.copy_(value)
+        for out, value in zip(sums, values[2:], strict=True):
+            out.add_(value)
+        total.add_(scaled)
 
-    read = [t for t in (grad, x, joined, total) if t is not None]
-    written = [t for t in (total, masked) if t is not None]
-    _run("reduce", x, read, written, run, as_reference)
-    return d_weight, d_bias
+    _run("reduce", x, (grad, x, total), (total,), run, as_reference)
+    return results[:2]
 
 
 def input_gradient(
-    grad: Tensor,
-    x: Tensor,
-    bn: BatchNormParams,
-    act: str,
-    slope: Tensor,
-    offset: Tensor,
-    out: Tensor,
+    total: Tensor, x: Tensor, mean: Tensor, slope: Tensor, offset: Tensor, out: Tensor
 ) -> Tensor:
-    """Write ``dy * scale + (x - mean) * slope + offset`` to out, of x's shape and dtype.
+    """Write ``total + (x - mean) * slope + offset`` to out, of x's shape and dtype; returns it.
 
-    grad may have x's dtype or, but for "silu", the one that x is computed in. Without ``bn.var``
-    and ``bn.weight`` scale is 1: what :func:`reduce` left in a total is finished so.
+    The total has x's dtype or the one that x is computed in.
     """
-    vectors = affine.vectors_of(bn, x)
 
     def run() -> None:
-        _ops.batch_norm_act_input_gradient.default(grad, x, *vectors, ACTS[act], slope, offset, out)
+        _ops.batch_norm_act_input_gradient.default(total, x, mean, slope, offset, out)
 
     def as_reference() -> None:
-        out.copy_(reference.input_gradient_reference(grad, x, vectors, act, slope, offset))
+        through = reference.through_statistics_reference(x, mean, slope, offset)
+        out.copy_(reference.wide(total) + through)
 
-    _run("input_gradient", x, (grad, x), (out,), run, as_reference)
+    _run("input_gradient", x, (total, x), (out,), run, as_reference)
     return out
+
+
+def vectors_of(bn: BatchNormParams, x: Tensor) -> Tensor:
+    """What :func:`forward` fills, of a norm of x whose statistics are there."""
+    rows = reference.rows_of(bn.mean, bn.var, bn.weight, bn.bias)
+    return torch.stack([row.to(wide_dtype(x)) for row in rows])
+
+
+def params_of(vectors: Tensor, eps: float) -> BatchNormParams:
+    mean, var, weight, bias = vectors.unbind()
+    return BatchNormParams(weight, bias, mean, var, eps)
 
 
 def vector_like(x: Tensor, zero: bool = False) -> Tensor:
@@ -176,6 +275,8 @@ def select(x: Tensor, requested: str = "auto") -> Choice:
 
 def is_pixel_matrix(x: Tensor) -> bool:
     """Whether x's pixels follow each other evenly, the channels of each side by side."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return True
     N, C, H, W = x.shape
     stride_n, stride_c, stride_h, stride_w = x.stride()
     if C > 1 and stride_c != 1:
@@ -193,6 +294,8 @@ def is_pixel_matrix(x: Tensor) -> bool:
 
 
 def _run(name: str, x: Tensor, read: Sequence, written: Sequence, run, as_reference) -> None:
+    if _at_once(x):
+        return run()
     choice = select(x)
     run = as_reference if choice.backend == "reference" else run
     if (recorder := record.active()) is None:
@@ -205,24 +308,22 @@ def _run(name: str, x: Tensor, read: Sequence, written: Sequence, run, as_refere
         return run()
 
 
-@torch.library.register_fake("cvkernels::batch_norm_act_statistics", lib=library)
-def _(x, mean, var):
-    return None
+def _at_once(x: Tensor) -> bool:
+    """Whether :func:`select` gives native for "auto" on CPU and nobody has to hear of the call."""
+    return (
+        x.is_cpu
+        and not torch.compiler.is_compiling()
+        and backends.in_force() == "auto"
+        and record.current() is None
+        and extension.has("cpu")
+        and x.dtype in native.DTYPES["cpu"]
+        and is_pixel_matrix(x)
+    )
 
 
-@torch.library.register_fake("cvkernels::batch_norm_act_apply", lib=library)
-def _(x, weight, bias, mean, var, eps, act, residual, out):
-    return None
+def _writes(*_) -> None:
+    """What every op does to a fake: nothing that its shape shows."""
 
 
-@torch.library.register_fake("cvkernels::batch_norm_act_reduce", lib=library)
-def _(
-    grad, x, weight, bias, mean, var, eps, act, joined, masked, total, d_weight, d_bias, slope,
-    offset,
-):  # fmt: skip
-    return None
-
-
-@torch.library.register_fake("cvkernels::batch_norm_act_input_gradient", lib=library)
-def _(grad, x, weight, bias, mean, var, eps, act, slope, offset, out):
-    return None
+for _name in ("statistics", "apply", "reduce", "input_gradient", "forward", "again", "backward"):
+    torch.library.register_fake(f"cvkernels::batch_norm_act_{_name}", _writes, lib=library)

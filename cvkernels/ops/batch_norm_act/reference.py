@@ -34,10 +34,18 @@ def statistics_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
+def rows_of(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The four vectors, those that are absent as ones and zeros."""
+    weight = torch.ones_like(mean) if weight is None else weight
+    return mean, var, weight, torch.zeros_like(mean) if bias is None else bias
+
+
 def normalized_reference(x: Tensor, bn: BatchNormParams) -> Tensor:
     """``(x - mean) * scale + bias`` in the dtype that x is computed in."""
-    y = (wide(x) - _column(bn.mean)) * _column(scale_of(bn))
-    return y if bn.bias is None else y + _column(wide(bn.bias))
+    y = (wide(x) - column(bn.mean)) * column(scale_of(bn))
+    return y if bn.bias is None else y + column(wide(bn.bias))
 
 
 def apply_reference(
@@ -55,17 +63,13 @@ def reduce_reference(
     scale, inverse_std = scale_of(bn), torch.rsqrt(bn.var + bn.eps)
     pixels = x.numel() // x.shape[1]
     d_bias = dy.sum((0, 2, 3))
-    d_weight = (dy * (wide(x) - _column(bn.mean))).sum((0, 2, 3)) * inverse_std
+    d_weight = (dy * (wide(x) - column(bn.mean))).sum((0, 2, 3)) * inverse_std
     slope, offset = -scale * inverse_std * d_weight / pixels, -scale * d_bias / pixels
-    return dy, dy * _column(scale), d_weight, d_bias, slope, offset
+    return dy, dy * column(scale), d_weight, d_bias, slope, offset
 
 
-def input_gradient_reference(
-    grad: Tensor, x: Tensor, bn: BatchNormParams, act: str, slope: Tensor, offset: Tensor
-) -> Tensor:
-    dy = _before_act(grad, normalized_reference(x, bn), act) * _column(scale_of(bn))
-    through_statistics = (wide(x) - _column(bn.mean)) * _column(slope) + _column(offset)
-    return (dy + through_statistics).to(x.dtype)
+def through_statistics_reference(x: Tensor, mean: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    return (wide(x) - column(mean)) * column(slope) + column(offset)
 
 
 def scale_of(bn: BatchNormParams) -> Tensor:
@@ -84,5 +88,5 @@ def _before_act(grad: Tensor, z: Tensor, act: str) -> Tensor:
     return grad * sigmoid * (1 + z * (1 - sigmoid))
 
 
-def _column(vector: Tensor) -> Tensor:
+def column(vector: Tensor) -> Tensor:
     return vector[:, None, None]

@@ -104,21 +104,51 @@ def squeeze_excite(
         return y if out is None else out.copy_(y)
 
     def traffic() -> Traffic:
-        copied = copies(x, residual, out)
-        three = choice.backend == "triton" and not tiles.one_launch(x, weight1.shape[0])
-        passes = 2 if three else 1
-        moved = nbytes(x) * copied
-        between = 2 * 4 * x.shape[0] * x.shape[1] if three else 0
-        return Traffic(
-            (3 if three else 1) + copied,
-            passes * nbytes(x) + nbytes(residual, *layers) + between + moved,
-            nbytes(x) + between + moved,
-        )
+        return _traffic(choice, x, layers, residual, copies(x, residual, out))
 
     def fused() -> Tensor:
         return write(out, x, residual, compute)
 
     return run("squeeze_excite", choice, fused, reference, traffic)
+
+
+def squeeze_excite_kept(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    act: str,
+    residual: Tensor | None,
+    out_act: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`squeeze_excite` with the means and the logits; autograd does not see it."""
+    layers = (weight1, bias1, weight2, bias2)
+    with torch.no_grad():
+        choice = choose(x, *layers, act, residual, out_act)
+
+        def compute() -> tuple[Tensor, Tensor, Tensor]:
+            op = torch.ops.cvkernels.squeeze_excite
+            return op(x, *layers, act, residual, out_act, choice.backend)
+
+        def traffic() -> Traffic:
+            return _traffic(choice, x, layers, residual, copies(x, residual, None))
+
+        return run("squeeze_excite", choice, compute, compute, traffic)
+
+
+def _traffic(
+    choice: Choice, x: Tensor, layers: tuple, residual: Tensor | None, copied: int
+) -> Traffic:
+    three = choice.backend == "triton" and not tiles.one_launch(x, layers[0].shape[0])
+    passes = 2 if three else 1
+    moved = nbytes(x) * copied
+    between = 2 * 4 * x.shape[0] * x.shape[1] if three else 0
+    return Traffic(
+        (3 if three else 1) + copied,
+        passes * nbytes(x) + nbytes(residual, *layers) + between + moved,
+        nbytes(x) + between + moved,
+    )
 
 
 def choose(

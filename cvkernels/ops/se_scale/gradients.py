@@ -9,6 +9,8 @@ and through the block, with d mean from the two layers, dx = dz * s + d mean / H
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -77,3 +79,28 @@ def excite_backward(
         (grad.T @ hidden).to(weight2.dtype).view(weight2.shape),
         None if bias2 is None else grad.sum(0).to(bias2.dtype),
     )
+
+
+def squeeze_excite_backward(
+    grad: Tensor,
+    x: Tensor,
+    layers: Sequence[Tensor | None],
+    mean: Tensor,
+    gate: Tensor,
+    residual: Tensor | None,
+    out: Tensor | None,
+    act: str,
+    out_act: str,
+    input_grad: bool,
+    backend: str = "auto",
+) -> tuple[Tensor | None, tuple[Tensor | None, ...], Tensor]:
+    """(d x where it is wanted, those of the layers' tensors, d residual)."""
+    ops = torch.ops.cvkernels
+    _, d_gate, dz = ops.se_scale_backward(grad, x, gate, residual, out, out_act, False, backend)
+    dz = grad if out_act == "none" else dz
+    d_mean, *d_layers = excite_backward(d_gate, mean, *layers, act)
+    dx = None
+    if input_grad:
+        pixels = x.shape[2] * x.shape[3]
+        dx = ops.se_scale_shifted(dz.to(x.dtype), gate, d_mean / pixels, backend)
+    return dx, tuple(d_layers), dz

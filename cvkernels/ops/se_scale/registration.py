@@ -66,10 +66,15 @@ def _se_scale(x, gate, residual, act, backend):
 
 def _squeeze_excite(x, weight1, bias1, weight2, bias2, act, residual, out_act, backend):
     layers = (weight1, bias1, weight2, bias2)
-    if _runs("squeeze_excite", x, backend, triton_limit(weight1)) == "triton":
+    name = _runs("squeeze_excite", x, backend, triton_limit(weight1))
+    if name == "triton":
         out, mean, gate = triton_squeeze_excite(
             x, *layers, act, residual, out_act, None, keep_mean=True
         )
+    elif name == "native" and x.dtype == torch.float32:
+        mean = native.squeeze(x)
+        gate = native.excite(mean, *layers, act, False, None)
+        out = native.se_scale(x, gate, residual, out_act)
     else:
         mean = x.mean((2, 3), dtype=accumulator(x.dtype))
         gate = excite_reference(mean, *layers, act)
@@ -205,17 +210,10 @@ def _squeeze_excite_context(ctx, inputs, output):
 
 def _squeeze_excite_grad(ctx, grad, *_):
     x, *layers, mean, gate, residual, out = ctx.saved_tensors
-    _, d_gate, dz = torch.ops.cvkernels.se_scale_backward(
-        grad, x, gate, residual, out, ctx.out_act, False, ctx.backend
-    )
-    dz = grad if ctx.out_act == "none" else dz
-    d_mean, *d_layers = gradients.excite_backward(d_gate, mean, *layers, ctx.act)
-    dx = None
-    if ctx.needs_input_grad[0]:
-        pixels = x.shape[2] * x.shape[3]
-        dx = torch.ops.cvkernels.se_scale_shifted(
-            dz.to(x.dtype), gate, d_mean / pixels, ctx.backend
-        )
+    dx, d_layers, dz = gradients.squeeze_excite_backward(
+        grad, x, layers, mean, gate, residual, out, ctx.act, ctx.out_act,
+        ctx.needs_input_grad[0], ctx.backend,
+    )  # fmt: skip
     return dx, *d_layers, None, dz if ctx.has_residual else None, None, None
 
 
