@@ -1,4 +1,4 @@
-"""batch_norm_act against stock batch norm with ReLU in training, forward and backward.
+"""batch_norm_act against stock batch norm with activation and shortcut in training, both ways.
 
 ``python -m benchmarks.bench_batch_norm_act [--quick]`` prints the table (``--help``: options),
 ``pytest benchmarks/bench_batch_norm_act.py`` gives the rows to pytest-benchmark.
@@ -25,6 +25,8 @@ class Norm(NamedTuple):
     H: int
     W: int
     total: int
+    act: str = "relu"
+    adds: bool = False  # a shortcut, before the activation
 
 
 NORMS = {
@@ -33,39 +35,50 @@ NORMS = {
     "densenet121-block1-norm2": Norm(128, 56, 56, 128),
     "densenet121-block3-norm1": Norm(736, 14, 14, 1024),
     "googlenet-3a-branch2": Norm(96, 28, 28, 96),
+    "resnet50-layer1-bn3": Norm(256, 56, 56, 256, adds=True),
+    "resnet50-layer4-bn3": Norm(2048, 7, 7, 2048, adds=True),
+    "efficientnet_b0-2.1-expand": Norm(144, 56, 56, 144, "silu"),
     "odd": Norm(19, 31, 45, 19),  # nothing divides a vector
 }
-QUICK = ("densenet121-block1-norm1", "densenet121-block1-norm2", "odd")
+QUICK = ("densenet121-block1-norm1", "resnet50-layer1-bn3", "efficientnet_b0-2.1-expand", "odd")
 HOST = ("one-pixel", Norm(8, 1, 1, 8))
 
 
 def traffic(norm: Norm, batch: int, dtype: torch.dtype, part: str) -> int:
     """Forward: x read for its statistics and to be normalised, out written. Backward, sums and
-    gradient: grad and x read twice, d x written."""
+    gradient: grad and x read twice, d x written. With a shortcut it is read once, and in backward
+    the output is read and the shortcut's gradient written."""
     elements = batch * norm.C * norm.H * norm.W
-    return (3 if part == "forward" else 5) * elements * dtype.itemsize
+    maps = 3 + norm.adds if part == "forward" else 5 + 2 * norm.adds
+    return maps * elements * dtype.itemsize
 
 
 def inputs_of(
     norm: Norm, batch: int, dtype: torch.dtype, device: torch.device, grad: bool
 ) -> tuple[tuple, dict]:
-    buffer = torch.randn(batch, norm.total, norm.H, norm.W, device=device).to(dtype)
-    x = buffer.contiguous(memory_format=torch.channels_last)[:, : norm.C]
+    def make() -> Tensor:
+        buffer = torch.randn(batch, norm.total, norm.H, norm.W, device=device).to(dtype)
+        return buffer.contiguous(memory_format=torch.channels_last)[:, : norm.C]
+
     weight, bias = torch.randn(2, norm.C, device=device)
-    return (x.requires_grad_(grad), weight, bias), {}
+    shortcut = make().requires_grad_(grad) if norm.adds else None
+    return (make().requires_grad_(grad), weight, bias, shortcut), {}
 
 
-def stock(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return batch_norm_act_reference(x, weight, bias, 1e-5, "relu")[0]
+def stock(act: str, x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None) -> Tensor:
+    return batch_norm_act_reference(x, weight, bias, 1e-5, act, shortcut)[0]
 
 
-def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def eager(act: str, x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None) -> Tensor:
     y = torch.nn.functional.batch_norm(x, None, None, weight, bias, True)
-    return torch.nn.functional.relu(y, inplace=True)
+    if shortcut is not None:
+        y += shortcut
+    activate = torch.nn.functional.relu if act == "relu" else torch.nn.functional.silu
+    return activate(y, inplace=True)
 
 
-def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return batch_norm_act(x, weight, bias, act="relu").out
+def fused(act: str, x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None) -> Tensor:
+    return batch_norm_act(x, weight, bias, act=act, residual=shortcut).out
 
 
 def case_of(
@@ -77,11 +90,11 @@ def case_of(
         shape=f"{batch}x{norm.C}x{norm.H}x{norm.W} of {norm.total}",
         dtype=dtype,
         inputs=functools.partial(inputs_of, norm, batch, dtype, device, part == "backward"),
-        reference=stock,
+        reference=functools.partial(stock, norm.act),
         variants={
-            "eager": lambda: eager,
-            "compile": lambda: harness.compiled(eager),
-            "cvkernels": lambda: fused,
+            "eager": lambda: functools.partial(eager, norm.act),
+            "compile": lambda: harness.compiled(functools.partial(eager, norm.act)),
+            "cvkernels": lambda: functools.partial(fused, norm.act),
         },
         bytes=None if part == "host" else traffic(norm, batch, dtype, part),
         part=part,

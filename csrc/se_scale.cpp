@@ -260,6 +260,90 @@ Tensor squeeze_excite(const Tensor& x, const Tensor& weight1, const Maybe& bias1
   return out;
 }
 
+// A float32 matrix [N, C], dense.
+float* matrix_of(const char* op, const char* name, const Tensor& matrix, const Map& map) {
+  CVK_CHECK_CPU(op, matrix);
+  CVK_CHECK(op,
+            matrix.dim() == 2 && matrix.size(0) == map.N && matrix.size(1) == map.C &&
+                matrix.is_contiguous() && matrix.scalar_type() == ScalarType::Float,
+            name, " must be float32 and contiguous with shape [", map.N, ", ", map.C, "], got ",
+            shape_of(matrix));
+  return static_cast<float*>(matrix.mutable_data_ptr());
+}
+
+// A channels_last map like x.
+Map map_like(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
+  CVK_CHECK_SAME(op, tensor, x);
+  CVK_CHECK(op, tensor.sizes().equals(x.sizes()), name, " must have x's shape, got ",
+            shape_of(tensor));
+  return map_of(op, tensor, true);
+}
+
+// sums[n, c] = sum of dz * x over the pixels; dz = grad, or where `out` > 0, also in `masked`.
+void sum_gradients(const Tensor& grad, const Tensor& x, const Maybe& out, const Maybe& masked,
+                   const Tensor& sums) {
+  const char* op = "se_scale_native_sums";
+  const Map map = map_of(op, x, true), from = map_like(op, "grad", grad, x);
+  CVK_CHECK(op, out.has_value() == masked.has_value(), "out and masked belong together");
+  const Map of_out = out ? map_like(op, "out", *out, x) : Map{};
+  const Map to = masked ? map_like(op, "masked", *masked, x) : Map{};
+  float* sums_data = matrix_of(op, "sums", sums, map);
+  dispatch(op, x.scalar_type(), [&]<typename T>(Type<T> type) {
+    const int64_t chunk = 4 * PRODUCTS, chunks = (map.HW + chunk - 1) / chunk;
+    std::vector<double> partial(map.N * chunks * map.C);
+    parallel_for(0, map.N * chunks, grain_of(chunk * map.C), [&](int64_t first, int64_t last) {
+      std::vector<float> memory(map.C);
+      for (int64_t item = first; item < last; ++item) {
+        const int64_t n = item / chunks, start = item % chunks * chunk;
+        const Gradients maps{
+            at<T>(grad.const_data_ptr(), n * from.stride_n),
+            at<T>(x.const_data_ptr(), n * map.stride_n),
+            out ? at<T>(out->const_data_ptr(), n * of_out.stride_n) : nullptr,
+            masked ? const_cast<void*>(at<T>(masked->mutable_data_ptr(), n * to.stride_n))
+                   : nullptr,
+            from.stride_p,
+            map.stride_p,
+            of_out.stride_p,
+            to.stride_p,
+            map.C};
+        add_all_products(type, maps, start, std::min(map.HW, start + chunk), &partial[item * map.C],
+                         memory.data());
+      }
+    });
+    for (int64_t n = 0; n < map.N; ++n)
+      for (int64_t c = 0; c < map.C; ++c) {
+        double total = 0;
+        for (int64_t i = 0; i < chunks; ++i) total += partial[(n * chunks + i) * map.C + c];
+        sums_data[n * map.C + c] = static_cast<float>(total);
+      }
+  });
+}
+
+// out = x * scale[n, c] + shift[n, c].
+void scale_shifted(const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& out) {
+  const char* op = "se_scale_native_shifted";
+  const Map map = map_of(op, x, true), to = map_like(op, "out", out, x);
+  const float *scales = matrix_of(op, "scale", scale, map),
+              *shifts = matrix_of(op, "shift", shift, map);
+  dispatch(op, x.scalar_type(), [&]<typename T>(Type<T> type) {
+    parallel_for(0, map.N * map.HW, grain_of(map.C), [&](int64_t first, int64_t last) {
+      for (int64_t item = first; item < last;) {
+        const int64_t n = item / map.HW, start = item % map.HW;
+        const int64_t stop = std::min(map.HW, start + last - item);
+        const Rows rows{at<T>(x.const_data_ptr(), n * map.stride_n),
+                        nullptr,
+                        const_cast<void*>(at<T>(out.mutable_data_ptr(), n * to.stride_n)),
+                        map.stride_p,
+                        0,
+                        to.stride_p,
+                        map.C};
+        scale_and_shift(type, rows, scales + n * map.C, shifts + n * map.C, start, stop);
+        item += stop - start;
+      }
+    });
+  });
+}
+
 STABLE_TORCH_LIBRARY_IMPL(cvkernels, CPU, library) {
   library.impl("squeeze_native", TORCH_BOX(&squeeze));
   library.impl("excite_native", TORCH_BOX(&excite));
@@ -267,6 +351,8 @@ STABLE_TORCH_LIBRARY_IMPL(cvkernels, CPU, library) {
   library.impl("se_scale_native_out", TORCH_BOX(&se_scale_out));
   library.impl("squeeze_excite_native", TORCH_BOX(&squeeze_excite));
   library.impl("squeeze_excite_native_out", TORCH_BOX(&squeeze_excite_out));
+  library.impl("se_scale_native_sums", TORCH_BOX(&sum_gradients));
+  library.impl("se_scale_native_shifted", TORCH_BOX(&scale_shifted));
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include "check.h"
 #include "large_output.h"
 #include "se_scale.h"
+#include "se_scale_backward.h"
 
 namespace cvkernels::se_scale {
 namespace {
@@ -37,6 +38,15 @@ using Maybe = std::optional<Tensor>;
   CVK_SIMD void scale_by_row(Type<T>, const Rows& rows, Act act, const float* gate, int64_t first, \
                              int64_t last) {                                                       \
     scale_rows<T, true>(rows, act, gate, first, last);                                             \
+  }                                                                                                \
+  CVK_SIMD void add_all_products(Type<T>, const Gradients& maps, int64_t first, int64_t last,      \
+                                 double* totals, float* sums) {                                    \
+    maps.out == nullptr ? sum_products<T, false>(maps, first, last, totals, sums)                  \
+                        : sum_products<T, true>(maps, first, last, totals, sums);                  \
+  }                                                                                                \
+  CVK_SIMD void scale_and_shift(Type<T>, const Rows& rows, const float* scale, const float* shift, \
+                                int64_t first, int64_t last) {                                     \
+    shift_rows<T>(rows, scale, shift, first, last);                                                \
   }                                                                                                \
   CVK_SIMD void load_floats(Type<T>, const void* from, int64_t count, float* to) {                 \
     for (int64_t i = 0; i < count; ++i)                                                            \

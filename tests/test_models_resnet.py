@@ -79,14 +79,18 @@ def test_eval_output_and_input_gradient_match_stock(name, device):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_train_output_and_input_gradient_match_stock(name, device):
     ours, stock = (model.train().to(device) for model in pair(name))
-    assert_matches_module(ours, stock, torch.randn(4, 3, 64, 64, device=device))
+    exact, x = copy.deepcopy(stock).double(), torch.randn(4, 3, 64, 64, device=device)
+    assert_matches_module(ours, stock, x)
+    exact(x.double())
+    moved = []
     for key, value in stock.state_dict().items():
-        if not key.endswith(("running_mean", "running_var")):
-            assert torch.equal(ours.state_dict()[key], value), key
+        if key.endswith(("running_mean", "running_var")):
+            moved.append([model.state_dict()[key].double() for model in (ours, stock, exact)])
         else:
-            # A few roundings of the largest: a mean near zero is a sum that cancels.
-            atol = 2e-6 * value.abs().max().item()
-            assert torch.allclose(ours.state_dict()[key], value, atol=atol), key
+            assert torch.equal(ours.state_dict()[key], value), key
+    # All together: what one deep channel errs by is a matter of luck.
+    actual, eager, truth = (torch.cat(parts) for parts in zip(*moved, strict=True))
+    assert (actual - truth).norm() <= 2 * (eager - truth).norm() + 1e-7 * truth.norm()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from cases_se_scale import Map, make_flat_layers, make_layers, make_map, of_flat_layers
+from cases_se_scale import SMALL, Map, make_flat_layers, make_layers, make_map, of_flat_layers
 from numerics import assert_matches_grad
 from torch.library import opcheck
 
@@ -90,6 +90,36 @@ def test_hand_written_gradients(act, dtype, memory_format):
     )
 
 
+@pytest.mark.parametrize("m", SMALL.values(), ids=SMALL.keys())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act", ["none", "relu"])
+def test_native_gradients(m, dtype, act, native):
+    """Of channels_last maps; one channel has no layout."""
+    x, residual = (
+        make_map(m, dtype, torch.channels_last, "cpu").requires_grad_() for _ in range(2)
+    )
+    gate = torch.randn(m.N, m.C).to(dtype).requires_grad_()
+    layers = make_flat_layers(m, dtype, "cpu").requires_grad_()
+    ops = torch.ops.cvkernels
+    if act == "relu":  # what is nearly zero passes by a rounding
+        with torch.no_grad():
+            residual += residual.sign() * 4 * x.abs()
+    assert_matches_grad(
+        lambda x, g, r: ops.se_scale(x, g, r, act, "native"),
+        lambda x, g, r: se_scale_reference(x, g, r, act),
+        (x, gate, residual),
+    )
+
+    def block(x, w1, b1, w2, b2, r):
+        return ops.squeeze_excite(x, w1, b1, w2, b2, "silu", r, act, "native")[0]
+
+    def stock(x, w1, b1, w2, b2, r):
+        return squeeze_excite_reference(x, w1, b1, w2, b2, "silu", r, act)
+
+    both = (of_flat_layers(function, m) for function in (block, stock))
+    assert_matches_grad(*both, (x, layers, residual))
+
+
 # Registration and compilation
 
 
@@ -124,6 +154,11 @@ def test_opcheck_native(memory_format, native):
     opcheck(ops.squeeze_native.default, (x,))
     opcheck(ops.excite_native.default, (gate, *layers, 2, True, 9))
     opcheck(ops.se_scale_native_out.default, (x, gate, None, 1, out))
+    if x.stride(1) == 1:
+        sums = torch.zeros(2, 16)
+        opcheck(ops.se_scale_native_sums.default, (x, x, None, None, sums))
+        opcheck(ops.se_scale_native_sums.default, (x, x, x, out, sums))
+        opcheck(ops.se_scale_native_shifted.default, (x, gate, gate, out))
     opcheck(ops.squeeze_excite_native_out.default, (x, *layers, 1, x, 2, out))
 
 

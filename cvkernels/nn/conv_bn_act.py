@@ -10,7 +10,8 @@ from cvkernels.nn.fusion import FusedModule
 
 
 class ConvBNAct(nn.Sequential, FusedModule):
-    """Convolution, batch norm and activation: one op in eval, the three modules otherwise.
+    """Convolution, batch norm and activation: one op in eval, one function of autograd in training,
+    else the three modules.
 
     Children are numbered as in torchvision's ``Conv2dNormActivation``: "0" the convolution, then
     the norm and the activation where they exist.

@@ -1,4 +1,7 @@
-"""The residual blocks; mirror torchvision.models.resnet.BasicBlock and Bottleneck."""
+"""The residual blocks; mirror torchvision.models.resnet.BasicBlock and Bottleneck.
+
+In training autograd keeps the convolutions' outputs alone, see :mod:`cvkernels.nn.recomputed`.
+"""
 
 from __future__ import annotations
 

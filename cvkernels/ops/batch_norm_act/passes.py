@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels import extension, record
+from cvkernels import record
 from cvkernels.backend import Choice
 from cvkernels.ops import affine, native
 from cvkernels.ops.batch_norm import BatchNormParams
@@ -309,14 +309,12 @@ def _run(name: str, x: Tensor, read: Sequence, written: Sequence, run, as_refere
 
 
 def _at_once(x: Tensor) -> bool:
-    """Whether :func:`select` gives native for "auto" on CPU and nobody has to hear of the call."""
+    """Whether :func:`select` gives native for "auto", and nobody has to hear of the call."""
     return (
-        x.is_cpu
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and backends.in_force() == "auto"
         and record.current() is None
-        and extension.has("cpu")
-        and x.dtype in native.DTYPES["cpu"]
+        and not native.why_not("batch_norm_act", x, x.device.type)
         and is_pixel_matrix(x)
     )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cvkernels import extension
-from cvkernels.ops.se_scale.layouts import fitting, is_nhwc, matrices, new_like
+from cvkernels.ops.se_scale.layouts import fits, fitting, is_nhwc, matrices, new_like
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTS = {"none": 0, "relu": 1, "silu": 2}
@@ -28,6 +28,13 @@ library.define(
 library.define(
     f"squeeze_excite_native_out(Tensor x, {_LAYERS}, Tensor? residual, int out_act, "
     f"Tensor(a!) out) -> ()"
+)
+library.define(
+    "se_scale_native_sums(Tensor grad, Tensor x, Tensor? out, Tensor(a!)? masked, "
+    "Tensor(b!) sums) -> ()"
+)
+library.define(
+    "se_scale_native_shifted(Tensor x, Tensor scale, Tensor shift, Tensor(a!) out) -> ()"
 )
 extension.load()
 
@@ -96,6 +103,47 @@ def squeeze_excite(
     out = new_like(x) if out is None else out
     squeeze_excite_out(fitting(x, nhwc), *layers, ACTS[act], residual, ACTS[out_act], out)
     return out
+
+
+def has_gradient(x: Tensor, act: str) -> bool:
+    """Whether :func:`backward` and :func:`scale_shifted` take maps like x and this activation."""
+    return act in ("none", "relu") and is_nhwc(x) and fits(x, True)
+
+
+def backward(
+    grad: Tensor, x: Tensor, gate: Tensor, out: Tensor | None, act: str, input_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`cvkernels.ops.se_scale.gradients.se_scale_backward`, of channels_last maps."""
+    grad = fitting(grad, True)
+    masks = act == "relu"
+    masked = new_like(x) if masks else None
+    sums = torch.empty(gate.shape, dtype=torch.float32)
+    torch.ops.cvkernels.se_scale_native_sums.default(
+        grad, x, fitting(out, True) if masks else None, masked, sums
+    )
+    s = torch.sigmoid(gate.float())
+    dz = masked if masks else grad
+    dx = scale_shifted(dz, s, torch.zeros_like(s)) if input_grad else x.new_empty(0)
+    return dx, (sums * (s * (1 - s))).to(gate.dtype), masked if masks else x.new_empty(0)
+
+
+def scale_shifted(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``x * scale + shift``, both [N, C] in float32, of a channels_last x."""
+    out = new_like(x)
+    torch.ops.cvkernels.se_scale_native_shifted.default(
+        x, scale.contiguous(), shift.contiguous(), out
+    )
+    return out
+
+
+@torch.library.register_fake("cvkernels::se_scale_native_sums", lib=library)
+def _(grad, x, out, masked, sums):
+    return None
+
+
+@torch.library.register_fake("cvkernels::se_scale_native_shifted", lib=library)
+def _(x, scale, shift, out):
+    return None
 
 
 @torch.library.register_fake("cvkernels::squeeze_native", lib=library)

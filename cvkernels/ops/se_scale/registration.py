@@ -84,10 +84,13 @@ def _squeeze_excite(x, weight1, bias1, weight2, bias2, act, residual, out_act, b
 
 def _se_scale_backward(grad, x, gate, residual, out, act, input_grad, backend):
     arguments = (grad, x, gate, residual, out, act, input_grad)
-    if _runs("se_scale", x, backend) == "triton":
+    name = _runs("se_scale", x, backend)
+    if name == "triton":
         from cvkernels.ops.se_scale import triton_launch
 
         dx, d_gate, dz = triton_launch.se_scale_backward(*arguments)
+    elif name == "native" and native.has_gradient(x, act):
+        dx, d_gate, dz = native.backward(grad, x, gate, out, act, input_grad)
     else:
         dx, d_gate, dz = gradients.se_scale_backward(*arguments)
     made = [promised(d, x) if d.dim() == 4 else d for d in (dx, dz)]
@@ -95,10 +98,13 @@ def _se_scale_backward(grad, x, gate, residual, out, act, input_grad, backend):
 
 
 def _se_scale_shifted(x, gate, shift, backend):
-    if _runs("se_scale", x, backend) == "triton":
+    name = _runs("se_scale", x, backend)
+    if name == "triton":
         from cvkernels.ops.se_scale import triton_launch
 
         y = triton_launch.se_scale(x, gate, None, "none", shift=shift.contiguous())
+    elif name == "native" and native.has_gradient(x, "none"):
+        y = native.scale_shifted(x, torch.sigmoid(gate.float()), shift.float())
     else:
         scale = torch.sigmoid(gate)[:, :, None, None]
         y = (x * scale + shift[:, :, None, None]).to(x.dtype)
