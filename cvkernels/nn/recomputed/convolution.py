@@ -184,7 +184,7 @@ class _ConvBNAct(Function):
                 node.drop()
                 own = (node.part(y), node.part(vectors), node.eps, node.act)
                 out = None if grad_y is None else node.part(grad_y)
-                of_vectors, grad_residual = norm_backward(grad, *own, out, joined)
+                of_vectors, grad_residual = norm_backward(grad, *own, out, joined, spent=True)
                 first = PER_BLOCK * index + 2
                 grads[first : first + 2] = of_vectors[:2].unbind()
             joined = None

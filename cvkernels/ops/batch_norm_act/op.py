@@ -175,15 +175,17 @@ def norm_backward(
     act: str,
     out: Tensor | None,
     joined: Tensor | None = None,
+    spent: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``act(batch_norm(x) + residual)``: as :func:`passes.backward`, and the
-    residual's. ``joined`` is the result, which "relu" behind a residual needs.
+    residual's. ``joined`` is the result, which "relu" behind a residual needs; the residual's
+    gradient is written over it where nobody else needs it, ``spent``.
     """
     grad = grad.to(x.dtype)
     if not passes.is_pixel_matrix(grad):
         grad = grad.contiguous(memory_format=torch.channels_last)
     if joined is None:
         return passes.backward(grad, x, vectors, eps, act, None, out), grad
-    masked = torch.empty_like(x, memory_format=torch.channels_last)
     joined = joined.contiguous(memory_format=torch.channels_last)
+    masked = joined if spent else torch.empty_like(joined)
     return passes.backward(grad, x, vectors, eps, act, (joined, masked), out), masked

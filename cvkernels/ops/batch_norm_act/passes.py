@@ -140,7 +140,7 @@ def backward(
     """Write dx to out where that is given; returns d_weight, d_bias, slope and offset as [4, C].
 
     ``join`` is, for "relu" behind a residual, what :func:`forward` gave and the map that dy is
-    written to, the residual's gradient, both as x.
+    written to, the residual's gradient, both as x; they may be one.
     """
     joined, masked = join or (None, None)
     results = x.new_empty(4, x.shape[1], dtype=wide_dtype(x))
