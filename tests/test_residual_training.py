@@ -296,6 +296,13 @@ def test_hooks_that_change_an_output():
         assert_equal(step(ours, x), step(stock, x), 1e-9)
 
 
+def registered_again(module):
+    """What ``prune.remove`` and ``remove_parametrizations`` leave: the weight is the last one."""
+    weight = module.weight
+    del module.weight
+    module.weight = weight
+
+
 CHANGES = {
     "group-norm": lambda b: setattr(b, "bn3", nn.GroupNorm(4, 256)),
     "instance": lambda b: setattr(b, "bn2", nn.InstanceNorm2d(64, affine=True)),
@@ -303,6 +310,14 @@ CHANGES = {
     "hook": lambda b: b.conv2.register_forward_hook(lambda *_: None),
     "padding": lambda b: setattr(b.conv2, "padding_mode", "circular"),
     "bias": lambda b: setattr(b.conv3, "bias", nn.Parameter(torch.linspace(-1, 1, 256).double())),
+    "stride": lambda b: setattr(b.conv2, "stride", 1),
+    "dilation": lambda b: setattr(b.conv3, "dilation", [1, 1]),
+    "weight-behind-bias": lambda b: registered_again(b.bn1),
+    "weight-registered-again": lambda b: registered_again(b.conv1),
+    "extra-parameter": lambda b: b.conv2.register_parameter("extra", nn.Parameter(torch.ones(1))),
+    "forward": lambda b: setattr(
+        b.conv2, "forward", lambda x, c=b.conv2: type(c).forward(c, x) * 2
+    ),
     "no-running": lambda b: setattr(b, "bn3", nn.BatchNorm2d(256, track_running_stats=False)),
     "shortcut": lambda b: setattr(b, "downsample", nn.AvgPool2d(1)),
 }
@@ -375,6 +390,37 @@ def test_saved_tensors_may_lie_elsewhere():
 
     x = image(size=SIZE)
     assert_equal(step(ours, x, run), step(stock, x), 1e-9)
+
+
+def test_what_is_copied_when_saved_is_copied_about_once():
+    """On the CPU, say: each block of a chain would keep the chain before it."""
+    torch.manual_seed(0)
+    blocks = [Bottleneck(16, 4) for _ in range(12)]
+    chain, x = nn.Sequential(*blocks).train(), torch.randn(2, 16, 8, 8)
+    sizes = []
+    for name in ("auto", "reference"):
+        packed = []
+        hooks = torch.autograd.graph.save_on_cpu()
+        pack = hooks.pack_hook
+
+        def counted(tensor, packed=packed, pack=pack):
+            packed.append(tensor.nbytes)
+            return pack(tensor)
+
+        counted.__qualname__ = pack.__qualname__
+        hooks.pack_hook = counted
+        with backend.use(name), hooks:
+            chain(x)
+        sizes.append(sum(packed))
+    assert sizes[0] <= 1.1 * sizes[1]
+
+
+def test_running_statistics_are_heard_of():
+    block = Bottleneck(16, 4).train()
+    before = block.bn1.running_mean._version, block.bn1.running_var._version
+    block(torch.randn(2, 16, 8, 8))
+    assert block.bn1.running_mean._version > before[0]
+    assert block.bn1.running_var._version > before[1]
 
 
 def test_data_parallel_training(tmp_path):

@@ -206,8 +206,7 @@ def _why_not_batch_statistics(norm: nn.Module) -> str:
 
 def _why_not_vectors(x: Tensor, channels: int, norm: nn.Module) -> str:
     wide = torch.promote_types(x.dtype, torch.float32)
-    buffers = norm._buffers
-    statistics = (buffers["running_mean"], buffers["running_var"])
+    statistics = (norm._buffers.get("running_mean"), norm._buffers.get("running_var"))
     for vector in (*norm._parameters.values(), *statistics):
         if vector is not None and (
             vector.device != x.device or vector.dtype not in (x.dtype, wide)
@@ -270,6 +269,8 @@ def why_not_called(x: Tensor, *modules: nn.Module | None) -> str:
             continue
         if _has_hooks(module):
             return f"{type(module).__name__} has a hook"
+        if "forward" in module.__dict__:
+            return f"{type(module).__name__} has a forward of its own"
         for parameter in module._parameters.values():
             if parameter is not None and not _is_plain(parameter):
                 return f"a parameter is a {type(parameter).__name__}"

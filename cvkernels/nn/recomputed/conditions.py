@@ -17,6 +17,7 @@ from cvkernels.nn.conditions import (
 from cvkernels.nn.recomputed.recipes import why_not_saved_less
 
 _ACTS = (nn.ReLU, nn.SiLU, relu_)
+_PARAMETERS = {"weight", "bias"}
 
 
 def why_not_trained(
@@ -42,10 +43,11 @@ def why_not_trained(
         return reason
     if reason := why_not_batch_norm(x, conv.out_channels, bn) or why_not_saved_less(x):
         return reason
-    # An attribute of a module costs ten times as much; replicas of DataParallel have no parameters.
-    weight = conv._parameters.get("weight")
-    if weight is None:
-        return "the convolution's weight is no parameter of it"
+    if any(module._parameters.keys() != _PARAMETERS for module in (conv, bn)):
+        return "the modules' parameters are not exactly weight and bias"  # as in a replica
+    if any(type(option) is not tuple for option in _geometry(conv)):
+        return "the convolution's geometry is not given in pairs"
+    weight = conv._parameters["weight"]  # an attribute of a module costs ten times as much
     parameters = (x, residual, *conv._parameters.values(), *bn._parameters.values())
     if not any(t is not None and t.requires_grad for t in parameters):
         return "no gradient is needed"
@@ -77,12 +79,17 @@ def _why_not_added(
 
 def _shape_behind(x: Tensor, conv: nn.Conv2d) -> tuple[int, int, int, int]:
     """Of conv(x); height and width are at most 0 where it does not fit."""
-    options = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
     sizes = (
         max(0, (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1)
-        for size, kernel, stride, padding, dilation in zip(x.shape[2:], *options, strict=True)
+        for size, kernel, stride, padding, dilation in zip(
+            x.shape[2:], *_geometry(conv), strict=True
+        )
     )
     return (x.shape[0], conv.out_channels, *sizes)
+
+
+def _geometry(conv: nn.Conv2d) -> tuple:
+    return conv.kernel_size, conv.stride, conv.padding, conv.dilation
 
 
 def operand_dtype(x: Tensor, cast: torch.dtype | None) -> torch.dtype:

@@ -115,7 +115,8 @@ def _call(
         nodes.append(_Normalised(bn.eps, act, own, source))
         start += conv.out_channels
     geometry, norms = Geometry.of(blocks[0][0]), [bn for _, bn in blocks]
-    tensors = [t for block in blocks for m in block for t in m._parameters.values()]
+    parameters = [module._parameters for block in blocks for module in block]
+    tensors = [own[name] for own in parameters for name in ("weight", "bias")]
     call = _Call(
         geometry, norms, operand_dtype(x, autocast_dtype(x)), recipe_of(x), shortcut, nodes, []
     )

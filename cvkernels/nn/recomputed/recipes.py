@@ -79,7 +79,9 @@ def recipe_of(x: Tensor) -> Recipe | None:
     if type(x) is not Tensor or why_not_saved_less(x):
         return None
     recipe = getattr(x, "recipe", None)
-    return recipe if type(recipe) is Recipe and recipe.holds(x) else None
+    if type(recipe) is not Recipe or not recipe.holds(x):
+        return None
+    return None if len(recipe.leaves) > 2 and _copies_what_is_saved() else recipe
 
 
 def recipe_or_itself(x: Tensor) -> Recipe:
@@ -93,6 +95,12 @@ def recipe_or_itself(x: Tensor) -> Recipe:
 def _saved_tensor_hooks() -> object:
     """What autograd calls now for each tensor that is saved."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _copies_what_is_saved() -> bool:
+    """Whether a tensor that is saved twice is kept twice: then one map is less than a chain."""
+    hooks = _saved_tensor_hooks()
+    return bool(hooks) and getattr(hooks[0], "__qualname__", "").startswith("save_on_cpu")
 
 
 def with_recipe(x: Tensor, node: Node, leaves: tuple[Tensor, ...]) -> Tensor:

@@ -106,9 +106,9 @@ def forward(
 
     read = (x, x) if residual is None else (x, x, residual)
     _run("forward", x, read, (out,), run, as_reference)
-    if running:
-        native.mark_written(running_mean)
-        native.mark_written(running_var)
+    if running and not torch.compiler.is_compiling() and not running_mean.is_inference():
+        # Who derives weights from them has to hear of it.
+        torch.autograd.graph.increment_version((running_mean, running_var))
     return out
 
 
