@@ -226,7 +226,7 @@ def test_megabytes_per_image(name, most, patched):
     if patched and name == "seresnet50":
         model = pytest.importorskip("timm").create_model(name)
     else:
-        library = __import__("torchvision") if patched else cvkernels
+        library = pytest.importorskip("torchvision") if patched else cvkernels
         model = getattr(library.models, name)()
     if patched:
         cvkernels.patch(model)

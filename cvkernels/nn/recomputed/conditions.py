@@ -61,7 +61,7 @@ def why_not_trained(
         return f"the input has shape {list(x.shape)}, not [N, C, H, W]"
     shape = _shape_behind(x, conv)
     if shape[0] * shape[2] * shape[3] < 2:
-        return "there are not more than one value per channel behind the convolution"
+        return "there is at most one value per channel behind the convolution"
     return "" if residual is None else _why_not_added(residual, kind, x, shape, dtype)
 
 

@@ -90,7 +90,7 @@ class _Excite(Function):
     ) -> Tensor:
         node = call.node
         with as_it_is(x):
-            out, mean, gate = block.squeeze_excite_kept(x, *layers, call.act, residual, node.act)
+            out, mean, gate = block.squeeze_excite_kept(x, layers, call.act, residual, node.act)
         call.gates.append(gate)
         of_join = call.of_residual if node.act == "relu" else ()
         ctx.save_for_backward(mean, *layers, *call.of_x, gate, *of_join)

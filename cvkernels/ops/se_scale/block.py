@@ -114,16 +114,12 @@ def squeeze_excite(
 
 def squeeze_excite_kept(
     x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
+    layers: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
     act: str,
     residual: Tensor | None,
     out_act: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`squeeze_excite` with the means and the logits; autograd does not see it."""
-    layers = (weight1, bias1, weight2, bias2)
     with torch.no_grad():
         choice = choose(x, *layers, act, residual, out_act)
 
