@@ -17,7 +17,7 @@ from benchmarks import command_line, harness
 from benchmarks.harness import Case
 from cvkernels.functional import BatchNormParams, avg_pool
 from cvkernels.ops.avg_pool.reference import avg_pool_reference
-from cvkernels.ops.traffic import touched_positions
+from cvkernels.ops.common.traffic import touched_positions
 
 
 class Pool(NamedTuple):

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from benchmarks import command_line, harness
 from benchmarks.harness import Case
 from cvkernels.functional import max_pool
+from cvkernels.ops.common.traffic import touched_positions
 from cvkernels.ops.max_pool.reference import max_pool_reference
-from cvkernels.ops.traffic import touched_positions
 
 
 class Pool(NamedTuple):

@@ -29,7 +29,7 @@ TOTAL = {"cpu": 40.0, "cuda": 20.0}
 PART = 8.0
 GRACE = 60  # seconds, to write what was measured
 # Of kernels' parts: ops with many shapes, and of each other one.
-KERNEL_MINUTES = {"conv_bn_act": 3.0, "depthwise_conv_bn_act": 3.0, "se_scale": 2.0}
+KERNEL_MINUTES = {"conv_bn_act": 3.0, "depthwise_conv_bn_act": 3.0, "squeeze_excite": 2.0}
 FEW_KERNEL_MINUTES = 1.0
 STOPS = (signal.SIGINT, signal.SIGTERM)
 OUT_OF_TIME = 124  # status of a part that was stopped

@@ -1,4 +1,4 @@
-// se_scale and its parts on the CPU. Schemas: cvkernels/ops/se_scale/native.py.
+// se_scale and its parts on the CPU. Schemas: cvkernels/ops/squeeze_excite/native.py.
 #include <vector>
 
 #include "recording.h"

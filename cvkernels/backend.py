@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Literal, NamedTuple, get_args
 
@@ -28,6 +27,9 @@ _requested: ContextVar[str] = ContextVar("cvkernels_backend", default="auto")
 in_force = _requested.get
 # What torch.compile sees and guards on: before torch 2.14 it cannot trace a ContextVar.
 _traced_request = "auto"
+
+
+_choosers: dict[str, Callable[..., Choice]] = {}
 
 
 class BackendError(RuntimeError):
@@ -77,14 +79,14 @@ def chosen(op: str, *args, **kwargs) -> str:
         ValueError: there is no such op, or the arguments are not valid for it.
         BackendError: the requested backend cannot run this call.
     """
-    name = f"cvkernels.ops.{op}.op"
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name not in (name, f"cvkernels.ops.{op}"):
-            raise
-        raise ValueError(f"chosen: there is no op named {op!r} in cvkernels.functional") from None
-    return module.choose(*args, **kwargs).backend
+    if op not in _choosers:
+        raise ValueError(f"chosen: there is no op named {op!r} in cvkernels.functional")
+    return _choosers[op](*args, **kwargs).backend
+
+
+def answers(op: str, choose: Callable[..., Choice]) -> None:
+    """Let :func:`chosen` ask ``choose``, which takes the arguments of the public op ``op``."""
+    _choosers[op] = choose
 
 
 def device_type(x: Tensor) -> str:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import jit, nn
 
-from cvkernels.nn.fusion import FusedModule
+from cvkernels.nn.fused.module import FusedModule
 from cvkernels.nn.sequential import FusedSequential
 from cvkernels.swaps import SEQUENTIAL, SEQUENTIALS, SWAPS
 from cvkernels.tables import text_table

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import cvkernels
-from cvkernels.nn import FusedSequential, recomputed
+from cvkernels.nn import FusedSequential
+from cvkernels.nn.training import recompute
 
 pytest.importorskip("torchvision")
 # The name torchvision.models.googlenet is the builder's too.
@@ -87,4 +88,4 @@ def assert_equal(ours, stock, tolerance=1e-10):
 
 
 def is_recomputed(out):
-    return isinstance(getattr(out, "recipe", None), recomputed.Recipe)
+    return isinstance(getattr(out, "recipe", None), recompute.Recipe)

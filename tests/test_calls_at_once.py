@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from cases_se_scale import SMALL, Map, make_layers, make_map
+from cases_squeeze_excite import SMALL, Map, make_layers, make_map
 
 from cvkernels import backend, extension, record
 from cvkernels.functional import (
@@ -22,9 +22,9 @@ CHECKS = {
     "avg_pool.op": "window_of",
     "dense_concat.op": "_check",
     "max_pool.op": "window_of",
-    "se_scale.block": "choose",
-    "se_scale.op": "choose",
-    "se_scale.squeeze": "choose",
+    "squeeze_excite.op": "choose",
+    "squeeze_excite.scale": "choose",
+    "squeeze_excite.squeeze": "choose",
 }
 
 

@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from triton_compiled import compile_cases
 
-from cvkernels.ops.batch_norm import BatchNormParams, fold
+from cvkernels.ops.common.norm import BatchNormParams, fold
 from cvkernels.ops.conv_bn_act import triton_fold
 
 SHAPES = [(64, 64, 3, 3), (24, 3, 7, 7), (5, 17, 1, 3), (1, 1, 1, 1), (3, 600, 3, 3)]

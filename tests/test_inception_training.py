@@ -12,8 +12,9 @@ from numerics import assert_close_as_eager
 from torch import nn
 
 import cvkernels
-from cvkernels.nn import FusedSequential, recomputed
-from cvkernels.nn.recomputed import convolution
+from cvkernels.nn import FusedSequential
+from cvkernels.nn.training import conv_bn_act as convolution
+from cvkernels.nn.training import recompute
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -193,14 +194,14 @@ def test_convolutions_on_one_map_run_as_one(change, monkeypatch):
 
 def test_maps_are_let_go_as_backward_passes():
     ours, _ = pair(torch.float32)
-    nodes, compute = [], recomputed.Node.value
+    nodes, compute = [], recompute.Node.value
 
     def value(node, leaves):
         nodes.append(node)
         return compute(node, leaves)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recomputed.Node, "value", value)
+        patch.setattr(recompute.Node, "value", value)
         loss_of(ours(image(torch.float32))).backward()
     assert nodes and not any(node._value for node in nodes)
 

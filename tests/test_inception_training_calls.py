@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import cvkernels
 from cvkernels import backend
-from cvkernels.nn import BasicConv2d, Inception, recomputed
+from cvkernels.nn import BasicConv2d, Inception
+from cvkernels.nn.training import match
 
 
 def test_hooks_that_change_an_output():
@@ -72,8 +73,8 @@ def test_other_blocks_run_as_modules(change, reason):
         change(model.first.branch1)
         model.double()
     block, x = ours.first.branch1, torch.randn(2, 16, 6, 6, dtype=torch.float64)
-    act = cvkernels.nn.conditions.relu_
-    assert reason in recomputed.why_not_trained(x, block.conv, block.bn, act)
+    act = cvkernels.nn.fused.match.relu_
+    assert reason in match.why_not_trained(x, block.conv, block.bn, act)
     if not isinstance(block.bn, nn.SyncBatchNorm):  # it trains on GPUs alone
         assert_equal(step(ours, image()), step(stock, image()))
 

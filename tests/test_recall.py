@@ -9,9 +9,9 @@ from torch import nn
 
 import cvkernels
 from cvkernels.nn import ConvBNAct
+from cvkernels.nn.fused.plan_cache import CAPACITY, Recall
 from cvkernels.nn.legacy_se_residual import LegacySEBottleneck
 from cvkernels.nn.mbconv import MBConv, MBConvConfig
-from cvkernels.nn.recall import CAPACITY, Recall
 from cvkernels.nn.se_residual import SEBottleneck
 from cvkernels.nn.squeeze_excite import SqueezeExcitation
 

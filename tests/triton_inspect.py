@@ -20,14 +20,14 @@ import triton
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 
-from cvkernels.ops.batch_norm import BatchNormParams
+from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.conv_bn_act import triton_fold, triton_launch, tuning
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.depthwise_conv_bn_act import triton_launch as depthwise_launches
 from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
 from cvkernels.ops.depthwise_conv_bn_act.tiling import tiling
-from cvkernels.ops.se_scale import tiles
-from cvkernels.ops.se_scale import triton_launch as se_scale_launches
+from cvkernels.ops.squeeze_excite import tiles
+from cvkernels.ops.squeeze_excite import triton_launch as se_scale_launches
 
 _CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 

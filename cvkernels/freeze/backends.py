@@ -17,10 +17,10 @@ from torch import Tensor
 from cvkernels.backend import lacks_triton
 from cvkernels.freeze.graph import Like, Node
 from cvkernels.functional import conv_bn_act
-from cvkernels.ops.batch_norm import BatchNormParams
+from cvkernels.ops.common.derived_weights import DerivedWeights
+from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.conv_bn_act import native, onednn
 from cvkernels.ops.conv_bn_act.problem import Problem
-from cvkernels.ops.derived_weights import DerivedWeights
 
 # run(x, residual, gate, out): the result, in out where that is not None
 Run = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]

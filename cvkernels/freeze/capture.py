@@ -17,7 +17,7 @@ from torch.fx.node import map_aggregate
 
 from cvkernels.freeze.convert import CALLABLES, Converter, convert_module
 from cvkernels.freeze.graph import Graph, Node, Ref
-from cvkernels.nn.conditions import _has_hooks
+from cvkernels.nn.fused.match import _has_hooks
 
 # What torch.fx would trace into, and the graph knows as one op or as none.
 WHOLE = {

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvkernels.freeze.graph import Node
-from cvkernels.nn.conditions import _is_norm_act, relu_, why_not_affine
-from cvkernels.ops.batch_norm import BatchNormParams, scale_shift
+from cvkernels.nn.fused.match import _is_norm_act, relu_, why_not_affine
+from cvkernels.ops.common.norm import BatchNormParams, scale_shift
 
 CALLABLES: dict[Any, str] = {
     F.relu: "relu",
@@ -204,7 +204,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _window(kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil: bool) -> tuple:
-    """The options in the order of :class:`cvkernels.ops.pool.Window`."""
+    """The options in the order of :class:`cvkernels.ops.common.pool.Window`."""
     kernel_size = _pair(kernel_size)
     stride = kernel_size if stride is None or stride == [] else _pair(stride)
     return (kernel_size, stride, _pair(padding), _pair(dilation), bool(ceil))

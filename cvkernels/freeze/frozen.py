@@ -26,8 +26,8 @@ from cvkernels.freeze.report import Report, report
 from cvkernels.freeze.shapes import infer
 from cvkernels.freeze.siblings import merge_siblings
 from cvkernels.functional import DerivedWeights
+from cvkernels.ops.common.errors import InputTypeError, InputValueError
 from cvkernels.ops.conv_bn_act.problem import Problem
-from cvkernels.ops.errors import InputTypeError, InputValueError
 
 # Shapes of input that a frozen model keeps plans for; the one used longest ago goes first.
 CAPACITY = 8

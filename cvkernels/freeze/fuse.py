@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from cvkernels.freeze.graph import Graph, Like, Node
-from cvkernels.ops.activation import ACTIVATIONS
-from cvkernels.ops.batch_norm import BatchNormParams, fold
+from cvkernels.ops.common.activation import ACTIVATIONS
+from cvkernels.ops.common.norm import BatchNormParams, fold
 
 SE_ACTS = ("relu", "silu")
 

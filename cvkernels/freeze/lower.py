@@ -15,9 +15,9 @@ from cvkernels import extension
 from cvkernels.freeze import backends
 from cvkernels.freeze.fuse import is_depthwise
 from cvkernels.freeze.graph import Graph, Like, Node
+from cvkernels.ops.common.native import DTYPES
 from cvkernels.ops.depthwise_conv_bn_act import native as depthwise
 from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
-from cvkernels.ops.native import DTYPES
 
 # Ops whose native implementation the steps call without the public function around it.
 NATIVE = ("affine", "max_pool", "avg_pool", "mean", "se", "excite", "scale", "copy")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cvkernels.freeze.graph import Graph, Like, Node, fill, like
-from cvkernels.ops.pool import Window, _count
+from cvkernels.ops.common.pool import Window, _count
 
 
 class ShapeError(ValueError, RuntimeError):

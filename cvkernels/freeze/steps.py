@@ -17,10 +17,10 @@ from cvkernels.freeze.graph import Like, Node
 from cvkernels.freeze.memory import Memory
 from cvkernels.freeze.shapes import call
 from cvkernels.functional import BatchNormParams, DerivedWeights
-from cvkernels.ops import affine
-from cvkernels.ops.activation import ACTIVATIONS
+from cvkernels.ops.common import affine
+from cvkernels.ops.common.activation import ACTIVATIONS
 from cvkernels.ops.depthwise_conv_bn_act import native as depthwise_native
-from cvkernels.ops.se_scale.native import ACTS
+from cvkernels.ops.squeeze_excite.native import ACTS
 
 Step = Callable[[list], None]
 _ops = torch.ops.cvkernels

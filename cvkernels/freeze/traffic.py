@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from cvkernels.freeze.graph import Like, Node
-from cvkernels.ops.se_scale.select import Traffic
-from cvkernels.ops.traffic import touched_positions
+from cvkernels.ops.common.traffic import touched_positions
+from cvkernels.ops.squeeze_excite.select import Traffic
 
 if TYPE_CHECKING:
     from cvkernels.freeze.plan import Plan

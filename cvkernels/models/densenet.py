@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from cvkernels.functional import avg_pool
 from cvkernels.models.registry import model_builder
-from cvkernels.nn.conditions import why_not_affine, why_not_called, why_not_in_place
 from cvkernels.nn.dense import DenseBlock, DenseLayer, Transition
-from cvkernels.nn.fusion import FusedModule, affine_of, run_group
+from cvkernels.nn.fused.match import why_not_affine, why_not_called, why_not_in_place
+from cvkernels.nn.fused.module import FusedModule, affine_of, run_group
 from cvkernels.nn.sequential import FusedSequential
 
 # The names that code written for torchvision imports.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cvkernels.models.checkpoints import Checkpoint, Pretrained
 from cvkernels.models.registry import model_builder, prescribe
-from cvkernels.nn.fusion import FusedModule
+from cvkernels.nn.fused.module import FusedModule
 from cvkernels.nn.inception import BasicConv2d, Inception, InceptionAux
 
 # (mean, std) per channel that images of the published checkpoint are normalised with; its
@@ -40,7 +40,7 @@ class GoogLeNet(FusedModule):
     Tensor[N, num_classes], each convolution runs with its norm and ReLU as one op, and the branches
     of a block write into one buffer. In training it returns :class:`GoogLeNetOutputs` where
     ``aux_logits`` is True, and autograd keeps the convolutions' outputs, which all else is computed
-    from again (:mod:`cvkernels.nn.recomputed`; once differentiable). The auxiliary classifiers run
+    from again (:mod:`cvkernels.nn.training`; once differentiable). The auxiliary classifiers run
     in training alone. They are removed by
     ``model.aux_logits = False; model.aux1 = None; model.aux2 = None``.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cvkernels.models.registry import model_builder
 from cvkernels.nn import BasicBlock, Bottleneck, ConvBNAct
-from cvkernels.nn.fusion import FusedModule
+from cvkernels.nn.fused.module import FusedModule
 
 
 class ResNet(FusedModule):

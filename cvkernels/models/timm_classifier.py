@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cvkernels.nn.fusion import FusedModule
+from cvkernels.nn.fused.module import FusedModule
 from cvkernels.nn.global_pool import GlobalPool
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")

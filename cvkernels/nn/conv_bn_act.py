@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from cvkernels.nn.fusion import FusedModule
+from cvkernels.nn.fused.module import FusedModule
 
 
 class ConvBNAct(nn.Sequential, FusedModule):

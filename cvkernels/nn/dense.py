@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from cvkernels import record
 from cvkernels.functional import avg_pool, dense_concat
-from cvkernels.nn.conditions import (
+from cvkernels.nn.fused.growing import Verdict
+from cvkernels.nn.fused.match import (
     pooled_shape,
     why_not_batch_norm_relu,
     why_not_called,
@@ -27,15 +28,14 @@ from cvkernels.nn.conditions import (
     why_not_train,
     why_not_trained_conv,
 )
-from cvkernels.nn.dense_training import (
+from cvkernels.nn.fused.module import FusedModule, affine_of, run_group
+from cvkernels.nn.sequential import FusedSequential, GrowingBlock
+from cvkernels.nn.training.dense_block import (
     Statistics,
     channels_last_view,
     run_block,
     run_norm_relu_pool,
 )
-from cvkernels.nn.fusion import FusedModule, affine_of, run_group
-from cvkernels.nn.grown import Verdict
-from cvkernels.nn.sequential import FusedSequential, GrowingBlock
 from cvkernels.ops.conv_bn_act.op import fuses_prologue
 from cvkernels.ops.dense_concat.op import appender
 
@@ -246,8 +246,9 @@ class DenseBlock(nn.ModuleDict, GrowingBlock):
     writes the channels behind, and nothing is concatenated. In training the same buffer (the
     output, which must not be written then), the outputs of the conv1s (nothing with
     ``memory_efficient``) and batch statistics are all that autograd keeps: see
-    :mod:`cvkernels.nn.dense_training`. Its gradient can be taken once; for ``create_graph=True``,
-    run the forward pass under ``cvkernels.backend.use("reference")``.
+    :mod:`cvkernels.nn.training.dense_block`. Its gradient can be taken once; for
+    ``create_graph=True``, run the forward pass under
+    ``cvkernels.backend.use("reference")``.
     """
 
     _version = 2

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from cvkernels import backend, record
 from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act, dense_concat
-from cvkernels.nn import recomputed
-from cvkernels.nn.conditions import (
+from cvkernels.nn.fused.growing import Verdict
+from cvkernels.nn.fused.match import (
     relu_,
     why_not_called,
     why_not_conv_bn_act,
@@ -24,9 +24,11 @@ from cvkernels.nn.conditions import (
     why_not_max_pool,
     why_not_same_map,
 )
-from cvkernels.nn.fusion import FusedModule, affine_of, run_group
-from cvkernels.nn.grown import Verdict
+from cvkernels.nn.fused.module import FusedModule, affine_of, run_group
 from cvkernels.nn.sequential import FusedSequential
+from cvkernels.nn.training.concat_and_pool import concatenated
+from cvkernels.nn.training.conv_bn_act import siblings
+from cvkernels.nn.training.match import why_not_trained
 from cvkernels.ops.conv_bn_act.op import IMPLEMENTATIONS, fuses_prologue
 from cvkernels.ops.conv_bn_act.prepared import prepared
 
@@ -37,7 +39,7 @@ class BasicConv2d(FusedModule):
     """``relu(bn(conv(x)))``; ``kwargs`` are nn.Conv2d's.
 
     One op in eval. In training autograd keeps the convolution's output alone, see
-    :mod:`cvkernels.nn.recomputed`.
+    :mod:`cvkernels.nn.training`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, **kwargs: Any) -> None:
@@ -107,7 +109,7 @@ class Inception(FusedModule):
             return self._forward(x)
         one, (reduce3, conv3), (reduce5, conv5) = self.branch1, self.branch2, self.branch3
         blocks = [(block.conv, block.bn) for block in (one, reduce3, reduce5)]
-        one, reduced3, reduced5 = recomputed.siblings(x, blocks)
+        one, reduced3, reduced5 = siblings(x, blocks)
         return [one, conv3(reduced3), conv5(reduced5), self.branch4(x)]
 
     def _why_not_train_siblings(self, x: Tensor) -> str:
@@ -120,7 +122,7 @@ class Inception(FusedModule):
             if type(block).forward is not BasicConv2d.forward:
                 return f"{type(block).__name__} is no convolution block of cvkernels"
             reason = why_not_called(x, block)
-            reason = reason or recomputed.why_not_trained(x, block.conv, block.bn, relu_)
+            reason = reason or why_not_trained(x, block.conv, block.bn, relu_)
             if reason := reason or why_not_same_map(block.conv):
                 return reason
         return _why_not_one_convolution([block.conv for block in blocks])
@@ -136,7 +138,7 @@ class Inception(FusedModule):
             return self._in_place(x)
         branches = self._branches(x)
         if (recorder := record.active()) is None:
-            return recomputed.concatenated(branches)
+            return concatenated(branches)
         with recorder.fallback(reason):
             return torch.cat(branches, 1)
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from cvkernels.nn.conditions import why_not_conv_bn_act
-from cvkernels.nn.fusion import FusedModule
+from cvkernels.nn.fused.match import why_not_conv_bn_act
+from cvkernels.nn.fused.module import FusedModule
 from cvkernels.nn.se_residual import Layer, prepared_branch
 from cvkernels.nn.squeeze_excite import LegacySEModule, SqueezeExcite
 

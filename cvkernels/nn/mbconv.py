@@ -14,15 +14,15 @@ from operator import itemgetter
 
 from torch import Tensor, nn
 
-from cvkernels.nn.conditions import (
+from cvkernels.nn.conv_bn_act import ConvBNAct, split_conv_bn_act
+from cvkernels.nn.fused.match import (
     fused_act,
     runs_depthwise,
     why_not_called,
     why_not_conv_bn_act,
 )
-from cvkernels.nn.conv_bn_act import ConvBNAct, split_conv_bn_act
-from cvkernels.nn.fusion import FusedModule
-from cvkernels.nn.recall import OPTIONS
+from cvkernels.nn.fused.module import FusedModule
+from cvkernels.nn.fused.plan_cache import OPTIONS
 from cvkernels.nn.squeeze_excite import SqueezeExcitation, SqueezeExcite, divisible
 from cvkernels.nn.stochastic_depth import StochasticDepth
 

@@ -1,6 +1,6 @@
 """The residual blocks; mirror torchvision.models.resnet.BasicBlock and Bottleneck.
 
-In training autograd keeps the convolutions' outputs alone, see :mod:`cvkernels.nn.recomputed`.
+In training autograd keeps the convolutions' outputs alone, see :mod:`cvkernels.nn.training`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from cvkernels.nn.fusion import FusedModule
+from cvkernels.nn.fused.module import FusedModule
 
 
 def conv3x3(

@@ -12,9 +12,9 @@ from operator import itemgetter
 
 from torch import Tensor, nn
 
-from cvkernels.nn.conditions import why_not_called, why_not_conv_bn_act
-from cvkernels.nn.fusion import FusedModule
-from cvkernels.nn.recall import OPTIONS
+from cvkernels.nn.fused.match import why_not_called, why_not_conv_bn_act
+from cvkernels.nn.fused.module import FusedModule
+from cvkernels.nn.fused.plan_cache import OPTIONS
 from cvkernels.nn.squeeze_excite import SEModule, SqueezeExcite
 from cvkernels.nn.stochastic_depth import DropPath
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cvkernels.nn.conditions import (
+from cvkernels.nn.fused.match import (
     ACTIVATIONS,
     pooled_shape,
     why_not_batch_norm_relu,
@@ -15,8 +15,8 @@ from cvkernels.nn.conditions import (
     why_not_max_pool,
     why_not_train,
 )
-from cvkernels.nn.dense_training import run_norm_relu_pool
-from cvkernels.nn.fusion import FusedModule, run_group
+from cvkernels.nn.fused.module import FusedModule, run_group
+from cvkernels.nn.training.dense_block import run_norm_relu_pool
 
 ACTIVATION_MODULES = tuple(kind for kind in ACTIVATIONS if isinstance(kind, type))
 

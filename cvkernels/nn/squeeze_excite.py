@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from cvkernels import backend, record
 from cvkernels.functional import excite, squeeze_excite
-from cvkernels.nn import recomputed
-from cvkernels.nn.conditions import why_not_called
-from cvkernels.nn.fusion import FusedModule, run_group
-from cvkernels.nn.recall import OPTIONS
-from cvkernels.ops.se_scale.prepared import Run, prepared, prepared_gate
+from cvkernels.nn.fused.match import why_not_called
+from cvkernels.nn.fused.module import FusedModule, run_group
+from cvkernels.nn.fused.plan_cache import OPTIONS
+from cvkernels.nn.training import squeeze_excite as in_training
+from cvkernels.nn.training.recompute import recipe_of
+from cvkernels.ops.squeeze_excite.prepared import Run, prepared, prepared_gate
 
 
 def divisible(value: float, divisor: int, least: int | None = None, share: float = 0.9) -> int:
@@ -72,10 +73,10 @@ class SqueezeExcite(FusedModule):
         """``out_act(forward(x) + residual)`` as one op, where :meth:`why_not_op` is empty.
 
         In training an x that can be computed again is not kept for backward, see
-        :mod:`cvkernels.nn.recomputed`.
+        :mod:`cvkernels.nn.training`.
         """
-        if out_act in recomputed.OUT_ACTS and (recipe := recomputed.recipe_of(x)) is not None:
-            return recomputed.squeeze_excite(x, recipe, self._layers(), residual, out_act)
+        if out_act in in_training.OUT_ACTS and (recipe := recipe_of(x)) is not None:
+            return in_training.squeeze_excite(x, recipe, self._layers(), residual, out_act)
         return squeeze_excite(x, *self._layers(), residual, out_act, out=out)
 
     def _prepared_like(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cvkernels.nn.conditions import fused_act, why_not_called
 from cvkernels.nn.dense import GrowingLayer
-from cvkernels.nn.fusion import FusedModule
+from cvkernels.nn.fused.match import fused_act, why_not_called
+from cvkernels.nn.fused.module import FusedModule
 from cvkernels.nn.mbconv import prepared_branch, sums_and_gates
 from cvkernels.nn.squeeze_excite import SqueezeExcite
 

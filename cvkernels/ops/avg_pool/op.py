@@ -8,11 +8,11 @@ from torch import Tensor
 from cvkernels import backend as backends
 from cvkernels import record
 from cvkernels.backend import Backend, Choice
-from cvkernels.ops import affine, native
 from cvkernels.ops.avg_pool.reference import avg_pool_reference
-from cvkernels.ops.batch_norm import BatchNormParams
-from cvkernels.ops.checks import check_bn
-from cvkernels.ops.pool import Window, checked, touched, window_of
+from cvkernels.ops.common import affine, native
+from cvkernels.ops.common.arguments import check_bn
+from cvkernels.ops.common.norm import BatchNormParams
+from cvkernels.ops.common.pool import Window, checked, touched, window_of
 
 ARGUMENTS = (
     "Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode, "
@@ -121,6 +121,9 @@ def choose(
     window = window_of("avg_pool", kernel_size, stride, padding, 1, ceil_mode)
     _checked(x, window, divisor_override, input_bn, out)
     return _select(x, input_bn, out, backends.requested(backend, ("native",)))
+
+
+backends.answers("avg_pool", choose)
 
 
 def _checked(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvkernels.ops.batch_norm import BatchNormParams, normalize
+from cvkernels.ops.common.norm import BatchNormParams, normalize
 
 
 def avg_pool_reference(

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from cvkernels import backend as backends
 from cvkernels.backend import Backend, Choice
-from cvkernels.ops import calls, native
 from cvkernels.ops.batch_norm_act import passes
 from cvkernels.ops.batch_norm_act.reference import batch_norm_act_reference
-from cvkernels.ops.checks import check_residual, check_vector
+from cvkernels.ops.common import autograd, native
+from cvkernels.ops.common.arguments import check_residual, check_vector
 
 ACTS = tuple(passes.ACTS)
 DTYPES = native.DTYPES["cpu"]
@@ -77,7 +77,7 @@ def batch_norm_act(
     if residual is not None and not passes.is_pixel_matrix(residual):
         residual = residual.contiguous(memory_format=torch.channels_last)
     arguments = (x, weight, bias, residual, eps, act)
-    run = _BatchNormAct.apply if calls.needs_grad((x, weight, bias, residual)) else _forward
+    run = _BatchNormAct.apply if autograd.needs_grad((x, weight, bias, residual)) else _forward
     out, vectors = run(*arguments)
     return BatchNormAct(out, *vectors[:2].detach().unbind())
 
@@ -94,6 +94,9 @@ def choose(
 ) -> Choice:
     """The backend that :func:`batch_norm_act` runs for these arguments, and the rule behind it."""
     return _checked_choice(x, weight, bias, act, residual, backend)
+
+
+backends.answers("batch_norm_act", choose)
 
 
 def refuse_create_graph(name: str) -> None:

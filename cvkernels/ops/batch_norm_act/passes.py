@@ -33,9 +33,9 @@ from torch import Tensor
 from cvkernels import backend as backends
 from cvkernels import record
 from cvkernels.backend import Choice
-from cvkernels.ops import affine, native
-from cvkernels.ops.batch_norm import BatchNormParams
 from cvkernels.ops.batch_norm_act import reference
+from cvkernels.ops.common import affine, native
+from cvkernels.ops.common.norm import BatchNormParams
 
 _NORM = "Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, int act"
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvkernels.ops.batch_norm import BatchNormParams
+from cvkernels.ops.common.norm import BatchNormParams
 
 ACTS = {"none": lambda z: z, "relu": F.relu, "silu": F.silu}
 

@@ -7,12 +7,12 @@ import functools
 import torch
 from torch import Tensor
 
-from cvkernels.ops.activation import ACTIVATIONS
-from cvkernels.ops.aliasing import overlap, same_view
-from cvkernels.ops.batch_norm import BatchNormParams
-from cvkernels.ops.checks import check_bn, check_device, check_tensor, check_vector, pair
+from cvkernels.ops.common.activation import ACTIVATIONS
+from cvkernels.ops.common.aliasing import overlap, same_view
+from cvkernels.ops.common.arguments import check_bn, check_device, check_tensor, check_vector, pair
+from cvkernels.ops.common.errors import InputTypeError, InputValueError
+from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.conv_bn_act.problem import Problem
-from cvkernels.ops.errors import InputTypeError, InputValueError
 
 OP = "conv_bn_act"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels.ops.batch_norm import BatchNormParams, fold
+from cvkernels.ops.common.derived_weights import DerivedWeights
+from cvkernels.ops.common.norm import BatchNormParams, fold
 from cvkernels.ops.conv_bn_act.problem import Problem
-from cvkernels.ops.derived_weights import DerivedWeights
 
 
 def why_not(problem: Problem) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cvkernels.ops.batch_norm import BatchNormParams, scale_shift
+from cvkernels.ops.common.norm import BatchNormParams, scale_shift
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
 
 

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cvkernels import extension
-from cvkernels.ops.activation import ACTIVATIONS
-from cvkernels.ops.batch_norm import BatchNormParams, fold, scale_shift
+from cvkernels.ops.common.activation import ACTIVATIONS
+from cvkernels.ops.common.derived_weights import DerivedWeights
+from cvkernels.ops.common.norm import BatchNormParams, fold, scale_shift
 from cvkernels.ops.conv_bn_act.problem import Problem
-from cvkernels.ops.derived_weights import DerivedWeights
 
 TRANSFORMED = 1 << 13  # filters that are transformed at once
 PANEL = 16  # output channels that lie together in packed weights

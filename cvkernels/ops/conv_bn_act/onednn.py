@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cvkernels.ops.batch_norm import BatchNormParams, fold
+from cvkernels.ops.common.derived_weights import DerivedWeights
+from cvkernels.ops.common.norm import BatchNormParams, fold
 from cvkernels.ops.conv_bn_act.problem import Problem
-from cvkernels.ops.derived_weights import DerivedWeights
 
 # act -> torch's name of oneDNN's post-op, and the scalars it takes
 POST_OPS = {

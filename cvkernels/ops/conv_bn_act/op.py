@@ -10,13 +10,13 @@ from torch import Tensor
 from cvkernels import backend as backends
 from cvkernels import record
 from cvkernels.backend import Backend, BackendError, Choice
-from cvkernels.ops.batch_norm import BatchNormParams
-from cvkernels.ops.calls import autocast_dtype, needs_grad
+from cvkernels.ops.common.autograd import autocast_dtype, needs_grad
+from cvkernels.ops.common.derived_weights import DerivedWeights
+from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.conv_bn_act import cudnn, native, onednn, tuning
 from cvkernels.ops.conv_bn_act.checks import problem_of
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
-from cvkernels.ops.derived_weights import DerivedWeights
 
 IMPLEMENTATIONS = ("triton", "cudnn", "native", "onednn")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -140,6 +140,9 @@ def choose(
     )  # fmt: skip
     tensors = (x, weight, bias, bn, residual, input_bn, input_gate)
     return select(problem, x, needs_grad(tensors), backends.requested(backend, IMPLEMENTATIONS))
+
+
+backends.answers("conv_bn_act", choose)
 
 
 def select(problem: Problem, x: Tensor, grad: bool, requested: str) -> Choice:

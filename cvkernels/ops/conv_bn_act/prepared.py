@@ -7,11 +7,11 @@ from collections.abc import Callable
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels.ops.batch_norm import BatchNormParams
+from cvkernels.ops.common.derived_weights import DerivedWeights
+from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.conv_bn_act import native, onednn
 from cvkernels.ops.conv_bn_act.checks import problem_of
 from cvkernels.ops.conv_bn_act.op import IMPLEMENTATIONS, needs_grad, select
-from cvkernels.ops.derived_weights import DerivedWeights
 
 # (x, residual=None, out=None) -> the output, which is out where that is given.
 Run = Callable[..., Tensor]

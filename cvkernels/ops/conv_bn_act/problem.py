@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 
-from cvkernels.ops.traffic import touched_positions
+from cvkernels.ops.common.traffic import touched_positions
 
 
 @dataclass(frozen=True)

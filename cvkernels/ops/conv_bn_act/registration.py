@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cvkernels.ops.batch_norm import BatchNormParams
+from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.conv_bn_act.checks import problem_of
 from cvkernels.ops.conv_bn_act.gradients import conv_bn_act_backward
 from cvkernels.ops.conv_bn_act.op import execute, run_reference, select

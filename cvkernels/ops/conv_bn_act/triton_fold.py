@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cvkernels.ops.batch_norm import BatchNormParams
+from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.conv_bn_act.triton_launch import Launch
 
 _BLOCK = 1024

@@ -10,9 +10,9 @@ from torch import Tensor
 from cvkernels import backend as backends
 from cvkernels import record
 from cvkernels.backend import Backend, Choice
-from cvkernels.ops import affine, aliasing, native
-from cvkernels.ops.batch_norm import BatchNormParams
-from cvkernels.ops.checks import check_bn
+from cvkernels.ops.common import affine, aliasing, native
+from cvkernels.ops.common.arguments import check_bn
+from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.dense_concat.reference import appended
 
 DTYPES = native.DTYPES["cpu"]
@@ -98,6 +98,9 @@ def choose(
     """The backend that :func:`dense_concat` runs for these arguments, and the rule behind it."""
     _check(buffer, src, start, bn)
     return native.select("dense_concat", buffer, backends.requested(backend, ("native",)))
+
+
+backends.answers("dense_concat", choose)
 
 
 def appender(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvkernels.ops.batch_norm import BatchNormParams, normalize
+from cvkernels.ops.common.norm import BatchNormParams, normalize
 
 
 def appended(src: Tensor, bn: BatchNormParams | None, relu: bool) -> Tensor:

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cvkernels import extension
-from cvkernels.ops.activation import ACTIVATIONS
-from cvkernels.ops.batch_norm import BatchNormParams, scale_shift
+from cvkernels.ops.common.activation import ACTIVATIONS
+from cvkernels.ops.common.derived_weights import DerivedWeights
+from cvkernels.ops.common.norm import BatchNormParams, scale_shift
 from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
-from cvkernels.ops.derived_weights import DerivedWeights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK = 16  # channels that the compiled op takes at once

@@ -8,14 +8,14 @@ from torch import Tensor
 from cvkernels import backend as backends
 from cvkernels import record
 from cvkernels.backend import Backend, BackendError, Choice
-from cvkernels.ops.batch_norm import BatchNormParams
-from cvkernels.ops.calls import autocast_dtype, needs_grad
-from cvkernels.ops.checks import pair
+from cvkernels.ops.common.arguments import pair
+from cvkernels.ops.common.autograd import autocast_dtype, needs_grad
+from cvkernels.ops.common.derived_weights import DerivedWeights
+from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.depthwise_conv_bn_act import native
 from cvkernels.ops.depthwise_conv_bn_act.problem import OP, DepthwiseProblem, problem_of
 from cvkernels.ops.depthwise_conv_bn_act.reference import depthwise_conv_bn_act_reference
 from cvkernels.ops.depthwise_conv_bn_act.tiling import tiling
-from cvkernels.ops.derived_weights import DerivedWeights
 
 IMPLEMENTATIONS = ("triton", "native")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -114,6 +114,9 @@ def choose(
     tensors = (x, weight, bias, bn)
     problem = problem_of(*tensors, stride, padding, dilation, act, squeeze, autocast_dtype(x))
     return select(problem, x, needs_grad(tensors), backends.requested(backend, IMPLEMENTATIONS))
+
+
+backends.answers("depthwise_conv_bn_act", choose)
 
 
 def select(problem: DepthwiseProblem, x: Tensor, grad: bool, requested: str) -> Choice:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels.ops.activation import ACTIVATIONS
-from cvkernels.ops.batch_norm import BatchNormParams
-from cvkernels.ops.calls import needs_grad
+from cvkernels.ops.common.activation import ACTIVATIONS
+from cvkernels.ops.common.autograd import needs_grad
+from cvkernels.ops.common.derived_weights import DerivedWeights
+from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.depthwise_conv_bn_act import native
 from cvkernels.ops.depthwise_conv_bn_act.op import IMPLEMENTATIONS, select
 from cvkernels.ops.depthwise_conv_bn_act.problem import problem_of
-from cvkernels.ops.derived_weights import DerivedWeights
 
 # x -> (out, sums), which are None where they were not asked for.
 Run = Callable[[Tensor], tuple[Tensor, Tensor | None]]

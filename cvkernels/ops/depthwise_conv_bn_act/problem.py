@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cvkernels.ops.activation import ACTIVATIONS
-from cvkernels.ops.batch_norm import BatchNormParams
-from cvkernels.ops.checks import check_bn, check_device, check_vector, pair
+from cvkernels.ops.common.activation import ACTIVATIONS
+from cvkernels.ops.common.arguments import check_bn, check_device, check_vector, pair
+from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.conv_bn_act.problem import Problem
 
 OP = "depthwise_conv_bn_act"

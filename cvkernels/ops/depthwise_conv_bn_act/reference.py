@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvkernels.ops.activation import activate
-from cvkernels.ops.batch_norm import BatchNormParams, normalize
+from cvkernels.ops.common.activation import activate
+from cvkernels.ops.common.norm import BatchNormParams, normalize
 
 
 def depthwise_conv_bn_act_reference(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cvkernels.ops.batch_norm import BatchNormParams
+from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.conv_bn_act.gradients import conv_bn_act_backward
 from cvkernels.ops.depthwise_conv_bn_act.op import execute, run_reference, select
 from cvkernels.ops.depthwise_conv_bn_act.problem import problem_of, sums_dtype

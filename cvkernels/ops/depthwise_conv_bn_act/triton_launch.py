@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels.ops.batch_norm import BatchNormParams
+from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
 from cvkernels.ops.depthwise_conv_bn_act.tiling import Tiling, cdiv, tiling
 from cvkernels.ops.depthwise_conv_bn_act.triton_kernels import depthwise_conv_bn_act_kernel

@@ -8,9 +8,9 @@ from torch import Tensor
 from cvkernels import backend as backends
 from cvkernels import record
 from cvkernels.backend import Backend, Choice
-from cvkernels.ops import native
+from cvkernels.ops.common import native
+from cvkernels.ops.common.pool import Window, checked, touched, window_of
 from cvkernels.ops.max_pool.reference import max_pool_reference
-from cvkernels.ops.pool import Window, checked, touched, window_of
 
 ARGUMENTS = (
     "Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode"
@@ -110,6 +110,9 @@ def choose(
     window = window_of("max_pool", kernel_size, stride, padding, dilation, ceil_mode)
     checked("max_pool", x, window, out)
     return _select(x, out, backends.requested(backend, ("native",)))
+
+
+backends.answers("max_pool", choose)
 
 
 def _select(x: Tensor, out: Tensor | None, requested: str) -> Choice:

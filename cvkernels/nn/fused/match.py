@@ -1,0 +1,315 @@
+"""When a few modules may run as one op: exactly what the op computes, and watched by nobody.
+
+Each ``why_not_`` function gives the reason to call the modules one by one, empty where there is
+none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor
+from torch.nn.modules import module as torch_module
+
+from cvkernels import backend, record
+from cvkernels.ops.common.pool import checked, window_of
+from cvkernels.ops.conv_bn_act.op import fuses_prologue
+from cvkernels.ops.depthwise_conv_bn_act.op import runs_fused
+
+
+def relu_(x: Tensor) -> Tensor:
+    """The activation of the stock blocks that call a function and have no module for it."""
+    return F.relu(x, inplace=True)
+
+
+ACTIVATIONS: dict[type[nn.Module] | Callable[[Tensor], Tensor], str] = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    relu_: "relu",
+}
+
+TRAINED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _kind(act: nn.Module | Callable) -> type[nn.Module] | Callable:
+    """What ``ACTIVATIONS`` knows act by."""
+    return type(act) if isinstance(act, nn.Module) else act
+
+
+def act_name(act: nn.Module | Callable | None) -> str:
+    """What the ops call act."""
+    return "none" if act is None else ACTIVATIONS[_kind(act)]
+
+
+def runs_depthwise(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether conv is depthwise and has kernels of its own for x; else conv_bn_act takes it."""
+    if conv.groups == 1 or not conv.groups == conv.in_channels == conv.out_channels:
+        return False
+    return runs_fused(x, conv.kernel_size, conv.stride, conv.dilation)
+
+
+def fused_act(
+    bn: nn.Module | None, act: nn.Module | Callable | None = None, residual: Tensor | None = None
+) -> tuple[nn.Module | Callable | None, str]:
+    """The activation behind bn, which may carry it inside, and why its place forbids fusing."""
+    if type(bn) is nn.BatchNorm2d or not _is_norm_act(bn) or type(bn.act) is nn.Identity:
+        return act, ""
+    if act is not None:
+        return act, "an activation follows a norm that has one inside"
+    return bn.act, "" if residual is None else "the activation stands before the shortcut"
+
+
+def _is_norm_act(bn: nn.Module | None) -> bool:
+    kind = type(bn)
+    return kind.__name__ == "BatchNormAct2d" and kind.__module__ == "timm.layers.norm_act"
+
+
+def why_not_conv_bn_act(
+    x: Tensor, conv: nn.Module, bn: nn.Module | None, act: nn.Module | Callable | None
+) -> str:
+    """Why the modules have to be called one by one; empty where conv_bn_act computes the same."""
+    if type(conv) is not nn.Conv2d:
+        return f"{type(conv).__name__} is not exactly nn.Conv2d"
+    if bn is not None and (reason := why_not_affine(bn)):
+        return reason
+    if act is not None and _kind(act) not in ACTIVATIONS:
+        return f"{type(act).__name__} is not one of the fused activations"
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return f"padding={conv.padding!r} with padding_mode={conv.padding_mode!r} is not fused"
+    return why_not_called(x, conv, bn, act if isinstance(act, nn.Module) else None)
+
+
+def why_not_input_bn(x: Tensor, norm: nn.Module, relu: nn.Module | None, groups: int) -> str:
+    """Why norm and relu have to be called first; empty where they are the op's prologue."""
+    if reason := why_not_norm_relu(x, norm, relu):
+        return reason
+    return "" if fuses_prologue(x, groups) else "no backend here normalises a convolution's input"
+
+
+def why_not_norm_relu(x: Tensor, norm: nn.Module, relu: nn.Module | None) -> str:
+    """Why norm and relu are no multiply-add and ReLU that an op can do to its input."""
+    if reason := why_not_affine(norm):
+        return reason
+    if relu is None and _is_norm_act(norm):
+        relu = norm.act
+    if type(relu) is not nn.ReLU:
+        return f"{type(relu).__name__} is not exactly nn.ReLU"
+    return why_not_called(x, norm, relu)
+
+
+def why_not_same_map(module: nn.Conv2d | nn.MaxPool2d) -> str:
+    """Why the output's height and width are not the input's."""
+    options = (module.kernel_size, module.stride, module.padding, module.dilation)
+    pairs = [(value, value) if isinstance(value, int) else value for value in options]
+    if all(s == 1 and 2 * p == d * (k - 1) for k, s, p, d in zip(*pairs, strict=True)):
+        return ""
+    return f"{type(module).__name__} changes the map's size"
+
+
+def why_not_in_place(x: Tensor, module: nn.Module) -> str:
+    """Why module's parts cannot write their outputs into one buffer of x's dtype."""
+    if reason := why_not_called(x, module):
+        return reason
+    if torch.compiler.is_compiling():
+        return "torch.compile plans the memory"
+    if torch.is_grad_enabled() and (x.requires_grad or _may_require_grad(module)):
+        return "a gradient is needed"
+    if x.dim() != 4 or not x.numel():
+        return "the input is empty or not [N, C, H, W]"
+    if (dtype := autocast_dtype(x)) and dtype != x.dtype:
+        return f"autocast computes in {dtype}, the input is {x.dtype}"
+    return ""
+
+
+def _may_require_grad(module: nn.Module) -> bool:
+    """Whether a parameter requires a gradient; those of DataParallel's replicas are not listed."""
+    if getattr(module, "_is_replica", False):
+        return True
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def why_not_affine(bn: nn.Module) -> str:
+    """Why bn is no scale and shift per channel; empty where it is, but for its activation."""
+    if reason := _why_not_batch_norm(bn):
+        return reason
+    if bn.training or bn.running_mean is None:
+        return "batch norm normalises with batch statistics"
+    return ""
+
+
+def _why_not_batch_norm(bn: nn.Module) -> str:
+    if type(bn) is nn.BatchNorm2d:
+        return ""
+    if not _is_norm_act(bn):
+        return f"{type(bn).__name__} is not exactly nn.BatchNorm2d"
+    if type(bn.drop) is not nn.Identity or _has_hooks(bn.drop) or _has_hooks(bn.act):
+        return "BatchNormAct2d drops something, or a part of it has a hook"
+    return ""
+
+
+def why_not_train(x: Tensor) -> str:
+    """Why a training pass over a few modules cannot be one autograd function of x's dtype."""
+    if reason := why_not_called(x) or why_not_differentiated_here():
+        return reason
+    if x.dim() != 4 or x.numel() <= x.shape[1] or x.dtype not in TRAINED:
+        return f"the input is {x.dtype} of shape {list(x.shape)}, not a batch of float maps"
+    if (dtype := autocast_dtype(x)) and dtype != x.dtype:
+        return f"autocast computes in {dtype}, the input is {x.dtype}"
+    return ""
+
+
+def why_not_differentiated_here() -> str:
+    """Why an autograd function of ours, differentiable once and in reverse, will not do."""
+    if torch.compiler.is_compiling():
+        return "torch.compile plans the memory"
+    if backend.requested("auto", ()) == "reference":
+        return "the reference is requested"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    return ""
+
+
+def why_not_batch_norm_relu(
+    x: Tensor, channels: int, norm: nn.Module, relu: nn.Module | None
+) -> str:
+    """Why norm and relu do not normalise ``channels`` channels with the batch's statistics."""
+    if reason := _why_not_batch_norm(norm):
+        return reason
+    if reason := _why_not_batch_statistics(norm):
+        return reason
+    if relu is None and _is_norm_act(norm):
+        relu = norm.act
+    if type(relu) is not nn.ReLU:
+        return f"{type(relu).__name__} is not exactly nn.ReLU"
+    return _why_not_vectors(x, channels, norm) or why_not_called(x, norm, relu)
+
+
+def why_not_batch_norm(x: Tensor, channels: int, norm: nn.Module) -> str:
+    """Why norm, but for its activation, does not normalise ``channels`` channels with the batch's
+    statistics."""
+    if reason := _why_not_batch_norm(norm) or _why_not_batch_statistics(norm):
+        return reason
+    return _why_not_vectors(x, channels, norm)
+
+
+def _why_not_batch_statistics(norm: nn.Module) -> str:
+    if not norm.training and norm.running_mean is not None:
+        return "batch norm normalises with running statistics"
+    return ""
+
+
+def _why_not_vectors(x: Tensor, channels: int, norm: nn.Module) -> str:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    statistics = (norm._buffers.get("running_mean"), norm._buffers.get("running_var"))
+    for vector in (*norm._parameters.values(), *statistics):
+        if vector is not None and (
+            vector.device != x.device or vector.dtype not in (x.dtype, wide)
+        ):
+            return f"a vector of batch norm is {vector.dtype} on {vector.device}"
+        if vector is not None and not vector.is_contiguous():
+            return f"a vector of batch norm has strides {vector.stride()}"
+    if norm.num_features != channels:
+        return f"batch norm has {norm.num_features} channels for {channels}"
+    return ""
+
+
+def why_not_trained_conv(x: Tensor, channels: int, conv: nn.Module) -> str:
+    """Why conv does not convolve ``channels`` channels of x's dtype, to a map of x's size."""
+    if reason := why_not_conv_bn_act(x, conv, None, None) or why_not_same_map(conv):
+        return reason
+    if conv.in_channels != channels:
+        return f"the convolution has {conv.in_channels} input channels for {channels}"
+    if conv.weight.device != x.device:
+        return f"the convolution is on {conv.weight.device}"
+    if conv.weight.dtype != x.dtype and autocast_dtype(x) is None:
+        return f"the convolution is {conv.weight.dtype}, the input {x.dtype}"
+    return ""
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    device = x.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def why_not_max_pool(x: Tensor, pool: nn.Module) -> str:
+    """Why the pool has to be called as a module; empty where max_pool computes the same."""
+    if type(pool) is not nn.MaxPool2d:
+        return f"{type(pool).__name__} is not exactly nn.MaxPool2d"
+    reason = why_not_called(x, pool)
+    if not reason and (pool.return_indices or x.dim() != 4):
+        reason = "max_pool takes [N, C, H, W] and returns no indices"
+    return reason
+
+
+def pooled_shape(x: Tensor, pool: nn.MaxPool2d | nn.AvgPool2d) -> tuple[int, int, int, int]:
+    """The shape of ``pool(x)``."""
+    dilation = getattr(pool, "dilation", 1)
+    window = window_of(
+        "pool", pool.kernel_size, pool.stride, pool.padding, dilation, pool.ceil_mode
+    )
+    return (*x.shape[:2], *checked("pool", x, window, None))
+
+
+def why_not_called(x: Tensor, *modules: nn.Module | None) -> str:
+    """Why the modules' own ``__call__`` must happen: somebody watches it, or it is being traced."""
+    if isinstance(x, fx.Proxy):
+        return "torch.fx is tracing"
+    if not _is_plain(x):
+        return f"the input is a {type(x).__name__}"
+    for module in modules:
+        if module is None:
+            continue
+        if _has_hooks(module):
+            return f"{type(module).__name__} has a hook"
+        if "forward" in module.__dict__:
+            return f"{type(module).__name__} has a forward of its own"
+        for parameter in module._parameters.values():
+            if parameter is not None and not _is_plain(parameter):
+                return f"a parameter is a {type(parameter).__name__}"
+    if _has_global_hooks():
+        return "a global module hook is registered"
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
+            return "torch.export is tracing"
+        return "inductor fuses it" if x.device.type == "cpu" else ""
+    if torch.jit.is_tracing():
+        return "torch.jit is tracing"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active"
+    return ""
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """No subclass with a meaning of its own (DTensor, a quantised tensor, ...)."""
+    return type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, FakeTensor)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _has_global_hooks() -> bool:
+    """Hooks on every module's call, but for those that a running ``explain`` registers."""
+    hooks = (
+        *torch_module._global_backward_hooks.values(),
+        *torch_module._global_backward_pre_hooks.values(),
+        *torch_module._global_forward_hooks.values(),
+        *torch_module._global_forward_pre_hooks.values(),
+    )
+    if not hooks:
+        return False
+    recorder = record.active()
+    return recorder is None or not all(recorder.owns(hook) for hook in hooks)

@@ -1,0 +1,119 @@
+"""What the pooling ops share: their windows, the checks of their arguments and the byte model."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cvkernels.ops.common import aliasing, native
+from cvkernels.ops.common.errors import InputTypeError, InputValueError
+from cvkernels.ops.common.traffic import touched_positions
+
+DTYPES = native.DTYPES["cpu"]
+
+
+class Window(NamedTuple):
+    """The options of a call in the registered op's order; pairs are (height, width)."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    ceil_mode: bool
+
+
+def window_of(op, kernel_size, stride, padding, dilation, ceil_mode) -> Window:
+    """The checked options of a call of ``op``."""
+    kernel_size = _pair(op, kernel_size, "kernel_size", 1)
+    return Window(
+        kernel_size,
+        kernel_size if stride is None else _pair(op, stride, "stride", 1),
+        _pair(op, padding, "padding", 0),
+        _pair(op, dilation, "dilation", 1),
+        bool(ceil_mode),
+    )
+
+
+def _pair(op: str, value, name: str, least: int) -> tuple[int, int]:
+    if isinstance(value, int):
+        if value < least:
+            raise ValueError(f"{op}: {name} must be at least {least}, got {value!r}")
+        return (value, value)
+    if isinstance(value, (tuple, list)) and len(value) in (1, 2):
+        pair = (value[0], value[-1])
+        if isinstance(pair[0], int) and isinstance(pair[1], int):
+            if min(pair) < least:
+                raise ValueError(f"{op}: {name} must be at least {least}, got {value!r}")
+            return pair
+    raise TypeError(f"{op}: {name} must be an integer or a pair of them, got {value!r}")
+
+
+def checked(op: str, x: Tensor, window: Window, out: Tensor | None) -> tuple[int, int]:
+    """Check a call's arguments; P and Q."""
+    if x.dim() != 4:
+        raise ValueError(
+            f"{op}: x must have shape [N, C, H, W], got {list(x.shape)}; "
+            f"give a single image a batch of one with x[None]"
+        )
+    if x.dtype not in DTYPES:
+        raise InputTypeError(
+            f"{op}: x must be float32, float16, bfloat16 or float64, got {x.dtype}; "
+            f"convert it, or use torch.nn.functional.{op}2d"
+        )
+    N, C, H, W = x.shape
+    size = (_count(op, H, 0, window), _count(op, W, 1, window))
+    if C == 0 or size[0] <= 0 or size[1] <= 0:
+        raise InputValueError(
+            f"{op}: no window fits x of shape {list(x.shape)} with kernel_size "
+            f"{window.kernel_size}, padding {window.padding} and dilation {window.dilation}"
+        )
+    if out is not None:
+        _check_out(op, out, x, (N, C, *size))
+    return size
+
+
+def _count(op: str, size: int, axis: int, window: Window) -> int:
+    """How many windows one axis has."""
+    kernel, stride = window.kernel_size[axis], window.stride[axis]
+    padding, dilation = window.padding[axis], window.dilation[axis]
+    if 2 * padding > kernel:
+        raise ValueError(
+            f"{op}: padding must be at most half of kernel_size, got padding {padding} for a "
+            f"kernel of {kernel}; pad x itself"
+        )
+    span = size + 2 * padding - dilation * (kernel - 1) - 1
+    if not window.ceil_mode:
+        return span // stride + 1 if size > 0 else 0
+    count = -(-span // stride) + 1
+    # The last window must start inside the input or its left padding.
+    return count - 1 if (count - 1) * stride >= size + padding else count
+
+
+def _check_out(op: str, out: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+    if out.shape != shape:
+        raise ValueError(f"{op}: out must have shape {list(shape)}, got {list(out.shape)}")
+    if out.dtype != x.dtype:
+        raise TypeError(f"{op}: out must have x's dtype, {x.dtype}, got {out.dtype}")
+    if out.device != x.device:
+        raise ValueError(f"{op}: out must be on x's device, {x.device}, got {out.device}")
+    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(
+            f"{op}: out must not overlap itself, got strides {list(out.stride())}; "
+            f"write into a tensor that is not expanded"
+        )
+    # A traced tensor has no storage to ask about.
+    if not torch.compiler.is_compiling() and aliasing.overlap(x, out):
+        raise ValueError(
+            f"{op}: out must not overlap x: elements would be read after they are written; "
+            "write into other channels or another tensor"
+        )
+
+
+def touched(x: Tensor, window: Window, size: tuple[int, int]) -> int:
+    """How many elements of x some window reads."""
+    N, C, *sizes = x.shape
+    axes = zip(sizes, *window[:4], size, strict=True)
+    return N * C * math.prod(touched_positions(*axis) for axis in axes)
