@@ -128,7 +128,7 @@ def test_a_failed_forward_leaves_no_statistics(monkeypatch):
             raise MemoryError("no room")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("cvkernels.nn.training.dense_block.F.conv2d", failing)
+    monkeypatch.setattr("cvkernels.nn.training.convolution.F.conv2d", failing)
     with pytest.raises(MemoryError):
         ours(image())
     assert all(torch.equal(a, b) for a, b in zip(before, ours.buffers(), strict=True))

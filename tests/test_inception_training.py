@@ -61,8 +61,8 @@ def test_what_is_recomputed_is_bit_equal():
     maps += [ours.first(maps[1])]
     maps += [ours.pool(maps[2])]
     for out in maps:
-        recipe = out.recipe
-        assert torch.equal(recipe.node.value(recipe.leaves), out)
+        how = out._cvkernels_recompute
+        assert torch.equal(how.node.value(how.saved), out)
 
 
 def test_autocast_matches_stock():
@@ -194,14 +194,14 @@ def test_convolutions_on_one_map_run_as_one(change, monkeypatch):
 
 def test_maps_are_let_go_as_backward_passes():
     ours, _ = pair(torch.float32)
-    nodes, compute = [], recompute.Node.value
+    nodes, compute = [], recompute.RecomputeNode.value
 
     def value(node, leaves):
         nodes.append(node)
         return compute(node, leaves)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recompute.Node, "value", value)
+        patch.setattr(recompute.RecomputeNode, "value", value)
         loss_of(ours(image(torch.float32))).backward()
     assert nodes and not any(node._value for node in nodes)
 

@@ -74,7 +74,7 @@ def test_other_blocks_run_as_modules(change, reason):
         model.double()
     block, x = ours.first.branch1, torch.randn(2, 16, 6, 6, dtype=torch.float64)
     act = cvkernels.nn.fused.match.relu_
-    assert reason in match.why_not_trained(x, block.conv, block.bn, act)
+    assert reason in match.why_not_train_conv_bn_act(x, block.conv, block.bn, act)
     if not isinstance(block.bn, nn.SyncBatchNorm):  # it trains on GPUs alone
         assert_equal(step(ours, image()), step(stock, image()))
 

@@ -143,10 +143,11 @@ def test_gradients_follow_the_numerics_rule(unit, dtype, conv, device, memory_fo
 def test_what_is_recomputed_is_bit_equal(name):
     ours, _ = pair(name, torch.float32)
     maps = block_maps(ours, image(torch.float32, size=SIZE)).values()
-    maps = [y for y in maps if isinstance(y, torch.Tensor) and recompute.recipe_of(y)]
+    maps = [y for y in maps if isinstance(y, torch.Tensor) and recompute.recompute_of(y)]
     assert len(maps) >= 3
     for y in maps:
-        assert torch.equal(y.recipe.node.value(y.recipe.leaves), y)
+        how = y._cvkernels_recompute
+        assert torch.equal(how.node.value(how.saved), y)
 
 
 @pytest.mark.parametrize("name", ["bottleneck", "se-bottleneck", "mbconv"])
@@ -242,8 +243,11 @@ def test_the_end_of_a_long_chain_is_kept():
 
     torch.manual_seed(0)
     chain, x = Chain().double().train(), torch.randn(2, 4, 5, 5, dtype=torch.float64)
-    counts = [len(y.recipe.leaves) if is_recomputed(y) else None for y in block_outputs(chain, x)]
-    assert max(c for c in counts if c) <= recompute.MOST_LEAVES + 2
+    counts = [
+        len(y._cvkernels_recompute.saved) if is_recomputed(y) else None
+        for y in block_outputs(chain, x)
+    ]
+    assert max(c for c in counts if c) <= recompute.MOST_SAVED + 2
     assert None not in counts and min(counts[1:]) < 6
     grads = []
     for name in ("auto", "reference"):
@@ -264,9 +268,11 @@ def block_outputs(chain, x):
 @pytest.mark.parametrize("name", ["bottleneck", "se-bottleneck", "mbconv"])
 def test_maps_are_let_go_as_backward_passes(name, monkeypatch):
     ours, _ = pair(name, torch.float32)
-    nodes, value = [], recompute.Node.value
+    nodes, value = [], recompute.RecomputeNode.value
     monkeypatch.setattr(
-        recompute.Node, "value", lambda node, leaves: nodes.append(node) or value(node, leaves)
+        recompute.RecomputeNode,
+        "value",
+        lambda node, leaves: nodes.append(node) or value(node, leaves),
     )
     loss_of(ours(image(torch.float32, size=SIZE))).backward()
     assert nodes and not any(node._value for node in nodes)
