@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from autograd_memory import saved_bytes
 from torch import Tensor, nn
 
 import cvkernels
 from benchmarks.bench_models import inputs_of, networks_of
 from benchmarks.trial import Case
 from cvkernels.demo import NETWORKS
+from tests.support.autograd_memory import saved_bytes
 
 DEPTHS = ("densenet121", "densenet169", "densenet201")
 # Of memory alone: bytes per image do not depend on the batch.

@@ -7,12 +7,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from numerics import assert_close_as_eager, gradients, map_floats, max_error, tensors_in
 from torch import Tensor
 
 from benchmarks.machine import Timed
 from benchmarks.report import dtype_name
 from cvkernels import record
+from tests.support.numerics import (
+    assert_close_as_eager,
+    gradients,
+    map_floats,
+    max_error,
+    tensors_in,
+)
 
 # A call of an op takes microseconds: a host sample is the mean of this many.
 HOST_CALLS = 50
