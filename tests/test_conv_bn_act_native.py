@@ -8,7 +8,7 @@ from numerics import assert_matches
 import cvkernels
 from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act
 from cvkernels.ops.conv_bn_act import native
-from cvkernels.ops.conv_bn_act.checks import problem_of
+from cvkernels.ops.conv_bn_act.problem import problem_of
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
 
 pytestmark = pytest.mark.skipif(
