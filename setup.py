@@ -2,8 +2,8 @@
 
 Two shared objects, written with LibTorch's stable ABI so that one build serves every torch >= 2.11:
 
-- ``cvkernels/_C``: Python module and CPU ops, from ``csrc/*.cpp``; needs libtorch_cpu.
-- ``cvkernels/_C_cuda.so``: CUDA ops, from ``csrc/*.cu``; needs libtorch_cuda, not the CUDA runtime.
+- ``cvkernels/_C``: Python module and CPU ops, from csrc's .cpp; needs libtorch_cpu.
+- ``cvkernels/_C_cuda.so``: CUDA ops, from csrc's .cu; needs libtorch_cuda, not the CUDA runtime.
 
 Switches, all environment variables:
 
@@ -268,7 +268,7 @@ def ninja_file(
         libs = f"-L{_shell(toolkit.library_dir)} -lcudart_static -lpthread -ldl -lrt"
         targets.append(("libtorch_cuda.so", "nvcc", sources("*.cu"), libs))
     for output, (soname, rule, files, libs) in zip(outputs, targets, strict=True):
-        objects = [f"{Path(file).name}.o" for file in files]
+        objects = [f"{file}.o" for file in files]
         for file, obj in zip(files, objects, strict=True):
             lines.append(f"build {obj}: {rule} {_target(ROOT / file)}")
         lines += [f"build {soname}: stub", f"  soname = {soname}"]
@@ -297,7 +297,7 @@ def git_revision() -> str:
 
 
 def sources(pattern: str) -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob(pattern))
 
 
 def write_if_changed(path: Path, text: str) -> None:

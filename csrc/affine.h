@@ -26,6 +26,15 @@ struct Vector {
 struct BatchNorm {
   Vector weight, bias, mean, var;
   double eps;
+
+  // The same with its vectors at these addresses.
+  BatchNorm at(void* const* vectors) const {
+    return {{vectors[0], weight.wide},
+            {vectors[1], bias.wide},
+            {vectors[2], mean.wide},
+            {vectors[3], var.wide},
+            eps};
+  }
 };
 
 template <typename Wide>

@@ -190,9 +190,14 @@ void launch(Type<T> type, const Problem& problem, const Average& average, const 
 void run(const Problem& problem, const Average& average, const Tensor& x, const Tensor& out) {
   if (problem.N == 0) return;
   dispatch_floating("avg_pool", x.scalar_type(), [&](auto type) {
-    const void* from = x.const_data_ptr();
-    void* to = out.mutable_data_ptr();
-    perform([=] { launch(type, problem, average, from, to); });
+    const BatchNorm& bn = average.bn;
+    perform({x.const_data_ptr(), bn.weight.data, bn.bias.data, bn.mean.data, bn.var.data,
+             out.mutable_data_ptr()},
+            [=](void* const* at) {
+              Average moved = average;
+              moved.bn = average.bn.at(at + 1);
+              launch(type, problem, moved, at[0], at[5]);
+            });
   });
 }
 

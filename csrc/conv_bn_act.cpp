@@ -125,15 +125,15 @@ void run(const Problem& problem, const Data& data, int64_t tile) {
 }
 #undef CVK_RUN
 
-const float* floats_of(const char* name, const Tensor& tensor, int64_t size) {
+const void* floats_of(const char* name, const Tensor& tensor, int64_t size) {
   CVK_CHECK(OP, tensor.is_cpu() && tensor.is_contiguous(), name, " must be a dense CPU tensor");
   CVK_CHECK(OP, tensor.scalar_type() == ScalarType::Float && tensor.numel() == size, name,
             " must hold ", size, " float32 numbers, got shape ", shape_of(tensor), " of ",
             torch::headeronly::toString(tensor.scalar_type()));
-  return static_cast<const float*>(tensor.const_data_ptr());
+  return tensor.const_data_ptr();
 }
 
-const float* floats_of(const char* name, const std::optional<Tensor>& tensor, int64_t size) {
+const void* floats_of(const char* name, const std::optional<Tensor>& tensor, int64_t size) {
   return tensor ? floats_of(name, *tensor, size) : nullptr;
 }
 
@@ -205,23 +205,27 @@ void conv_bn_act_native(const Tensor& x, const Tensor& weight, const Tensor& shi
                           problem.x_stride_c == 1),
             "Winograd's tiles need a 3x3 kernel of stride 1, and x with its channels together");
   const int64_t filter = tile == 0 ? problem.taps() : 4 * (tile + 2);
-  Data data{};
-  data.weight = floats_of("weight", weight, problem.panels() * PANEL * filter * problem.C);
-  data.shift = floats_of("shift", shift, problem.panels() * PANEL);
-  data.input_scale = floats_of("input_affine", input_affine, 2 * problem.C);
-  if (data.input_scale != nullptr) data.input_shift = data.input_scale + problem.C;
-  data.gate = floats_of("input_gate", input_gate, problem.N * problem.C);
+  const void* weights = floats_of("weight", weight, problem.panels() * PANEL * filter * problem.C);
+  const void* shifts = floats_of("shift", shift, problem.panels() * PANEL);
+  const void* affine = floats_of("input_affine", input_affine, 2 * problem.C);
+  const void* gate = floats_of("input_gate", input_gate, problem.N * problem.C);
   problem.out_stride = pixel_stride("out", out);
   if (residual) {
     CVK_CHECK_SAME(OP, *residual, x);
     CVK_CHECK(OP, fits(*residual), "residual must have out's shape, got ", shape_of(*residual));
     problem.residual_stride = pixel_stride("residual", *residual);
-    data.residual = static_cast<const float*>(residual->const_data_ptr());
   }
   if (problem.pixels() == 0 || problem.K == 0) return;
-  data.x = static_cast<const float*>(x.const_data_ptr());
-  data.out = static_cast<float*>(out.mutable_data_ptr());
-  perform([=] { run(problem, data, tile); });
+  perform({x.const_data_ptr(), weights, shifts, out.mutable_data_ptr(),
+           residual ? residual->const_data_ptr() : nullptr, affine, gate},
+          [=](void* const* at) {
+            const auto floats = [at](int i) { return static_cast<float*>(at[i]); };
+            const float* scale = floats(5);
+            const Data data{floats(0), floats(1), floats(2),
+                            floats(4), scale,     scale == nullptr ? nullptr : scale + problem.C,
+                            floats(6), floats(3)};
+            run(problem, data, tile);
+          });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cvkernels, CPU, library) {

@@ -146,9 +146,15 @@ void dense_concat(const Tensor& buffer, const Tensor& src, int64_t start,
   if (src.numel() == 0) return;
   dispatch_floating("dense_concat", src.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    const void* from = src.const_data_ptr();
-    T* to = static_cast<T*>(buffer.mutable_data_ptr()) + start * buffer.stride(1);
-    perform([=] { launch(type, problem, from, to); });
+    const BatchNorm& bn = problem.bn;
+    const int64_t offset = start * buffer.stride(1);
+    perform({buffer.mutable_data_ptr(), src.const_data_ptr(), bn.weight.data, bn.bias.data,
+             bn.mean.data, bn.var.data},
+            [=](void* const* at) {
+              Problem moved = problem;
+              moved.bn = problem.bn.at(at + 2);
+              launch(type, moved, at[1], static_cast<T*>(at[0]) + offset);
+            });
   });
 }
 

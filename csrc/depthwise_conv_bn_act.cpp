@@ -138,21 +138,21 @@ void depthwise_conv_bn_act_native(const Tensor& x, const Tensor& weight, const T
             problem.C, "], got ", shape_of(out));
   if (sums) check_vector("sums", *sums, problem.N * problem.C);
   if (problem.N == 0 || problem.C == 0) return;
-  prefer_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
-
-  const void* from = x.const_data_ptr();
-  const float* weights = static_cast<const float*>(weight.const_data_ptr());
-  const float* scale_shift = static_cast<const float*>(affine.const_data_ptr());
-  void* to = out.mutable_data_ptr();
-  float* total = sums ? static_cast<float*>(sums->mutable_data_ptr()) : nullptr;
+  const int64_t out_bytes = out.numel() * out.element_size();
   const auto run = [&](auto type) {
-    perform([=] {
-      const bool adds = total != nullptr && problem.bands() > 1;
-      std::vector<float> bands(adds ? problem.N * problem.bands() * problem.C : 0);
-      float* parts = adds ? bands.data() : total;
-      launch<typename decltype(type)::type>(problem, from, weights, scale_shift, to, parts);
-      if (adds) add_bands(problem, parts, total);
-    });
+    perform({x.const_data_ptr(), weight.const_data_ptr(), affine.const_data_ptr(),
+             out.mutable_data_ptr(), sums ? sums->mutable_data_ptr() : nullptr},
+            [=](void* const* at) {
+              prefer_huge_pages(at[3], out_bytes);
+              auto* total = static_cast<float*>(at[4]);
+              const bool adds = total != nullptr && problem.bands() > 1;
+              std::vector<float> bands(adds ? problem.N * problem.bands() * problem.C : 0);
+              float* parts = adds ? bands.data() : total;
+              launch<typename decltype(type)::type>(problem, at[0],
+                                                    static_cast<const float*>(at[1]),
+                                                    static_cast<const float*>(at[2]), at[3], parts);
+              if (adds) add_bands(problem, parts, total);
+            });
   };
   switch (x.scalar_type()) {
     case ScalarType::Float:

@@ -149,9 +149,8 @@ void launch(Type<T> type, const Problem& problem, const void* x, void* out) {
 void run(const Problem& problem, const Tensor& x, const Tensor& out) {
   if (problem.N == 0) return;
   dispatch_floating("max_pool", x.scalar_type(), [&](auto type) {
-    const void* from = x.const_data_ptr();
-    void* to = out.mutable_data_ptr();
-    perform([=] { launch(type, problem, from, to); });
+    perform({x.const_data_ptr(), out.mutable_data_ptr()},
+            [=](void* const* at) { launch(type, problem, at[0], at[1]); });
   });
 }
 

@@ -1,12 +1,16 @@
 // The Python module cvkernels._C: its import registers the CPU ops; build_info() says how it and
 // the CUDA library beside it were built.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "build_info.h"
+#include "common/direct_call.h"
+#include "common/sample.h"
 #include "recording.h"
 
 namespace py = pybind11;
@@ -45,7 +49,7 @@ class Program {
   std::vector<cvkernels::Work> works_;
 };
 
-Program record(const py::function& function) {
+std::vector<cvkernels::Work> works_of(const py::function& function) {
   using cvkernels::recording;
   if (recording != nullptr) throw std::runtime_error("record: this thread is recording already");
   std::vector<cvkernels::Work> works;
@@ -54,7 +58,26 @@ Program record(const py::function& function) {
     ~Scope() { recording = nullptr; }
   } scope(&works);
   function();
-  return Program(std::move(works));
+  return works;
+}
+
+py::object direct(PyTypeObject* type, const py::function& function) {
+  std::vector<cvkernels::Work> works = works_of(function);
+  if (works.size() != 1)
+    throw std::runtime_error("direct: function must call one CPU op that has work to do, got " +
+                             std::to_string(works.size()));
+  PyObject* made = cvkernels::new_direct_call(type, std::move(works.front()));
+  if (made == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(made);
+}
+
+using Entry = std::tuple<uint64_t, int64_t, std::vector<int64_t>, std::vector<int64_t>, bool>;
+
+cvkernels::Sample sample_of(const std::vector<Entry>& entries) {
+  std::vector<cvkernels::Sampled> tensors;
+  for (const auto& [data, itemsize, sizes, strides, whole] : entries)
+    tensors.push_back({data, itemsize, sizes, strides, whole});
+  return cvkernels::Sample(tensors);
 }
 
 }  // namespace
@@ -64,8 +87,27 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   py::class_<Program>(module, "Program", "Recorded work of the CPU ops; see record().")
       .def("__call__", &Program::run, "Do the work.")
       .def("__len__", &Program::size, "How many calls of ops are in it.");
+  PyTypeObject* direct_call = cvkernels::make_direct_call_type();
+  if (direct_call == nullptr) throw py::error_already_set();
+  module.add_object("DirectCall", reinterpret_cast<PyObject*>(direct_call));
   module.def(
-      "record", &record, py::arg("function"),
+      "direct",
+      [direct_call](const py::function& function) { return direct(direct_call, function); },
+      py::arg("function"),
+      "Call function(), in which one CPU op checks its arguments and does nothing, and return its "
+      "work as a DirectCall: called with the addresses of the op's tensors, in the order of its "
+      "schema, 0 for one that is absent, and last of a result that it returns, it does the work on "
+      "any memory of the same sizes and strides.");
+  py::class_<cvkernels::Sample>(module, "Sample", "A sample of the contents of tensors.")
+      .def(py::init(&sample_of), py::arg("entries"),
+           "Each entry is (address, bytes of an element, sizes, strides, whole); the memory is not "
+           "kept.")
+      .def("digest", &cvkernels::Sample::digest,
+           "64 bits of all elements of a whole tensor, and of max(K, C) of a weight [K, C, ...] "
+           "that touch every filter and every input channel.");
+  module.def(
+      "record", [](const py::function& function) { return Program(works_of(function)); },
+      py::arg("function"),
       "Call function(), in which the CPU ops check their arguments and do nothing, and return "
       "their work as a Program. It reads and writes the memory of the same tensors, which have "
       "to outlive it.");

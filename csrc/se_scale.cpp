@@ -23,6 +23,14 @@ struct Excite {
 
   int64_t C() const { return second.rows; }
   int64_t R() const { return first.rows; }
+
+  // The same with both weights and biases at these addresses.
+  Excite at(void* const* layers) const {
+    Excite excite = *this;
+    excite.first.weight = layers[0], excite.first.bias = layers[1];
+    excite.second.weight = layers[2], excite.second.bias = layers[3];
+    return excite;
+  }
 };
 
 Excite excite_of(const char* op, const Tensor& weight1, const Maybe& bias1, const Tensor& weight2,
@@ -135,29 +143,46 @@ Tensor new_map(const Tensor& x) {
                               format);
 }
 
-Tensor squeeze(const Tensor& x) {
+// The means of every image of the maps, to means[N, C].
+template <typename T>
+void squeeze_images(const Maps<T>& maps, void* means) {
+  const Map& map = maps.x;
+  const int64_t parts = maps.sum_parts(), items = maps.sum_items();
+  std::vector<float> partial(map.N * parts * map.C), mean(map.C);
+  parallel_for(0, map.N * items, grain_of(map.nhwc ? PIXELS * map.C : map.HW),
+               [&](int64_t first, int64_t last) {
+                 for (int64_t item = first; item < last;) {
+                   const int64_t n = item / items, start = item % items;
+                   const int64_t stop = std::min(items, start + last - item);
+                   maps.sum(n, start, stop, partial.data() + n * parts * map.C);
+                   item += stop - start;
+                 }
+               });
+  for (int64_t n = 0; n < map.N; ++n) {
+    finish_sums(partial.data() + n * parts * map.C, parts, map.C, static_cast<float>(map.HW),
+                mean.data());
+    store_floats(Type<T>{}, mean.data(), map.C, const_cast<void*>(at<T>(means, n * map.C)));
+  }
+}
+
+void squeeze_out(const Tensor& x, const Tensor& out) {
   const Map map = map_of("squeeze", x, is_nhwc(x));
-  const Tensor out = new_matrix(x, map.N, map.C, x.scalar_type());
-  dispatch("squeeze", x.scalar_type(), [&]<typename T>(Type<T> type) {
+  CVK_CHECK_SAME("squeeze", out, x);
+  CVK_CHECK("squeeze",
+            out.dim() == 2 && out.size(0) == map.N && out.size(1) == map.C && out.is_contiguous(),
+            "out must be contiguous with shape [", map.N, ", ", map.C, "], got ", shape_of(out));
+  dispatch("squeeze", x.scalar_type(), [&]<typename T>(Type<T>) {
     const Maps<T> maps = maps_of<T>("squeeze", x, std::nullopt, nullptr, 0);
-    const int64_t parts = maps.sum_parts(), items = maps.sum_items();
-    std::vector<float> partial(map.N * parts * map.C), mean(map.C);
-    parallel_for(0, map.N * items, grain_of(map.nhwc ? PIXELS * map.C : map.HW),
-                 [&](int64_t first, int64_t last) {
-                   for (int64_t item = first; item < last;) {
-                     const int64_t n = item / items, start = item % items;
-                     const int64_t stop = std::min(items, start + last - item);
-                     maps.sum(n, start, stop, partial.data() + n * parts * map.C);
-                     item += stop - start;
-                   }
-                 });
-    for (int64_t n = 0; n < map.N; ++n) {
-      finish_sums(partial.data() + n * parts * map.C, parts, map.C, static_cast<float>(map.HW),
-                  mean.data());
-      store_floats(type, mean.data(), map.C,
-                   const_cast<void*>(at<T>(out.mutable_data_ptr(), n * map.C)));
-    }
+    perform({x.const_data_ptr(), out.mutable_data_ptr()}, [=](void* const* at) {
+      squeeze_images(maps.at_addresses(at[0], nullptr, nullptr), at[1]);
+    });
   });
+}
+
+Tensor squeeze(const Tensor& x) {
+  CVK_CHECK_DIM("squeeze", x, 4);
+  const Tensor out = new_matrix(x, x.size(0), x.size(1), x.scalar_type());
+  squeeze_out(x, out);
   return out;
 }
 
@@ -172,16 +197,18 @@ Tensor excite(const Tensor& pooled, const Tensor& weight1, const Maybe& bias1,
   const ScalarType dtype = count ? weight1.scalar_type() : pooled.scalar_type();
   const Tensor out = new_matrix(pooled, N, layers.C(), dtype);
   const ScalarType from_dtype = pooled.scalar_type();
-  const void* from = pooled.const_data_ptr();
-  void* to = out.mutable_data_ptr();
-  perform([=] {
-    std::vector<float> mean(size), hidden(N * layers.R()), gate(size);
-    dispatch("excite", from_dtype, [&](auto type) { load_floats(type, from, size, mean.data()); });
-    if (count)
-      for (float& value : mean) value /= static_cast<float>(count);
-    excite_images(layers, N, mean.data(), hidden.data(), gate.data(), sigmoid);
-    dispatch("excite", dtype, [&](auto type) { store_floats(type, gate.data(), size, to); });
-  });
+  perform({pooled.const_data_ptr(), layers.first.weight, layers.first.bias, layers.second.weight,
+           layers.second.bias, out.mutable_data_ptr()},
+          [=](void* const* at) {
+            std::vector<float> mean(size), hidden(N * layers.R()), gate(size);
+            dispatch("excite", from_dtype,
+                     [&](auto type) { load_floats(type, at[0], size, mean.data()); });
+            if (count)
+              for (float& value : mean) value /= static_cast<float>(count);
+            excite_images(layers.at(at + 1), N, mean.data(), hidden.data(), gate.data(), sigmoid);
+            dispatch("excite", dtype,
+                     [&](auto type) { store_floats(type, gate.data(), size, at[5]); });
+          });
   return out;
 }
 
@@ -214,10 +241,12 @@ void se_scale_out(const Tensor& x, const Tensor& gate, const Maybe& residual, in
       gate.dim() == 2 && gate.size(0) == map.N && gate.size(1) == map.C && gate.is_contiguous(),
       "gate must be contiguous with shape [", map.N, ", ", map.C, "], got ", shape_of(gate));
   const ScalarType gate_dtype = gate.scalar_type();
-  const void* gates = gate.const_data_ptr();
   dispatch("se_scale", x.scalar_type(), [&]<typename T>(Type<T>) {
     const Maps<T> maps = maps_of<T>("se_scale", x, residual, &out, act);
-    perform([=] { scale_images(maps, gate_dtype, gates); });
+    perform({maps.x_data, gate.const_data_ptr(), maps.residual_data, maps.out_data},
+            [=](void* const* at) {
+              scale_images(maps.at_addresses(at[0], at[2], at[3]), gate_dtype, at[1]);
+            });
   });
 }
 
@@ -231,7 +260,11 @@ void squeeze_excite_out(const Tensor& x, const Tensor& weight1, const Maybe& bia
   dispatch("squeeze_excite", x.scalar_type(), [&]<typename T>(Type<T>) {
     const Maps<T> maps = maps_of<T>("squeeze_excite", x, residual, &out, out_act);
     const int64_t element_size = x.element_size();
-    perform([=] { run_block(maps, layers, element_size); });
+    perform({maps.x_data, layers.first.weight, layers.first.bias, layers.second.weight,
+             layers.second.bias, maps.residual_data, maps.out_data},
+            [=](void* const* at) {
+              run_block(maps.at_addresses(at[0], at[5], at[6]), layers.at(at + 1), element_size);
+            });
   });
 }
 
@@ -346,6 +379,7 @@ void scale_shifted(const Tensor& x, const Tensor& scale, const Tensor& shift, co
 
 STABLE_TORCH_LIBRARY_IMPL(cvkernels, CPU, library) {
   library.impl("squeeze_native", TORCH_BOX(&squeeze));
+  library.impl("squeeze_native_out", TORCH_BOX(&squeeze_out));
   library.impl("excite_native", TORCH_BOX(&excite));
   library.impl("se_scale_native", TORCH_BOX(&se_scale));
   library.impl("se_scale_native_out", TORCH_BOX(&se_scale_out));

@@ -121,7 +121,20 @@ struct Maps {
   const void *x_data, *residual_data;
   void* out_data;
   Act act;
-  bool streams;  // past the caches, into dense memory that is none of the inputs'
+  bool streams = false;  // past the caches, into dense memory that is none of the inputs'
+
+  // The same at other addresses, null for one that is absent.
+  Maps at_addresses(const void* x_at, const void* residual_at, void* out_at) const {
+    Maps maps = *this;
+    maps.x_data = x_at, maps.residual_data = residual_at, maps.out_data = out_at;
+    const bool dense =
+        out.row_stride() == (x.nhwc ? out.C : out.HW) && out.stride_n == out.C * out.HW;
+    const int64_t bytes = out.N * out.C * out.HW * sizeof(typename Element<T>::Bits);
+    const bool fresh = out_at != nullptr && out_at != x_at && out_at != residual_at;
+    maps.streams = dense && fresh && bytes >= UNCACHED_BYTES;
+    if (dense && fresh) prefer_huge_pages(out_at, bytes);
+    return maps;
+  }
 
   int64_t chunks() const { return (x.HW + PIXELS - 1) / PIXELS; }
   // What sums of one image are kept in: partial sums where channels are innermost.
@@ -205,12 +218,6 @@ Maps<T> maps_of(const char* op, const Tensor& x, const Maybe& residual, const Te
     CVK_CHECK(op, out->sizes().equals(x.sizes()), "out must have x's shape, got ", shape_of(*out));
     maps.out = map_of(op, *out, nhwc);
     maps.out_data = out->mutable_data_ptr();
-    const int64_t bytes = maps.out.N * maps.out.C * maps.out.HW * sizeof(typename Element<T>::Bits);
-    const bool dense = maps.out.row_stride() == (nhwc ? maps.out.C : maps.out.HW) &&
-                       maps.out.stride_n == maps.out.C * maps.out.HW;
-    const bool fresh = maps.out_data != maps.x_data && maps.out_data != maps.residual_data;
-    maps.streams = dense && fresh && bytes >= UNCACHED_BYTES;
-    if (dense && fresh) prefer_huge_pages(maps.out_data, bytes);
   }
   return maps;
 }

@@ -17,6 +17,7 @@ _LAYERS = "Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, int act
 
 library = torch.library.Library("cvkernels", "FRAGMENT")
 library.define("squeeze_native(Tensor x) -> Tensor")
+library.define("squeeze_native_out(Tensor x, Tensor(a!) out) -> ()")
 library.define(f"excite_native(Tensor pooled, {_LAYERS}, bool sigmoid, int count) -> Tensor")
 library.define("se_scale_native(Tensor x, Tensor gate, Tensor? residual, int act) -> Tensor")
 library.define(
@@ -149,6 +150,11 @@ def _(x, scale, shift, out):
 @torch.library.register_fake("cvkernels::squeeze_native", lib=library)
 def _(x):
     return x.new_empty(x.shape[:2])
+
+
+@torch.library.register_fake("cvkernels::squeeze_native_out", lib=library)
+def _(x, out):
+    return None
 
 
 @torch.library.register_fake("cvkernels::excite_native", lib=library)
