@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,19 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return None
     return None if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+
+
+def operand_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a convolution takes x: the one autocast converts it to, or its own."""
+    return autocast_dtype(x) or x.dtype
+
+
+def autocast_disabled(x: Tensor) -> contextlib.AbstractContextManager:
+    """A context without autocast on x's device, for operands that have their dtypes already."""
+    device = x.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def to_dtype(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,25 @@ def is_nhwc(x: Tensor) -> bool:
 
 def format_of(nhwc: bool) -> torch.memory_format:
     return torch.channels_last if nhwc else torch.contiguous_format
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def new_channels_last(
+    like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None
+) -> Tensor:
+    """An empty channels_last tensor of ``shape``, on like's device and of its dtype if not given."""
+    return torch.empty(
+        shape, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+def channels_last_view(memory: Tensor, shape: Sequence[int]) -> Tensor:
+    """A channels_last tensor of ``shape`` in the memory of a flat one."""
+    N, C, H, W = shape
+    return memory.as_strided(shape, (H * W * C, 1, W * C, C))
 
 
 def pixel_stride(x: Tensor) -> int | None:
