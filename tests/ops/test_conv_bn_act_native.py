@@ -6,7 +6,7 @@ import torch
 import cvkernels
 from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act
 from cvkernels.ops.conv_bn_act import native
-from cvkernels.ops.conv_bn_act.checks import problem_of
+from cvkernels.ops.conv_bn_act.problem import problem_of
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
 from tests.support.cases.conv_bn_act import ODD, Conv, make_bn, make_inputs
 from tests.support.numerics import assert_matches
