@@ -9,7 +9,7 @@ from benchmarks.output import readme, results
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()
-DOCUMENTS = [ROOT / name for name in ("README.md",)]
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 
 
 def rows_of(text):
