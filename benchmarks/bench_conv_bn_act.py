@@ -11,13 +11,13 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from cases_conv_bn_act import ODD, RESNET50, Conv, make_inputs
 from torch import Tensor
 
 from benchmarks.harness.case import Case, image, variants_of
 from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
+from tests.support.cases.conv_bn_act import ODD, RESNET50, Conv, make_inputs
 
 QUICK = (
     "stem", "layer1.conv3", "layer2.1.conv2", "layer3.0.downsample", "layer4.1.conv1", "grouped",

@@ -11,14 +11,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from cases_conv_bn_act import make_bn
-from cases_depthwise_conv_bn_act import NETWORKS, Depthwise
 from torch import Tensor
 
 from benchmarks.harness.case import Case, compiled, image, variants_of
 from cvkernels.functional import BatchNormParams, DerivedWeights, depthwise_conv_bn_act
 from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
 from cvkernels.ops.depthwise_conv_bn_act.reference import depthwise_conv_bn_act_reference
+from tests.support.cases.conv_bn_act import make_bn
+from tests.support.cases.depthwise_conv_bn_act import NETWORKS, Depthwise
 
 QUICK = ("b0.1.0", "b0.3.0", "b0.5.1", "v2_s.4.1")
 BACKWARD = ("b0.2.1", "b0.5.1")

@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from cases_squeeze_excite import NETWORKS, Map, make_layers, make_map
 from torch import Tensor
 
 from benchmarks.harness.case import Case, variants_of
@@ -23,6 +22,7 @@ from cvkernels.ops.squeeze_excite.reference import (
     squeeze_excite_reference,
     squeeze_reference,
 )
+from tests.support.cases.squeeze_excite import NETWORKS, Map, make_layers, make_map
 
 QUICK = ("seresnet50.layer1", "seresnet50.layer4", "efficientnet_b0.1", "efficientnet_b0.6.1")
 BACKWARD = ("seresnet50.layer1", "seresnet50.layer4", "efficientnet_b0.3.1")

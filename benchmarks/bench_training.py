@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from autograd_memory import saved_bytes
 from torch import Tensor, nn
 
 import cvkernels
 from benchmarks.bench_models import inputs_of, networks_of
 from benchmarks.harness.case import Case
 from cvkernels import demo
+from tests.support.autograd_memory import saved_bytes
 
 BATCHES = {"cpu": (8,), "cuda": (128,)}
 # Of memory alone: bytes per image do not depend on the batch.

@@ -11,11 +11,11 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 
-from autograd_memory import megabytes_per_image
 from torch import nn
 
 from cvkernels import models
 from cvkernels.tables import text_table
+from tests.support.autograd_memory import megabytes_per_image
 
 DENSENETS = ("densenet121", "densenet169", "densenet201")
 NETWORKS = ("googlenet", "resnet50", *DENSENETS, "seresnet50", "efficientnet_b0")

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from numerics import assert_close_as_eager
 from torch import Tensor
 
 import cvkernels
@@ -50,6 +49,7 @@ from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
 from cvkernels.ops.conv_bn_act.tuning import Config
 from cvkernels.tables import text_table
+from tests.support.numerics import assert_close_as_eager
 
 GAIN = 0.03  # a smaller one is noise, and the heuristic's answer stays
 BATCHES = (1, 128)

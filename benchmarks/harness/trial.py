@@ -6,12 +6,18 @@ import contextlib
 from collections.abc import Callable
 
 import torch
-from numerics import assert_close_as_eager, gradients, map_floats, max_error, tensors_in
 from torch import Tensor
 
 from benchmarks.harness.case import Case
 from benchmarks.harness.machine import Timed
 from cvkernels import record
+from tests.support.numerics import (
+    assert_close_as_eager,
+    gradients,
+    map_floats,
+    max_error,
+    tensors_in,
+)
 
 # A call of an op takes microseconds: a host sample is the mean of this many.
 HOST_CALLS = 50
