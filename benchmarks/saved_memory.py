@@ -1,4 +1,4 @@
-"""What autograd keeps of a training pass, ours and stock: ``python -m benchmarks.saved_memory``.
+"""``python -m benchmarks memory``: what autograd keeps of a training pass, ours and stock.
 
 MB per image of 224 x 224 in bfloat16, distinct storages, parameters and buffers aside; counted on
 the meta device, so that nothing is computed. Stock columns need torchvision, and timm for SENet.
@@ -43,7 +43,3 @@ def table() -> str:
             texts = ("", "") if theirs is None else (f"{theirs:.2f}", f"{kept / theirs:.2f}x")
             rows.append((name, "".join(kwargs), f"{kept:.2f}", *texts))
     return text_table(("network", "option", "cvkernels", "stock", "share"), rows)
-
-
-if __name__ == "__main__":
-    print(table())

@@ -9,12 +9,14 @@ from benchmarks import (
     bench_dense_concat,
     bench_max_pool,
     bench_mbconv,
-    harness,
     kernels,
-    machine,
 )
-from benchmarks.machine import Settings
-from benchmarks.report import Rates
+from benchmarks.harness import machine
+from benchmarks.harness.case import grad_mode
+from benchmarks.harness.machine import Settings
+from benchmarks.harness.report import Rates
+from benchmarks.harness.run import run_cases
+from benchmarks.harness.trial import Trial
 from cvkernels import explain, extension, record
 from tests.support.harness_fakes import CPU
 
@@ -89,8 +91,8 @@ def test_stock_is_the_reference():
         conv = bench_conv_bn_act.ODD["grouped"]
         for name in ("layer1.conv3", "layer1.0.downsample", "layer1.0.conv1"):
             case = bench_conv_bn_act.case_of(name, conv, torch.float32, CPU, part)
-            with harness.grad_mode(case):
-                trial = harness.Trial(case)
+            with grad_mode(case):
+                trial = Trial(case)
                 for variant in ("eager", "cvkernels"):
                     trial.check(case.variants[variant]())
 
@@ -106,5 +108,5 @@ def test_every_variant_of_an_op_runs_and_is_right(op, monkeypatch):
         if case.part == "forward":
             by_op.setdefault(case.op, case)
     once = Settings(rounds=1, seconds=60.0, least=1)
-    rows = harness.run(list(by_op.values()), machine.Machine(CPU), once).rows
+    rows = run_cases(list(by_op.values()), machine.Machine(CPU), once).rows
     assert {row.status for row in rows} == {"measured"}, [row.note for row in rows]

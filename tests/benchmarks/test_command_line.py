@@ -1,4 +1,4 @@
-"""``python -m benchmarks.bench_<op>``: options, the JSON file, the exit status."""
+"""``python -m benchmarks kernels``: options, the JSON file, the exit status."""
 
 import dataclasses
 import json
@@ -10,22 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import command_line, harness, machine
-from benchmarks.machine import Settings
-from benchmarks.report import SCHEMA, Noise, Report, Row
+from benchmarks import kernels
+from benchmarks.__main__ import main
+from benchmarks.harness import command_line, machine, run
+from benchmarks.harness.machine import Settings
+from benchmarks.harness.report import SCHEMA, Noise, Report, Row
 from tests.support.harness_fakes import doubled, make_case
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def tiny_cases(device, dtypes, batch, quick):
+def tiny_cases(*arguments, **options):
     return [make_case({"eager": doubled, "cvkernels": doubled}, name) for name in ("one", "two")]
 
 
 def run_main(monkeypatch, *arguments):
     monkeypatch.setattr(command_line, "QUICK", Settings(rounds=3, seconds=1.0, least=3))
     monkeypatch.setattr(machine, "last_level_cache", lambda device: 2**16)
-    return command_line.main("double", tiny_cases, ["--quick", "--device", "cpu", *arguments])
+    monkeypatch.setattr(kernels, "cases", tiny_cases)
+    return main(["kernels", "--quick", "--device", "cpu", *arguments])
 
 
 def test_json_holds_rows_rates_and_conditions(monkeypatch, tmp_path, capsys):
@@ -50,7 +53,7 @@ def test_json_holds_rows_rates_and_conditions(monkeypatch, tmp_path, capsys):
 
 def test_unwritable_json_is_refused_before_measuring(monkeypatch, tmp_path, capsys):
     path = tmp_path / "missing" / "rows.json"
-    monkeypatch.setattr(harness, "run", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(run, "run_cases", lambda *args: pytest.fail("measured"))
     assert run_main(monkeypatch, "--json", str(path)) == 2
     assert f"error: cannot write {path}: No such file" in capsys.readouterr().err
 
@@ -64,7 +67,7 @@ def test_interrupt_keeps_the_finished_cases_and_ends_with_130(monkeypatch, tmp_p
     def interrupted(x):
         raise KeyboardInterrupt
 
-    def cases(device, dtypes, batch, quick):
+    def cases(*arguments, **options):
         return [
             make_case({"eager": doubled, "cvkernels": doubled}, "one"),
             make_case({"eager": interrupted}, "two"),
@@ -72,8 +75,9 @@ def test_interrupt_keeps_the_finished_cases_and_ends_with_130(monkeypatch, tmp_p
 
     monkeypatch.setattr(machine, "last_level_cache", lambda device: 2**16)
     path = tmp_path / "rows.json"
+    monkeypatch.setattr(kernels, "cases", cases)
     arguments = ["--device", "cpu", "--rounds", "3", "--json", str(path)]
-    assert command_line.main("double", cases, arguments) == 130
+    assert main(["kernels", *arguments]) == 130
     written = json.loads(path.read_text())
     assert written["complete"] is False
     assert [row["case"] for row in written["rows"]] == ["one", "one"]

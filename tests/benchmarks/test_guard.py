@@ -2,9 +2,9 @@
 
 import pytest
 
-from benchmarks import guard
 from benchmarks.__main__ import main
-from benchmarks.report import Row
+from benchmarks.harness.report import Row
+from benchmarks.output import guard
 
 
 def rows(speed_up, case="one", spread=0.0, op="pool"):
@@ -72,8 +72,8 @@ def test_without_results_it_says_what_to_do(tmp_path, capsys):
 
 
 def test_results_of_another_machine_are_refused(tmp_path, capsys):
-    from benchmarks.command_line import write_report
-    from benchmarks.report import Report
+    from benchmarks.harness.command_line import write_report
+    from benchmarks.harness.report import Report
 
     report = Report({"device": "abacus", "threads": 10}, rows=rows(2.0))
     write_report(tmp_path / "kernels-pool.json", report)

@@ -8,10 +8,10 @@ import types
 import pytest
 import torch
 
-from benchmarks import harness
-from benchmarks import machine as machines
-from benchmarks.machine import Machine, Settings, Timed
-from benchmarks.report import Rates
+from benchmarks.harness import machine as machines
+from benchmarks.harness.machine import Machine, Settings, Timed, interleave
+from benchmarks.harness.report import Rates, summarize
+from benchmarks.harness.run import forget_triton_kernels, run_cases
 from cvkernels import record
 from cvkernels.backend import BackendError
 from tests.support.harness_fakes import CPU, FEW, FakeClock, doubled, make_case, slow
@@ -32,8 +32,8 @@ def machine(clock, monkeypatch):
 
 
 def test_summary_is_median_and_quintiles():
-    assert harness.summarize([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == (3.5, 2.0, 5.0)
-    assert harness.summarize([7.0]) == (7.0, 7.0, 7.0)
+    assert summarize([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == (3.5, 2.0, 5.0)
+    assert summarize([7.0]) == (7.0, 7.0, 7.0)
 
 
 def test_times_are_medians_of_what_the_clock_says(machine, clock):
@@ -41,9 +41,9 @@ def test_times_are_medians_of_what_the_clock_says(machine, clock):
         "steady": Timed(clock.spending(2.0)),
         "jumping": Timed(clock.spending(1.0, 1.0, 1.0, 1.0, 9.0)),
     }
-    samples = harness.interleave(calls, machine, Settings(rounds=10, seconds=60.0))
-    assert harness.summarize(samples["steady"]) == pytest.approx((2.0, 2.0, 2.0))
-    assert harness.summarize(samples["jumping"]).median == pytest.approx(1.0)
+    samples = interleave(calls, machine, Settings(rounds=10, seconds=60.0))
+    assert summarize(samples["steady"]) == pytest.approx((2.0, 2.0, 2.0))
+    assert summarize(samples["jumping"]).median == pytest.approx(1.0)
     assert sum(samples["jumping"]) == pytest.approx(2 * 13.0)
 
 
@@ -71,7 +71,7 @@ def test_host_samples_are_means_in_warm_caches(machine, monkeypatch):
 def test_each_round_runs_each_variant_once_in_changing_order(machine):
     order = []
     calls = {name: Timed(lambda name=name: order.append(name)) for name in "abc"}
-    harness.interleave(calls, machine, Settings(rounds=12, seconds=60.0))
+    interleave(calls, machine, Settings(rounds=12, seconds=60.0))
     rounds = [tuple(order[start : start + 3]) for start in range(0, len(order), 3)]
     assert len(rounds) == 12
     assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
@@ -82,7 +82,7 @@ def test_caches_are_cold_before_every_call(machine, monkeypatch):
     events = []
     monkeypatch.setattr(machine, "make_cold", lambda: events.append("flush"))
     calls = {name: Timed(lambda: events.append("call")) for name in "ab"}
-    harness.interleave(calls, machine, FEW)
+    interleave(calls, machine, FEW)
     assert events == ["flush", "call"] * 12
 
 
@@ -94,14 +94,14 @@ def test_flush_reads_more_than_the_last_level_cache():
 
 def test_rounds_end_when_the_seconds_are_spent(machine):
     calls = {"a": Timed(lambda: None)}
-    samples = harness.interleave(calls, machine, Settings(rounds=1000, seconds=0.0, least=3))
+    samples = interleave(calls, machine, Settings(rounds=1000, seconds=0.0, least=3))
     assert len(samples["a"]) == 3
 
 
 def test_columns_follow_from_the_time(machine, clock):
     case = make_case({"eager": slow(clock, 4e-6), "compile": slow(clock, 2e-6),
                       "cvkernels": slow(clock, 1e-6)})  # fmt: skip
-    eager, compiled, ours = harness.run([case], machine, FEW).rows
+    eager, compiled, ours = run_cases([case], machine, FEW).rows
     assert (eager.status, eager.backend, compiled.backend) == ("measured", "aten", "inductor")
     assert ours.time_us == pytest.approx(1.0) and ours.samples == 6
     assert (ours.vs_eager, ours.vs_compile) == (pytest.approx(4.0), pytest.approx(2.0))
@@ -146,7 +146,7 @@ def test_wrong_result_is_refused_before_timing(machine):
         calls.append(1)
         return x * 2 + 1e-3
 
-    report = harness.run([make_case({"eager": doubled, "cvkernels": wrong})], machine, FEW)
+    report = run_cases([make_case({"eager": doubled, "cvkernels": wrong})], machine, FEW)
     eager, ours = report.rows
     assert (eager.status, ours.status, ours.time_us) == ("measured", "wrong", None)
     assert "max error 1.0" in ours.note and "allowed" in ours.note
@@ -156,14 +156,14 @@ def test_wrong_result_is_refused_before_timing(machine):
 
 def test_nan_is_wrong(machine):
     case = make_case({"eager": doubled, "cvkernels": lambda x: x * torch.nan})
-    assert harness.run([case], machine, FEW).rows[1].status == "wrong"
+    assert run_cases([case], machine, FEW).rows[1].status == "wrong"
 
 
 def test_moved_data_must_be_equal(machine):
     nudged = make_case({"eager": doubled, "cvkernels": lambda x: x * 2 * (1 + 2**-23)})
-    assert harness.run([nudged], machine, FEW).rows[1].status == "measured"
+    assert run_cases([nudged], machine, FEW).rows[1].status == "measured"
     nudged = dataclasses.replace(nudged, bitwise=True)
-    assert harness.run([nudged], machine, FEW).rows[1].note == "not equal to the reference"
+    assert run_cases([nudged], machine, FEW).rows[1].note == "not equal to the reference"
 
 
 def test_wrong_gradient_is_refused(machine):
@@ -181,13 +181,13 @@ def test_wrong_gradient_is_refused(machine):
 
     variants = {"eager": doubled, "cvkernels": Skewed.apply}
     case = make_case(variants, inputs=inputs, part="backward")
-    eager, ours = harness.run([case], machine, FEW).rows
+    eager, ours = run_cases([case], machine, FEW).rows
     assert (eager.status, ours.status) == ("measured", "wrong")
 
 
 def test_zeros_are_not_timed(machine):
     case = make_case({"eager": doubled}, inputs=lambda: ((torch.zeros(4, 4),), {}))
-    (row,) = harness.run([case], machine, FEW).rows
+    (row,) = run_cases([case], machine, FEW).rows
     assert row.status == "failed" and "all zeros" in row.note and row.time_us is None
 
 
@@ -199,7 +199,7 @@ def test_missing_compiler_is_a_row_that_says_why(when, machine, clock):
     case = make_case({"eager": doubled, "compile": broken, "cvkernels": doubled})
     if when == "when made":
         case.variants["compile"] = broken
-    report = harness.run([case], machine, FEW)
+    report = run_cases([case], machine, FEW)
     eager, compiled, ours = report.rows
     assert (compiled.status, compiled.time_us) == ("unavailable", None)
     assert compiled.note == "RuntimeError: No working C++ compiler found"
@@ -219,7 +219,7 @@ def test_backend_that_cannot_run_is_unavailable_and_a_crash_is_failed(machine):
 
     case = make_case({"eager": doubled, "cvkernels cudnn": refuses, "cvkernels": crashes,
                       "cvkernels triton": too_large})  # fmt: skip
-    report = harness.run([case], machine, FEW)
+    report = run_cases([case], machine, FEW)
     statuses = [row.status for row in report.rows]
     assert statuses == ["measured", "unavailable", "failed", "unavailable"]
     assert not report.sound
@@ -230,7 +230,7 @@ def test_stock_that_is_not_installed_leaves_the_other_cases(machine):
         raise ModuleNotFoundError("No module named 'torchvision'")
 
     case = dataclasses.replace(make_case({"eager": doubled, "cvkernels": doubled}), inputs=missing)
-    report = harness.run([case, make_case({"eager": doubled})], machine, FEW)
+    report = run_cases([case, make_case({"eager": doubled})], machine, FEW)
     assert [row.status for row in report.rows] == ["unavailable", "unavailable", "measured"]
     assert report.rows[0].note == "No module named 'torchvision'" and report.sound
 
@@ -240,7 +240,7 @@ def test_case_that_does_not_fit_leaves_the_others(machine):
         raise torch.OutOfMemoryError("out of memory")
 
     cases = [make_case({"eager": doubled}, "huge", too_large), make_case({"eager": doubled})]
-    huge, fits = harness.run(cases, machine, FEW).rows
+    huge, fits = run_cases(cases, machine, FEW).rows
     assert (huge.status, huge.note, fits.status) == ("unavailable", "out of memory", "measured")
 
 
@@ -258,7 +258,7 @@ def test_interrupt_keeps_what_was_measured(machine, clock):
         make_case({"eager": slow(clock, 1e-6), "cvkernels": interrupted}, "second"),
         make_case({"eager": doubled}, "third"),
     ]
-    report = harness.run(cases, machine, FEW)
+    report = run_cases(cases, machine, FEW)
     assert not report.complete
     assert [row.case for row in report.rows] == ["first", "second", "second"]
     assert report.rows[0].samples == 6 and report.rows[2].samples == 3
@@ -268,14 +268,14 @@ def test_interrupt_keeps_what_was_measured(machine, clock):
 
 def test_same_variant_twice_tells_the_noise(machine, clock):
     quiet = make_case({"eager": slow(clock, 1e-6), "cvkernels": slow(clock, 2e-6)})
-    report = harness.run([quiet], machine, FEW)
+    report = run_cases([quiet], machine, FEW)
     assert report.rows[0].again == pytest.approx(1.0) and report.rows[1].again is None
     assert report.noise.worst < 1e-6 and report.noise.spread < 1e-6
     assert not report.noise.too_noisy
     assert "quiet enough" in str(report)
     # Ever slower: whichever of the two runs later in a round looks worse.
     drifting = make_case({"eager": slow(clock, *(1e-6 * 2**power for power in range(30)))})
-    report = harness.run([drifting], machine, Settings(rounds=1, seconds=60.0))
+    report = run_cases([drifting], machine, Settings(rounds=1, seconds=60.0))
     assert report.noise.too_noisy and "TOO NOISY" in str(report)
     assert report.rows[0].note.startswith("noisy: ")
 
@@ -286,7 +286,7 @@ def test_fallback_to_the_reference_says_why(machine):
         with recorder.fallback("no such kernel") if recorder else contextlib.nullcontext():
             return x * 2
 
-    (row,) = harness.run([make_case({"cvkernels": fallen_back})], machine, FEW).rows
+    (row,) = run_cases([make_case({"cvkernels": fallen_back})], machine, FEW).rows
     assert (row.backend, row.note) == ("reference", "no such kernel")
 
 
@@ -299,14 +299,14 @@ def test_a_graph_s_backend_is_that_of_what_it_was_captured_of(machine):
         return doubled(x)
 
     replays.eager = lambda x: reports(x) if record.active() else doubled(x)
-    (row,) = harness.run([make_case({"cvkernels graph": replays})], machine, FEW).rows
+    (row,) = run_cases([make_case({"cvkernels graph": replays})], machine, FEW).rows
     assert row.backend == "native"
 
 
 def test_triton_kernels_are_compiled_anew(monkeypatch):
     kernel = types.SimpleNamespace(device_caches={0: "compiled"})
     monkeypatch.setitem(sys.modules, "cvkernels.some", types.SimpleNamespace(kernel=kernel, one=1))
-    harness.forget_triton_kernels()
+    forget_triton_kernels()
     assert not kernel.device_caches
 
 
@@ -316,6 +316,6 @@ def test_cuda_clock_counts_device_seconds():
     x = torch.rand(2**28, device="cuda")
     once, thrice = Timed(lambda: x.sum()), Timed(lambda: [x.sum() for _ in range(3)])
     machine.hide_launches([once, thrice])
-    samples = harness.interleave({"once": once, "thrice": thrice}, machine, FEW)
+    samples = interleave({"once": once, "thrice": thrice}, machine, FEW)
     ratio = min(samples["thrice"]) / min(samples["once"])
     assert ratio == pytest.approx(3.0, rel=0.3)

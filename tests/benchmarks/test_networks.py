@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bench_models, bench_training, harness, peers
-from benchmarks import machine as machines
+from benchmarks import bench_models, bench_training
 from benchmarks.__main__ import main
 from benchmarks.bench_training import Step
-from benchmarks.machine import Machine, Settings
-from benchmarks.report import Rates
+from benchmarks.harness import machine as machines
+from benchmarks.harness import peers, run
+from benchmarks.harness.machine import Machine, Settings
+from benchmarks.harness.report import Rates
+from benchmarks.harness.run import run_cases
 from tests.support.harness_fakes import CPU
 
 ONCE = Settings(rounds=4, seconds=60.0, least=4)
@@ -42,8 +44,8 @@ def toy(monkeypatch):
     monkeypatch.setattr(machines, "last_level_cache", lambda device: 2**10)
     monkeypatch.setattr(Machine, "rates", lambda self, dtype: Rates(1.0, 1.0))
     # Both collect garbage, which takes long in a process full of tests.
-    monkeypatch.setattr(harness, "resident_memory", lambda device: 1000.0)
-    monkeypatch.setattr(harness, "peak_memory", lambda call, device: call() is None or 2000.0)
+    monkeypatch.setattr(run, "resident_memory", lambda device: 1000.0)
+    monkeypatch.setattr(run, "peak_memory", lambda call, device: call() is None or 2000.0)
     return networks
 
 
@@ -58,7 +60,7 @@ def test_inference_has_every_peer_and_its_columns(toy, monkeypatch):
     monkeypatch.setattr(peers, "_imported", missing)
     cases = bench_models.cases(CPU, [torch.float32], [1, 3], ["resnet50"])
     assert {"compile", "compile freezing", "openvino", "onnxruntime"} <= set(cases[0].variants)
-    report = harness.run(without_compilers(cases), Machine(CPU), ONCE)
+    report = run_cases(without_compilers(cases), Machine(CPU), ONCE)
     rows = {(row.case, row.variant): row for row in report.rows}
     ours = rows["batch 3", "cvkernels"]
     assert ours.status == "measured" and ours.part == "inference"
@@ -75,7 +77,7 @@ def test_inference_has_every_peer_and_its_columns(toy, monkeypatch):
 
 
 def missing(name):
-    from benchmarks.trial import PeerMissing
+    from benchmarks.harness.case import PeerMissing
 
     raise PeerMissing(f"{name} is not installed; pip install 'cvkernels[bench]'")
 
@@ -108,7 +110,7 @@ def test_out_of_memory_at_one_batch_leaves_the_others(toy, monkeypatch):
     for case in without_compilers(cases):
         for name in ("openvino", "onnxruntime"):
             case.variants.pop(name)
-    report = harness.run(cases, Machine(CPU), ONCE)
+    report = run_cases(cases, Machine(CPU), ONCE)
     ours = [row for row in report.rows if row.variant == "cvkernels"]
     assert [row.status for row in ours] == ["unavailable", "measured"]
     assert "can't allocate memory" in ours[0].note and report.sound
@@ -116,14 +118,14 @@ def test_out_of_memory_at_one_batch_leaves_the_others(toy, monkeypatch):
 
 def test_cases_that_time_does_not_reach_have_rows_that_say_so(toy):
     cases = bench_models.cases(CPU, [torch.float32], [1], ["resnet50"])
-    rows = harness.run(cases, Machine(CPU), ONCE, minutes=-1).rows
+    rows = run_cases(cases, Machine(CPU), ONCE, minutes=-1).rows
     assert len(rows) == len(cases[0].variants)
     assert all(row.note == "not reached within -1 minutes" for row in rows)
 
 
 def test_training_checks_gradients_and_counts_saved_bytes(toy):
     (case,) = bench_training.cases(CPU, [torch.float32], [2], ["resnet50"])
-    eager, ours = harness.run([case], Machine(CPU), ONCE).rows
+    eager, ours = run_cases([case], Machine(CPU), ONCE).rows
     assert (eager.status, ours.status) == ("measured", "measured")
     assert eager.saved_bytes == ours.saved_bytes > 0
     assert ours.max_error == ours.eager_error > 0
@@ -135,7 +137,7 @@ def test_training_checks_gradients_and_counts_saved_bytes(toy):
     wrong = Wrong()
     wrong.load_state_dict(toy.ours.state_dict())
     case.variants["cvkernels"] = lambda: Step(wrong)
-    assert harness.run([case], Machine(CPU), ONCE).rows[1].status == "wrong"
+    assert run_cases([case], Machine(CPU), ONCE).rows[1].status == "wrong"
 
 
 def test_saved_bytes_are_those_of_distinct_storages():
@@ -169,7 +171,7 @@ def test_step_trains_and_its_answers_stay():
 def test_depths_have_rows_of_memory_alone(toy, monkeypatch):
     monkeypatch.setattr(bench_training, "_memory_efficient", lambda name, model, build: Toy())
     cases = bench_training.cases(CPU, [torch.float32], [2], ["densenet169"])
-    rows = harness.run(cases, Machine(CPU), ONCE).rows
+    rows = run_cases(cases, Machine(CPU), ONCE).rows
     assert {row.variant for row in rows} >= {"eager memory_efficient", "cvkernels memory_efficient"}
     measured = [row for row in rows if row.status == "measured"]
     assert measured and all(row.time_us is None and row.saved_bytes > 0 for row in measured)

@@ -1,13 +1,13 @@
-"""What becomes of results: the README's tables and the plots."""
+"""What becomes of results: the tables of the READMEs, and the plots."""
 
 import json
 
 import pytest
 import torch
 
-from benchmarks import readme, results
-from benchmarks.command_line import write_report
-from benchmarks.report import Rates, Report, Row
+from benchmarks.harness.command_line import write_report
+from benchmarks.harness.report import Rates, Report, Row
+from benchmarks.output import readme, results
 
 ENVIRONMENT = {"device": "abacus", "threads": 10, "commit": "abc"}
 
@@ -60,8 +60,8 @@ def test_reports_are_read_as_they_were_written(folder):
 
 
 def test_tables_hold_every_row_losing_and_missing_ones_too(folder):
-    text = readme.result_tables(folder.parent)
-    assert "### Measured on abacus" in text
+    text = readme.machine_page(folder)
+    assert text.startswith("# Measured on abacus")
     inference = next(line for line in text.splitlines() if line.startswith("| resnet50 | 1 |"))
     assert "| 3.0 (3.0-3.0) | 2.0 (2.0-2.0) | unavailable | 1.8 (1.8-1.8) |" in inference
     assert "| 1.50x |  | 0.90x |" in inference
@@ -69,13 +69,25 @@ def test_tables_hold_every_row_losing_and_missing_ones_too(folder):
     assert "1.0e-06 (eager 2.0e-06)" in inference
     assert "| densenet201 | 2 | cvkernels |  |  | 40.2 |" in text
     assert "| pool | forward | fp32 | cvkernels | 2 | 1.00x | 0.50x (loses) |" in text
+
+
+def test_summary_holds_mean_and_worst_of_each_network(folder):
+    frozen = [
+        row("resnet50", "inference", f"batch {batch}", name, time, vs_eager=vs_eager)
+        for batch, vs_eager in ((1, 2.0), (16, 8.0))
+        for name, time in (("cvkernels freeze", 1000.0), ("openvino", 1500.0))
+    ]
+    write_report(folder / "models-frozen.json", Report(ENVIRONMENT, rows=frozen))
+    text = readme.summary(folder.parent)
+    assert "| resnet50 | 1.50x (1.50x) | 4.00x (2.00x) | 1.50x (1.50x) |" in text
+    assert "batches 1 and 16 in fp32" in text
     assert "Figures of CPUs are measured on abacus." in text
     assert "No figure of a GPU is measured" in text
 
 
 def test_partial_folders_are_not_shown(folder):
     folder.rename(folder.with_name("abacus.partial"))
-    assert "abacus" not in readme.result_tables(folder.parent)
+    assert "abacus" not in readme.summary(folder.parent)
 
 
 def test_gpu_results_are_said_to_be_measured(folder):
@@ -86,7 +98,7 @@ def test_gpu_results_are_said_to_be_measured(folder):
 
 def test_plots_are_drawn_from_the_files_and_repeatable(folder):
     pytest.importorskip("matplotlib")
-    from benchmarks import plots
+    from benchmarks.output import plots
 
     names = {path.name: path.read_bytes() for path in plots.draw(folder)}
     assert set(names) == {

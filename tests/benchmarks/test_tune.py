@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from benchmarks import machine as machines
 from benchmarks import tune
 from benchmarks.__main__ import main
-from benchmarks.machine import Machine, Settings
+from benchmarks.harness import machine as machines
+from benchmarks.harness.machine import Machine, Settings
 from cvkernels.ops.conv_bn_act import tuning
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.conv_bn_act.tuning import Config

@@ -13,8 +13,8 @@ SCRIPTS = sorted((ROOT / "benchmarks").rglob("*.py"))
 HEADERS = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh"))
 # Each layer may import itself and those before it.
 LAYERS = (
-    "tables record backend extension ops functional nn models info freeze swaps patch explain"
-    " verify demo __main__ __init__"
+    "tables memory_use record backend extension ops functional nn models info freeze swaps patch"
+    " explain verify demo __main__ __init__"
 ).split()
 ALLOWED_TOP = (
     "pyproject.toml setup.py csrc cvkernels benchmarks tests README.md CONTRIBUTING.md CHANGELOG.md"

@@ -2,8 +2,8 @@
 
 import torch
 
-from benchmarks.machine import Settings
-from benchmarks.trial import Case
+from benchmarks.harness.case import Case
+from benchmarks.harness.machine import Settings
 
 CPU = torch.device("cpu")
 FEW = Settings(rounds=6, seconds=60.0, least=6)

@@ -1,16 +1,15 @@
-"""A case and its variants: what is measured, and the check that comes before the timing."""
+"""The check of a case's variants, which comes before the timing."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from benchmarks.machine import Timed
-from benchmarks.report import dtype_name
+from benchmarks.harness.case import Case
+from benchmarks.harness.machine import Timed
 from cvkernels import record
 from tests.support.numerics import (
     assert_close_as_eager,
@@ -22,49 +21,6 @@ from tests.support.numerics import (
 
 # A call of an op takes microseconds: a host sample is the mean of this many.
 HOST_CALLS = 50
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """One op at one shape and dtype on one device.
-
-    ``inputs`` makes args and kwargs; ``reference`` and every variant take them. ``variants`` maps a
-    name to a factory, called once per case, before any timing. A name's first word is "eager",
-    "compile" or "cvkernels". Without ``bytes`` or ``flops`` the columns that come from them stay
-    empty.
-
-    What a factory returns, and the reference, may have ``answers(*args)``: the tensors to check,
-    where a call returns others; ``fresh(*args)``: the arguments of one call, where it writes over
-    them; and ``saved_bytes(*args)``: what a step keeps for its backward.
-
-    part: "forward"; "backward", of inputs that require gradients, the forward untimed; "host", the
-        time that the caller's thread spends in one call, in warm caches; or for a network,
-        "inference", "training", or "memory", which is not timed.
-    bitwise: the op moves data, and must be equal to the reference.
-    network: a whole network: its latency counts, and the time to its first result, from nothing
-        compiled; and its memory.
-    """
-
-    op: str
-    name: str
-    shape: str
-    dtype: torch.dtype
-    inputs: Callable[[], tuple[tuple, dict]]
-    reference: Callable
-    variants: Mapping[str, Callable[[], Callable]]
-    bytes: int | None = None
-    flops: int | None = None
-    part: str = "forward"
-    bitwise: bool = False
-    network: bool = False
-
-    @property
-    def id(self) -> str:
-        return f"{self.name}-{dtype_name(self.dtype)}-{self.part}"
-
-
-class PeerMissing(Exception):
-    """A peer that is not installed; the message says which extra has it."""
 
 
 class WrongResult(Exception):
@@ -118,7 +74,7 @@ class Trial:
     def backend(self, function: Callable) -> tuple[str, str]:
         """The backend that a variant of ours runs; why, where it is the reference.
 
-        Of a CUDA graph, whose replays nobody sees, that of the function which it was captured of.
+        A CUDA graph's replays record nothing; of one, that of the function that was captured.
         """
         function = getattr(function, "eager", function)
         recorder = _Reasons()
@@ -162,7 +118,3 @@ class _Reasons(record.Recorder):
 
 def _double(tensor: Tensor) -> Tensor:
     return tensor.detach().double().requires_grad_(tensor.requires_grad)
-
-
-def grad_mode(case: Case) -> contextlib.AbstractContextManager[None]:
-    return torch.set_grad_enabled(case.part in ("backward", "training", "memory"))

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.readme``: the README's tables, made of the files under ``results/``."""
+"""``python -m benchmarks readme``: the tables of README.md and ``results/<machine>/README.md``."""
 
 from __future__ import annotations
 
@@ -9,41 +9,79 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import results
-from benchmarks.environment import ROOT
-from benchmarks.report import Report, Row
+from benchmarks.harness.environment import ROOT
+from benchmarks.harness.report import Report, Row
+from benchmarks.output import results
 from cvkernels.demo import HEADER, Table
 
 README = ROOT / "README.md"
+BEGIN, END = "<!-- networks -->", "<!-- end of networks -->"
+# Of other people, that take a network as it is deployed.
+RUNTIMES = ("openvino", "onnxruntime", "tensorrt")
+# The columns of README.md's table for each machine, and the variant that each is about.
+SUMMARY = {"imported": "cvkernels", "frozen": "cvkernels freeze"}
 
 
-def demo_tables(folder: Path | None = None) -> str:
-    """A Markdown table for each machine's ``demo.json``, its conditions under it."""
-    parts = []
-    for path in sorted((folder or results.RESULTS).glob("*/demo.json")):
-        if path.parent.suffix != ".partial":
-            table = Table.from_dict(json.loads(path.read_text()))
-            parts += [_markdown(HEADER, table.cells()), f"{table.conditions}."]
-    return "\n\n".join(parts)
+def write() -> None:
+    for path, text in pages().items():
+        path.write_text(text)
 
 
-def result_tables(folder: Path | None = None) -> str:
-    """Networks, training and kernels of each machine, and which figures are no measurements."""
+def pages() -> dict[Path, str]:
+    """What README.md and each machine's README.md are to hold."""
+    before, _, rest = README.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    made = {machine / "README.md": machine_page(machine) for machine in results.machine_folders()}
+    return {README: f"{before}{BEGIN}\n\n{summary()}\n\n{END}{after}", **made}
+
+
+def summary(folder: Path | None = None) -> str:
+    """A row per network: geometric mean and worst of the speed-ups on each machine."""
     folder = folder or results.RESULTS
-    parts = []
-    for machine in results.machine_folders(folder):
-        kinds = [(kind, results.reports(machine, kind)) for kind in TABLES]
-        if not any(reports for _, reports in kinds):
-            continue
-        parts.append(f"### Measured on {machine.name}")
-        for kind, reports in kinds:
-            if reports:
-                parts += [TABLES[kind](reports), _conditions(reports)]
-        plots = sorted(path for path in machine.glob("*.svg") if "roofline" not in path.name)
-        parts += [f"![{path.stem}]({_relative(path)})" for path in plots]
-        rooflines = [f"[{p.stem}]({_relative(p)})" for p in sorted(machine.glob("roofline*.svg"))]
-        parts += [f"Rooflines: {', '.join(rooflines)}."] if rooflines else []
-    return "\n\n".join([*parts, provenance(folder)])
+    machines = {m: results.rows(m, "models") for m in results.machine_folders(folder)}
+    ours = [row for rows in machines.values() for row in rows if row.vs_eager and not row.peer]
+    header = ["network"]
+    lines = {row.op: [row.op] for row in ours}
+    for machine, rows in machines.items():
+        header += [f"{machine.name}: {name}" for name in (*SUMMARY, "frozen, vs runtimes")]
+        runtimes = _vs_runtimes(rows)
+        for network, line in lines.items():
+            for variant in SUMMARY.values():
+                same = [row for row in rows if (row.op, row.variant) == (network, variant)]
+                line.append(_mean_and_worst([row.vs_eager for row in same if row.vs_eager]))
+            chosen = (network, SUMMARY["frozen"])
+            found = [ratio for key, ratio in runtimes.items() if (key[0], key[3]) == chosen]
+            line.append(_mean_and_worst(found))
+    links = [f"[{machine.name}]({_link(machine / 'README.md', ROOT)})" for machine in machines]
+    batches = sorted({int(row.case.removeprefix("batch ")) for row in ours})
+    dtypes = sorted({row.dtype for row in ours})
+    caption = (
+        "Speed-ups over stock PyTorch in channels_last, and over the better of the runtimes "
+        "(OpenVINO, ONNX Runtime): geometric mean and, in brackets, worst of batches "
+        f"{' and '.join(map(str, batches))} in {' and '.join(dtypes)}. "
+        f"All figures: {', '.join(links)}. {provenance(folder)}"
+    )
+    return f"{_markdown(header, list(lines.values()))}\n\n{caption}"
+
+
+def machine_page(machine: Path) -> str:
+    """All figures of one machine: demo, networks, training and kernels, and the plots."""
+    parts = [
+        f"# Measured on {machine.name}",
+        "Made of the JSON files beside it by `python -m benchmarks readme`; "
+        "[how it is measured](../../../README.md#measure).",
+    ]
+    if (demo := machine / "demo.json").exists():
+        table = Table.from_dict(json.loads(demo.read_text()))
+        parts += ["## Demo", _markdown(HEADER, table.cells()), f"{table.conditions}."]
+    for kind, make in TABLES.items():
+        if reports := results.reports(machine, kind):
+            parts += [f"## {kind.capitalize()}", make(reports), _conditions(reports)]
+    plots = sorted(path for path in machine.glob("*.svg") if "roofline" not in path.name)
+    parts += [f"![{path.stem}]({_link(path, machine)})" for path in plots]
+    rooflines = [f"[{p.stem}]({_link(p, machine)})" for p in sorted(machine.glob("roofline*.svg"))]
+    parts += [f"Rooflines: {', '.join(rooflines)}."] if rooflines else []
+    return "\n\n".join(parts) + "\n"
 
 
 def provenance(folder: Path) -> str:
@@ -66,12 +104,8 @@ def provenance(folder: Path) -> str:
     return f"{cpu} {gpu}".strip()
 
 
-def _relative(path: Path) -> str:
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
-
-
-# Of other people, that take a network as it is deployed.
-RUNTIMES = ("openvino", "onnxruntime", "tensorrt")
+def _link(path: Path, page: Path) -> str:
+    return str(path.relative_to(page)) if path.is_relative_to(page) else path.name
 
 
 def inference_table(reports: Sequence[Report]) -> str:
@@ -83,14 +117,14 @@ def inference_table(reports: Sequence[Report]) -> str:
     compared = ("vs eager", "vs freezing", "vs better runtime", "error")
     header += [f"{name}: {what}" for name in ours for what in compared]
     ratios: dict[str, list[float]] = defaultdict(list)
+    runtimes = _vs_runtimes(rows)
     lines = []
     for (network, case, dtype), group in _grouped(rows).items():
         cells = [_ms(group.get(name)) for name in variants]
-        times = [group[name].time_us for name in RUNTIMES if name in group and group[name].time_us]
         for name in ours:
             row = group.get(name)
             found = [getattr(row, "vs_eager", None), getattr(row, "vs_freezing", None)]
-            found.append(min(times) / row.time_us if times and row and row.time_us else None)
+            found.append(runtimes.get((network, case, dtype, name)))
             for what, ratio in zip(compared, found, strict=False):
                 ratios[f"{name} {what}"] += [] if ratio is None else [ratio]
             cells += ["" if ratio is None else f"{ratio:.2f}x" for ratio in found]
@@ -103,6 +137,17 @@ def inference_table(reports: Sequence[Report]) -> str:
     ]
     summary = [f"Geometric means (worst to best): {'; '.join(means)}."] if means else []
     return "\n\n".join([_markdown(header, lines), *summary, _first_batches(rows)])
+
+
+def _vs_runtimes(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], float]:
+    """Speed-up over the best of the runtimes, by network, case, dtype and variant of ours."""
+    ratios = {}
+    for key, group in _grouped(rows).items():
+        times = [group[name].time_us for name in RUNTIMES if name in group and group[name].time_us]
+        for name, row in group.items():
+            if times and row.time_us and not row.peer:
+                ratios[(*key, name)] = min(times) / row.time_us
+    return ratios
 
 
 def _first_batches(rows: Sequence[Row]) -> str:
@@ -235,26 +280,9 @@ def _geomean(values: Sequence[float]) -> str:
     return f"{statistics.geometric_mean(values):.2f}x" if values else ""
 
 
+def _mean_and_worst(values: Sequence[float]) -> str:
+    return f"{_geomean(values)} ({min(values):.2f}x)" if values else ""
+
+
 def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *lines))
-
-
-SECTIONS = {"demo table": demo_tables, "results": result_tables}
-
-
-def regenerated(readme: str) -> str:
-    """The README's text with its tables replaced by those of the results."""
-    for name, make in SECTIONS.items():
-        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        before, _, rest = readme.partition(begin)
-        _, _, after = rest.partition(end)
-        readme = f"{before}{begin}\n\n{make()}\n\n{end}{after}"
-    return readme
-
-
-def write() -> None:
-    README.write_text(regenerated(README.read_text()))
-
-
-if __name__ == "__main__":
-    write()

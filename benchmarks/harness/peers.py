@@ -1,7 +1,7 @@
 """What other people would deploy a stock network with, each as a function of the stock network.
 
-A peer that is not installed raises :class:`benchmarks.trial.PeerMissing` with the command that
-installs it. ``example`` is the network's input, to which the peers may specialise.
+A peer that is not installed raises :class:`PeerMissing` with the command that installs it.
+``example`` is the network's input, to which the peers may specialise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from benchmarks.trial import PeerMissing
+from benchmarks.harness.case import PeerMissing
 
 Network = Callable[[Tensor], Tensor]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import last_level_cache
-from benchmarks.report import Rates, summarize
+from benchmarks.harness.environment import last_level_cache
+from benchmarks.harness.report import Rates, summarize
 
 
 @dataclass(frozen=True)

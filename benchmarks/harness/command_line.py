@@ -1,61 +1,42 @@
-"""What the benchmarks' command lines share: options, progress, and the report they end with.
-
-``python -m benchmarks.bench_<op>`` measures one op; ``benchmarks/__main__.py`` has the rest.
-"""
+"""What the commands of ``python -m benchmarks`` share: options, progress, the final report."""
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks import harness
-from benchmarks.environment import default_batch, default_device, default_dtypes
-from benchmarks.harness import Case, Machine
-from benchmarks.machine import QUICK, Settings
-from benchmarks.report import DTYPES, Report
+from benchmarks.harness import run
+from benchmarks.harness.case import Case
+from benchmarks.harness.environment import default_device, default_dtypes
+from benchmarks.harness.machine import QUICK, Machine, Settings
+from benchmarks.harness.report import DTYPES, Report
 
 
 class Refused(Exception):
     """The command cannot do what was asked; the message is what to tell."""
 
 
-def main(op: str, make_cases: Callable[..., list[Case]], arguments: list[str] | None = None) -> int:
-    """The command line of one op's benchmark; 1 if a variant is wrong, 130 after Ctrl-C.
-
-    ``make_cases(device, dtypes, batch, quick)`` makes its cases.
-    """
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.bench_{op}")
-    add_case_options(parser)
-    add_options(parser)
-    options = parser.parse_args(arguments)
-    dtypes, batch = dtypes_of(options), options.batch or default_batch(options.device)
-    try:
-        cases = chosen(make_cases(options.device, dtypes, batch, options.quick), options.case)
-        return measure(cases, options)
-    except Refused as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=count, help="of timing per case, at most")
+    parser.add_argument("--seconds", type=float, help="of timing per case, about")
 
 
-def add_case_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--case", action="append", help="a case's name, or a pattern: 'layer4*'")
-    parser.add_argument("--batch", type=count, help="images; default: 16 on CPU, 128 on a GPU")
-    parser.add_argument("--quick", action="store_true", help="fewer cases and fewer rounds")
+def add_network_options(parser: argparse.ArgumentParser, networks: Sequence[str]) -> None:
+    parser.add_argument("--network", action="append", choices=networks, help="default: all")
+    parser.add_argument("--batch", action="append", type=count, help="repeatable")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    """What every command that measures takes."""
     parser.add_argument("--dtype", action="append", choices=list(DTYPES))
     parser.add_argument("--device", type=device_of, default=default_device())
-    parser.add_argument("--rounds", type=count, help="of timing per case, at most")
-    parser.add_argument("--seconds", type=float, help="of timing per case, about")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="in all, about")
-    parser.add_argument("--json", "--json-out", type=Path, metavar="FILE", help="write the rows")
+    parser.add_argument("--json", "--json-out", type=Path, metavar="FILE", help="write the result")
 
 
 def count(text: str) -> int:
@@ -159,4 +140,4 @@ def _run_with_progress(
         def tick() -> None:
             progress.advance(task)
 
-        return harness.run(cases, machine, settings, start_case, tick, save, minutes)
+        return run.run_cases(cases, machine, settings, start_case, tick, save, minutes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -11,8 +11,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks import results
-from benchmarks.report import Rates, Row
+from benchmarks.harness.report import Rates, Row
+from benchmarks.output import results
 
 # The same output for the same input: no dates and random ids in a committed file.
 matplotlib.rcParams["svg.hashsalt"] = "cvkernels"
@@ -86,23 +86,13 @@ def roofline(rows: Sequence[Row], rates: Rates, title: str) -> plt.Figure:
 def network_bars(rows: Sequence[Row]) -> plt.Figure:
     """Images per second of every variant; an axes per dtype and batch, a group per network."""
     panels = list(dict.fromkeys((row.dtype, row.case) for row in rows))
-    variants = list(dict.fromkeys(row.variant for row in rows))
-    networks = list(dict.fromkeys(row.op for row in rows))
     figure, grid = plt.subplots(
         len(panels), figsize=(10, 3.5 * len(panels)), squeeze=False, layout="constrained"
     )
-    for axes, (dtype, case) in zip(grid[:, 0], panels, strict=True):
-        for index, variant in enumerate(variants):
-            chosen = {
-                row.op: _images(row) / row.time_us * 1e6
-                for row in rows
-                if (row.dtype, row.case, row.variant) == (dtype, case, variant)
-            }
-            offset = (index - (len(variants) - 1) / 2) * 0.8 / len(variants)
-            places = [networks.index(name) + offset for name in chosen]
-            axes.bar(places, list(chosen.values()), 0.8 / len(variants), label=variant)
-        axes.set(title=f"{case}, {dtype}", ylabel="images per second")
-        axes.set_xticks(range(len(networks)), networks)
+    for axes, panel in zip(grid[:, 0], panels, strict=True):
+        chosen = [row for row in rows if (row.dtype, row.case) == panel]
+        _bars(axes, rows, chosen, lambda row: _images(row) / row.time_us * 1e6)
+        axes.set(title=f"{panel[1]}, {panel[0]}", ylabel="images per second")
     grid[0, 0].legend(fontsize="small", ncols=2)
     return figure
 
@@ -111,18 +101,25 @@ def first_batch(rows: Sequence[Row]) -> plt.Figure:
     """Seconds to the first result, a group per network at its smallest batch."""
     smallest = min(map(_images, rows))
     rows = [row for row in rows if _images(row) == smallest and row.first_batch_s]
-    variants = list(dict.fromkeys(row.variant for row in rows))
-    networks = list(dict.fromkeys(row.op for row in rows))
     figure, axes = plt.subplots(figsize=(10, 3.5), layout="constrained")
-    for index, variant in enumerate(variants):
-        chosen = {row.op: row.first_batch_s for row in rows if row.variant == variant}
-        offset = (index - (len(variants) - 1) / 2) * 0.8 / len(variants)
-        places = [networks.index(name) + offset for name in chosen]
-        axes.bar(places, list(chosen.values()), 0.8 / len(variants), label=variant)
+    _bars(axes, rows, rows, lambda row: row.first_batch_s)
     axes.set(title=f"time to the first batch of {smallest}", ylabel="seconds", yscale="log")
-    axes.set_xticks(range(len(networks)), networks)
     axes.legend(fontsize="small", ncols=2)
     return figure
+
+
+def _bars(
+    axes: plt.Axes, rows: Sequence[Row], shown: Sequence[Row], height_of: Callable[[Row], float]
+) -> None:
+    """A group of bars per network and a bar per variant of ``rows``, for those that are shown."""
+    variants = list(dict.fromkeys(row.variant for row in rows))
+    networks = list(dict.fromkeys(row.op for row in rows))
+    for index, variant in enumerate(variants):
+        heights = {row.op: height_of(row) for row in shown if row.variant == variant}
+        offset = (index - (len(variants) - 1) / 2) * 0.8 / len(variants)
+        places = [networks.index(name) + offset for name in heights]
+        axes.bar(places, list(heights.values()), 0.8 / len(variants), label=variant)
+    axes.set_xticks(range(len(networks)), networks)
 
 
 def depth_memory(rows: Sequence[Row]) -> plt.Figure:

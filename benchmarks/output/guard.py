@@ -18,12 +18,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import harness, kernels, results
-from benchmarks.command_line import Refused, dtypes_of
-from benchmarks.command_line import add_options as add_shared_options
-from benchmarks.environment import default_batch, environment
-from benchmarks.machine import QUICK, Machine, Settings
-from benchmarks.report import Row
+from benchmarks import kernels
+from benchmarks.harness.command_line import Refused, add_run_options, dtypes_of
+from benchmarks.harness.command_line import add_options as add_shared_options
+from benchmarks.harness.environment import default_batch, environment
+from benchmarks.harness.machine import QUICK, Machine, Settings
+from benchmarks.harness.report import Row
+from benchmarks.harness.run import new_row, run_cases
+from benchmarks.output import results
 from cvkernels.tables import text_table
 
 TOLERANCE = 0.15
@@ -145,6 +147,7 @@ def guarded(
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", action="append", choices=kernels.ops(), help="default: all")
     parser.add_argument("--against", type=Path, help="a folder; default: this machine's results")
+    add_run_options(parser)
     add_shared_options(parser)
 
 
@@ -173,12 +176,10 @@ def main(options: argparse.Namespace) -> int:
     def measure(keys: set[Key] | None) -> list[Row]:
         wanted = None if keys is None else {key[:-1] for key in keys}
         chosen = [
-            case
-            for case in cases
-            if wanted is None or key_of(harness.new_row(case, ""))[:-1] in wanted
+            case for case in cases if wanted is None or key_of(new_row(case, ""))[:-1] in wanted
         ]
         print(f"{len(chosen)} cases", file=sys.stderr)
-        return harness.run(chosen, machine, Settings(rounds, seconds, min(5, rounds))).rows
+        return run_cases(chosen, machine, Settings(rounds, seconds, min(5, rounds))).rows
 
     comparison = guarded(committed, measure)
     print(comparison)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environment import ROOT, cpu_name
-from benchmarks.report import Report, Row
+from benchmarks.harness.environment import ROOT, cpu_name
+from benchmarks.harness.report import Report, Row
 
 RESULTS = ROOT / "benchmarks" / "results"
 # Of a processor's name, what tells it from no other.

@@ -1,7 +1,8 @@
 """How every benchmark measures: rates first, answers checked, caches cold, variants interleaved.
 
 A :class:`Case` is one op at one shape and dtype, with the variants that compute it and the bytes
-and flops that it takes. :func:`run` turns cases into a :class:`Report`, a :class:`Row` per variant:
+and flops that it takes. :func:`run_cases` makes a :class:`Report` of them, with a
+:class:`Row` for each variant:
 
 1. :class:`Machine` measures the copy bandwidth and the matrix rate of the device, per dtype.
 2. :class:`Trial` holds each variant of ours to the tests' tolerance rule, and the peers to a wide
@@ -24,12 +25,21 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch._inductor.utils import fresh_cache
 
-from benchmarks.environment import environment
-from benchmarks.machine import Machine, Settings, Timed, interleave
-from benchmarks.report import BASELINES, TOO_NOISY, Rates, Report, Row, dtype_name, summarize
-from benchmarks.trial import Case, PeerMissing, Trial, WrongResult, grad_mode
+from benchmarks.harness.case import Case, PeerMissing, grad_mode
+from benchmarks.harness.environment import environment
+from benchmarks.harness.machine import Machine, Settings, Timed, interleave
+from benchmarks.harness.report import (
+    BASELINES,
+    TOO_NOISY,
+    Rates,
+    Report,
+    Row,
+    dtype_name,
+    summarize,
+)
+from benchmarks.harness.trial import Trial, WrongResult
 from cvkernels.backend import BackendError
-from cvkernels.demo import peak_memory, resident_memory
+from cvkernels.memory_use import peak_memory, resident_memory
 
 # By how much more than eager a peer may err and still be timed: others sum in orders that the
 # tests' rule refuses, and their error stands in their rows.
@@ -171,7 +181,7 @@ def measure_case(
                 if (timed := prepare(trial, row)) is not None:
                     calls[name] = timed
             if case.network and machine.device.type == "cuda" and case.part != "memory":
-                # Whoever was prepared later had the others' kernels compiled anew.
+                # Preparing a later variant dropped the compiled kernels of the earlier ones.
                 for timed in calls.values():
                     timed.run(*timed.setup())
             machine.hide_launches(calls.values())
@@ -203,7 +213,7 @@ def measure_case(
         report.extend(row for row in rows.values() if row.status != "pending")
 
 
-def run(
+def run_cases(
     cases: Sequence[Case],
     machine: Machine,
     settings: Settings,
@@ -234,8 +244,3 @@ def run(
     except KeyboardInterrupt:
         report.complete = False
     return report
-
-
-def compiled(function: Callable) -> Callable:
-    """torch.compile's variant of a peer, static in its shapes as the others are."""
-    return torch.compile(function, fullgraph=True, dynamic=False)
