@@ -14,8 +14,9 @@ import cvkernels
 from cvkernels.freeze import plan
 from cvkernels.freeze.capture import CaptureError
 from cvkernels.freeze.frozen import CAPACITY
-from tests.support.model_checks import calibrated, image
+from tests.support.model_checks import calibrated
 from tests.support.numerics import assert_matches_module
+from tests.support.pairs import image
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import cvkernels
-from tests.support.model_checks import calibrated, image, pair
+from tests.support.model_checks import calibrated, twins
 from tests.support.numerics import assert_matches_module
+from tests.support.pairs import image
 
 OURS = ("resnet18", "googlenet", "densenet121", "seresnet18", "legacy_seresnet18")
 TORCHVISION = ("resnet18", "googlenet", "densenet121", "efficientnet_b0")
@@ -108,7 +109,7 @@ def test_children_that_cannot_be_traced_or_are_watched_run_as_they_are():
 
 
 def test_ours_and_stock_are_captured_alike():
-    ours, stock = pair("resnet18")
+    ours, stock = twins("resnet18")
     x = image(2)
     frozen = [cvkernels.freeze(model.eval(), x) for model in (ours, stock)]
     ops = [sorted((node.op, node.layer) for node in one.graph.nodes) for one in frozen]

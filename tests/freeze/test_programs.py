@@ -9,7 +9,8 @@ from cvkernels import extension
 from cvkernels.freeze import plan as plans
 from cvkernels.freeze.programs import Env, Segment
 from cvkernels.functional import excite
-from tests.support.model_checks import calibrated, image
+from tests.support.model_checks import calibrated
+from tests.support.pairs import image
 
 NETWORKS = {
     "googlenet": {"init_weights": False},

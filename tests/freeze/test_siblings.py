@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import cvkernels
 from cvkernels.nn import Inception
-from tests.support.model_checks import calibrate
+from tests.support.pairs import calibrate, image
 
 
 def frozen_and_merged(model, x):
@@ -25,7 +25,7 @@ def convolutions(frozen):
 def test_an_inception_module_runs_its_three_1x1_as_one(batch):
     torch.manual_seed(0)
     model = nn.Sequential(Inception(3, 16, 8, 16, 4, 12, 4), Inception(48, 8, 16, 8, 8, 8, 8))
-    calibrate(model, size=8)
+    calibrate(model, image(4, 8))
     frozen, merged = frozen_and_merged(model.eval(), torch.randn(batch, 3, 9, 7))
     assert merged == 6
     assert convolutions(frozen) == 2 * 4

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import cvkernels
 from cvkernels.nn import Bottleneck, DenseBlock, Inception, MBConv, MBConvConfig, SEBasicBlock
-from tests.support.model_checks import calibrate
+from tests.support.pairs import calibrate, image
 
 THREADS, CALLS = 4, 2500
 # Batches that the threads take turns with: each has a plan, and arenas of its own.
@@ -61,7 +61,7 @@ def run_threads(work):
 def test_ten_thousand_calls_from_four_threads():
     torch.manual_seed(0)
     model = FiveFamilies()
-    calibrate(model, size=12)
+    calibrate(model, image(4, 12))
     model.eval()
     frozen = cvkernels.freeze(model, torch.randn(1, 3, 12, 12))
     images = [[torch.randn(n, 3, 12, 12) for n in BATCHES] for _ in range(THREADS)]

@@ -8,7 +8,7 @@ import cvkernels
 from cvkernels.models import convert_checkpoint
 from cvkernels.models.checkpoint_names import BUILDERS, LOOKALIKES, Network, timm_efficientnet_key
 from cvkernels.models.registry import get_builder
-from tests.support.model_checks import calibrate
+from tests.support.pairs import calibrate
 
 torchvision = pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")

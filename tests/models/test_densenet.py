@@ -9,8 +9,9 @@ from cvkernels.models.densenet import DenseNet, _DenseBlock, _DenseLayer, _Trans
 from cvkernels.models.registry import get_builder
 from cvkernels.nn import FusedSequential
 from tests.support import model_checks as checks
-from tests.support.model_checks import build, image, pair
+from tests.support.model_checks import build, twins
 from tests.support.numerics import assert_matches_module
+from tests.support.pairs import calibrate, image
 
 torchvision = pytest.importorskip("torchvision")
 stock_module = pytest.importorskip("torchvision.models.densenet")
@@ -164,7 +165,7 @@ def test_functional_call_vmap_sync_batchnorm_and_meta(tiny):
 
 
 def test_features_is_a_sequential_like_any():
-    ours, stock = (model.eval().features for model in pair("densenet121"))
+    ours, stock = (model.eval().features for model in twins("densenet121"))
     assert isinstance(ours, nn.Sequential) and list(ours._modules) == list(stock._modules)
     x = image()
     with torch.no_grad():
@@ -179,7 +180,7 @@ def test_features_is_a_sequential_like_any():
 
 
 def test_what_is_put_into_features_runs():
-    ours, stock = (model.eval() for model in pair("densenet121"))
+    ours, stock = (model.eval() for model in twins("densenet121"))
     for model in (ours, stock):
         model.features.relu0 = nn.Hardswish()
         model.features.transition1.add_module("scale", nn.Softplus())
@@ -191,7 +192,7 @@ def test_what_is_put_into_features_runs():
 
 
 def test_every_convolution_runs_fused_on_cpu():
-    ours, _ = pair("densenet121")
+    ours, _ = twins("densenet121")
     rows = cvkernels.explain(ours.eval(), image()).rows
     assert sum(row.op == "conv_bn_act" for row in rows) == 120
     assert sum(row.op == "max_pool" for row in rows) == 1
@@ -285,7 +286,7 @@ def old_keys(state):
 @pytest.fixture
 def trained():
     model = DenseNet(**TINY)
-    checks.calibrate(model)
+    calibrate(model)
     return model.eval()
 
 
@@ -314,7 +315,7 @@ def test_old_keys_load(how, trained, tmp_path):
 
 def test_weights_with_old_keys_build_what_torchvision_builds(monkeypatch):
     stock = torchvision.models.densenet121()
-    checks.calibrate(stock)
+    calibrate(stock)
     old = old_keys(stock.state_dict())
     enum = torchvision.models.DenseNet121_Weights
     monkeypatch.setattr(enum, "get_state_dict", lambda *args, **kwargs: dict(old))

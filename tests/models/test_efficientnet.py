@@ -18,9 +18,9 @@ from tests.support.model_checks import (
     check_jit_trace,
     check_meta,
     check_runs_as_modules,
-    image,
 )
 from tests.support.numerics import assert_matches_module
+from tests.support.pairs import calibrated_pair, image, seen
 from tests.support.stock_twin_checks import (
     assert_eval_is_pure,
     assert_every_norm_is_fused,
@@ -30,8 +30,6 @@ from tests.support.stock_twin_checks import (
     assert_same_output,
     assert_same_state,
     assert_trains_like,
-    calibrated,
-    seen,
 )
 
 torchvision = pytest.importorskip("torchvision")
@@ -54,10 +52,9 @@ RESOLUTIONS = {
 SMALL = ["efficientnet_b0", "efficientnet_v2_s"]
 
 
-def pair(name="efficientnet_b0", **kwargs):
-    """(ours, stock) in eval, every layer's output of order 1."""
-    stock = build(torchvision.models, name, **kwargs)
-    return calibrated(build(cvkernels.models, name, **kwargs), stock)
+def calibrated(name="efficientnet_b0", **kwargs):
+    libraries = (cvkernels.models, torchvision.models)
+    return calibrated_pair(*(build(library, name, **kwargs) for library in libraries))
 
 
 # The networks
@@ -82,13 +79,13 @@ def test_builder_is_torchvisions(name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_eval_output_and_gradients_match_stock(name, device):
-    ours, stock = (model.to(device) for model in pair(name))
+    ours, stock = (model.to(device) for model in calibrated(name))
     assert_eval_is_pure(ours, stock, seen(2, device))
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_training_matches_stock_down_to_the_random_numbers(name, device):
-    ours, stock = (model.train().to(device) for model in pair(name))
+    ours, stock = (model.train().to(device) for model in calibrated(name))
     assert_trains_like(ours, stock, seen(4, device))
 
 
@@ -121,19 +118,19 @@ def test_keyword_arguments_match_stock(kwargs):
         build(m, "efficientnet_b0", **kwargs) for m in (cvkernels.models, torchvision.models)
     )
     assert_same_state(ours, stock)
-    ours, stock = calibrated(ours, stock)
+    ours, stock = calibrated_pair(ours, stock)
     assert_matches_module(ours, stock, seen(2))
     assert_matches_module(ours.train(), stock.train(), seen(4))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_matches_stock(dtype, device):
-    ours, stock = (model.to(device, dtype) for model in pair())
+    ours, stock = (model.to(device, dtype) for model in calibrated())
     assert_matches_module(ours, stock, seen(2, device).to(dtype), grad=False)
 
 
 def test_channels_last_autocast_and_inference_mode_match_stock(device):
-    ours, stock = (m.to(device, memory_format=torch.channels_last) for m in pair())
+    ours, stock = (m.to(device, memory_format=torch.channels_last) for m in calibrated())
     x = seen(2, device).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         assert_matches_module(ours, stock, x, grad=False)
@@ -145,7 +142,7 @@ def test_channels_last_autocast_and_inference_mode_match_stock(device):
 
 @pytest.mark.parametrize("shape", [(1, 3, 65, 65), (3, 3, 96, 131), (0, 3, 64, 64)], ids=str)
 def test_any_size_matches_stock(shape):
-    ours, stock = pair()
+    ours, stock = calibrated()
     x = torch.randn(shape)
     with torch.no_grad():
         actual, expected = ours(x), stock(x)
@@ -154,7 +151,7 @@ def test_any_size_matches_stock(shape):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_every_norm_and_every_linear_shortcut_is_fused(name):
-    ours = pair(name)[0]
+    ours = calibrated(name)[0]
     x = seen()
     assert_every_norm_is_fused(ours, x)
     adds = sum(row.op in ("aten.add", "aten.add_") for row in cvkernels.explain(ours, x).rows)
@@ -175,7 +172,7 @@ def test_b0_plan_meets_the_fused_floor():
 
 @pytest.mark.parametrize("part", ["features.2.1.block.1", "features.2.1.block.2.fc1"])
 def test_a_watched_squeeze_is_computed_apart(part):
-    ours = pair()[0]
+    ours = calibrated()[0]
     ours.get_submodule(part).register_forward_hook(lambda *_: None)
     with torch.no_grad():
         rows = cvkernels.explain(ours, seen()).rows
@@ -184,7 +181,7 @@ def test_a_watched_squeeze_is_computed_apart(part):
 
 
 def test_verify_agrees():
-    report = cvkernels.verify(pair()[0], seen())
+    report = cvkernels.verify(calibrated()[0], seen())
     assert report.rows[-1].ok and {row.layer for row in report.rows} >= {"features.1.0.block.0.0"}
 
 
@@ -201,7 +198,7 @@ def test_feature_extraction_takes_torchvisions_nodes():
 
     nodes = ["features.0", "features.2.1.add", "features.3.0.block.1", "features.8", "flatten"]
     x = seen()
-    ours, stock = (create_feature_extractor(model, nodes)(x) for model in pair())
+    ours, stock = (create_feature_extractor(model, nodes)(x) for model in calibrated())
     for key, value in stock.items():
         assert (ours[key] - value).abs().max() <= 1e-3 * value.abs().max(), key
 
@@ -229,7 +226,7 @@ def test_copies_carry_no_derived_weights(how):
     ],
 )  # fmt: skip
 def test_a_hook_sees_what_stock_computes(layer):
-    ours, stock = pair()
+    ours, stock = calibrated()
     assert_hook_is_called(ours, stock, layer, seen())
 
 
@@ -245,7 +242,7 @@ def test_a_hook_on_a_fused_part_runs_modules_and_explain_says_so(layer):
 
 
 def test_derived_weights_follow_optimiser_steps_and_loads(device):
-    ours, stock = (model.to(device) for model in pair())
+    ours, stock = (model.to(device) for model in calibrated())
     assert_follows_parameters(ours, stock, seen(2, device))
 
 
@@ -256,7 +253,7 @@ def test_vmap_sync_batch_norm_and_meta():
 
 def test_a_block_of_other_parts_runs_them():
     """A replaced projection or squeeze is called, not bypassed."""
-    ours, stock = pair()
+    ours, stock = calibrated()
     for model in (ours, stock):
         block = model.features[2][1].block
         block[3] = nn.Sequential(block[3], nn.Tanh())

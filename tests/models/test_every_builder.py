@@ -10,7 +10,8 @@ import torch
 
 import cvkernels
 from tests.support.model_checks import Concatenated
-from tests.support.stock_twin_checks import assert_same_output, calibrated, seen
+from tests.support.pairs import calibrated_pair, seen
+from tests.support.stock_twin_checks import assert_same_output
 
 # The compound rule at any point has no stock builder.
 BUILDERS = [name for name in cvkernels.list_models() if name != "efficientnet"]
@@ -37,7 +38,7 @@ def test_outputs_and_input_gradients_are_the_stock_models(name, monkeypatch):
     stock = stock_builder(name)(num_classes=10, **kwargs).requires_grad_(False)
     with torch.device("meta"):
         ours = cvkernels.create_model(name, num_classes=10, **kwargs).requires_grad_(False)
-    ours, stock = calibrated(ours.to_empty(device="cpu"), stock)
+    ours, stock = calibrated_pair(ours.to_empty(device="cpu"), stock)
     assert_same_output(ours, stock, seen())
     # From here on only PyTorch's own operations run, and filling memory takes a fifth of the time.
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)

@@ -12,8 +12,9 @@ from cvkernels.models import GoogLeNetOutputs, googlenet
 from cvkernels.models.googlenet import BasicConv2d, Inception, InceptionAux, _GoogLeNetOutputs
 from cvkernels.models.registry import get_builder
 from tests.support import model_checks as checks
-from tests.support.model_checks import build, image, pair
+from tests.support.model_checks import build, twins
 from tests.support.numerics import assert_matches_module, run_with_input_grad
+from tests.support.pairs import calibrate, image
 
 torchvision = pytest.importorskip("torchvision")
 # In both packages the builder hides the module of its name.
@@ -52,7 +53,7 @@ def test_eval_output_and_input_gradient_match_stock(kwargs, device):
 def test_train_outputs_and_input_gradient_match_stock(kwargs, device):
     """In float64: in float32 so deep a network amplifies stock's own rounding a thousandfold."""
     x, results = image(4, device=device, dtype=torch.float64), []
-    for model in pair(NAME, **kwargs):
+    for model in twins(NAME, **kwargs):
         model = checks.Concatenated(model.double().train().to(device))
         torch.manual_seed(2)
         results.append((*run_with_input_grad(model, x), *model.buffers()))
@@ -63,7 +64,7 @@ def test_train_outputs_and_input_gradient_match_stock(kwargs, device):
 @pytest.mark.parametrize("size", [15, 33, 50])
 def test_odd_sizes_match_stock(size, device):
     """ceil_mode: the last window of a pool runs over the edge."""
-    ours, stock = (model.eval().to(device) for model in pair(NAME, **PLAIN))
+    ours, stock = (model.eval().to(device) for model in twins(NAME, **PLAIN))
     assert_matches_module(ours, stock, image(2, size, device), grad=False)
 
 
@@ -91,7 +92,7 @@ def test_custom_blocks_are_built_and_match_stock():
 
     ours = build(cvkernels.models, NAME, blocks=blocks(our_module), **PLAIN)
     stock = build(torchvision.models, NAME, blocks=blocks(stock_module), **PLAIN)
-    checks.calibrate(stock)
+    calibrate(stock)
     ours.load_state_dict(stock.state_dict())
     assert_matches_module(ours.eval(), stock.eval(), image(2), grad=False)
 
@@ -126,7 +127,7 @@ def test_auxiliary_classifiers_do_not_run_in_eval():
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_auxiliary_classifiers_removed_by_hand(training):
-    ours, stock = pair(NAME, **PLAIN)
+    ours, stock = twins(NAME, **PLAIN)
     for model in (ours, stock):
         model.aux_logits = False
         model.aux1 = None
@@ -138,7 +139,7 @@ def test_auxiliary_classifiers_removed_by_hand(training):
 
 
 def test_aux_logits_alone_chooses_what_training_returns():
-    ours, stock = (model.train() for model in pair(NAME, **PLAIN))
+    ours, stock = (model.train() for model in twins(NAME, **PLAIN))
     for model in (ours, stock):
         model.aux_logits = False
     assert_matches_module(ours, stock, image(4))
@@ -188,7 +189,7 @@ def test_functional_call_vmap_sync_batchnorm_and_meta():
 
 
 def test_every_convolution_runs_fused(device):
-    ours, _ = (model.eval().to(device) for model in pair(NAME, **PLAIN))
+    ours, _ = (model.eval().to(device) for model in twins(NAME, **PLAIN))
     rows = cvkernels.explain(ours, image(device=device)).rows
     # Of the 57, three per block read one input and are one.
     assert sum(row.op == "conv_bn_act" for row in rows) == 57 - 9 * 2
@@ -204,7 +205,7 @@ class PretrainedSource:
 
     def __init__(self):
         stock = torchvision.models.googlenet(init_weights=False)
-        checks.calibrate(stock)
+        calibrate(stock)
         self.state = stock.state_dict()
 
     def __call__(self, member, *args, **kwargs):
@@ -277,7 +278,7 @@ def test_wrong_arguments_raise_torchvisions_errors(kwargs):
 @pytest.mark.parametrize("size", [1, 7])
 def test_an_image_too_small_raises_a_value_or_runtime_error(size):
     """Stock pools of 1 pixel are legal; where stock refuses, so do we."""
-    ours, stock = (model.eval() for model in pair(NAME, **PLAIN))
+    ours, stock = (model.eval() for model in twins(NAME, **PLAIN))
     x = image(1, size)
     try:
         expected = stock(x)

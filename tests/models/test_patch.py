@@ -9,13 +9,12 @@ from torch import nn
 import cvkernels
 from cvkernels.nn import Bottleneck, FusedSequential
 from tests.support.numerics import assert_matches_module
+from tests.support.pairs import calibrate, pair, seen
 from tests.support.stock_twin_checks import (
     assert_follows_parameters,
     assert_same_gradients,
     assert_same_output,
     assert_trains_like,
-    calibrated,
-    seen,
 )
 
 torchvision = pytest.importorskip("torchvision")
@@ -58,7 +57,7 @@ def build(name, **kwargs):
     return (models.get_model if library == "torchvision" else timm.create_model)(network, **kwargs)
 
 
-def pair(name, **kwargs):
+def calibrated(name, **kwargs):
     """(patched, stock) of one state, with norms that have seen data.
 
     With all their classes: among few logits, the largest error is a matter of luck.
@@ -67,15 +66,12 @@ def pair(name, **kwargs):
 
 
 def patched_pair(stock):
-    patched, stock = calibrated(copy.deepcopy(stock), stock)
-    patched.eval(), stock.eval()
-    cvkernels.patch(patched)
-    return patched, stock
+    return pair(calibrate(stock.eval(), seen(4), only_norms=True))
 
 
 @pytest.fixture
 def stock():
-    return pair("torchvision/resnet18")[1]
+    return calibrated("torchvision/resnet18")[1]
 
 
 @pytest.fixture
@@ -92,7 +88,7 @@ def x():
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_patched_equals_stock_and_restored_is_stock(name):
-    patched, stock = pair(name)
+    patched, stock = calibrated(name)
     assert list(patched.state_dict()) == list(stock.state_dict())
     assert patched.state_dict()._metadata == stock.state_dict()._metadata
     assert [n for n, _ in patched.named_modules()] == [n for n, _ in stock.named_modules()]
@@ -115,7 +111,7 @@ TRAINED = [n for n in NETWORKS if not n.endswith(("efficientnet_v2_s", "vision/r
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_patched_trains_like_stock(name):
-    patched, stock = (model.train() for model in pair(name))
+    patched, stock = (model.train() for model in calibrated(name))
     if name == "torchvision/googlenet":
         torch.manual_seed(3)
         actual = patched(seen(2, size=224))
@@ -130,7 +126,7 @@ def test_patched_trains_like_stock(name):
 
 @pytest.mark.parametrize("name", ["torchvision/googlenet", "timm/densenet121", "timm/seresnet18"])
 def test_patched_follows_its_parameters(name):
-    assert_follows_parameters(*pair(name), seen(2))
+    assert_follows_parameters(*calibrated(name), seen(2))
 
 
 def test_the_fused_ops_run(patched, x):
@@ -283,7 +279,7 @@ def test_every_family_copies_traces_exports_and_compiles(stock):
 
 @pytest.mark.parametrize("name", ["timm/seresnet50", "timm/efficientnet_b0", "timm/densenet121"])
 def test_timms_methods_stay(name):
-    patched, stock = pair(name)
+    patched, stock = calibrated(name)
     for model in (patched, stock):
         model.reset_classifier(3)
         nn.init.ones_(model.get_classifier().weight)

@@ -22,6 +22,7 @@ from tests.support.model_checks import (
     check_runs_as_modules,
 )
 from tests.support.numerics import assert_matches_module
+from tests.support.pairs import calibrated_pair, seen
 from tests.support.stock_twin_checks import (
     assert_eval_is_pure,
     assert_every_norm_is_fused,
@@ -31,8 +32,6 @@ from tests.support.stock_twin_checks import (
     assert_same_output,
     assert_same_state,
     assert_trains_like,
-    calibrated,
-    seen,
 )
 
 timm = pytest.importorskip("timm")
@@ -63,10 +62,8 @@ def twins(name, **kwargs):
     return build(cvkernels.create_model, name, **kwargs), build(timm.create_model, name, **kwargs)
 
 
-def pair(name, **kwargs):
-    """(ours, stock) in eval, every layer's output of order 1."""
-    ours, stock = calibrated(*twins(name, **kwargs))
-    return ours.eval(), stock.eval()
+def calibrated(name, **kwargs):
+    return calibrated_pair(*twins(name, **kwargs))
 
 
 # The networks
@@ -83,7 +80,7 @@ def test_builder_is_timms(name):
 @pytest.mark.parametrize("name", [*SMALL, "senet154", "legacy_senet154"])
 def test_eval_and_training_match_stock_down_to_the_random_numbers(name, device):
     layers = (1, 1, 1, 1) if "154" in name else (2, 1, 1, 1)
-    ours, stock = (model.to(device) for model in pair(name, layers=layers))
+    ours, stock = (model.to(device) for model in calibrated(name, layers=layers))
     assert_eval_is_pure(ours, stock, seen(2, device))
     assert_every_norm_is_fused(ours, seen(1, device))
     assert_trains_like(ours.train(), stock.train(), seen(4, device))
@@ -113,7 +110,7 @@ def test_keyword_arguments_match_stock(name, kwargs):
     ours, stock = twins(name, **SHORT, **kwargs)
     assert_same_state(ours, stock)
     assert ours.feature_info == stock.feature_info
-    ours, stock = calibrated(ours, stock)
+    ours, stock = calibrated_pair(ours, stock)
     x = seen(4, channels=kwargs.get("in_chans", 3))
     assert_matches_module(ours.eval(), stock.eval(), x, grad=False)
     assert_trains_like(ours.train(), stock.train(), x)
@@ -127,7 +124,7 @@ def test_half_precision_channels_last_and_autocast_match_stock(device):
 
 @pytest.mark.parametrize("name", ["seresnet50", "legacy_seresnet18"])
 def test_every_norm_is_fused(name):
-    assert_every_norm_is_fused(pair(name)[0], seen())
+    assert_every_norm_is_fused(calibrated(name)[0], seen())
 
 
 # timm's methods
@@ -135,7 +132,7 @@ def test_every_norm_is_fused(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_methods_are_timms(name):
-    ours, stock = pair(name)
+    ours, stock = calibrated(name)
     x = seen()
     with torch.no_grad():
         features, expected = ours.forward_features(x), stock.forward_features(x)
@@ -160,7 +157,7 @@ def test_methods_are_timms(name):
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory():
-    ours, stock = (model.train() for model in pair("seresnet18"))
+    ours, stock = (model.train() for model in calibrated("seresnet18"))
     ours.set_grad_checkpointing()
     assert_same_gradients(ours, stock, seen(4))
 
@@ -231,17 +228,17 @@ def test_a_hook_on_a_fused_part_runs_modules_and_explain_says_so(name, layer):
 
 @pytest.mark.parametrize(("name", "layer"), cases(OTHER_PARTS))
 def test_a_hook_sees_what_stock_computes(name, layer):
-    assert_hook_is_called(*pair(name), layer, seen())
+    assert_hook_is_called(*calibrated(name), layer, seen())
 
 
 def test_a_hook_inside_the_deep_stem_is_called():
     for layer in ("conv1", "conv1.1", "conv1.6", "bn1"):
-        assert_hook_is_called(*pair("senet154", **SHORT), layer, seen())
+        assert_hook_is_called(*calibrated("senet154", **SHORT), layer, seen())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_derived_weights_follow_optimiser_steps_and_loads(name, device):
-    ours, stock = (model.to(device) for model in pair(name))
+    ours, stock = (model.to(device) for model in calibrated(name))
     assert_follows_parameters(ours, stock, seen(2, device))
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import cvkernels
-from tests.support.stock_twin_checks import calibrated, seen
+from tests.support.pairs import calibrated_pair, seen
 
 torchvision = pytest.importorskip("torchvision")
 models = torchvision.models
@@ -27,7 +27,7 @@ def twins(name, how, **kwargs):
         cvkernels.patch(ours)
     else:
         ours = cvkernels.create_model(name, **kwargs)
-    ours, stock = calibrated(ours, stock)
+    ours, stock = calibrated_pair(ours, stock)
     return ours.eval(), stock.eval()
 
 

@@ -1,6 +1,7 @@
 """Dense blocks and transitions in one buffer: equal to stock, and stock where somebody looks."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -9,35 +10,23 @@ from torch import nn
 import cvkernels
 from cvkernels import backend
 from cvkernels.nn import DenseBlock, DenseLayer, FusedSequential, Transition
+from tests.support import pairs
 from tests.support.numerics import assert_close_as_eager, assert_matches_module
+from tests.support.pairs import pair, with_statistics
 
 stock_module = pytest.importorskip("torchvision.models.densenet")
 
 LAYERS, CHANNELS, GROWTH = 3, 16, 8
 
 
-def with_statistics(module):
-    """module in eval, its norms no identities."""
-    with torch.no_grad():
-        for norm in module.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                norm.running_mean.normal_(0, 0.2)
-                norm.running_var.uniform_(0.5, 1.5)
-                norm.weight.uniform_(0.5, 1.5)
-                norm.bias.normal_(0, 0.2)
-    return module.eval()
-
-
 def blocks(drop_rate=0.0):
     """(ours, stock) with one state."""
-    stock = with_statistics(stock_module._DenseBlock(LAYERS, CHANNELS, 2, GROWTH, drop_rate))
-    ours = DenseBlock(LAYERS, CHANNELS, 2, GROWTH, drop_rate).eval()
-    ours.load_state_dict(stock.state_dict())
-    return ours, stock
+    stock = stock_module._DenseBlock(LAYERS, CHANNELS, 2, GROWTH, drop_rate)
+    ours = DenseBlock(LAYERS, CHANNELS, 2, GROWTH, drop_rate)
+    return pair(with_statistics(stock), ours.eval())
 
 
-def image(shape=(2, CHANNELS, 6, 7), dtype=torch.float32):
-    return torch.randn(shape, dtype=dtype)
+image = functools.partial(pairs.image, batch=2, size=(6, 7), channels=CHANNELS)
 
 
 def concatenates(module, x):
@@ -51,7 +40,7 @@ def concatenates(module, x):
 @pytest.mark.parametrize("shape", [(2, CHANNELS, 6, 7), (1, CHANNELS, 1, 1)], ids=str)
 def test_block_matches_stock(shape, dtype, memory_format, device):
     ours, stock = (block.to(device, dtype) for block in blocks())
-    x = image(shape).to(device, dtype).contiguous(memory_format=memory_format)
+    x = torch.randn(shape).to(device, dtype).contiguous(memory_format=memory_format)
     before = x.clone()
     for _ in range(3):  # the first call, the one that prepares, and one that is recalled
         assert_matches_module(ours, stock, x, grad=False)
@@ -79,7 +68,7 @@ def test_block_on_requested_backends(name):
 
 def test_every_call_has_a_buffer_of_its_own():
     ours, stock = blocks()
-    images = [image(), image(), image((1, CHANNELS, 9, 4)), image()]
+    images = [image(), image(), image(batch=1, size=(9, 4)), image()]
     with torch.no_grad():
         outputs = [ours(x) for x in images]
         for x, out in zip(images, outputs, strict=True):
@@ -215,7 +204,7 @@ def transitions():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_transition_matches_stock(dtype, memory_format, device):
     ours, stock = (module.to(device, dtype) for module in transitions())
-    x = image((2, 12, 9, 6)).to(device, dtype).contiguous(memory_format=memory_format)
+    x = image(size=(9, 6), channels=12).to(device, dtype).contiguous(memory_format=memory_format)
     assert_matches_module(ours, stock, x, grad=False)
     with torch.no_grad():
         ops = [row.op for row in cvkernels.explain(ours, x).rows]
@@ -235,7 +224,7 @@ POOLS = {
 def test_transition_with_another_pool(name, pool):
     ours, stock = transitions()
     ours.pool = stock.pool = pool
-    x = image((2, 12, 9, 7))
+    x = image(size=(9, 7), channels=12)
     assert_matches_module(ours, stock, x, grad=False)
     with torch.no_grad():
         first = cvkernels.explain(ours, x).rows[0].op
@@ -246,7 +235,7 @@ def test_transition_that_was_extended_runs_what_was_added():
     ours, stock = transitions()
     for module in (ours, stock):
         module.add_module("scale", nn.Softplus())
-    assert_matches_module(ours, stock, image((2, 12, 8, 8)), grad=False)
+    assert_matches_module(ours, stock, image(size=(8, 8), channels=12), grad=False)
 
 
 # A sequence of them

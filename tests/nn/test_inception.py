@@ -1,6 +1,7 @@
 """Inception blocks in one buffer: equal to stock, and stock where somebody looks."""
 
 import copy
+import functools
 import importlib
 
 import pytest
@@ -10,7 +11,9 @@ from torch import nn
 import cvkernels
 from cvkernels import backend
 from cvkernels.nn import Inception
+from tests.support import pairs
 from tests.support.numerics import assert_matches_module
+from tests.support.pairs import pair, with_statistics
 
 pytest.importorskip("torchvision")
 # The name torchvision.models.googlenet is the builder's too.
@@ -20,28 +23,13 @@ ARGUMENTS = (24, 16, 12, 20, 8, 16, 8)
 CONVOLUTIONS = ["branch1", "branch2.0", "branch2.1", "branch3.0", "branch3.1", "branch4.1"]
 
 
-def with_statistics(module):
-    """module in eval, its norms no identities."""
-    with torch.no_grad():
-        for norm in module.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                norm.running_mean.normal_(0, 0.2)
-                norm.running_var.uniform_(0.5, 1.5)
-                norm.weight.uniform_(0.5, 1.5)
-                norm.bias.normal_(0, 0.2)
-    return module.eval()
-
-
-def pair():
+def blocks():
     """(ours, stock) with one state."""
     stock = with_statistics(stock_inception(*ARGUMENTS))
-    ours = Inception(*ARGUMENTS).eval()
-    ours.load_state_dict(stock.state_dict())
-    return ours, stock
+    return pair(stock, Inception(*ARGUMENTS).eval())
 
 
-def image(shape=(2, 24, 7, 6)):
-    return torch.randn(shape)
+image = functools.partial(pairs.image, batch=2, size=(7, 6), channels=24)
 
 
 def explained(module, x):
@@ -54,8 +42,8 @@ def explained(module, x):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 24, 7, 6), (1, 24, 1, 1)], ids=str)
 def test_matches_stock(shape, dtype, memory_format, device):
-    ours, stock = (block.to(device, dtype) for block in pair())
-    x = image(shape).to(device, dtype).contiguous(memory_format=memory_format)
+    ours, stock = (block.to(device, dtype) for block in blocks())
+    x = torch.randn(shape).to(device, dtype).contiguous(memory_format=memory_format)
     before = x.clone()
     for _ in range(3):  # the first call, the one that prepares, and one that is recalled
         assert_matches_module(ours, stock, x, grad=False)
@@ -63,14 +51,14 @@ def test_matches_stock(shape, dtype, memory_format, device):
 
 
 def test_float64(memory_format):
-    ours, stock = (block.double() for block in pair())
+    ours, stock = (block.double() for block in blocks())
     x = image().double().contiguous(memory_format=memory_format)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), stock(x), rtol=1e-12, atol=1e-12)
 
 
 def test_siblings_are_one_convolution_and_nothing_is_concatenated():
-    ours, _ = pair()
+    ours, _ = blocks()
     for x in (image(), torch.empty(2, 24, 7, 6, dtype=torch.bfloat16, device="meta")):
         ops, _ = explained(ours, x)
         assert sorted(ops) == ["conv_bn_act"] * 4 + ["max_pool"]
@@ -80,7 +68,7 @@ def test_siblings_are_one_convolution_and_nothing_is_concatenated():
 def test_requested_backends(name):
     if name == "triton":
         pytest.importorskip("triton")
-    ours, stock = pair()
+    ours, stock = blocks()
     device = "cuda" if torch.cuda.is_available() and name != "onednn" else "cpu"
     ours, stock, x = ours.to(device), stock.to(device), image().to(device)
     with backend.use(name):
@@ -98,14 +86,14 @@ def test_two_blocks_behind_each_other_in_triton():
     stock = with_statistics(nn.Sequential(stock_inception(*first), stock_inception(*second)))
     ours = nn.Sequential(Inception(*first), Inception(*second)).eval()
     ours.load_state_dict(stock.state_dict())
-    ours, stock, x = ours.to(device), stock.to(device), image((1, 24, 5, 4)).to(device)
+    ours, stock, x = ours.to(device), stock.to(device), image(batch=1, size=(5, 4)).to(device)
     with backend.use("triton"):
         assert_matches_module(ours, stock, x, grad=False)
 
 
 def test_every_call_has_an_output_of_its_own():
-    ours, stock = pair()
-    images = [image(), image(), image((1, 24, 9, 4)), image()]
+    ours, stock = blocks()
+    images = [image(), image(), image(batch=1, size=(9, 4)), image()]
     with torch.no_grad():
         outputs = [ours(x) for x in images]
         for x, out in zip(images, outputs, strict=True):
@@ -113,7 +101,7 @@ def test_every_call_has_an_output_of_its_own():
 
 
 def test_inference_mode_and_autocast():
-    ours, stock = pair()
+    ours, stock = blocks()
     x = image()
     with torch.inference_mode():
         for _ in range(2):
@@ -124,7 +112,7 @@ def test_inference_mode_and_autocast():
 
 
 def test_gradients_are_stock_s():
-    ours, stock = pair()
+    ours, stock = blocks()
     assert_matches_module(ours, stock, image())
 
 
@@ -136,7 +124,7 @@ HOOKED = ["branch2", "branch4", "branch4.0", *CONVOLUTIONS, "branch1.conv", "bra
 
 @pytest.mark.parametrize("hooked", HOOKED)
 def test_a_hook_is_called_with_what_it_sees_in_stock(hooked):
-    ours, stock = pair()
+    ours, stock = blocks()
     x = image()
     with torch.no_grad():
         ours(x), ours(x)  # what is remembered must not outlive the hook
@@ -185,7 +173,7 @@ CHANGES = {
 
 @pytest.mark.parametrize(("change", "reason"), CHANGES.values(), ids=CHANGES.keys())
 def test_changes_between_calls_are_followed(change, reason):
-    ours, stock = pair()
+    ours, stock = blocks()
     x = image()
     with torch.no_grad():
         for _ in range(2):
@@ -202,7 +190,7 @@ def test_changes_between_calls_are_followed(change, reason):
 
 
 def test_loads_and_copies_are_followed():
-    ours, stock = pair()
+    ours, stock = blocks()
     x = image()
     with torch.no_grad():
         ours(x), ours(x)

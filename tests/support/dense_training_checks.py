@@ -1,11 +1,14 @@
 """A dense block in training beside its stock twin; the tests of DenseNet training share it."""
 
+import functools
+
 import pytest
 import torch
-from torch import nn
 
 import cvkernels
 from cvkernels.nn import DenseBlock
+from tests.support import pairs
+from tests.support.pairs import pair, spread_norms
 
 stock_module = pytest.importorskip("torchvision.models.densenet")
 
@@ -15,18 +18,11 @@ LAYERS, CHANNELS, GROWTH = 3, 8, 4
 def blocks(memory_efficient=False, drop_rate=0.0):
     """(ours, stock) with one state, their norms no identities."""
     stock = stock_module._DenseBlock(LAYERS, CHANNELS, 2, GROWTH, drop_rate)
-    with torch.no_grad():
-        for norm in stock.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                norm.weight.uniform_(-1.0, 1.5)
-                norm.bias.normal_(0, 0.2)
-    ours = DenseBlock(LAYERS, CHANNELS, 2, GROWTH, drop_rate, memory_efficient)
-    ours.load_state_dict(stock.state_dict())
-    return ours, stock
+    spread_norms(stock, (-1.0, 1.5))
+    return pair(stock, DenseBlock(LAYERS, CHANNELS, 2, GROWTH, drop_rate, memory_efficient))
 
 
-def image(dtype=torch.float32, shape=(2, CHANNELS, 5, 6)):
-    return torch.randn(shape, dtype=dtype)
+image = functools.partial(pairs.image, batch=2, size=(5, 6), channels=CHANNELS)
 
 
 def runs_fused(module, x):

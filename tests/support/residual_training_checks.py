@@ -1,14 +1,15 @@
 """Small residual networks in training beside their stock twins; the tests of their training share
 it."""
 
-import copy
+import functools
 
 import pytest
 import torch
 from torch import nn
 from torchvision.models import efficientnet, resnet
 
-import cvkernels
+from tests.support import pairs
+from tests.support.pairs import pair, spread_norms
 
 timm_resnet = pytest.importorskip("timm.models.resnet")
 timm_senet = pytest.importorskip("timm.models.senet")
@@ -66,15 +67,10 @@ NETWORKS = {
 }
 
 
-def pair(name, dtype=torch.float64):
+def residual_pair(name, dtype=torch.float64):
     """(ours, stock) in training with one state."""
     torch.manual_seed(0)
-    stock = NETWORKS[name]()
-    with torch.no_grad():
-        for norm in stock.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                norm.weight.uniform_(0.2, 1.5)
-                norm.bias.normal_(0, 0.3)
-    ours = copy.deepcopy(stock)
-    cvkernels.patch(ours)
-    return ours.to(dtype).train(), stock.to(dtype).train()
+    return pair(spread_norms(NETWORKS[name](), (0.2, 1.5), 0.3).train(), dtype=dtype)
+
+
+image = functools.partial(pairs.image, batch=3, size=(40, 36), dtype=torch.float64, seed=1)

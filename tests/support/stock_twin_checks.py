@@ -8,37 +8,7 @@ from torch import nn
 
 import cvkernels
 from tests.support.numerics import assert_matches_module
-
-
-def seen(count=1, device="cpu", channels=3, size=96):
-    """The first of the four images that :func:`calibrated` shows to the norms.
-
-    On images that its norms have not seen, or on maps of few pixels, a deep untrained network is
-    chaotic: it amplifies the rounding of its first layers a thousandfold, in stock as in ours.
-    """
-    generator = torch.Generator().manual_seed(11)
-    images = torch.randn(4, channels, size, size, generator=generator)
-    return images[:count].to(device)
-
-
-def calibrated(ours, stock):
-    """(ours, stock) in eval with one state, in which every layer's output is of order 1.
-
-    Norms hold an affine part that is not the identity and the statistics of what they see. Without
-    them the signal fades on its way through an untrained network, and any output would be right.
-    """
-    norms = [module for module in stock.eval().modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    with torch.no_grad():
-        for norm in norms:
-            norm.weight.uniform_(0.5, 1.0)
-            norm.bias.normal_(0, 0.1)
-            norm.train().momentum = 1.0
-        stock(seen(4, channels=getattr(stock, "in_chans", 3)))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.eval().momentum = momentum
-    ours.load_state_dict(stock.state_dict())
-    return ours.eval(), stock
+from tests.support.pairs import calibrated_pair
 
 
 def assert_same_state(ours, stock):
@@ -99,7 +69,7 @@ def assert_follows_parameters(ours, stock, x):
             parameter.grad = 0.1 * parameter.detach()
         torch.optim.SGD(model.parameters(), lr=0.1).step()
     assert_matches_module(ours, stock, x, grad=False)
-    calibrated(ours, stock)
+    calibrated_pair(ours, stock)
     assert_matches_module(ours, stock, x, grad=False)
     state = {k: v * 0.99 if v.is_floating_point() else v for k, v in stock.state_dict().items()}
     with torch.no_grad():

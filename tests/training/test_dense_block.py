@@ -49,12 +49,12 @@ def assert_errors_as_eager(ours, stock, images):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_block_matches_stock(dtype, memory_efficient, memory_format, device):
     ours, stock = (b.to(device, dtype) for b in blocks(memory_efficient))
-    x = image(dtype).to(device).contiguous(memory_format=memory_format)
+    x = image(dtype=dtype).to(device).contiguous(memory_format=memory_format)
     if dtype == torch.float64:
         for actual, expected in zip(outcome(ours, x), outcome(stock, x), strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
     else:
-        more = [image(dtype).to(x).contiguous(memory_format=memory_format) for _ in range(5)]
+        more = [image(dtype=dtype).to(x).contiguous(memory_format=memory_format) for _ in range(5)]
         assert_errors_as_eager(ours, stock, [x, *more])
     assert runs_fused(ours, x)[0]
 
@@ -102,7 +102,7 @@ def test_options_of_norms_and_convolutions(change):
     for block in (ours, stock):
         change(block.double())
     for _ in range(3):
-        x = image(torch.float64)
+        x = image(dtype=torch.float64)
         for actual, expected in zip(outcome(ours, x), outcome(stock, x), strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
     assert runs_fused(ours, x)[0]

@@ -13,7 +13,7 @@ from tests.support.dense_training_checks import CHANNELS, blocks, image, outcome
 
 def test_several_forwards_before_one_backward_and_accumulation():
     ours, stock = (b.double() for b in blocks())
-    images = [image(torch.float64) for _ in range(3)]
+    images = [image(dtype=torch.float64) for _ in range(3)]
     for block in (ours, stock):
         outs = [block(x) for x in images]
         sum((out * (i + 1)).pow(2).sum() for i, out in enumerate(outs)).backward()
@@ -47,7 +47,7 @@ FROZEN = {
 @pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN.keys())
 def test_frozen_parameters_and_inputs(frozen, input_grad):
     ours, stock = (b.double() for b in blocks())
-    x, results = image(torch.float64), []
+    x, results = image(dtype=torch.float64), []
     for block in (ours, stock):
         for name, parameter in block.named_parameters():
             parameter.requires_grad_(not frozen(name))
@@ -62,7 +62,7 @@ def test_frozen_parameters_and_inputs(frozen, input_grad):
 
 def test_a_checkpointed_block():
     ours, stock = (b.double() for b in blocks())
-    x = image(torch.float64)
+    x = image(dtype=torch.float64)
     for reentrant in (False, True):
         grads = []
         for block in (ours, stock):
@@ -134,7 +134,7 @@ def test_a_failed_forward_leaves_no_statistics(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(before, ours.buffers(), strict=True))
     monkeypatch.undo()
     with pytest.raises(RuntimeError):
-        ours(image(shape=(2, CHANNELS + 1, 5, 6)))
+        ours(image(channels=CHANNELS + 1))
 
 
 # Where the layers are called
@@ -181,7 +181,7 @@ CALLED = {
 )
 def test_stock_forward_where_it_must_be(change, reason):
     ours, stock = (b.double() for b in blocks())
-    x, results = image(torch.float64), []
+    x, results = image(dtype=torch.float64), []
     for block in (ours, stock):
         change(block.double())
         block.double()
@@ -195,7 +195,7 @@ def test_stock_forward_where_it_must_be(change, reason):
 
 def test_func_transforms_forward_mode_and_compile():
     ours, stock = (b.double() for b in blocks())
-    x = image(torch.float64)
+    x = image(dtype=torch.float64)
     state = [{k: v.clone() for k, v in b.state_dict().items()} for b in (ours, stock)]
 
     def loss(block, buffers):

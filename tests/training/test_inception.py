@@ -13,15 +13,9 @@ from cvkernels.nn import FusedSequential
 from cvkernels.nn.training import conv_bn_act as convolution
 from cvkernels.nn.training import recompute
 from tests.support.autograd_memory import saved_bytes
-from tests.support.inception_training_checks import (
-    assert_equal,
-    image,
-    is_recomputed,
-    loss_of,
-    pair,
-    step,
-)
+from tests.support.inception_training_checks import image, inception_pair, is_recomputed
 from tests.support.numerics import assert_close_as_eager
+from tests.support.pairs import assert_equal, loss_of, step
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -31,7 +25,7 @@ torchvision = pytest.importorskip("torchvision")
 
 def test_ten_optimiser_steps_match_stock(memory_format):
     results = []
-    for model in pair():
+    for model in inception_pair():
         optimiser = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
         x = image().contiguous(memory_format=memory_format)
         for _ in range(10):
@@ -45,8 +39,8 @@ def test_ten_optimiser_steps_match_stock(memory_format):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gradients_follow_the_numerics_rule(dtype, memory_format, device):
     """Of two convolutions and a pool: through more, what a ReLU passes depends on a rounding."""
-    ours, stock = pair(dtype)
-    x = image(dtype).to(device).contiguous(memory_format=memory_format)
+    ours, stock = inception_pair(dtype)
+    x = image(dtype=dtype).to(device).contiguous(memory_format=memory_format)
     models = []
     for model in (ours, stock):
         layers = FusedSequential if model is ours else nn.Sequential
@@ -62,9 +56,9 @@ def test_gradients_follow_the_numerics_rule(dtype, memory_format, device):
 
 
 def test_what_is_recomputed_is_bit_equal():
-    ours, _ = pair(torch.float32)
-    maps = [ours.stem[0](image(torch.float32))]
-    maps += [ours.stem(image(torch.float32))]
+    ours, _ = inception_pair(torch.float32)
+    maps = [ours.stem[0](image(dtype=torch.float32))]
+    maps += [ours.stem(image(dtype=torch.float32))]
     maps += [ours.first(maps[1])]
     maps += [ours.pool(maps[2])]
     for out in maps:
@@ -73,15 +67,15 @@ def test_what_is_recomputed_is_bit_equal():
 
 
 def test_autocast_matches_stock():
-    ours, stock = pair(torch.float32)
-    x = image(torch.float32)
+    ours, stock = inception_pair(torch.float32)
+    x = image(dtype=torch.float32)
 
     def run(model):
         def forward(x):
             with torch.autocast("cpu", torch.bfloat16):
                 return model(x).float()
 
-        return step(model, x, forward)
+        return step(model, x, run=forward)
 
     exact = step(copy.deepcopy(stock).double(), x.double())
     for actual, eager, truth in zip(run(ours), run(stock), exact, strict=True):
@@ -92,7 +86,7 @@ def test_autocast_matches_stock():
 def test_several_forwards_retained_graphs_and_accumulated_gradients():
     images = [image(), image(batch=2) * 2, image(size=(17, 20)) - 1]
     results = []
-    for model in pair():
+    for model in inception_pair():
         losses = [loss_of(model(x)) for x in images]
         losses[1].backward(retain_graph=True)
         losses[1].backward()
@@ -111,7 +105,7 @@ FROZEN = {
 
 @pytest.mark.parametrize("names", FROZEN.values(), ids=FROZEN.keys())
 def test_frozen_parameters(names):
-    ours, stock = pair()
+    ours, stock = inception_pair()
     for model in (ours, stock):
         for name in names:
             model.get_submodule(name).requires_grad_(False)
@@ -120,7 +114,7 @@ def test_frozen_parameters(names):
 
 def test_no_image_gradient():
     results = []
-    for model in pair():
+    for model in inception_pair():
         loss_of(model(image())).backward()
         results.append([p.grad for p in model.parameters()])
     assert_equal(*results)
@@ -129,7 +123,7 @@ def test_no_image_gradient():
 def test_part_of_the_graph():
     """Gradients in a map, and of one use of it, leave the others right."""
     results = []
-    for model in pair():
+    for model in inception_pair():
         first = model.first(model.stem(image()))
         pooled = model.pool(first)
         second = model.second(pooled)
@@ -155,8 +149,8 @@ def test_googlenet_keeps_less_than_8_mb_per_image(patched):
 
 
 def test_only_convolution_outputs_are_kept():
-    ours, _ = pair(torch.float32)
-    x = image(torch.float32)
+    ours, _ = inception_pair(torch.float32)
+    x = image(dtype=torch.float32)
     outputs = []
     for module in ours.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -169,7 +163,7 @@ def test_only_convolution_outputs_are_kept():
 
 
 def test_autocast_keeps_no_cast_weights():
-    ours, _ = pair(torch.float32)
+    ours, _ = inception_pair(torch.float32)
     block = ours.first.branch2
     x = torch.randn(2, 16, 6, 6)
     with torch.autocast("cpu", torch.bfloat16):
@@ -182,7 +176,7 @@ def test_convolutions_on_one_map_run_as_one(change, monkeypatch):
     """The three 1x1 of a block; in the test's block the third is a sequence's first."""
     counts, convolve = [], convolution.convolve
     monkeypatch.setattr(convolution, "convolve", lambda *args: counts.append(1) or convolve(*args))
-    ours, stock = pair()
+    ours, stock = inception_pair()
     for model in (ours, stock):
         block = model.first.branch3[0]
         if change == "hook":
@@ -200,7 +194,7 @@ def test_convolutions_on_one_map_run_as_one(change, monkeypatch):
 
 
 def test_maps_are_let_go_as_backward_passes():
-    ours, _ = pair(torch.float32)
+    ours, _ = inception_pair(torch.float32)
     nodes, compute = [], recompute.RecomputeNode.value
 
     def value(node, leaves):
@@ -209,12 +203,12 @@ def test_maps_are_let_go_as_backward_passes():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recompute.RecomputeNode, "value", value)
-        loss_of(ours(image(torch.float32))).backward()
+        loss_of(ours(image(dtype=torch.float32))).backward()
     assert nodes and not any(node._value for node in nodes)
 
 
 def test_an_output_pickles_without_its_graph():
-    ours, _ = pair()
+    ours, _ = inception_pair()
     out = ours.first(torch.randn(2, 16, 6, 6, dtype=torch.float64))
     assert is_recomputed(out)
     file = io.BytesIO()

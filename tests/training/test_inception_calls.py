@@ -12,15 +12,8 @@ import cvkernels
 from cvkernels import backend
 from cvkernels.nn import BasicConv2d, Inception
 from cvkernels.nn.training import match
-from tests.support.inception_training_checks import (
-    FIRST,
-    assert_equal,
-    image,
-    is_recomputed,
-    loss_of,
-    pair,
-    step,
-)
+from tests.support.inception_training_checks import FIRST, image, inception_pair, is_recomputed
+from tests.support.pairs import assert_equal, loss_of, step
 
 
 def test_hooks_that_change_an_output():
@@ -34,7 +27,7 @@ def test_hooks_that_change_an_output():
     def tracked(module, args, out):
         out.mul_(0.5)
 
-    ours, stock = pair()
+    ours, stock = inception_pair()
     for model in (ours, stock):
         model.stem[0].register_forward_hook(replace)
         model.first.register_forward_hook(replace)
@@ -43,7 +36,7 @@ def test_hooks_that_change_an_output():
     # Stock's ReLU keeps its output, and refuses both of these there; behind a concatenation and
     # on our outputs they are right.
     for hook in (in_place, tracked):
-        ours, stock = pair()
+        ours, stock = inception_pair()
         for model in (ours, stock):
             model.first.register_forward_hook(hook)
         assert_equal(step(ours, image()), step(stock, image()))
@@ -55,7 +48,7 @@ HOOKED = ["first.branch1.conv", "first.branch3.0.bn", "first.branch4.0", "first.
 @pytest.mark.parametrize("name", HOOKED)
 def test_hooks_inside_see_what_they_see_in_stock(name):
     results = []
-    for model in pair():
+    for model in inception_pair():
         seen = []
         module = model.get_submodule(name)
         module.register_forward_hook(lambda m, args, out, s=seen: s.append(out.clone()))
@@ -76,7 +69,7 @@ CHANGES = {
 
 @pytest.mark.parametrize(("change", "reason"), CHANGES.values(), ids=CHANGES.keys())
 def test_other_blocks_run_as_modules(change, reason):
-    ours, stock = pair()
+    ours, stock = inception_pair()
     for model in (ours, stock):
         change(model.first.branch1)
         model.double()
@@ -105,7 +98,7 @@ def test_requested_reference_and_no_grad_run_as_modules():
 
 
 def test_second_derivatives_are_refused_by_name():
-    ours, stock = pair()
+    ours, stock = inception_pair()
     x = image().requires_grad_()
     with pytest.raises(RuntimeError, match=r"create_graph=True.*backend.use\('reference'\)"):
         torch.autograd.grad(ours(x).sum(), x, create_graph=True)
@@ -122,7 +115,7 @@ def test_second_derivatives_are_refused_by_name():
 
 def test_torch_func_runs_as_modules():
     results = []
-    for model in pair():
+    for model in inception_pair():
         for norm in model.modules():
             if isinstance(norm, nn.BatchNorm2d):
                 norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
@@ -138,7 +131,7 @@ def test_torch_func_runs_as_modules():
 
 
 def test_changes_between_forward_and_backward_are_refused():
-    ours, _ = pair()
+    ours, _ = inception_pair()
     for change in (
         lambda x: ours.first.branch2[1].conv.weight.mul_(2),
         lambda x: x.add_(1),
@@ -154,7 +147,7 @@ def test_changes_between_forward_and_backward_are_refused():
 @pytest.mark.parametrize("reentrant", [False, True], ids=["checkpoint", "reentrant"])
 def test_checkpointed_blocks(reentrant):
     results = []
-    for model in pair():
+    for model in inception_pair():
 
         def run(x, model=model):
             stem = model.stem(x)
@@ -162,7 +155,7 @@ def test_checkpointed_blocks(reentrant):
             second = checkpoint(model.second, model.pool(first), use_reentrant=reentrant)
             return model.fc(second.mean((2, 3))) + model.side(first.mean((2, 3)))
 
-        results.append(step(model, image(), run))
+        results.append(step(model, image(), run=run))
     assert_equal(*results)
 
 
@@ -171,24 +164,24 @@ def test_saved_tensors_may_lie_elsewhere():
         with torch.autograd.graph.save_on_cpu():
             return ours(x)
 
-    ours, stock = pair()
-    assert_equal(step(ours, image(), run), step(stock, image()))
+    ours, stock = inception_pair()
+    assert_equal(step(ours, image(), run=run), step(stock, image()))
 
 
 def test_distributed_data_parallel(tmp_path):
-    ours, stock = pair(torch.float32)
+    ours, stock = inception_pair(torch.float32)
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(ours)
-        x = image(torch.float32)
-        assert_equal(step(ours, x, wrapped), step(stock, x), 1e-4)
+        x = image(dtype=torch.float32)
+        assert_equal(step(ours, x, run=wrapped), step(stock, x), 1e-4)
     finally:
         torch.distributed.destroy_process_group()
 
 
 def test_threads_train_copies_side_by_side():
-    ours, stock = pair()
+    ours, stock = inception_pair()
     expected = step(stock, image())
     copies, results = [copy.deepcopy(ours) for _ in range(3)], []
     threads = [

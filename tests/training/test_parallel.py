@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import importlib
 import threading
 
@@ -16,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 import cvkernels
 from cvkernels.models.densenet import DenseNet
 from cvkernels.nn import DenseLayer
+from tests.support import pairs
+from tests.support.pairs import assert_equal, gradients, loss_of, pair, spread_norms, step
 
 pytest.importorskip("torchvision")
 stock_densenet = importlib.import_module("torchvision.models.densenet")
@@ -43,13 +46,15 @@ def dense(**kwargs):
     """(ours, stock, an image) with one state, in float64."""
     stock = stock_densenet.DenseNet(**TINY)
     ours = DenseNet(**TINY, **kwargs)
-    return *same(Net(ours, 5), Net(stock, 5)), image()
+    return *same(Net(ours, 5), Net(stock, 5)), image(2, (33, 36))
 
 
 def inception():
     stock = stock_googlenet.Inception(*INCEPTION)
     block = copy.deepcopy(stock)
-    return *same(Net(cvkernels.nn.Inception(*INCEPTION), 18), Net(block, 18)), image((2, 8, 6, 5))
+    return *same(Net(cvkernels.nn.Inception(*INCEPTION), 18), Net(block, 18)), image(
+        2, (6, 5), channels=8
+    )
 
 
 NETWORKS = {
@@ -61,46 +66,10 @@ networks = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS.keys
 
 
 def same(ours, stock):
-    with torch.no_grad():
-        for norm in stock.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                norm.weight.uniform_(-0.5, 1.5)
-                norm.bias.normal_(0, 0.3)
-    ours.load_state_dict(stock.state_dict())
-    return ours.double(), stock.double()
+    return pair(spread_norms(stock, (-0.5, 1.5), 0.3), ours, torch.float64)
 
 
-def image(shape=(2, 3, 33, 36), seed=1):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def loss_of(out):
-    return out.square().sum() + out.pow(3).sum()
-
-
-def full(tensor):
-    return tensor.full_tensor() if isinstance(tensor, dist.tensor.DTensor) else tensor
-
-
-def gradients(model):
-    return [None if p.grad is None else full(p.grad).clone() for p in model.parameters()]
-
-
-def step(model, x, *args):
-    """Output, gradients of every parameter, and the buffers, of one forward and backward."""
-    model.zero_grad()
-    out = model(x, *args)
-    loss_of(out).backward()
-    return [out.detach(), *gradients(model), *(b.clone() for b in model.buffers())]
-
-
-def assert_equal(ours, stock, message="", tolerance=1e-9):
-    for actual, expected in zip(ours, stock, strict=True):
-        assert (actual is None) == (expected is None), message
-        if expected is not None:
-            torch.testing.assert_close(
-                actual, expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{message}: {m}"
-            )
+image = functools.partial(pairs.image, dtype=torch.float64, seed=1)
 
 
 # Processes
@@ -161,7 +130,7 @@ def train_in_two_processes(rank, path):
             ours, stock, x = build()
             x = x + rank
             results = [run(model, x, rank, options) for model in (ours, stock)]
-            assert_equal(*results, f"{name}, {kind}")
+            assert_equal(*results, 1e-9, f"{name}, {kind}")
     ours, stock, x = dense()
     for model in map(nn.SyncBatchNorm.convert_sync_batchnorm, (ours, stock)):
         with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on"):
@@ -202,7 +171,7 @@ def test_a_hook_may_write_a_block_s_output():
     for model in dense()[:2]:
         block = model.block.features.denseblock1
         block.register_forward_hook(lambda module, args, out: out.mul_(0.5))
-        results.append(step(model, image()))
+        results.append(step(model, image(2, (33, 36))))
     assert_equal(*results)
 
 
@@ -236,7 +205,7 @@ def test_replicas_pass_their_gradients_on(part, training, build):
         model.train(training)
         if part == "block" and hasattr(model.block, "features"):
             model = model.block.features.denseblock1
-            x = image((2, 8, 6, 5))
+            x = image(2, (6, 5), channels=8)
         else:
             x = build()[2]
         outs = [replica(model)(x * (i + 1)) for i in range(2)]
@@ -361,7 +330,7 @@ def test_a_compiled_training_step(memory_efficient):
     ours, stock = same(Net(block, 10), Net(stock, 10))
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     for _ in range(2):
-        x = image((2, 6, 5, 4)).requires_grad_()
+        x = image(2, (5, 4), channels=6)
         assert_equal(step(compiled, x), step(stock, x))
 
 
@@ -374,6 +343,6 @@ def test_statistics_are_updated_once_where_layers_are_called():
     ours.load_state_dict(stock.state_dict())
     ours.relu1.register_forward_hook(lambda *_: None)
     for _ in range(2):
-        x = image((2, 6, 5, 4)).requires_grad_()
+        x = image(2, (5, 4), channels=6)
         assert_equal(step(ours, x), step(stock, x))
     assert ours.norm1.track_running_stats

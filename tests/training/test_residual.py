@@ -13,17 +13,10 @@ from cvkernels.nn import Bottleneck, SqueezeExcitation
 from cvkernels.nn.fused.module import FusedModule
 from cvkernels.nn.training import recompute
 from tests.support.autograd_memory import megabytes_per_image
-from tests.support.inception_training_checks import (
-    assert_equal,
-    image,
-    is_recomputed,
-    loss_of,
-    step,
-)
+from tests.support.inception_training_checks import is_recomputed
 from tests.support.numerics import assert_close_as_eager, max_error
-from tests.support.residual_training_checks import NETWORKS, pair
-
-SIZE = (40, 36)
+from tests.support.pairs import assert_equal, loss_of, step
+from tests.support.residual_training_checks import NETWORKS, image, residual_pair
 
 
 def seeded(model):
@@ -60,11 +53,11 @@ def blocklike(module):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_three_optimiser_steps_match_stock(name, memory_format):
     results = []
-    for model in pair(name):
+    for model in residual_pair(name):
         optimiser = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-        x = image(size=SIZE).contiguous(memory_format=memory_format)
+        x = image().contiguous(memory_format=memory_format)
         for _ in range(3):
-            results.append(step(model, x, seeded(model)))
+            results.append(step(model, x, run=seeded(model)))
             optimiser.step()
         results[-1] += [p.detach() for p in model.parameters()]
     for ours, stock in zip(results[:3], results[3:], strict=True):
@@ -147,8 +140,8 @@ def test_gradients_follow_the_numerics_rule(unit, dtype, conv, device, memory_fo
 
 @pytest.mark.parametrize("name", ["bottleneck", "se-bottleneck", "legacy", "mbconv", "timm-mbconv"])
 def test_what_is_recomputed_is_bit_equal(name):
-    ours, _ = pair(name, torch.float32)
-    maps = block_maps(ours, image(torch.float32, size=SIZE)).values()
+    ours, _ = residual_pair(name, torch.float32)
+    maps = block_maps(ours, image(dtype=torch.float32)).values()
     maps = [y for y in maps if isinstance(y, torch.Tensor) and recompute.recompute_of(y)]
     assert len(maps) >= 3
     for y in maps:
@@ -158,15 +151,15 @@ def test_what_is_recomputed_is_bit_equal(name):
 
 @pytest.mark.parametrize("name", ["bottleneck", "se-bottleneck", "mbconv"])
 def test_autocast_matches_stock(name):
-    ours, stock = pair(name, torch.float32)
-    x = image(torch.float32, size=SIZE)
+    ours, stock = residual_pair(name, torch.float32)
+    x = image(dtype=torch.float32)
 
     def run(model):
         def forward(x):
             with torch.autocast("cpu", torch.bfloat16):
                 return model(x).float()
 
-        return step(model, x, forward)
+        return step(model, x, run=forward)
 
     results = [run(ours), run(stock), step(copy.deepcopy(stock).double(), x.double())]
     # Through a whole network rounding is amplified: the gradients as one vector, by its length.
@@ -191,11 +184,11 @@ FROZEN = {
 @pytest.mark.parametrize("names", FROZEN.values(), ids=FROZEN.keys())
 def test_frozen_parts(names, evaluated):
     """Without gradients of their own, and with running statistics, as in fine-tuning."""
-    ours, stock = pair("se-bottleneck")
+    ours, stock = residual_pair("se-bottleneck")
     for model in (ours, stock):
         for name in names:
             model.get_submodule(name).requires_grad_(False).train(not evaluated)
-    x = image(size=SIZE)
+    x = image()
     assert_equal(step(ours, x), step(stock, x), 1e-9)
     results = []
     for model in (ours, stock):
@@ -207,8 +200,8 @@ def test_frozen_parts(names, evaluated):
 
 def test_part_of_the_graph_and_several_backwards():
     results = []
-    for model in pair("bottleneck"):
-        maps = block_maps(model, image(size=SIZE).requires_grad_())
+    for model in residual_pair("bottleneck"):
+        maps = block_maps(model, image().requires_grad_())
         first, second = maps["layer1"], maps["layer2"]
         (grad,) = torch.autograd.grad(second.square().sum(), first, retain_graph=True)
         weight = model.layer2[1].conv1.weight
@@ -273,14 +266,14 @@ def block_outputs(chain, x):
 
 @pytest.mark.parametrize("name", ["bottleneck", "se-bottleneck", "mbconv"])
 def test_maps_are_let_go_as_backward_passes(name, monkeypatch):
-    ours, _ = pair(name, torch.float32)
+    ours, _ = residual_pair(name, torch.float32)
     nodes, value = [], recompute.RecomputeNode.value
     monkeypatch.setattr(
         recompute.RecomputeNode,
         "value",
         lambda node, leaves: nodes.append(node) or value(node, leaves),
     )
-    loss_of(ours(image(torch.float32, size=SIZE))).backward()
+    loss_of(ours(image(dtype=torch.float32))).backward()
     assert nodes and not any(node._value for node in nodes)
 
 
@@ -295,7 +288,7 @@ def test_hooks_that_change_an_output():
         out.mul_(0.5)
 
     for hook in (replace, in_place):
-        ours, stock = pair("bottleneck")
+        ours, stock = residual_pair("bottleneck")
         for model in (ours, stock):
             model.layer1[0].register_forward_hook(replace)
             model.layer1.register_forward_hook(replace)
@@ -304,7 +297,7 @@ def test_hooks_that_change_an_output():
         if hook is in_place:
             ours.layer1[1].register_forward_hook(hook)
             stock.layer1[1].register_forward_hook(lambda m, a, y: y * 0.5)
-        x = image(size=SIZE)
+        x = image()
         assert_equal(step(ours, x), step(stock, x), 1e-9)
 
 
@@ -337,18 +330,18 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_other_blocks_match_stock(change):
-    ours, stock = pair("bottleneck")
+    ours, stock = residual_pair("bottleneck")
     for model in (ours, stock):
         torch.manual_seed(1)
         change(model.layer1[1])
         model.double()
-    x = image(size=SIZE)
+    x = image()
     assert_equal(step(ours, x), step(stock, x), 1e-8)
 
 
 def test_a_shortcut_of_another_shape_or_dtype_is_stocks():
     """It is broadcast, or refused, as there."""
-    ours, stock = pair("bottleneck", torch.float32)
+    ours, stock = residual_pair("bottleneck", torch.float32)
     for change in (nn.AdaptiveAvgPool2d(1), nn.Upsample(scale_factor=2)):
         blocks = [model.layer1[1] for model in (ours, stock)]
         x, results = torch.randn(2, 256, 6, 6), []
@@ -365,8 +358,8 @@ def test_a_shortcut_of_another_shape_or_dtype_is_stocks():
 
 
 def test_second_derivatives_are_refused_by_name():
-    ours, stock = pair("se-bottleneck")
-    x = image(size=SIZE).requires_grad_()
+    ours, stock = residual_pair("se-bottleneck")
+    x = image().requires_grad_()
     with pytest.raises(RuntimeError, match=r"create_graph=True.*backend.use\('reference'\)"):
         torch.autograd.grad(ours(x).sum(), x, create_graph=True)
     results = []
@@ -381,7 +374,7 @@ def test_second_derivatives_are_refused_by_name():
 @pytest.mark.parametrize("name", ["bottleneck", "se-bottleneck"])
 def test_checkpointed_stages(name, reentrant):
     results = []
-    for model in pair(name):
+    for model in residual_pair(name):
 
         def run(x, model=model):
             x = model.maxpool(torch.relu(model.bn1(model.conv1(x))))
@@ -389,19 +382,19 @@ def test_checkpointed_stages(name, reentrant):
                 x = checkpoint(stage, x, use_reentrant=reentrant)
             return model.fc(x.mean((2, 3)))
 
-        results.append(step(model, image(size=SIZE), run))
+        results.append(step(model, image(), run=run))
     assert_equal(*results, 1e-9)
 
 
 def test_saved_tensors_may_lie_elsewhere():
-    ours, stock = pair("se-bottleneck")
+    ours, stock = residual_pair("se-bottleneck")
 
     def run(x):
         with torch.autograd.graph.save_on_cpu():
             return ours(x)
 
-    x = image(size=SIZE)
-    assert_equal(step(ours, x, run), step(stock, x), 1e-9)
+    x = image()
+    assert_equal(step(ours, x, run=run), step(stock, x), 1e-9)
 
 
 def test_what_is_copied_when_saved_is_copied_about_once():
@@ -436,11 +429,11 @@ def test_running_statistics_are_heard_of():
 
 
 def test_data_parallel_training(tmp_path):
-    ours, stock = pair("mbconv")
+    ours, stock = residual_pair("mbconv")
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        wrapped, x = nn.parallel.DistributedDataParallel(ours), image(size=SIZE)
-        assert_equal(step(ours, x, wrapped), step(stock, x), 1e-9)
+        wrapped, x = nn.parallel.DistributedDataParallel(ours), image()
+        assert_equal(step(ours, x, run=wrapped), step(stock, x), 1e-9)
     finally:
         torch.distributed.destroy_process_group()
