@@ -56,14 +56,14 @@ def fused_act(
     bn: nn.Module | None, act: nn.Module | Callable | None = None, residual: Tensor | None = None
 ) -> tuple[nn.Module | Callable | None, str]:
     """The activation behind bn, which may carry it inside, and why its place forbids fusing."""
-    if type(bn) is nn.BatchNorm2d or not _is_norm_act(bn) or type(bn.act) is nn.Identity:
+    if type(bn) is nn.BatchNorm2d or not is_norm_act(bn) or type(bn.act) is nn.Identity:
         return act, ""
     if act is not None:
         return act, "an activation follows a norm that has one inside"
     return bn.act, "" if residual is None else "the activation stands before the shortcut"
 
 
-def _is_norm_act(bn: nn.Module | None) -> bool:
+def is_norm_act(bn: nn.Module | None) -> bool:
     kind = type(bn)
     return kind.__name__ == "BatchNormAct2d" and kind.__module__ == "timm.layers.norm_act"
 
@@ -94,7 +94,7 @@ def why_not_norm_relu(x: Tensor, norm: nn.Module, relu: nn.Module | None) -> str
     """Why norm and relu are no multiply-add and ReLU that an op can do to its input."""
     if reason := why_not_affine(norm):
         return reason
-    if relu is None and _is_norm_act(norm):
+    if relu is None and is_norm_act(norm):
         relu = norm.act
     if type(relu) is not nn.ReLU:
         return f"{type(relu).__name__} is not exactly nn.ReLU"
@@ -144,9 +144,9 @@ def why_not_affine(bn: nn.Module) -> str:
 def _why_not_batch_norm(bn: nn.Module) -> str:
     if type(bn) is nn.BatchNorm2d:
         return ""
-    if not _is_norm_act(bn):
+    if not is_norm_act(bn):
         return f"{type(bn).__name__} is not exactly nn.BatchNorm2d"
-    if type(bn.drop) is not nn.Identity or _has_hooks(bn.drop) or _has_hooks(bn.act):
+    if type(bn.drop) is not nn.Identity or has_hooks(bn.drop) or has_hooks(bn.act):
         return "BatchNormAct2d drops something, or a part of it has a hook"
     return ""
 
@@ -183,7 +183,7 @@ def why_not_batch_norm_relu(
         return reason
     if reason := _why_not_batch_statistics(norm):
         return reason
-    if relu is None and _is_norm_act(norm):
+    if relu is None and is_norm_act(norm):
         relu = norm.act
     if type(relu) is not nn.ReLU:
         return f"{type(relu).__name__} is not exactly nn.ReLU"
@@ -267,7 +267,7 @@ def why_not_called(x: Tensor, *modules: nn.Module | None) -> str:
     for module in modules:
         if module is None:
             continue
-        if _has_hooks(module):
+        if has_hooks(module):
             return f"{type(module).__name__} has a hook"
         if "forward" in module.__dict__:
             return f"{type(module).__name__} has a forward of its own"
@@ -292,7 +292,7 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, FakeTensor)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

@@ -1,6 +1,16 @@
-"""Compulsory traffic of sliding windows: what the ops' byte models share."""
+"""What a call costs, and the compulsory traffic of sliding windows: what byte models share."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Traffic(NamedTuple):
+    """What a fused call costs."""
+
+    kernels: int
+    bytes_read: int
+    bytes_written: int
 
 
 def touched_positions(
