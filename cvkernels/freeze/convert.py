@@ -16,46 +16,31 @@ from torch import Tensor, nn
 
 from cvkernels.freeze import ops
 from cvkernels.freeze.graph import Node, Op
-from cvkernels.nn.fused.match import is_norm_act, relu_, why_not_affine
+from cvkernels.nn.fused.match import ACTIVATIONS, is_norm_act, relu_, why_not_affine
 from cvkernels.ops.common.norm import BatchNormParams, scale_shift
 
+# What the graph's names of functions are: those of methods, and of functions of torch.
 CALLABLES: dict[Any, str] = {
-    F.relu: "relu",
-    torch.relu: "relu",
-    torch.relu_: "relu",
-    F.relu_: "relu",
-    relu_: "relu",
-    F.relu6: "relu6",
-    F.silu: "silu",
-    torch.sigmoid: "sigmoid",
-    F.sigmoid: "sigmoid",
-    operator.add: "add",
-    operator.iadd: "add",
-    torch.add: "add",
-    operator.mul: "mul",
-    operator.imul: "mul",
-    torch.mul: "mul",
-    torch.cat: "cat",
-    torch.concat: "cat",
-    torch.flatten: "flatten",
-    torch.mean: "mean",
-    F.adaptive_avg_pool2d: "adaptive_avg_pool2d",
-    F.max_pool2d: "max_pool2d",
-    F.avg_pool2d: "avg_pool2d",
-    F.dropout: "dropout",
-    F.linear: "linear",
-}
-_ACTS = {
-    "relu": "relu", "relu_": "relu", "relu6": "relu6", "silu": "silu",
-    "sigmoid": "sigmoid", "sigmoid_": "sigmoid",
+    F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", relu_: "relu",
+    F.relu6: "relu6", F.silu: "silu", torch.sigmoid: "sigmoid", F.sigmoid: "sigmoid",
+    operator.add: "add", operator.iadd: "add", torch.add: "add",
+    operator.mul: "mul", operator.imul: "mul", torch.mul: "mul",
+    torch.cat: "cat", torch.concat: "cat", torch.flatten: "flatten", torch.mean: "mean",
+    F.adaptive_avg_pool2d: "adaptive_avg_pool2d", F.max_pool2d: "max_pool2d",
+    F.avg_pool2d: "avg_pool2d", F.dropout: "dropout",
 }  # fmt: skip
-_ACT_MODULES: dict[type, str] = {
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.SiLU: "silu",
-    nn.Sigmoid: "sigmoid",
-}
+_ACTS = ("relu", "relu6", "silu", "sigmoid")
+_ACT_MODULES = {**ACTIVATIONS, nn.Sigmoid: "sigmoid"}
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d)
+# Modules that call a function with these of their attributes.
+_FUNCTIONS = {
+    nn.Flatten: ("flatten", "start_dim end_dim"),
+    nn.AdaptiveAvgPool2d: ("adaptive_avg_pool2d", "output_size"),
+    nn.MaxPool2d: ("max_pool2d", "kernel_size stride padding dilation ceil_mode return_indices"),
+    nn.AvgPool2d: (
+        "avg_pool2d", "kernel_size stride padding ceil_mode count_include_pad divisor_override"
+    ),
+}  # fmt: skip
 
 
 class Converter:
@@ -68,23 +53,22 @@ class Converter:
         """The node that computes this call, or None; a node of the input where it does nothing."""
         if not args:
             return None
-        if name in _ACTS and isinstance(args[0], Node) and len(args) == 1:
-            return self.emit(ops.Act(_ACTS[name]), [args[0]], layer)
-        rule = getattr(self, f"_{name.rstrip('_')}", None)
+        name = name.rstrip("_")
+        if name in _ACTS:
+            plain = isinstance(args[0], Node) and len(args) == 1
+            return self.emit(ops.Act(name), [args[0]], layer) if plain else None
+        rule = getattr(self, f"_{name}", None)
         return None if rule is None else rule(layer, *args, **kwargs)
 
-    def _binary(
-        self, op: type[Op], layer: str, a: Any, b: Any = None, **others: Any
+    def _add(
+        self, layer: str, a: Any, b: Any = None, *, op: type[Op] = ops.Add, **others: Any
     ) -> Node | None:
         if not isinstance(a, Node) or not isinstance(b, Node) or others:
             return None
         return self.emit(op(), [a, b], layer)
 
-    def _add(self, layer: str, *operands: Any, **others: Any) -> Node | None:
-        return self._binary(ops.Add, layer, *operands, **others)
-
-    def _mul(self, layer: str, *operands: Any, **others: Any) -> Node | None:
-        return self._binary(ops.Mul, layer, *operands, **others)
+    def _mul(self, layer: str, a: Any, b: Any = None, **others: Any) -> Node | None:
+        return self._add(layer, a, b, op=ops.Mul, **others)
 
     def _cat(self, layer: str, parts: Any, dim: int = 0, axis: int | None = None) -> Any:
         if dim != 1 or axis is not None or not all(isinstance(part, Node) for part in parts):
@@ -222,20 +206,10 @@ def convert_module(converter: Converter, module: nn.Module, layer: str, x: Any, 
         return x
     if kind is nn.Linear:
         return emit(ops.Linear(module.weight, module.bias), [x], layer)
-    if kind is nn.Flatten:
-        return converter._flatten(layer, x, module.start_dim, module.end_dim)
-    if kind is nn.AdaptiveAvgPool2d:
-        return converter._adaptive_avg_pool2d(layer, x, module.output_size)
-    if kind is nn.MaxPool2d:
-        return converter._max_pool2d(
-            layer, x, module.kernel_size, module.stride, module.padding, module.dilation,
-            module.ceil_mode, module.return_indices,
-        )  # fmt: skip
-    if kind is nn.AvgPool2d:
-        return converter._avg_pool2d(
-            layer, x, module.kernel_size, module.stride, module.padding, module.ceil_mode,
-            module.count_include_pad, module.divisor_override,
-        )  # fmt: skip
+    if kind in _FUNCTIONS:
+        name, attributes = _FUNCTIONS[kind]
+        options = [getattr(module, attribute) for attribute in attributes.split()]
+        return converter.convert(name, layer, (x, *options), {})
     return None
 
 

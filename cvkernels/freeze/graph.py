@@ -7,7 +7,7 @@ shapes, memory, cost, kernels) is its class under :mod:`cvkernels.freeze.ops`, a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -50,9 +50,10 @@ def spec_of(value: Any) -> Any:
 
 
 class Op:
-    """What a node computes; a subclass is a dataclass of its tensors and options.
+    """What a node computes; a subclass is a frozen dataclass of its tensors and options.
 
-    The class variables, and the methods below, are all that the other modules ask of an op.
+    The class variables, which a subclass gives in its first line, and the methods below are all
+    that the other modules ask of an op.
     """
 
     name: ClassVar[str]
@@ -72,6 +73,11 @@ class Op:
     kept: ClassVar[bool] = False
     # What runs in its step reports to ``explain`` itself.
     reports: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **facts: Any) -> None:
+        for fact, value in facts.items():
+            setattr(cls, fact, value)
+        dataclass(frozen=True, eq=False)(cls)
 
     def infer(self, node: Node, inputs: list, device: torch.device) -> Any:
         """The :class:`TensorSpec` of the value, or a value that is no tensor."""
@@ -96,15 +102,16 @@ class Op:
         return None
 
 
+@dataclass(eq=False, repr=False)
 class Node:
     """One op, and the value that it computes; ``layer`` is the module that it came from."""
 
-    __slots__ = ("op", "inputs", "layer")
+    op: Op
+    inputs: list[Node]
+    layer: str = ""
 
-    def __init__(self, op: Op, inputs: Iterable[Node], layer: str = "") -> None:
-        self.op = op
-        self.inputs = list(inputs)
-        self.layer = layer
+    def __post_init__(self) -> None:
+        self.inputs = list(self.inputs)
 
     def role(self, name: str) -> Node | None:
         """The input that plays this role, where there is one."""
@@ -131,27 +138,16 @@ class Node:
         return f"<{self.op.name} {self.layer}>"
 
 
+@dataclass(eq=False, repr=False)
 class Step(Node):
     """A node of a plan: ``backend`` runs it, ``value`` is what it computes.
 
     ``source`` is the graph's node whose weights it has, for what is derived from them.
     """
 
-    __slots__ = ("backend", "value", "source")
-
-    def __init__(
-        self,
-        op: Op,
-        inputs: Iterable[Step],
-        layer: str,
-        backend: str,
-        value: Any,
-        source: Node | None = None,
-    ) -> None:
-        super().__init__(op, inputs, layer)
-        self.backend = backend
-        self.value = value
-        self.source = source
+    backend: str = ""
+    value: Any = None
+    source: Node | None = None
 
     @property
     def nbytes(self) -> int:
@@ -170,6 +166,7 @@ class Ref:
     index: int
 
 
+@dataclass(eq=False, repr=False)
 class Graph:
     """Nodes in order, the first of them the input, and the structure of the output.
 
@@ -177,10 +174,9 @@ class Graph:
     tensor.
     """
 
-    def __init__(self, nodes: list[Node], results: list[Node], output: Any) -> None:
-        self.nodes = nodes
-        self.results = results
-        self.output = output
+    nodes: list[Node]
+    results: list[Node]
+    output: Any
 
     def uses(self) -> Counter[Node]:
         """How often each node's value is read."""

@@ -148,7 +148,7 @@ class Memory:
             return False
         N, C, H, W = cat.value.shape
         value = cat.value._replace(shape=(N, start + C, H, W))
-        buffer = Step(Buffer(), [], cat.layer, "", value)
+        buffer = Step(Buffer(), [], cat.layer, value=value)
         self.place[siblings] = (buffer, 0)
         self.place[cat] = (buffer, start)
         return True

@@ -219,16 +219,9 @@ def _spoil(results: list, x: Tensor) -> None:
                 result[bad] = float("nan")
 
 
-def _forget(numbers: list[int]):
-    if len(numbers) == 1:
-        (only,) = numbers
-
-        def forget(env: list) -> None:
-            env[only] = None
-    else:
-
-        def forget(env: list) -> None:
-            for number in numbers:
-                env[number] = None
+def _forget(numbers: list[int]) -> Run:
+    def forget(env: list) -> None:
+        for number in numbers:
+            env[number] = None
 
     return forget

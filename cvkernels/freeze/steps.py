@@ -28,7 +28,6 @@ class Site:
         self.memory = memory
         self.step = step
         self._caches = caches
-        self.native = step.backend == "native"
         self.none = len(memory.index)
         self.number = memory.index[step]
         self.inputs = [memory.index[source] for source in step.inputs]
@@ -44,8 +43,10 @@ class Site:
         return self._caches.setdefault(self.step.source, cache)
 
     @property
-    def kernel(self) -> Callable:
-        """The op's native implementation."""
+    def kernel(self) -> Callable | None:
+        """The op's native implementation, where that runs the step."""
+        if self.step.backend != "native":
+            return None
         return getattr(torch.ops.cvkernels, self.step.op.kernel).default
 
     def role(self, name: str) -> int:

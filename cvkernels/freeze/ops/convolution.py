@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,15 +27,13 @@ if TYPE_CHECKING:
     from cvkernels.freeze.steps import Site
 
 
-@dataclass(frozen=True, eq=False)
-class Conv(Op):
+class Conv(Op, name="conv"):
     """``act(conv(prologue(x)) * scale + shift + residual)``, as conv_bn_act computes it.
 
     The prologue is ``input_affine`` with a ReLU, or a gate. With ``squeeze``, :class:`Sums` reads
     the sums of the output over its pixels.
     """
 
-    name = "conv"
     weight: Tensor
     bias: Tensor | None
     stride: tuple[int, int]
@@ -137,13 +135,9 @@ class Conv(Op):
         return lowered.emit(planned, node, inputs, backend=planned.implementation.name)
 
 
-@dataclass(frozen=True, eq=False)
-class PlannedConv(Op):
+class PlannedConv(Op, name="conv", kernel="conv_bn_act_native", placeable=True):
     """A convolution of one shape, and the backend that runs it."""
 
-    name = "conv"
-    kernel = "conv_bn_act_native"
-    placeable = True
     conv: Conv
     problem: Problem
     implementation: Backend
@@ -184,12 +178,9 @@ class PlannedConv(Op):
         return run
 
 
-@dataclass(frozen=True, eq=False)
-class Scratch(Op):
+class Scratch(Op, name="scratch", writes=True):
     """One image of the map between a convolution and its max pool (:class:`ConvPool`)."""
 
-    name = "scratch"
-    writes = True
     planned: PlannedConv
 
     def pooled(self, window: tuple) -> ConvPool:
@@ -197,16 +188,12 @@ class Scratch(Op):
         return ConvPool(replace(self.planned, problem=one), window)
 
 
-@dataclass(frozen=True, eq=False)
-class ConvPool(Op):
+class ConvPool(Op, name="conv_pool", writes=True, placeable=True):
     """A convolution and the max pool behind it, image by image.
 
     The map between the two is then as large as one image's, and still in the cache.
     """
 
-    name = "conv_pool"
-    writes = True
-    placeable = True
     planned: PlannedConv
     window: tuple
 
@@ -230,13 +217,9 @@ class ConvPool(Op):
         return run
 
 
-@dataclass(frozen=True, eq=False)
-class Depthwise(Op):
+class Depthwise(Op, name="depthwise", kernel="depthwise_conv_bn_act_native", placeable=True):
     """A depthwise convolution on its own kernels, which apply its norm for nothing."""
 
-    name = "depthwise"
-    kernel = "depthwise_conv_bn_act_native"
-    placeable = True
     conv: Conv
     problem: DepthwiseProblem
     writes: bool
@@ -247,7 +230,7 @@ class Depthwise(Op):
     def build(self, site: Site) -> Run:
         problem, conv, cache = self.problem, self.conv, site.cache
         (x,), sums = site.inputs, site.reader(Sums)
-        if site.native:
+        if (convolve := site.kernel) is not None:
             packed, vectors = cache.get(
                 "depthwise",
                 [conv.weight],
@@ -255,7 +238,6 @@ class Depthwise(Op):
             )
             act = ACTIVATIONS.index(problem.act)
             options = (problem.R, problem.stride[0], *problem.padding, act)
-            convolve = site.kernel
 
             def write(env: list, y: Tensor) -> None:
                 convolve(env[x], packed, vectors, *options, y.permute(0, 2, 3, 1), env[sums])
@@ -275,11 +257,9 @@ class Depthwise(Op):
         return site.computed(compute)
 
 
-@dataclass(frozen=True, eq=False)
-class Sums(Op):
+class Sums(Op, name="sums"):
     """The sums over pixels of a convolution with ``squeeze``, whose step computes them."""
 
-    name = "sums"
     writes: bool = False
 
     def infer(self, node: Node, inputs: list[TensorSpec], device: torch.device) -> TensorSpec:

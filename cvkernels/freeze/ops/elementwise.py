@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,60 +17,40 @@ from cvkernels.ops.common.norm import BatchNormParams
 if TYPE_CHECKING:
     from cvkernels.freeze.steps import Site
 
-ACT_FUNCTIONS = {
-    "relu": torch.relu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-}
+ACTS = {"relu": torch.relu, "relu6": F.relu6, "silu": F.silu, "sigmoid": torch.sigmoid}
 
 
-@dataclass(frozen=True, eq=False)
-class Affine(Op):
+class Affine(Op, name="affine", kernel="dense_concat", writes=True, placeable=True):
     """``x * scale + shift`` of each channel, and a ReLU."""
 
-    name = "affine"
-    kernel = "dense_concat"
-    writes = True
-    placeable = True
     scale: Tensor
     shift: Tensor
     relu: bool = False
 
     def build(self, site: Site) -> Run:
         (x,), relu = site.inputs, self.relu
-        if site.native:
-            write, vectors = site.kernel, (self.scale, self.shift, None, None, 0.0)
+        if (write := site.kernel) is not None:
+            vectors = (self.scale, self.shift, None, None, 0.0)
             return site.written(lambda env, y: write(y, env[x], 0, *vectors, relu))
         bn = BatchNormParams(self.scale, self.shift)
         return site.written(lambda env, y: functional.dense_concat(y, env[x], 0, bn, relu))
 
 
-@dataclass(frozen=True, eq=False)
-class Copy(Op):
+class Copy(Op, name="copy", kernel="dense_concat", writes=True, placeable=True):
     """x in a slice that its producer cannot write into."""
-
-    name = "copy"
-    kernel = "dense_concat"
-    writes = True
-    placeable = True
 
     def build(self, site: Site) -> Run:
         (x,) = site.inputs
-        if site.native:
-            write = site.kernel
+        if (write := site.kernel) is not None:
             return site.written(lambda env, y: write(y, env[x], 0, *NO_VECTORS, False))
         return site.written(lambda env, y: y.copy_(env[x]))
 
 
-@dataclass(frozen=True, eq=False)
-class Act(Op):
-    name = "act"
-    placeable = True
+class Act(Op, name="act", placeable=True):
     act: str
 
     def build(self, site: Site) -> Run:
-        activate, (x,) = ACT_FUNCTIONS[self.act], site.inputs
+        activate, (x,) = ACTS[self.act], site.inputs
         return site.computed(lambda env: activate(env[x]))
 
 
@@ -83,30 +62,21 @@ class _Broadcast(Op):
         return tuple(n if m == 1 else m for m, n in reversed(sizes))
 
 
-@dataclass(frozen=True, eq=False)
-class Add(_Broadcast):
-    name = "add"
-    placeable = True
-
+class Add(_Broadcast, name="add", placeable=True):
     def build(self, site: Site) -> Run:
         a, b = site.inputs
         return site.computed(lambda env: env[a] + env[b])
 
 
-@dataclass(frozen=True, eq=False)
-class Mul(_Broadcast):
-    name = "mul"
-
+class Mul(_Broadcast, name="mul"):
     def build(self, site: Site) -> Run:
         a, b = site.inputs
         return site.computed(lambda env: env[a] * env[b])
 
 
-@dataclass(frozen=True, eq=False)
-class Linear(Op):
+class Linear(Op, name="linear"):
     """A fully connected layer on x, [N, C]."""
 
-    name = "linear"
     weight: Tensor
     bias: Tensor | None
 

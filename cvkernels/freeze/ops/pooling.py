@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,11 +22,8 @@ if TYPE_CHECKING:
     from cvkernels.freeze.steps import Site
 
 
-class _Pool(Op):
+class _Pool(Op, writes=True, placeable=True):
     """``window`` has the options in the order of :class:`cvkernels.ops.common.pool.Window`."""
-
-    writes = True
-    placeable = True
 
     def shape(self, node: Node, x: tuple) -> tuple:
         node.check(len(x) == 4, "[N, C, H, W]", x)
@@ -46,10 +42,7 @@ class _Pool(Op):
         return every._replace(bytes_read=read)
 
 
-@dataclass(frozen=True, eq=False)
-class MaxPool(_Pool):
-    name = "max_pool"
-    kernel = "max_pool_out"
+class MaxPool(_Pool, name="max_pool", kernel="max_pool_out"):
     window: tuple
 
     def lower(self, node: Node, lowered: Lowered) -> Step:
@@ -63,22 +56,19 @@ class MaxPool(_Pool):
 
     def build(self, site: Site) -> Run:
         (x,), window = site.inputs, self.window
-        if site.native:
-            write = site.kernel
+        if (write := site.kernel) is not None:
             return site.written(lambda env, y: write(env[x], *window, y))
         return site.written(lambda env, y: functional.max_pool(env[x], *window, out=y))
 
 
-class _Average(Op):
+class _Average(Op, kernel="avg_pool_out"):
     """Averages of ``relu(x * scale + shift)``, where there is an ``input_affine``, or of x."""
-
-    kernel = "avg_pool_out"
 
     def averaged(self, site: Site, *arguments: Any) -> Run:
         """With the window's options in the order of avg_pool's."""
         (x,), norm = site.inputs, self.input_affine
-        if site.native:
-            write, vectors = site.kernel, NO_VECTORS if norm is None else (*norm, None, None, 0.0)
+        if (write := site.kernel) is not None:
+            vectors = NO_VECTORS if norm is None else (*norm, None, None, 0.0)
             return site.written(lambda env, y: write(env[x], *arguments, *vectors, y))
         options = {"input_bn": None if norm is None else BatchNormParams(*norm)}
         return site.written(
@@ -86,9 +76,7 @@ class _Average(Op):
         )
 
 
-@dataclass(frozen=True, eq=False)
-class AvgPool(_Average, _Pool):
-    name = "avg_pool"
+class AvgPool(_Average, _Pool, name="avg_pool"):
     window: tuple
     count_include_pad: bool
     divisor: int | None
@@ -100,11 +88,9 @@ class AvgPool(_Average, _Pool):
         return self.averaged(site, kernel_size, stride, padding, *options)
 
 
-@dataclass(frozen=True, eq=False)
-class Mean(_Average):
+class Mean(_Average, name="mean"):
     """The mean of x over its pixels, [N, C, 1, 1]."""
 
-    name = "mean"
     input_affine: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -119,7 +105,7 @@ class Mean(_Average):
             size = site.step.inputs[0].value.shape[2:]
             return self.averaged(site, size, size, (0, 0), False, True, None)
         (x,), shape = site.inputs, site.step.value.shape
-        if site.native:
+        if site.kernel is not None:
             squeeze = torch.ops.cvkernels.squeeze_native.default
             return site.computed(lambda env: squeeze(env[x]).view(shape))
         return site.computed(lambda env: env[x].mean((2, 3), keepdim=True))

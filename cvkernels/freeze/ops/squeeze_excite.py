@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -19,26 +19,24 @@ if TYPE_CHECKING:
 class _Layers(Op):
     """The two layers, with ``act`` between them."""
 
+    weight1: Tensor
+    bias1: Tensor | None
+    weight2: Tensor
+    bias2: Tensor | None
+    act: str
+
     @property
     def layers(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """Weights, as matrices, and biases."""
         return (self.weight1.flatten(1), self.bias1, self.weight2.flatten(1), self.bias2)
 
 
-@dataclass(frozen=True, eq=False)
-class SqueezeExcite(_Layers):
+class SqueezeExcite(
+    _Layers, name="se", kernel="squeeze_excite_native_out",
+    writes=True, in_place=True, placeable=True,
+):  # fmt: skip
     """``out_act(x * sigmoid(fc2(act(fc1(mean of x)))) + residual)``."""
 
-    name = "se"
-    kernel = "squeeze_excite_native_out"
-    writes = True
-    in_place = True
-    placeable = True
-    weight1: Tensor
-    bias1: Tensor | None
-    weight2: Tensor
-    bias2: Tensor | None
-    act: str
     out_act: str = "none"
     roles: tuple[str, ...] = ("x",)
 
@@ -49,30 +47,21 @@ class SqueezeExcite(_Layers):
 
     def build(self, site: Site) -> Run:
         x, residual = site.role("x"), site.role("residual")
-        layers, acts = self.layers, (self.act, self.out_act)
-        excite = functional.squeeze_excite
-        if site.native:
-            excite, acts = site.kernel, (ACTS[self.act], ACTS[self.out_act])
+        layers, act, out_act = self.layers, self.act, self.out_act
+        if (write := site.kernel) is not None:
+            act, out_act = ACTS[act], ACTS[out_act]
             return site.written(
-                lambda env, y: excite(env[x], *layers, acts[0], env[residual], acts[1], y)
+                lambda env, y: write(env[x], *layers, act, env[residual], out_act, y)
             )
+        excite = functional.squeeze_excite
         return site.written(
-            lambda env, y: excite(env[x], *layers, acts[0], env[residual], acts[1], out=y)
+            lambda env, y: excite(env[x], *layers, act, env[residual], out_act, out=y)
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Excite(_Layers):
+class Excite(_Layers, name="excite", kernel="excite_native", kept=True):
     """The gates from sums over ``count`` pixels; logits, where the step after it has a sigmoid."""
 
-    name = "excite"
-    kernel = "excite_native"
-    kept = True
-    weight1: Tensor
-    bias1: Tensor | None
-    weight2: Tensor
-    bias2: Tensor | None
-    act: str
     sigmoid: bool = True
     count: int = 1
 
@@ -84,26 +73,20 @@ class Excite(_Layers):
 
     def build(self, site: Site) -> Run:
         (sums,), layers, sigmoid, count = site.inputs, self.layers, self.sigmoid, self.count
-        if site.native:
-            excite, act = site.kernel, ACTS[self.act]
+        if (excite := site.kernel) is not None:
+            act = ACTS[self.act]
             return site.computed(lambda env: excite(env[sums], *layers, act, sigmoid, count))
         options = {"act": self.act, "sigmoid": sigmoid, "count": count}
         return site.computed(lambda env: functional.excite(env[sums], *layers, **options))
 
 
-@dataclass(frozen=True, eq=False)
-class Scale(Op):
+class Scale(
+    Op, name="scale", kernel="se_scale_native_out", writes=True, in_place=True, placeable=True
+):
     """``x * sigmoid(gate)``, before a convolution that does not take the gate along."""
-
-    name = "scale"
-    kernel = "se_scale_native_out"
-    writes = True
-    in_place = True
-    placeable = True
 
     def build(self, site: Site) -> Run:
         x, gate = site.inputs
-        if site.native:
-            write = site.kernel
+        if (write := site.kernel) is not None:
             return site.written(lambda env, y: write(env[x], env[gate], None, 0, y))
         return site.written(lambda env, y: functional.se_scale(env[x], env[gate], out=y))

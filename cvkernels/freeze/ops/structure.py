@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,18 +17,12 @@ if TYPE_CHECKING:
     from cvkernels.freeze.steps import Site
 
 
-@dataclass(frozen=True, eq=False)
-class Input(Op):
-    name = "input"
-    roles = ()
+class Input(Op, name="input", roles=()):
+    """The images."""
 
 
-@dataclass(frozen=True, eq=False)
-class Cat(Op):
+class Cat(Op, name="cat", writes=True):
     """A concatenation along the channels: a buffer that its parts are written into."""
-
-    name = "cat"
-    writes = True
 
     def shape(self, node: Node, *parts: tuple) -> tuple:
         first = parts[0]
@@ -42,31 +35,21 @@ class Cat(Op):
         return lowered.emit(self if is_map else Concat(), node)
 
 
-@dataclass(frozen=True, eq=False)
-class Concat(Op):
+class Concat(Op, name="concat"):
     """A concatenation of what are no maps, copied together."""
-
-    name = "concat"
 
     def build(self, site: Site) -> Run:
         parts = site.inputs
         return site.computed(lambda env: torch.cat([env[part] for part in parts], 1))
 
 
-@dataclass(frozen=True, eq=False)
-class Buffer(Op):
+class Buffer(Op, name="buffer", writes=True):
     """Memory that several overlapping values are slices of; no step's value."""
 
-    name = "buffer"
-    writes = True
 
-
-@dataclass(frozen=True, eq=False)
-class Part(Op):
+class Part(Op, name="part", views=True):
     """``channels`` channels of x, from ``start``."""
 
-    name = "part"
-    views = True
     start: int
     channels: int
 
@@ -88,12 +71,8 @@ class Part(Op):
         return run
 
 
-@dataclass(frozen=True, eq=False)
-class Flatten(Op):
+class Flatten(Op, name="flatten", views=True):
     """x as [N, C * H * W]."""
-
-    name = "flatten"
-    views = True
 
     def shape(self, node: Node, x: tuple) -> tuple:
         return (x[0], math.prod(x[1:]))
@@ -107,13 +86,9 @@ class Flatten(Op):
         return site.computed(lambda env: env[x].flatten(1))
 
 
-@dataclass(frozen=True, eq=False)
-class Call(Op):
+class Call(Op, name="call", views=True, reports=True):
     """A function, method or module that is called as it is, on the inputs that args refer to."""
 
-    name = "call"
-    views = True
-    reports = True
     kind: str
     target: Any
     args: tuple
