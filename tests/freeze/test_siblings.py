@@ -14,7 +14,7 @@ def frozen_and_merged(model, x):
     frozen = cvkernels.freeze(model, x)
     verification = cvkernels.verify(frozen)
     assert verification.ok, verification
-    return frozen, sum(node.op == "part" for node in frozen.graph.nodes)
+    return frozen, sum(node.op.name == "part" for node in frozen.graph.nodes)
 
 
 def convolutions(frozen):

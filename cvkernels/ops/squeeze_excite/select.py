@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,20 +10,13 @@ from torch import Tensor
 from cvkernels import backend as backends
 from cvkernels import record
 from cvkernels.backend import BackendError, Choice
+from cvkernels.ops.common.traffic import Traffic
 from cvkernels.ops.squeeze_excite import native
 
 IMPLEMENTATIONS = ("triton", "native")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 LARGEST_MAP = 2**31 - 2**13
-
-
-class Traffic(NamedTuple):
-    """What a fused call costs."""
-
-    kernels: int
-    bytes_read: int
-    bytes_written: int
 
 
 def select(op: str, x: Tensor, grad: bool, requested: str, triton_limit: str = "") -> Choice:
