@@ -24,8 +24,8 @@ from cvkernels.freeze.shapes import infer
 from cvkernels.freeze.steps import Builder, Step
 from cvkernels.freeze.traffic import cost
 from cvkernels.functional import DerivedWeights
+from cvkernels.ops.common.traffic import Traffic
 from cvkernels.ops.conv_bn_act.problem import Problem
-from cvkernels.ops.squeeze_excite.select import Traffic
 
 # Arenas that a plan keeps for later calls; more calls at once than this allocate theirs.
 KEPT = 8

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from cvkernels.freeze.graph import Like, Node
-from cvkernels.ops.common.traffic import touched_positions
-from cvkernels.ops.squeeze_excite.select import Traffic
+from cvkernels.ops.common.traffic import Traffic, touched_positions
 
 if TYPE_CHECKING:
     from cvkernels.freeze.plan import Plan
