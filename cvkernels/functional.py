@@ -8,7 +8,6 @@ from cvkernels.ops.conv_bn_act.op import conv_bn_act
 from cvkernels.ops.dense_concat.op import dense_concat
 from cvkernels.ops.depthwise_conv_bn_act.op import depthwise_conv_bn_act
 from cvkernels.ops.max_pool.op import max_pool
-from cvkernels.ops.squeeze_excite import registration as _se_scale  # noqa: F401 - registers the ops
 from cvkernels.ops.squeeze_excite.excite import excite
 from cvkernels.ops.squeeze_excite.op import squeeze_excite
 from cvkernels.ops.squeeze_excite.scale import se_scale

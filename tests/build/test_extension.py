@@ -44,12 +44,12 @@ def run(package: Path, code: str) -> str:
 USE = """
     import torch
     from cvkernels.backend import BackendError
-    from cvkernels.ops.max_pool.op import choose, max_pool
+    from cvkernels.ops.max_pool.op import max_pool
 
     x = torch.ones(1, 8, 4, 4)
     assert max_pool(x, 2).shape == (1, 8, 2, 2)
-    assert choose(x, 2).backend == "reference"
-    assert choose(x, 2).reason == extension.status()["cpu"].reason
+    assert max_pool.plan(x, 2).backend == "reference"
+    assert max_pool.plan(x, 2).reason == extension.status()["cpu"].reason
     try:
         max_pool(x, 2, backend="native")
     except BackendError as error:

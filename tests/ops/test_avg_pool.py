@@ -7,7 +7,6 @@ from torch.library import opcheck
 from cvkernels import backend, extension, record
 from cvkernels.backend import BackendError
 from cvkernels.functional import BatchNormParams, avg_pool
-from cvkernels.ops.avg_pool.op import choose
 from cvkernels.ops.avg_pool.reference import avg_pool_reference
 from tests.support.numerics import assert_matches, assert_matches_grad
 
@@ -230,10 +229,10 @@ class TestChoice:
 
     def test_reference_where_a_gradient_is_needed(self, native, device):
         x = torch.ones(1, 8, 4, 4, device=device, requires_grad=True)
-        assert choose(x, 2).backend == "reference"
-        assert "gradient" in choose(x, 2).reason
+        assert avg_pool.plan(x, 2).backend == "reference"
+        assert "gradient" in avg_pool.plan(x, 2).reason
         with torch.no_grad():
-            assert choose(x, 2).backend == "native"
+            assert avg_pool.plan(x, 2).backend == "native"
         with pytest.raises(BackendError, match="a gradient is needed.*use backend='auto'"):
             avg_pool(x, 2, backend="native")
 

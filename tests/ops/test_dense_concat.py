@@ -7,7 +7,6 @@ from torch.library import opcheck
 from cvkernels import backend, extension, record
 from cvkernels.backend import BackendError
 from cvkernels.functional import BatchNormParams, dense_concat
-from cvkernels.ops.dense_concat.op import choose
 from cvkernels.ops.dense_concat.reference import dense_concat_reference
 from tests.support.numerics import assert_matches
 
@@ -270,7 +269,8 @@ class TestChoice:
     def test_use_is_obeyed(self, device):
         args = make(SHAPES["odd"], torch.float32, torch.channels_last, device)
         with backend.use("reference"):
-            assert choose(*args) == ("reference", "requested")
+            planned = dense_concat.plan(*args)
+            assert (planned.backend, planned.reason) == ("reference", "requested")
 
     def test_meta_tensors_are_planned_as_cuda_under_explain(self):
         with torch.device("meta"):
@@ -286,8 +286,8 @@ class TestChoice:
 
     def test_the_reference_says_why(self):
         args = make(SHAPES["odd"], torch.float32, torch.channels_last, "meta")
-        assert choose(*args).backend == "reference"
-        assert "needs CPU or CUDA tensors, got meta" in choose(*args).reason
+        assert dense_concat.plan(*args).backend == "reference"
+        assert "needs CPU or CUDA tensors, got meta" in dense_concat.plan(*args).reason
 
 
 BUFFER = torch.ones(1, 16, 4, 4).contiguous(memory_format=torch.channels_last)

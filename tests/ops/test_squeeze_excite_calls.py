@@ -9,9 +9,6 @@ from torch.library import opcheck
 from cvkernels import backend, extension, record
 from cvkernels.backend import BackendError
 from cvkernels.functional import excite, se_scale, squeeze, squeeze_excite
-from cvkernels.ops.squeeze_excite import excite as excite_module
-from cvkernels.ops.squeeze_excite import scale as op
-from cvkernels.ops.squeeze_excite import squeeze as squeeze_module
 from cvkernels.ops.squeeze_excite.reference import (
     excite_reference,
     se_scale_reference,
@@ -208,20 +205,20 @@ class TestChoice:
     def test_auto_is_native_on_cpu(self, native):
         x, gate = torch.ones(1, 8, 4, 4), torch.ones(1, 8)
         assert backend.chosen("se_scale", x, gate) == "native"
-        assert op.choose(x, gate).reason == "native on cpu"
+        assert se_scale.plan(x, gate).reason == "native on cpu"
 
     def test_reference_where_a_gradient_is_needed(self, native):
         x, gate = torch.ones(1, 8, 4, 4), torch.ones(1, 8, requires_grad=True)
-        choice = op.choose(x, gate)
+        choice = se_scale.plan(x, gate)
         assert choice.backend == "reference" and "a gradient is needed" in choice.reason
         with torch.no_grad():
-            assert op.choose(x, gate).backend == "native"
+            assert se_scale.plan(x, gate).backend == "native"
         with pytest.raises(BackendError, match="se_scale: backend 'native' .* gradient is needed"):
             se_scale(x, gate, backend="native")
 
     def test_reference_for_float64(self):
         x = torch.ones(1, 8, 4, 4, dtype=torch.float64)
-        assert squeeze_module.choose(x).backend == "reference"
+        assert squeeze.plan(x).backend == "reference"
         with pytest.raises(BackendError, match="computes in float32, float16 and bfloat16"):
             squeeze(x, backend="native")
         with pytest.raises(BackendError, match="Triton computes in float16"):
@@ -234,7 +231,7 @@ class TestChoice:
 
     def test_use_is_obeyed(self):
         with backend.use("reference"):
-            assert squeeze_module.choose(torch.ones(1, 8, 4, 4)).backend == "reference"
+            assert squeeze.plan(torch.ones(1, 8, 4, 4)).backend == "reference"
 
     def test_triton_refuses_a_wide_hidden_layer(self):
         layers = (torch.ones(513, 8), None, torch.ones(8, 513), None)
@@ -243,10 +240,10 @@ class TestChoice:
         with record.recording(record.Recorder()):
             pooled, *layers = (t and t.to("meta") if t is None else t.to("meta") for t in
                                (torch.ones(1, 8), *layers))  # fmt: skip
-            assert excite_module.choose(pooled, *layers).backend == "reference"
+            assert excite.plan(pooled, *layers).backend == "reference"
 
     def test_meta_tensor_alone_is_the_reference_s(self):
-        assert squeeze_module.choose(torch.empty(1, 8, 4, 4, device="meta")).backend == "reference"
+        assert squeeze.plan(torch.empty(1, 8, 4, 4, device="meta")).backend == "reference"
 
 
 def planned(m, run, dtype=torch.bfloat16):

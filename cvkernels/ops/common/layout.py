@@ -24,7 +24,7 @@ def channels_last(x: Tensor) -> Tensor:
 def new_channels_last(
     like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None
 ) -> Tensor:
-    """An empty channels_last tensor of ``shape``, on like's device, of its dtype by default."""
+    """An empty channels_last tensor of ``shape`` on like's device, of its dtype if not given."""
     return torch.empty(
         shape, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last
     )

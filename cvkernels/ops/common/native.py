@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels import extension, record
+from cvkernels import extension
 from cvkernels.backend import Choice
 from cvkernels.ops.common import autograd
-from cvkernels.ops.common.autograd import mark_written  # noqa: F401
 from cvkernels.ops.common.dispatch import Call, Implementation, choose, reference
 
 DTYPES = {
@@ -49,9 +48,7 @@ def lacks(op: str, call: Call) -> str:
 
 def directs(call: Call) -> bool:
     """Whether a plan of the call may do an op's work past PyTorch's dispatcher."""
-    if call.device != "cpu" or call.once or not call.x.is_cpu or autograd.observed():
-        return False
-    return hasattr(importlib.import_module("cvkernels._C"), "direct")
+    return call.device == "cpu" and not call.once and call.x.is_cpu and not autograd.observed()
 
 
 def direct(function: Callable[[], object]) -> Callable[..., None]:
@@ -81,29 +78,3 @@ def select(op: str, x: Tensor, requested: str, forbids: str = "") -> Choice:
 
 def _unplanned(*_: object) -> Callable:
     raise NotImplementedError
-
-
-# What a compiled op raises on arguments that it does not take.
-REFUSED = (RuntimeError, KeyError, TypeError, IndexError)
-
-
-def at_once(backend: str, *tensors: Tensor | None) -> bool:
-    """Whether the op may be called on CPU before the checks in Python: it refuses what they refuse.
-
-    So where "auto" means that op, there is no gradient, and nobody has to see the call. Checking in
-    Python takes longer than a small map. What it refuses, by one of ``REFUSED``, is to be checked.
-    """
-    # Written out: in cold caches each function that is called takes longer than what it does.
-    if (
-        backend != "auto"
-        or torch.compiler.is_compiling()
-        or backends.in_force() != "auto"
-        or record.current() is not None
-        or not extension.has("cpu")
-        or (torch.is_grad_enabled() and autograd.needs_grad(*tensors))
-    ):
-        return False
-    for tensor in tensors:
-        if tensor is not None and not tensor.is_cpu:
-            return False
-    return True

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
 from cvkernels import record
+from cvkernels.backend import in_force
+from cvkernels.ops.common.autograd import observed
 from cvkernels.ops.common.traffic import Traffic
 
 _recorder = record.current
@@ -54,6 +61,11 @@ class Plan:
         with recorder.call(self.op, self.backend, self.reason, *self.traffic):
             return self.run(*data)
 
+    def bind(self, operands: Any) -> Plan:
+        """The plan with its function's first argument given."""
+        run = functools.partial(self.run, operands)
+        return Plan(self.op, self.backend, self.reason, run, lambda: self.traffic)
+
     def __repr__(self) -> str:
         return f"<plan of {self.op}: {self.backend} ({self.reason})>"
 
@@ -61,7 +73,8 @@ class Plan:
 class PlanTable:
     """The plans of an op's last kinds of calls, for calls with nothing to fold or pack.
 
-    A key holds all of a call's metadata that its checks and choice look at.
+    A key holds all that checks and choice look at: the surroundings of the call, its options, and
+    of each tensor everything but its contents. Options are to be exact: 2.0 would be taken for 2.
     """
 
     CAPACITY = 512
@@ -70,11 +83,29 @@ class PlanTable:
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
         self.get = self._plans.get
 
-    def keep(self, key: Hashable, plan: Plan) -> Plan:
-        while len(self._plans) >= self.CAPACITY:
-            self._plans.popitem(last=False)
-        self._plans[key] = plan
+    @staticmethod
+    def key(backend: str, tensors: Iterable[Tensor | None], *options: Hashable) -> tuple | None:
+        """The key of a call; None where one of its tensors is not exactly a tensor."""
+        kinds: list[tuple | None] = []
+        for t in tensors:
+            if t is None:
+                kinds.append(None)
+            elif type(t) is Tensor or type(t) is Parameter:
+                kinds.append((t.shape, t.stride(), t.dtype, t.device, t.requires_grad))
+            else:
+                return None
+        return (backend, _requested(), _grad_enabled(), observed(), options, *kinds)
+
+    def keep(self, key: Hashable | None, plan: Plan, *tensors: Tensor | None) -> Plan:
+        """The plan, kept for calls with this key if all tensors have memory."""
+        if key is not None and all(t is None or t.is_cpu or t.is_cuda for t in tensors):
+            while len(self._plans) >= self.CAPACITY:
+                self._plans.popitem(last=False)
+            self._plans[key] = plan
         return plan
+
+
+_requested, _grad_enabled = in_force, torch.is_grad_enabled
 
 
 Function = TypeVar("Function", bound=Callable)

@@ -1,13 +1,82 @@
-"""Argument checks of se_scale and its parts, before anything is allocated or launched."""
+"""The sizes of a call of se_scale or one of its parts, its checks, and which backend can run it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from cvkernels import backend as backends
+from cvkernels.ops.common import layout
+from cvkernels.ops.common.dispatch import Call, Implementation, Table, reference
+from cvkernels.ops.squeeze_excite import native, tiles
+
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LARGEST_MAP = 2**31 - 2**13
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ACTS = ("relu", "silu")
 OUT_ACTS = ("none", "relu", "silu")
+
+
+class Problem(NamedTuple):
+    """What a backend is chosen by: the op, and the width of the hidden layer, 0 without one."""
+
+    op: str
+    R: int = 0
+
+
+def table_of(
+    triton: Callable[..., Callable],
+    compiled: Callable[..., Callable],
+    stock: Callable[..., Callable],
+) -> Table:
+    """The table of one of the ops, by what plans each implementation."""
+    return (
+        Implementation("triton", _why_not_triton, triton, "triton on cuda", "cuda"),
+        Implementation("native", _why_not_native, compiled, "native on cpu", "cpu"),
+        reference(stock),
+    )
+
+
+def _why_not_triton(problem: Problem, call: Call) -> str:
+    x = call.x
+    if x.dtype not in TRITON_DTYPES:
+        return f"Triton computes in float16, bfloat16 and float32, got {x.dtype}"
+    if problem.R > tiles.LARGEST_R:
+        return (
+            f"Triton keeps the hidden layer on chip, and R = {problem.R} is over {tiles.LARGEST_R}"
+        )
+    pixels = x.shape[2:].numel()
+    if pixels > LARGEST_MAP:
+        return f"Triton counts pixels in 32 bits, got {pixels}"
+    # A compiled graph asks when it runs; tracing cannot.
+    return "" if torch.compiler.is_compiling() else backends.lacks_triton(call.device)
+
+
+def _why_not_native(problem: Problem, call: Call) -> str:
+    if call.grad:
+        return f"a gradient is needed, and the native {problem.op} has none"
+    reason = native.why_not(call.x.dtype, call.device)
+    if not reason and call.automatic and torch.compiler.is_compiling():
+        return "torch.compile generates the op on CPU"
+    return reason
+
+
+def copies(x: Tensor, residual: Tensor | None, out: Tensor | None) -> int:
+    """How many maps are copied around the kernels, each of x's size."""
+    nhwc = layout.is_nhwc(x)
+    around = sum(t is not None and not layout.fits(t, nhwc) for t in (x, residual))
+    return around + (out is not None and bool(around or not layout.fits(out, nhwc)))
+
+
+def check_differentiable(op: str, out: Tensor | None, grad: bool) -> None:
+    if out is not None and (grad or (torch.is_grad_enabled() and out.requires_grad)):
+        raise ValueError(
+            f"{op}: out= is not differentiable, and an argument requires a gradient; "
+            f"call it under torch.no_grad(), or leave out= away"
+        )
 
 
 def check_map(op: str, x: Tensor) -> None:
@@ -27,11 +96,6 @@ def check_map(op: str, x: Tensor) -> None:
             f"{op}: x must have channels and pixels, got {list(x.shape)}: "
             f"the mean of no pixel is not defined"
         )
-
-
-def check_act(op: str, name: str, act: str, allowed: tuple[str, ...]) -> None:
-    if act not in allowed:
-        raise ValueError(f"{op}: {name} must be one of {list(allowed)}, got {act!r}")
 
 
 def check_gate(op: str, gate: Tensor, x: Tensor) -> None:
