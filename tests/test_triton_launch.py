@@ -23,6 +23,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.driver import CudaLauncher  # noqa: E402
 
+import cvkernels  # noqa: E402
 from cvkernels.ops.common.norm import BatchNormParams  # noqa: E402
 from cvkernels.ops.common.triton_launch import Launch  # noqa: E402
 from cvkernels.ops.conv_bn_act import triton_launch as conv_launches  # noqa: E402
@@ -155,7 +156,7 @@ def test_squeeze_excite_plans_copy_what_kernels_cannot_read(device):
 @pytest.fixture(scope="module")
 def found():
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = Path(__file__).resolve().parents[1]
+    root = Path(cvkernels.__file__).resolve().parents[1]
     env["PYTHONPATH"] = os.pathsep.join([str(root), env.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr

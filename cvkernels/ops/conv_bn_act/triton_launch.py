@@ -153,14 +153,8 @@ def _plan(
         flat_x = p.stride == (1, 1) and _flat(x_strides, p.H, p.W)
         meta.update(EVEN_C=even, FLAT_X=flat_x, GATE_UNIFORM=uniform)
     else:
-        meta.update(
-            R=p.R,
-            S=p.S,
-            PADDING_H=p.padding[0],
-            PADDING_W=p.padding[1],
-            DILATION_H=p.dilation[0],
-            DILATION_W=p.dilation[1],
-        )
+        meta.update(R=p.R, S=p.S, PADDING_H=p.padding[0], PADDING_W=p.padding[1])
+        meta.update(DILATION_H=p.dilation[0], DILATION_W=p.dilation[1])
     if name == "spatial":
         sizes = (pixels, p.C, p.K, p.H, p.W, p.P, p.Q)
         meta.update(

@@ -1,13 +1,15 @@
 """Launches the Triton kernels of se_scale and its parts.
 
-``plan_<op>`` returns a function of the op's tensors, for any that have the layouts it was planned
-for; those may be on the meta device. ``<name>_launch`` is one launch of it.
+``plan_<op>``, which takes its arguments by position, returns a function of the op's tensors, right
+for any that have the layouts of those it was given, on any device; layers are the two weights, each
+before its bias. ``<name>_launch`` is one launch, its docstring what it takes.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,10 +43,39 @@ _FINISH_BLOCK = 256
 # Four programs an SM. Without a limit ptxas aims at fewer, and spills to get there.
 _REGISTERS = {"maxnreg": 128}
 
-# Shape, strides and dtype, by which plans are kept.
-Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
-_planned_once = functools.lru_cache(maxsize=4096)
+class _Layout(NamedTuple):
+    """What plans know of a tensor."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _kept(plan: Callable[..., Callable]) -> Callable[..., Callable]:
+    """``plan``, once for all tensors of equal layouts: it is given some on the meta device."""
+
+    @functools.lru_cache(maxsize=4096)
+    def planned_once(*arguments: Any) -> Callable:
+        return plan(
+            *(
+                torch.empty_strided(a.shape, a.strides, dtype=a.dtype, device="meta")
+                if isinstance(a, _Layout)
+                else a
+                for a in arguments
+            )
+        )
+
+    @functools.wraps(plan)
+    def planned(*arguments: Any) -> Callable:
+        return planned_once(
+            *(
+                _Layout(a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a
+                for a in arguments
+            )
+        )
+
+    return planned
 
 
 def squeeze(x: Tensor) -> Tensor:
@@ -52,34 +83,25 @@ def squeeze(x: Tensor) -> Tensor:
     return plan_squeeze(x)(x)
 
 
+@_kept
 def plan_squeeze(x: Tensor) -> Callable[[Tensor], Tensor]:
-    return _squeeze(_layout(x))
-
-
-@_planned_once
-def _squeeze(x_layout: Layout) -> Callable[[Tensor], Tensor]:
-    x, read = _read(x_layout, _nhwc(x_layout))
+    x, read = _read(x, is_nhwc(x))
     N, C, H, W = x.shape
     sums, size = squeeze_launch(x, H * W), parts_shape(x)
-    if size[1] == 1:
-
-        def run(x: Tensor) -> Tensor:
-            x = read(x)
-            out = x.new_empty((N, C))
-            sums(x, out)
-            return out
-
-        return run
     finish = finish_launch(size)
 
-    def run_in_parts(x: Tensor) -> Tensor:
+    def run(x: Tensor) -> Tensor:
         x = read(x)
-        out, parts = x.new_empty((N, C)), x.new_empty(size, dtype=torch.float32)
+        out = x.new_empty((N, C))
+        if size[1] == 1:
+            sums(x, out)
+            return out
+        parts = x.new_empty(size, dtype=torch.float32)
         sums(x, parts)
         finish(parts, None, out)
         return out
 
-    return run_in_parts
+    return run
 
 
 def excite(
@@ -92,18 +114,21 @@ def excite(
     sigmoid: bool,
     count: int | None,
 ) -> Tensor:
-    return plan_excite(pooled, weight1, act, sigmoid, count)(pooled, weight1, bias1, weight2, bias2)
+    layers = (weight1, bias1, weight2, bias2)
+    return plan_excite(pooled, weight1, act, sigmoid, count)(pooled, layers)
 
 
+@_kept
 def plan_excite(
     pooled: Tensor, weight1: Tensor, act: str, sigmoid: bool, count: int | None
-) -> Callable[..., Tensor]:
-    """(pooled, weight1, bias1, weight2, bias2) -> the logits, or their sigmoid."""
+) -> Callable[[Tensor, tuple], Tensor]:
+    """(pooled, layers) -> the logits, or their sigmoid."""
     N, C = pooled.shape
     launch = excite_launch((N, 1, C), weight1.shape[0], act, sigmoid, count or 1)
+    dtype = pooled.dtype if count is None else weight1.dtype
 
-    def run(pooled: Tensor, *layers: Tensor | None) -> Tensor:
-        out = pooled.new_empty((N, C), dtype=pooled.dtype if count is None else layers[0].dtype)
+    def run(pooled: Tensor, layers: tuple) -> Tensor:
+        out = pooled.new_empty((N, C), dtype=dtype)
         launch(pooled.contiguous(), *matrices(*layers), out, None)
         return out
 
@@ -122,23 +147,16 @@ def se_scale(
     return plan_se_scale(x, residual, act, out)(x, gate, residual, out, shift)
 
 
+@_kept
 def plan_se_scale(
     x: Tensor, residual: Tensor | None, act: str, out: Tensor | None = None
 ) -> Callable[..., Tensor]:
     """(x, gate, residual, out=None, shift=None) -> the output."""
-    return _se_scale(_layout(x), _layout(residual), act, _layout(out))
-
-
-@_planned_once
-def _se_scale(
-    x_layout: Layout, residual_layout: Layout | None, act: str, out_layout: Layout | None
-) -> Callable[..., Tensor]:
-    nhwc = _nhwc(x_layout)
-    x, read = _read(x_layout, nhwc)
-    residual, read_residual = _read(residual_layout, nhwc)
-    made = new_like(x) if out_layout is None else _like(out_layout)
-    launch = se_scale_launch(x, residual, act, made)
-    shape, strides = made.shape, made.stride()
+    nhwc = is_nhwc(x)
+    x, read = _read(x, nhwc)
+    residual, read_residual = _read(residual, nhwc)
+    made = new_like(x) if out is None else out
+    launch, shape, strides = se_scale_launch(x, residual, act, made), made.shape, made.stride()
 
     def run(
         x: Tensor,
@@ -170,93 +188,49 @@ def squeeze_excite(
 
     One launch or three, as :func:`tiles.one_launch` says.
     """
-    run = plan_squeeze_excite(x, weight1, act, residual, out_act, out, keep_mean)
-    return run(x, weight1, bias1, weight2, bias2, residual, out)
+    R = weight1.shape[0]
+    whole = tiles.one_launch(x, R)
+    run = plan_squeeze_excite(x, R, act, residual, out_act, out, keep_mean, whole)
+    return run(x, (weight1, bias1, weight2, bias2), residual, out)
 
 
+@_kept
 def plan_squeeze_excite(
     x: Tensor,
-    weight1: Tensor,
+    R: int,
     act: str,
     residual: Tensor | None,
     out_act: str,
-    out: Tensor | None = None,
-    keep_mean: bool = False,
-) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
-    """(x, weight1, bias1, weight2, bias2, residual, out=None) -> what the op returns."""
-    R = weight1.shape[0]
-    plan = _in_one_launch if tiles.one_launch(x, R) else _in_three_launches
-    layouts = (_layout(x), _layout(residual), _layout(out))
-    return plan(*layouts, R, act, out_act, keep_mean)
-
-
-@_planned_once
-def _in_one_launch(
-    x_layout: Layout,
-    residual_layout: Layout | None,
-    out_layout: Layout | None,
-    R: int,
-    act: str,
-    out_act: str,
+    out: Tensor | None,
     keep_mean: bool,
+    whole_images: bool,
 ) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
-    x, read = _read(x_layout, True)
-    residual, read_residual = _read(residual_layout, True)
-    made = new_like(x) if out_layout is None else _like(out_layout)
-    launch = image_launch(x, R, act, residual, out_act, made)
-    shape, strides = made.shape, made.stride()
-
-    def run(
-        x: Tensor,
-        weight1: Tensor,
-        bias1: Tensor | None,
-        weight2: Tensor,
-        bias2: Tensor | None,
-        residual: Tensor | None,
-        out: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        gate = x.new_empty(shape[:2], dtype=torch.float32)
-        mean = torch.empty_like(gate) if keep_mean else None
-        out = x.new_empty_strided(shape, strides) if out is None else out
-        layers = matrices(weight1, bias1, weight2, bias2)
-        launch(read(x), *layers, read_residual(residual), out, gate, mean)
-        return out, mean, gate
-
-    return run
-
-
-@_planned_once
-def _in_three_launches(
-    x_layout: Layout,
-    residual_layout: Layout | None,
-    out_layout: Layout | None,
-    R: int,
-    act: str,
-    out_act: str,
-    keep_mean: bool,
-) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
-    x, read = _read(x_layout, _nhwc(x_layout))
+    """(x, layers, residual, out=None) -> (out, the means where they are kept, the logits)."""
+    x, read = _read(x, is_nhwc(x))
     N, C, H, W = x.shape
-    size = parts_shape(x)
-    sums = squeeze_launch(x, 1)
-    layers_launch = excite_launch(size, R, act, False, H * W)
-    scale = _se_scale(_layout(x), residual_layout, out_act, out_layout)
+    if whole_images:
+        fitted, read_residual = _read(residual, True)
+        made = new_like(x) if out is None else out
+        shape, strides = made.shape, made.stride()
+        image = image_launch(x, R, act, fitted, out_act, made)
+    else:
+        size = parts_shape(x)
+        sums, hidden = squeeze_launch(x, 1), excite_launch(size, R, act, False, H * W)
+        scale = plan_se_scale(x, residual, out_act, out)
 
     def run(
-        x: Tensor,
-        weight1: Tensor,
-        bias1: Tensor | None,
-        weight2: Tensor,
-        bias2: Tensor | None,
-        residual: Tensor | None,
-        out: Tensor | None = None,
+        x: Tensor, layers: tuple, residual: Tensor | None, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        x = read(x)
+        x, layers = read(x), matrices(*layers)
         gate = x.new_empty((N, C), dtype=torch.float32)
         mean = torch.empty_like(gate) if keep_mean else None
+        if whole_images:
+            out = x.new_empty_strided(shape, strides) if out is None else out
+            image(x, *layers, read_residual(residual), out, gate, mean)
+            return out, mean, gate
         parts = x.new_empty(size, dtype=torch.float32)
         sums(x, parts)
-        layers_launch(parts, *matrices(weight1, bias1, weight2, bias2), gate, mean)
+        hidden(parts, *layers, gate, mean)
         return scale(x, gate, residual, out), mean, gate
 
     return run
@@ -273,9 +247,10 @@ def se_scale_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d x where it is wanted, d gate, d residual unless it is grad); what is not made is empty."""
     run = plan_se_scale_backward(grad, x, residual, out, act, input_grad)
-    return run(grad, x, gate, residual, out)
+    return run((grad, x, residual, out), gate)
 
 
+@_kept
 def plan_se_scale_backward(
     grad: Tensor,
     x: Tensor,
@@ -283,32 +258,15 @@ def plan_se_scale_backward(
     out: Tensor | None,
     act: str,
     input_grad: bool,
-) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """(grad, x, gate, residual, out) -> what the op returns."""
-    return _backward(*map(_layout, (grad, x, residual, out)), act, input_grad)
-
-
-@_planned_once
-def _backward(
-    grad_layout: Layout,
-    x_layout: Layout,
-    residual_layout: Layout | None,
-    out_layout: Layout | None,
-    act: str,
-    input_grad: bool,
-) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    nhwc = _nhwc(x_layout)
-    layouts = (grad_layout, x_layout, residual_layout, out_layout)
-    maps, readers = zip(*(_read(layout, nhwc) for layout in layouts), strict=True)
+) -> Callable[[tuple, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """((grad, x, residual, out), gate) -> what :func:`se_scale_backward` returns."""
+    nhwc = is_nhwc(x)
+    maps, readers = zip(*(_read(t, nhwc) for t in (grad, x, residual, out)), strict=True)
     launch, size = backward_launch(*maps, act), parts_shape(maps[1], tiles.BACKWARD)
     finish = finish_launch(size)
-    made = new_like(maps[1])
-    shape, strides = made.shape, made.stride()
+    shape, strides = x.shape, new_like(maps[1]).stride()
 
-    def run(
-        grad: Tensor, x: Tensor, gate: Tensor, residual: Tensor | None, out: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        maps = (grad, x, residual, out)
+    def run(maps: tuple, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         grad, x, residual, out = (read(t) for read, t in zip(readers, maps, strict=True))
         gate = gate.contiguous()
         dx = x.new_empty_strided(shape, strides) if input_grad else None
@@ -352,7 +310,6 @@ def finish_launch(parts: tuple[int, int, int]) -> Launch:
     return Launch(squeeze_finish_kernel, grid, (C, count), {"BLOCK_C": _FINISH_BLOCK})
 
 
-@_planned_once
 def excite_launch(
     parts: tuple[int, int, int], R: int, act: str, sigmoid: bool, divisor: int
 ) -> Launch:
@@ -415,25 +372,12 @@ def backward_launch(
     return Launch(se_scale_bwd_nhwc_kernel, grid, fixed, {"ACT": act, **_blocks(tile)})
 
 
-def _layout(x: Tensor | None) -> Layout | None:
-    return None if x is None else (x.shape, x.stride(), x.dtype)
-
-
-def _like(layout: Layout) -> Tensor:
-    shape, strides, dtype = layout
-    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
-
-
-def _nhwc(layout: Layout) -> bool:
-    return is_nhwc(_like(layout))
-
-
 def _read(
-    layout: Layout | None, nhwc: bool
+    x: Tensor | None, nhwc: bool
 ) -> tuple[Tensor | None, Callable[[Tensor | None], Tensor | None]]:
-    """(what the kernels read of such a map, on the meta device; what makes it of one)."""
-    if layout is None or fits(x := _like(layout), nhwc):
-        return None if layout is None else x, lambda x: x
+    """(x as the kernels read it, what makes that of a tensor with x's layout)."""
+    if x is None or fits(x, nhwc):
+        return x, lambda x: x
     return fitting(x, nhwc), lambda x: fitting(x, nhwc)
 
 
