@@ -221,10 +221,13 @@ def compile_candidates(problem: Problem, device: str) -> None:
     with torch.cuda.device(device):
         for config in candidates(problem, torch.cuda.get_device_capability()):
             if config.backend == "triton":
-                launch = triton_launch.plan(problem, *given, precision="ieee", config=config)
+                planned = triton_launch.plan_launch(
+                    problem, given.x, given.weight, given.residual, given.gate, given.out,
+                    precision="ieee", config=config,
+                )  # fmt: skip
                 # What does not compile is not measured; measure says why.
                 with contextlib.suppress(Exception):
-                    launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.meta)
+                    planned.launch.warmup(*planned.operands(*given))
 
 
 def table_of(results: Iterable[Found], device: str, capability: Sequence[int], old: dict) -> dict:

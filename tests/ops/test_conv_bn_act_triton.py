@@ -288,7 +288,9 @@ def test_any_strides(case, device):
 @pytest.mark.parametrize("x_shape", [(0, 16, 4, 4), (2, 16, 4, 4)], ids=["no-image", "no-channel"])
 def test_empty_output_launches_nothing(x_shape, device, monkeypatch):
     c = make(x_shape, (16 if x_shape[0] == 0 else 0, 16, 1, 1), torch.float32, device)
-    monkeypatch.setattr(triton_launch, "plan", lambda *a, **k: pytest.fail("planned a launch"))
+    monkeypatch.setattr(
+        triton_launch, "plan_launch", lambda *a, **k: pytest.fail("planned a launch")
+    )
     run(c)
 
 
@@ -343,11 +345,11 @@ def test_one_launch_per_call(device, monkeypatch):
     launches = []
     for name, kernel in triton_launch._KERNELS.items():
         monkeypatch.setitem(triton_launch._KERNELS, name, Counted(kernel, launches))
-    triton_launch._fixed.cache_clear()
+    triton_launch._plan.cache_clear()
     for case in ("1x1", "3x3", "stem-3x3"):
         x_shape, weight_shape, options = CASES[case]
         check(make(x_shape, weight_shape, torch.float32, device, residual=True, **options))
-    triton_launch._fixed.cache_clear()
+    triton_launch._plan.cache_clear()
     assert launches == [
         "conv_bn_act_1x1_kernel",
         "conv_bn_act_spatial_kernel",
@@ -372,14 +374,16 @@ def test_plan_needs_no_data():
     c = Conv(x, torch.empty(256, 64, 1, 1, device="meta", dtype=torch.bfloat16), act="relu")
     problem = problem_of(c)
     config = tuning.heuristic(problem, (9, 0))
-    launch = triton_launch.plan(
-        problem, *c[:7], out_like(c, problem), precision="tf32", config=config
+    out = out_like(c, problem)
+    planned = triton_launch.plan_launch(
+        problem, c.x, c.weight, None, None, out, precision="tf32", config=config
     )
+    launch, operands = planned.launch, planned.operands(*c[:7], out)
     assert launch.kernel is triton_launch.conv_bn_act_1x1_kernel
     assert launch.grid == (128 * 56 * 56 // 128 * 2,)
     assert launch.meta["FLAT_X"] and launch.meta["FLAT_OUT"] and launch.meta["EVEN_C"]
     names = [name for name in launch.kernel.arg_names if name not in launch.meta]
-    args = dict(zip(names, launch.args, strict=True))
+    args = dict(zip(names, (*operands, *launch.fixed), strict=True))
     assert args["x_ptr"] is x and args["M"] == 128 * 56 * 56
     assert args["residual_ptr"] is None and args["bn_var_ptr"] is None
     assert (args["x_stride_c"], args["x_stride_w"], args["out_stride_w"]) == (1, 64, 256)

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import triton
@@ -42,14 +41,14 @@ class Driver:
         self.get_current_target = lambda: GPUTarget("cuda", arch, 32)
 
 
-def inspect_launch(launch, arch: int) -> dict:
+def inspect_launch(launch, operands: tuple, arch: int) -> dict:
     """Compile ``launch`` for ``sm_<arch>``; its resources and the instructions tests ask about.
 
     Triton's own launcher says which arguments are constants, and which divisible by 16: tensors on
     the meta device are aligned, as fresh ones are.
     """
     triton.runtime.driver.set_active(Driver(arch))
-    compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.meta)
+    compiled = launch.warmup(*operands)
     ptx = compiled.asm["ptx"]
     return {
         "kernel": launch.kernel.__name__,
@@ -82,7 +81,8 @@ def _resources(cubin: bytes) -> dict:
 
 
 def conv_launch(case: dict):
-    """The launch of a case: ``problem`` with dtype as a word, ``arch``, and what differs from NHWC.
+    """Launch and operands of a case: ``problem`` with dtype as a word, ``arch``, and what differs
+    from NHWC.
 
     Optional: ``config`` (the heuristic's), ``precision`` ("ieee"), ``nchw`` (False).
     """
@@ -100,27 +100,25 @@ def conv_launch(case: dict):
 
     def bn(channels):
         vector = torch.empty(channels, device="meta")
-        return SimpleNamespace(weight=vector, bias=vector, mean=vector, var=vector, eps=1e-5)
+        return BatchNormParams(vector, vector, vector, vector)
 
-    gate = torch.empty(p.N, p.C, dtype=p.dtype, device="meta")
-    return triton_launch.plan(
-        p,
-        image(p.N, p.C, p.H, p.W, nchw=case.get("nchw", False)),
-        image(p.K, p.C // p.groups, p.R, p.S, nchw=case.get("nchw", False)),
-        torch.empty(p.K, device="meta") if p.has_bias else None,
-        bn(p.K) if p.has_bn else None,
-        image(p.N, p.K, p.P, p.Q) if p.has_residual else None,
-        bn(p.C) if p.has_input_bn else None,
-        gate if p.has_input_gate else None,
-        image(p.N, p.K, p.P, p.Q),
-        precision=case.get("precision", "ieee"),
-        config=config,
+    nchw = case.get("nchw", False)
+    x = image(p.N, p.C, p.H, p.W, nchw=nchw)
+    weight = image(p.K, p.C // p.groups, p.R, p.S, nchw=nchw)
+    bias = torch.empty(p.K, device="meta") if p.has_bias else None
+    norm, input_norm = bn(p.K) if p.has_bn else None, bn(p.C) if p.has_input_bn else None
+    residual = image(p.N, p.K, p.P, p.Q) if p.has_residual else None
+    gate = torch.empty(p.N, p.C, dtype=p.dtype, device="meta") if p.has_input_gate else None
+    out = image(p.N, p.K, p.P, p.Q)
+    planned = triton_launch.plan_launch(
+        p, x, weight, residual, gate, out, precision=case.get("precision", "ieee"), config=config
     )
+    return planned.launch, planned.operands(x, weight, bias, norm, residual, input_norm, gate, out)
 
 
 def se_scale_launch(case: dict):
-    """The launch of a case: ``kernel``, N, C, R, ``size`` = H = W, ``dtype`` (a word), ``act``,
-    ``residual`` and ``nchw``.
+    """Launch and operands of a case: ``kernel``, N, C, R, ``size`` = H = W, ``dtype`` (a word),
+    ``act``, ``residual`` and ``nchw``.
 
     ``kernel`` is "squeeze", "finish", "excite", "image" (squeeze_excite in one launch),
     "scale", "shift", "backward" or "reduce", which is the backward that writes no gradient of x.
@@ -139,27 +137,34 @@ def se_scale_launch(case: dict):
     residual = image() if case["residual"] else None
     launches = se_scale_launches
     if case["kernel"] == "squeeze":
-        return launches.plan_squeeze(x, launches.new_parts(x), 1)
+        sums = empty(*launches.parts_shape(x), dtype=torch.float32)
+        return launches.squeeze_launch(x, 1), (x, sums)
     if case["kernel"] == "finish":
-        return launches.plan_finish(empty(N, 4, C, dtype=torch.float32), gate, gate)
+        return launches.finish_launch((N, 4, C)), (
+            empty(N, 4, C, dtype=torch.float32), gate, gate,
+        )  # fmt: skip
     layers = (empty(R, C), empty(R), empty(C, R), empty(C))
     if case["kernel"] == "image":
-        return launches.plan_image(x, *layers, "relu", residual, act, image(), gate, gate)
+        launch = launches.image_launch(x, R, "relu", residual, act, image())
+        return launch, (x, *layers, residual, image(), gate, gate)
     if case["kernel"] == "excite":
-        parts = launches.new_parts(x)
-        return launches.plan_excite(parts, *layers, gate, gate, "relu", False, size * size)
+        shape = launches.parts_shape(x)
+        launch = launches.excite_launch(shape, R, "relu", False, size * size)
+        return launch, (empty(*shape, dtype=torch.float32), *layers, gate, gate)
     if case["kernel"] == "scale":
-        return launches.plan_se_scale(x, gate, residual, act, image(), None)
+        launch = launches.se_scale_launch(x, residual, act, image())
+        return launch, (x, gate, None, residual, image())
     if case["kernel"] == "shift":
-        return launches.plan_se_scale(x, gate, None, "none", image(), gate)
-    parts = launches.new_parts(x, tiles.BACKWARD)
+        return launches.se_scale_launch(x, None, "none", image()), (x, gate, gate, None, image())
+    parts = empty(*launches.parts_shape(x, tiles.BACKWARD), dtype=torch.float32)
     kept = (residual if act == "silu" else None, image() if act == "relu" else None)
     made = (image() if case["kernel"] == "backward" else None, None if act == "none" else image())
-    return launches.plan_backward(image(), x, gate, *kept, *made, parts, act)
+    launch = launches.backward_launch(image(), x, *kept, act)
+    return launch, (image(), x, gate, *kept, *made, parts)
 
 
 def depthwise_launch(case: dict):
-    """The launch of a case: ``shape`` (C, H = W, kernel, stride), ``batch``, ``dtype`` (a word)."""
+    """Launch and operands of a case: ``shape`` (C, H = W, kernel, stride), ``batch``, ``dtype``."""
     dtype = getattr(torch, case["dtype"])
     C, size, kernel, stride = case["shape"]
     geometry = ((stride, stride), (kernel // 2, kernel // 2), (1, 1))
@@ -175,16 +180,17 @@ def depthwise_launch(case: dict):
 
     weight = torch.empty(kernel, kernel, C, dtype=dtype, device="meta")
     bn = BatchNormParams(*(torch.empty(C, device="meta") for _ in range(4)))
-    parts = torch.empty(p.N, tiles.bands, C, device="meta")
-    x, out = image(size, size), image(p.P, p.Q)
-    return depthwise_launches.plan(p, x, weight, None, bn, out, parts, tiles)
+    x, out, sums = image(size, size), image(p.P, p.Q), torch.empty(p.N, C, device="meta")
+    planned = depthwise_launches.plan_launch(p, x, weight, out, tiles)
+    return planned.launch, planned.operands(x, weight, None, bn, out, sums)
 
 
 def fold_launch(case: dict):
-    """The launch of a case: ``shape`` of the weight, ``dtype`` (a word)."""
+    """Launch and operands of a case: ``shape`` of the weight, ``dtype`` (a word)."""
     weight = torch.empty(*case["shape"], dtype=getattr(torch, case["dtype"]), device="meta")
     vectors = [torch.empty(weight.shape[0], device="meta") for _ in range(4)]
-    return triton_fold.plan(weight, None, BatchNormParams(*vectors))[0]
+    norm = BatchNormParams(*vectors)
+    return triton_fold.plan_launch(weight), triton_fold.operands(weight, None, norm)
 
 
 LAUNCHES = {
@@ -199,8 +205,8 @@ def main() -> None:
     plan = LAUNCHES[sys.argv[1]]
     results = []
     for case in json.load(sys.stdin):
-        launch = plan(case)
-        results.append(inspect_launch(launch, case["arch"]) | {"meta": launch.meta})
+        launch, operands = plan(case)
+        results.append(inspect_launch(launch, operands, case["arch"]) | {"meta": launch.meta})
     json.dump(results, sys.stdout)
 
 
