@@ -130,12 +130,12 @@ class Inception(FusedModule):
     def forward(self, x: Tensor) -> Tensor:
         plans = self.plans_of(x, self)
         if plans is not None and (plan := plans.get(x)) is not None:
-            return plan(x)
+            return plan(self, x)
         reason = why_not_in_place(x, self) or self._why_not_in_place(x)
         if not reason:
             guard = None if plans is None else guard_of(x, list(self.modules()))
             branches = _InPlace(self, x, lasting=guard is not None)
-            y = branches(x)
+            y = branches(self, x)
             if branches.lasting:
                 plans.keep(guard, branches, x)
             return y
@@ -185,12 +185,13 @@ class _InPlace:
     """The branches of an Inception block for maps like x, each writing its part of the output.
 
     In this order the first branch's output ends that of the convolutions on x and begins the
-    block's: where kernels write channel slices, both are slices of one buffer.
+    block's: where kernels write channel slices, both are slices of one buffer. Called with the
+    block, which is not held: it holds this as a plan.
     """
 
     def __init__(self, block: Inception, x: Tensor, lasting: bool) -> None:
         one, (reduce3, conv3), (reduce5, conv5) = block.branch1, block.branch2, block.branch3
-        self.block, self.lasting = block, lasting
+        self.lasting = lasting
         self.pool, projection = block.branch4
         self.siblings = (reduce3, reduce5, one)
         self.following = (conv3, conv5, projection)
@@ -198,28 +199,28 @@ class _InPlace:
         self.reduced3 = reduce3.conv.out_channels
         self.reduced = self.reduced3 + reduce5.conv.out_channels
         self.first = one.conv.out_channels
-        widths = [block.conv.out_channels for block in self.following]
+        widths = [layer.conv.out_channels for layer in self.following]
         starts = [self.first + sum(widths[:index]) for index in range(len(widths))]
         self.slices = [(a, a + width) for a, width in zip(starts, widths, strict=True)]
         self.total = self.first + sum(widths)
         self.runs: dict[object, Callable[..., Tensor]] = {}
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, block: Inception, x: Tensor) -> Tensor:
         end = self.reduced + self.first
         if self.shares:
             shared = self._new(x, self.reduced + self.total)
             merged, buffer = shared[:, :end], shared[:, self.reduced :]
-            self._siblings(x, merged)
+            self._siblings(block, x, merged)
         else:
-            merged, buffer = self._siblings(x, None), self._new(x, self.total)
+            merged, buffer = self._siblings(block, x, None), self._new(x, self.total)
             dense_concat(buffer, merged[:, self.reduced :], 0)
         inputs = (
             merged[:, : self.reduced3],
             merged[:, self.reduced3 : self.reduced],
             self._pooled(x),
         )
-        for features, block, (start, stop) in zip(inputs, self.following, self.slices, strict=True):
-            self._convolved(features, block, buffer[:, start:stop])
+        for features, layer, (start, stop) in zip(inputs, self.following, self.slices, strict=True):
+            self._convolved(block, features, layer, buffer[:, start:stop])
         return buffer
 
     def _new(self, x: Tensor, channels: int) -> Tensor:
@@ -235,31 +236,29 @@ class _InPlace:
             self.runs[key] = chosen.run
         return run_step(chosen, *data)
 
-    def _siblings(self, x: Tensor, out: Tensor | None) -> Tensor:
+    def _siblings(self, block: Inception, x: Tensor, out: Tensor | None) -> Tensor:
         """The outputs of the 1x1 convolutions on x side by side, on the CPU as one convolution."""
         if not x.is_cpu:
             out = self._new(x, self.reduced + self.first) if out is None else out
             start = 0
-            for block in self.siblings:
-                stop = start + block.conv.out_channels
-                self._convolved(x, block, out[:, start:stop])
+            for layer in self.siblings:
+                stop = start + layer.conv.out_channels
+                self._convolved(block, x, layer, out[:, start:stop])
                 start = stop
             return out
 
         def merged() -> Step:
-            tensors, owner = self.block.merged(self.siblings), self.siblings[-1].conv
-            options = {"act": "relu", "cache": self.block.weights_of(self.block)}
+            tensors, owner = block.merged(self.siblings), self.siblings[-1].conv
+            options = {"act": "relu", "cache": block.weights_of(block)}
             return conv_step(x, owner, tensors, options, (None, None, out), self.lasting)
 
         return self._run("siblings", merged, x, None, None, out)
 
-    def _convolved(self, x: Tensor, block: BasicConv2d, out: Tensor) -> Tensor:
+    def _convolved(self, block: Inception, x: Tensor, layer: BasicConv2d, out: Tensor) -> Tensor:
         def step() -> Step:
-            return self.block.layer_step(
-                x, block.conv, block.bn, relu_, out=out, lasting=self.lasting
-            )
+            return block.layer_step(x, layer.conv, layer.bn, relu_, out=out, lasting=self.lasting)
 
-        return self._run(block, step, x, None, None, out)
+        return self._run(layer, step, x, None, None, out)
 
     def _pooled(self, x: Tensor) -> Tensor:
         def step() -> Step:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import distribute_tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -400,10 +400,6 @@ SHARDED = {
 }
 
 
-def full(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def shard(model, pattern, parts, mesh):
     """Each block, or only the whole; parameters are dropped after each forward."""
     if parts == "blocks":
@@ -419,18 +415,18 @@ def sharded_errors(name, how, parts, mesh):
     shard(twins.ours, FAMILIES[name].sharded, parts, mesh)
     for _ in range(3):
         twins.check("before", changed=False)
-    optimiser = torch.optim.SGD(twins.ours.parameters(), lr=2e-3)
+    optimisers = [torch.optim.SGD(model.parameters(), lr=2e-3) for model in twins.both]
     torch.manual_seed(7)
     errors = []
     for index in range(UPDATES):
-        for parameter in twins.ours.parameters():
-            parameter.grad = DTensor.from_local(
-                torch.randn_like(parameter.to_local()), parameter.device_mesh, parameter.placements,
-                shape=parameter.shape, stride=parameter.stride(),
-            )  # fmt: skip
-        optimiser.step()
-        state = {key: full(value) for key, value in twins.ours.state_dict().items()}
-        twins.stock.load_state_dict(state)
+        for ours, stock in zip(*(model.parameters() for model in twins.both), strict=True):
+            stock.grad = torch.randn_like(stock)
+            # Each rank has drawn the whole, and takes its part without asking the others.
+            ours.grad = distribute_tensor(
+                stock.grad, ours.device_mesh, ours.placements, src_data_rank=None
+            )
+        for optimiser in optimisers:
+            optimiser.step()
         actual, expected = twins.answer(twins.ours), twins.answer(twins.stock)
         try:
             twins.compare(actual, expected, f"update {index}")

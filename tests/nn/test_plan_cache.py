@@ -1,6 +1,8 @@
 """A kept plan is verified at every call, and never runs when something has changed."""
 
 import copy
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -271,6 +273,25 @@ def test_a_block_is_found_until_a_part_changes(make, change, found):
     change(block)
     found.clear()
     assert agrees(block, x) and not found[0]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [*(make for make, _ in BLOCKS.values()), cvkernels.models.googlenet],
+    ids=[*BLOCKS, "googlenet"],
+)
+def test_a_block_goes_with_its_last_reference(make):
+    """Plans and guards make no cycles with the modules, so that their memory is free at once."""
+    block = make().eval()
+    x = torch.randn(1, 3, 64, 64) if hasattr(block, "fc") else torch.randn(1, 16, 6, 5)
+    block(x), block(x)
+    modules = [weakref.ref(module) for module in block.modules()]
+    gc.disable()
+    try:
+        del block
+        assert not any(module() for module in modules)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("make", [make for make, _ in BLOCKS.values()], ids=BLOCKS.keys())

@@ -77,7 +77,7 @@ class FusedBlock(FusedModule):
     def forward(self, x: Tensor) -> Tensor:
         plans = self.plans_of(x, self)
         if plans is not None and (run := plans.get(x)) is not None:
-            return run(x)
+            return run(self, x)
         branch = self.branch()
         if plans is None or (guard := guard_of(x, self._bypassed(branch))) is None:
             return _Walk(self, branch, False).run(x)
@@ -133,17 +133,20 @@ class _Walk:
             y = self._apply(y, part, excitation, last)
         return self._add_modules(x, y, reason) if branch.adds else y
 
-    def replay(self) -> Callable[[Tensor], Tensor]:
-        """What repeats this walk on data like its own; of that data nothing is checked."""
-        block, downsample, expected = self.block, self.branch.downsample, self.shortcut
+    def replay(self) -> Callable[[FusedBlock, Tensor], Tensor]:
+        """What repeats this walk on data like its own, and checks no more than the shortcut.
+
+        Called with the block, which it does not hold: the block holds it.
+        """
+        downsample, expected = self.branch.downsample, self.shortcut
         *runs, last = [step.run for step in self.steps]
 
-        def alone(x: Tensor) -> Tensor:
+        def alone(block: FusedBlock, x: Tensor) -> Tensor:
             for run in runs:
                 x = run(x)
             return last(x)
 
-        def joined(x: Tensor) -> Tensor:
+        def joined(block: FusedBlock, x: Tensor) -> Tensor:
             y = x
             for run in runs:
                 y = run(y)
