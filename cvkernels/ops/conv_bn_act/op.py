@@ -16,9 +16,9 @@ from cvkernels.ops.common.derived_weights import DerivedWeights
 from cvkernels.ops.common.dispatch import (
     Call,
     Implementation,
+    Table,
     call_of,
     choose,
-    names,
     reference,
     refusal,
 )
@@ -241,7 +241,7 @@ def _plan_reference(
     return run
 
 
-TABLE = (
+TABLE = Table(
     Implementation("cudnn", _why_not_cudnn, cudnn.plan, _why_cudnn, "cuda"),
     Implementation(
         "triton", _why_not_triton, _plan_triton, "Triton is preferred for this shape", "cuda"
@@ -250,7 +250,7 @@ TABLE = (
     Implementation("onednn", _on_cpu(onednn.why_not), onednn.plan, "fused on CPU", "cpu"),
     reference(_plan_reference),
 )
-IMPLEMENTATIONS = names(TABLE)
+IMPLEMENTATIONS = TABLE.names
 
 
 def _plan(
@@ -262,7 +262,13 @@ def _plan(
 ) -> Plan:
     """The plan of a checked call; ``like`` are examples of residual, input_gate and out."""
     implementation, (name, reason) = choose(OP, TABLE, problem, call)
-    traffic = _traffic(problem, name, call.x, *like)
+    if call.once:
+
+        def traffic() -> Traffic:
+            return _traffic(problem, name, call.x, *like)()
+
+    else:  # which does not hold the examples
+        traffic = _traffic(problem, name, call.x, *like)
     if name == "reference":
         run = implementation.build(problem, call, parameters, like, cache)
     elif call.grad:

@@ -12,7 +12,7 @@ from cvkernels.backend import Backend
 from cvkernels.ops.common import aliasing, native, norm
 from cvkernels.ops.common.arguments import check_bn
 from cvkernels.ops.common.autograd import mark_written, needs_grad
-from cvkernels.ops.common.dispatch import Call, Implementation, call_of, choose, reference
+from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, choose, reference
 from cvkernels.ops.common.layout import overlaps_itself
 from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.common.plan import Plan, PlanTable, planned_by
@@ -158,7 +158,7 @@ def _plan_reference(
     return run
 
 
-TABLE = (
+TABLE = Table(
     Implementation(
         "native",
         lambda problem, call: native.lacks(OP, call),

@@ -13,7 +13,7 @@ from cvkernels.backend import Backend
 from cvkernels.ops.common.arguments import pair
 from cvkernels.ops.common.autograd import autocast_dtype
 from cvkernels.ops.common.derived_weights import DerivedWeights
-from cvkernels.ops.common.dispatch import Call, Implementation, call_of, choose, names, reference
+from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, choose, reference
 from cvkernels.ops.common.layout import in_format
 from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.common.plan import Plan, planned_by
@@ -192,14 +192,14 @@ def _absent(name: str) -> Implementation:
     return Implementation(name, lambda problem, call: reason, _plan_reference, device=None)
 
 
-TABLE = (
+TABLE = Table(
     Implementation("triton", _why_not_triton, _plan_triton, "fused on cuda", "cuda"),
     Implementation("native", _why_not_native, native.plan, "fused on cpu", "cpu"),
     _absent("cudnn"),
     _absent("onednn"),
     reference(_plan_reference),
 )
-IMPLEMENTATIONS = names(TABLE)
+IMPLEMENTATIONS = TABLE.names
 
 
 def _plan(

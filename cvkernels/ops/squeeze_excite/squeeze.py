@@ -54,7 +54,7 @@ def squeeze(x: Tensor, *, backend: Backend = "auto") -> Tensor:
     """
     if torch.compiler.is_compiling():
         return _traced(x, backend)
-    key = _plans.key(backend, (x,))
+    key = _plans.key_of_one(backend, x, ())
     if (planned := _plans.get(key)) is None:
         planned = _plans.keep(key, plan(x, backend=backend, once=key is None), x)
     return planned(x)
