@@ -68,7 +68,7 @@ def checked(op: str, x: Tensor, window: Window, out: Tensor | None) -> tuple[int
             f"convert it, or use torch.nn.functional.{op}2d"
         )
     N, C, H, W = x.shape
-    size = (_count(op, H, 0, window), _count(op, W, 1, window))
+    size = (window_count(op, H, 0, window), window_count(op, W, 1, window))
     if C == 0 or size[0] <= 0 or size[1] <= 0:
         raise InputValueError(
             f"{op}: no window fits x of shape {list(x.shape)} with kernel_size "
@@ -79,7 +79,7 @@ def checked(op: str, x: Tensor, window: Window, out: Tensor | None) -> tuple[int
     return size
 
 
-def _count(op: str, size: int, axis: int, window: Window) -> int:
+def window_count(op: str, size: int, axis: int, window: Window) -> int:
     """How many windows one axis has."""
     kernel, stride = window.kernel_size[axis], window.stride[axis]
     padding, dilation = window.padding[axis], window.dilation[axis]
