@@ -211,13 +211,16 @@ def _plan_triton(
     from cvkernels.ops.conv_bn_act import triton_launch
 
     weight, bias, bn, input_bn = parameters
-    weight, precision = _nhwc(weight, cache), _fp32_precision()
+    weight, (residual, gate, out) = _nhwc(weight, cache), like
+    if out is None:
+        out = new_output(problem, torch.device("meta"))
+    launch = triton_launch.plan_launch(
+        problem, call.x, weight, residual, gate, out, precision=_fp32_precision()
+    )
 
     def run(x, residual=None, input_gate=None, out=None):
-        out = new_output(problem, x) if out is None else out
-        triton_launch.run(
-            problem, x, weight, bias, bn, residual, input_bn, input_gate, out, precision=precision
-        )
+        out = new_output(problem, x.device) if out is None else out
+        launch(x, weight, bias, bn, residual, input_bn, input_gate, out)
         return out
 
     return run
@@ -309,7 +312,7 @@ class ImagePlan(Plan):
 
 def _allocating(problem: Problem) -> Run:
     def run(x, residual=None, input_gate=None, out=None):
-        return new_output(problem, x) if out is None else out
+        return new_output(problem, x.device) if out is None else out
 
     return run
 
@@ -389,10 +392,10 @@ def _traffic(
     )
 
 
-def new_output(problem: Problem, x: Tensor) -> Tensor:
+def new_output(problem: Problem, device: torch.device) -> Tensor:
     size = (problem.N, problem.K, problem.P, problem.Q)
     layout = torch.channels_last
-    return torch.empty(size, dtype=problem.dtype, device=x.device, memory_format=layout)
+    return torch.empty(size, dtype=problem.dtype, device=device, memory_format=layout)
 
 
 def _nhwc(weight: Tensor, cache: DerivedWeights | None) -> Tensor:

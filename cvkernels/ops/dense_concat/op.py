@@ -110,17 +110,6 @@ def dense_concat(
 backends.answers(OP, plan)
 
 
-def appender(
-    src: Tensor, bn: BatchNormParams | None, relu: bool
-) -> Callable[[Tensor, Tensor], None] | None:
-    """A plan's function as blocks call it: over a whole buffer, for any strides of src."""
-    implementation, _ = choose(OP, TABLE, None, call_of(src, (), TABLE, "auto", True))
-    if implementation.name != "native":
-        return None
-    vectors = norm.vectors_of(bn, src) or norm.NO_VECTORS
-    return lambda buffer, src: _dense_concat(buffer, src, 0, *vectors, relu)
-
-
 def _plan_native(
     call: Call, src: Tensor, start: int, bn: BatchNormParams | None, relu: bool
 ) -> Callable[[Tensor, Tensor], Tensor]:

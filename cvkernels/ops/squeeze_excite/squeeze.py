@@ -64,15 +64,12 @@ backends.answers(OP, plan)
 
 
 def _plan_triton(problem: Problem, call: Call) -> Callable[..., Tensor]:
-    def run(x):
-        if x.is_meta:
-            return x.new_empty(x.shape[:2])
-        # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
-        from cvkernels.ops.squeeze_excite import triton_launch
+    if call.x.is_meta:
+        return lambda x: x.new_empty(x.shape[:2])
+    # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
+    from cvkernels.ops.squeeze_excite import triton_launch
 
-        return triton_launch.squeeze(x)
-
-    return run
+    return triton_launch.plan_squeeze(call.x)
 
 
 def _plan_reference(problem: Problem, call: Call) -> Callable[..., Tensor]:

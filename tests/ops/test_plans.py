@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from cases_squeeze_excite import SMALL, Map, make_layers, make_map
 
 from cvkernels import backend, extension, functional, record
 from cvkernels.functional import (
@@ -19,6 +18,7 @@ from cvkernels.functional import (
     squeeze,
     squeeze_excite,
 )
+from tests.support.cases.squeeze_excite import SMALL, Map, make_layers, make_map
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 OPS = sorted(set(functional.__all__) - {"BatchNormParams", "DerivedWeights"})
