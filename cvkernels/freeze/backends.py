@@ -19,8 +19,9 @@ from torch import Tensor
 from cvkernels.backend import lacks_triton
 from cvkernels.functional import conv_bn_act
 from cvkernels.ops.common.derived_weights import DerivedWeights
+from cvkernels.ops.common.dispatch import Call
 from cvkernels.ops.conv_bn_act import native, onednn
-from cvkernels.ops.conv_bn_act.problem import Problem
+from cvkernels.ops.conv_bn_act.problem import Parameters, Problem
 
 if TYPE_CHECKING:
     from cvkernels.freeze.ops.convolution import Conv
@@ -46,6 +47,10 @@ class Backend(NamedTuple):
     prologue: bool
 
 
+# Steps are recorded, which only PyTorch's dispatcher lets their ops be.
+_DISPATCHED = Call(torch.empty(0), "cpu", "auto", once=True)
+
+
 def _native_why_not(problem: Problem, device: torch.device) -> str:
     return native.why_not(problem) if device.type == "cpu" else "it needs CPU tensors"
 
@@ -53,13 +58,8 @@ def _native_why_not(problem: Problem, device: torch.device) -> str:
 def _native(
     problem: Problem, conv: Conv, cache: DerivedWeights, tile: int | None = None
 ) -> Convolve:
-    weights = (conv.weight, conv.bias, conv.bn, conv.input_bn)
-    convolve = native.prepared(problem, *weights, cache, tile)
-
-    def run(x: Tensor, residual: Tensor | None, gate: Tensor | None, out: Tensor | None) -> Tensor:
-        return convolve(x, residual, out, gate)
-
-    return run
+    parameters = Parameters(conv.weight, conv.bias, conv.bn, conv.input_bn)
+    return native.plan(problem, _DISPATCHED, parameters, (), cache, tile)
 
 
 def _winograd_why_not(tile: int) -> Callable[[Problem, torch.device], str]:
@@ -76,13 +76,8 @@ def _onednn_why_not(problem: Problem, device: torch.device) -> str:
 
 
 def _onednn(problem: Problem, conv: Conv, cache: DerivedWeights) -> Convolve:
-    convolve = onednn.prepared(problem, conv.weight, conv.bias, conv.bn, cache)
-
-    def run(x: Tensor, residual: Tensor | None, gate: None, out: Tensor | None) -> Tensor:
-        y = convolve(x, residual)
-        return y if out is None else out.copy_(y)
-
-    return run
+    parameters = Parameters(conv.weight, conv.bias, conv.bn)
+    return onednn.plan(problem, _DISPATCHED, parameters, (), cache)
 
 
 def _ops(problem: Problem, conv: Conv, cache: DerivedWeights) -> Convolve:

@@ -5,8 +5,9 @@ import torch
 
 import cvkernels
 from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act
+from cvkernels.ops.common.dispatch import Call
 from cvkernels.ops.conv_bn_act import native
-from cvkernels.ops.conv_bn_act.problem import problem_of
+from cvkernels.ops.conv_bn_act.problem import Parameters, problem_of
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
 from tests.support.cases.conv_bn_act import ODD, Conv, make_bn, make_inputs
 from tests.support.numerics import assert_matches
@@ -22,6 +23,9 @@ WINOGRAD = {
     "one-row": Conv(16, 1, 13, 8, 3, 3, 1, 1, N=3),
     "many-tiles": Conv(16, 40, 38, 24, 3, 3, 1, 1),
 }
+
+
+ONCE = Call(torch.empty(0), "cpu", "native", once=True)
 
 
 def problem(conv, act="relu", **tensors):
@@ -40,8 +44,8 @@ def test_every_algorithm_matches_the_reference(conv, act, tile):
     kwargs = {**kwargs, "act": act, "residual": residual}
 
     def run(x, weight, bias, bn, residual, **_):
-        call = native.prepared(problem(conv, act, residual=residual), weight, bias, bn, tile=tile)
-        return call(x, residual)
+        p, parameters = problem(conv, act, residual=residual), Parameters(weight, bias, bn)
+        return native.plan(p, ONCE, parameters, (), None, tile)(x, residual)
 
     assert_matches(run, conv_bn_act_reference, args, kwargs)
 
@@ -125,7 +129,7 @@ def test_the_prologue_is_computed_as_the_operand_is_gathered(conv, prologue, mem
 def test_bits_do_not_depend_on_threads(tile):
     conv = Conv(48, 15, 17, 80, 3, 3, 1, 1)
     (x, *parameters), _ = make_inputs(conv, memory_format=torch.channels_last)
-    run = native.prepared(problem(conv), *parameters, tile=tile)
+    run = native.plan(problem(conv), ONCE, Parameters(*parameters), (), None, tile)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):

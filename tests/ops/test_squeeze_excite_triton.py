@@ -127,7 +127,7 @@ def test_an_image_that_fits_is_one_launch(dtype, residual, device, monkeypatch):
     assert_matches(squeeze_excite, squeeze_excite_reference, arguments)
     assert [launch.kernel.__name__ for launch in launched] == ["squeeze_excite_image_nhwc_kernel"]
     monkeypatch.setattr(tiles, "IMAGES", 4)
-    squeeze_excite(*arguments)
+    squeeze_excite.plan(*arguments)(x, added)
     assert len(launched) == 1 + 3
 
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from cvkernels import functional
 from cvkernels.freeze.graph import Node, Op, Run
-from cvkernels.ops.common.affine import NO_VECTORS
-from cvkernels.ops.common.norm import BatchNormParams
+from cvkernels.ops.common.norm import NO_VECTORS, BatchNormParams
 
 if TYPE_CHECKING:
     from cvkernels.freeze.steps import Site

@@ -11,8 +11,7 @@ from torch import Tensor
 from cvkernels import functional
 from cvkernels.freeze.graph import Node, Op, Run, Step
 from cvkernels.freeze.ops.convolution import Scratch
-from cvkernels.ops.common.affine import NO_VECTORS
-from cvkernels.ops.common.norm import BatchNormParams
+from cvkernels.ops.common.norm import NO_VECTORS, BatchNormParams
 from cvkernels.ops.common.pool import Window, window_count
 from cvkernels.ops.common.traffic import Traffic, touched_positions
 

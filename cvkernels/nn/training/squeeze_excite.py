@@ -19,8 +19,8 @@ from cvkernels.nn.training.recompute import (
 )
 from cvkernels.ops.common.autograd import autocast_disabled
 from cvkernels.ops.common.layout import channels_last, new_channels_last
-from cvkernels.ops.squeeze_excite import gradients
 from cvkernels.ops.squeeze_excite.op import squeeze_excite_kept
+from cvkernels.ops.squeeze_excite.reference import squeeze_excite_backward
 
 # Activations behind the sum with a shortcut whose gradient follows from the result.
 OUT_ACTS = ("none", "relu")
@@ -106,7 +106,7 @@ class _Excite(Function):
             out = node.value(saved) if node.act == "relu" else None
             x = node.source.value(of_x)
             node.drop()
-            d_x, d_layers, d_residual = gradients.squeeze_excite_backward(
+            d_x, d_layers, d_residual = squeeze_excite_backward(
                 channels_last(grad.to(x.dtype)), x, layers, mean, gate, None, out, ctx.act,
                 node.act, needs_x,
             )  # fmt: skip

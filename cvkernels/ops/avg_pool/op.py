@@ -12,7 +12,7 @@ from cvkernels.backend import Backend
 from cvkernels.ops.avg_pool.reference import avg_pool_reference
 from cvkernels.ops.common import native, norm
 from cvkernels.ops.common.arguments import check_bn
-from cvkernels.ops.common.dispatch import Call, Implementation, call_of, choose, reference
+from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, choose, reference
 from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.common.plan import Plan, PlanTable, planned_by
 from cvkernels.ops.common.pool import check_overlap, checked, plan_native, touched, window_of
@@ -127,7 +127,10 @@ def avg_pool(
         options = (kernel_size, stride, padding, *options[3:])
     key = None
     if input_bn is None and (divisor_override is None or type(divisor_override) is int):
-        key = _plans.key(backend, (x, out), options)
+        if out is None:
+            key = _plans.key_of_one(backend, x, options)
+        else:
+            key = _plans.key(backend, (x, out), options)
     if (planned := _plans.get(key)) is None:
         planned = plan(
             x, *options, input_bn=input_bn, out=out, backend=backend, once=key is None
@@ -184,7 +187,7 @@ def _plan_reference(
     return run
 
 
-TABLE = (
+TABLE = Table(
     Implementation("native", _why_not_native, _plan_native, native.compiled_for),
     reference(_plan_reference),
 )

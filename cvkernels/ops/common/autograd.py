@@ -51,8 +51,7 @@ def mark_written(out: Tensor) -> None:
 
     A graph under torch.compile knows by the op's schema.
     """
-    tracing = torch.compiler.is_compiling()
-    if torch.is_grad_enabled() and not tracing and not out.is_inference():
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)
 
 

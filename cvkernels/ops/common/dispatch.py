@@ -53,18 +53,19 @@ class Implementation(NamedTuple):
             return self.plan(*arguments)
 
 
-Table = Sequence[Implementation]
+class Table:
+    """The implementations of an op in the order in which "auto" considers them."""
+
+    def __init__(self, *implementations: Implementation) -> None:
+        self.implementations = implementations
+        fused = (i.name for i in implementations if i.name != "reference" and i.device is not None)
+        # What ``backend.use`` binds the op to.
+        self.names = tuple(dict.fromkeys(fused))
 
 
 def reference(plan: Callable[..., Callable]) -> Implementation:
     """The last entry of every table: it runs whatever the others refuse, for their reason."""
     return Implementation("reference", lambda problem, call: "", plan)
-
-
-def names(table: Table) -> tuple[str, ...]:
-    """The fused implementations that ``backend.use`` binds an op to."""
-    fused = (i.name for i in table if i.name != "reference" and i.device is not None)
-    return tuple(dict.fromkeys(fused))
 
 
 def call_of(
@@ -76,7 +77,7 @@ def call_of(
     autocast: torch.dtype | None = None,
 ) -> Call:
     """The call on x of an op in ``tensors``, whose arguments are checked."""
-    requested = backends.requested(backend, names(table))
+    requested = backends.requested(backend, table.names)
     grad = autograd.needs_grad(*tensors)
     return Call(x, backends.device_type(x), requested, grad, autocast, once)
 
@@ -90,7 +91,7 @@ def choose(op: str, table: Table, problem: Any, call: Call) -> tuple[Implementat
     if not call.automatic:
         return _requested(op, table, problem, call)
     reason = ""
-    for implementation in table:
+    for implementation in table.implementations:
         if implementation.device is None:
             continue
         if implementation.device and (implementation.device == "cpu") != (call.device == "cpu"):
@@ -107,11 +108,11 @@ def choose(op: str, table: Table, problem: Any, call: Call) -> tuple[Implementat
 
 def _requested(op: str, table: Table, problem: Any, call: Call) -> tuple[Implementation, Choice]:
     name = call.requested
-    for implementation in table:
+    for implementation in table.implementations:
         if implementation.name == name:
             break
     else:
-        known = ", ".join(f"'{known}'" for known in ("auto", *names(table)))
+        known = ", ".join(f"'{known}'" for known in ("auto", *table.names))
         raise BackendError(f"{op}: there is no backend {name!r}; use {known} or 'reference'")
     if reason := implementation.why_not(problem, call):
         raise BackendError(refusal(op, name, reason))

@@ -12,7 +12,7 @@ from cvkernels import backend as backends
 from cvkernels import extension
 from cvkernels.backend import Choice
 from cvkernels.ops.common import autograd
-from cvkernels.ops.common.dispatch import Call, Implementation, choose, reference
+from cvkernels.ops.common.dispatch import Call, Implementation, Table, choose, reference
 
 DTYPES = {
     "cpu": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
@@ -72,7 +72,9 @@ def select(op: str, x: Tensor, requested: str, forbids: str = "") -> Choice:
     def refuses(problem: None, call: Call) -> str:
         return forbids or lacks(op, call)
 
-    table = (Implementation("native", refuses, _unplanned, compiled_for), reference(_unplanned))
+    table = Table(
+        Implementation("native", refuses, _unplanned, compiled_for), reference(_unplanned)
+    )
     return choose(op, table, None, Call(x, backends.device_type(x), requested))[1]
 
 

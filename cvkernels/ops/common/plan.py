@@ -86,15 +86,29 @@ class PlanTable:
     @staticmethod
     def key(backend: str, tensors: Iterable[Tensor | None], *options: Hashable) -> tuple | None:
         """The key of a call; None where one of its tensors is not exactly a tensor."""
-        kinds: list[tuple | None] = []
+        grad = _grad_enabled()
+        parts: list[Hashable] = [options, backend, _requested(), grad, observed()]
         for t in tensors:
             if t is None:
-                kinds.append(None)
-            elif type(t) is Tensor or type(t) is Parameter:
-                kinds.append((t.shape, t.stride(), t.dtype, t.device, t.requires_grad))
-            else:
+                parts.append(None)
+            elif type(t) is not Tensor and type(t) is not Parameter:
                 return None
-        return (backend, _requested(), _grad_enabled(), observed(), options, *kinds)
+            elif grad:
+                parts += (t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
+            else:
+                parts += (t.shape, t.stride(), t.dtype, t.device)
+        return tuple(parts)
+
+    @staticmethod
+    def key_of_one(backend: str, x: Tensor, options: Hashable) -> tuple | None:
+        """:meth:`key` of a call on one tensor, where every attribute that is read counts."""
+        if type(x) is not Tensor and type(x) is not Parameter:
+            return None
+        grad = _grad_enabled() and x.requires_grad
+        return (
+            options, backend, _requested(), grad, observed(),
+            x.shape, x.stride(), x.dtype, x.device,
+        )  # fmt: skip
 
     def keep(self, key: Hashable | None, plan: Plan, *tensors: Tensor | None) -> Plan:
         """The plan, kept for calls with this key if all tensors have memory."""

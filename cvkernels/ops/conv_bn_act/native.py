@@ -194,13 +194,6 @@ def packed_of(
     return packed, shift, affine
 
 
-def prepared(problem, weight, bias, bn, input_bn=None, cache=None, tile=None):
-    """A plan's function as freeze calls it, with (x, residual, out, input_gate)."""
-    call = Call(torch.empty(0), "cpu", "native", once=True)
-    run = plan(problem, call, Parameters(weight, bias, bn, input_bn), (), cache, tile)
-    return lambda x, residual=None, out=None, input_gate=None: run(x, residual, input_gate, out)
-
-
 def pack(weight: Tensor, tile: int) -> Tensor:
     """weight[K, C, R, S] as [K/16, R, S, C, 16], or at Winograd's points [points, K/16, C, 16].
 

@@ -104,12 +104,6 @@ def plan(
     return run
 
 
-def prepared(problem, weight, bias, bn, cache):
-    """A plan's function as freeze calls it, with (x, residual)."""
-    call = Call(torch.empty(0), "cpu", "onednn", once=True)
-    return plan(problem, call, Parameters(weight, bias, bn), (), cache)
-
-
 def _convolve(act: str, arguments: tuple, x: Tensor, residual: Tensor | None = None) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     name, scalars = POST_OPS["none" if residual is not None else act]

@@ -16,9 +16,9 @@ from cvkernels.ops.common.derived_weights import DerivedWeights
 from cvkernels.ops.common.dispatch import (
     Call,
     Implementation,
+    Table,
     call_of,
     choose,
-    names,
     reference,
     refusal,
 )
@@ -211,13 +211,16 @@ def _plan_triton(
     from cvkernels.ops.conv_bn_act import triton_launch
 
     weight, bias, bn, input_bn = parameters
-    weight, precision = _nhwc(weight, cache), _fp32_precision()
+    weight, (residual, gate, out) = _nhwc(weight, cache), like
+    if out is None:
+        out = new_output(problem, torch.device("meta"))
+    launch = triton_launch.plan_launch(
+        problem, call.x, weight, residual, gate, out, precision=_fp32_precision()
+    )
 
     def run(x, residual=None, input_gate=None, out=None):
-        out = new_output(problem, x) if out is None else out
-        triton_launch.run(
-            problem, x, weight, bias, bn, residual, input_bn, input_gate, out, precision=precision
-        )
+        out = new_output(problem, x.device) if out is None else out
+        launch(x, weight, bias, bn, residual, input_bn, input_gate, out)
         return out
 
     return run
@@ -241,7 +244,7 @@ def _plan_reference(
     return run
 
 
-TABLE = (
+TABLE = Table(
     Implementation("cudnn", _why_not_cudnn, cudnn.plan, _why_cudnn, "cuda"),
     Implementation(
         "triton", _why_not_triton, _plan_triton, "Triton is preferred for this shape", "cuda"
@@ -250,7 +253,7 @@ TABLE = (
     Implementation("onednn", _on_cpu(onednn.why_not), onednn.plan, "fused on CPU", "cpu"),
     reference(_plan_reference),
 )
-IMPLEMENTATIONS = names(TABLE)
+IMPLEMENTATIONS = TABLE.names
 
 
 def _plan(
@@ -262,7 +265,13 @@ def _plan(
 ) -> Plan:
     """The plan of a checked call; ``like`` are examples of residual, input_gate and out."""
     implementation, (name, reason) = choose(OP, TABLE, problem, call)
-    traffic = _traffic(problem, name, call.x, *like)
+    if call.once:
+
+        def traffic() -> Traffic:
+            return _traffic(problem, name, call.x, *like)()
+
+    else:  # which does not hold the examples
+        traffic = _traffic(problem, name, call.x, *like)
     if name == "reference":
         run = implementation.build(problem, call, parameters, like, cache)
     elif call.grad:
@@ -303,7 +312,7 @@ class ImagePlan(Plan):
 
 def _allocating(problem: Problem) -> Run:
     def run(x, residual=None, input_gate=None, out=None):
-        return new_output(problem, x) if out is None else out
+        return new_output(problem, x.device) if out is None else out
 
     return run
 
@@ -383,10 +392,10 @@ def _traffic(
     )
 
 
-def new_output(problem: Problem, x: Tensor) -> Tensor:
+def new_output(problem: Problem, device: torch.device) -> Tensor:
     size = (problem.N, problem.K, problem.P, problem.Q)
     layout = torch.channels_last
-    return torch.empty(size, dtype=problem.dtype, device=x.device, memory_format=layout)
+    return torch.empty(size, dtype=problem.dtype, device=device, memory_format=layout)
 
 
 def _nhwc(weight: Tensor, cache: DerivedWeights | None) -> Tensor:

@@ -12,7 +12,7 @@ from cvkernels.backend import Backend
 from cvkernels.ops.common import aliasing, native, norm
 from cvkernels.ops.common.arguments import check_bn
 from cvkernels.ops.common.autograd import mark_written, needs_grad
-from cvkernels.ops.common.dispatch import Call, Implementation, call_of, choose, reference
+from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, choose, reference
 from cvkernels.ops.common.layout import overlaps_itself
 from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.common.plan import Plan, PlanTable, planned_by
@@ -110,17 +110,6 @@ def dense_concat(
 backends.answers(OP, plan)
 
 
-def appender(
-    src: Tensor, bn: BatchNormParams | None, relu: bool
-) -> Callable[[Tensor, Tensor], None] | None:
-    """A plan's function as blocks call it: over a whole buffer, for any strides of src."""
-    implementation, _ = choose(OP, TABLE, None, call_of(src, (), TABLE, "auto", True))
-    if implementation.name != "native":
-        return None
-    vectors = norm.vectors_of(bn, src) or norm.NO_VECTORS
-    return lambda buffer, src: _dense_concat(buffer, src, 0, *vectors, relu)
-
-
 def _plan_native(
     call: Call, src: Tensor, start: int, bn: BatchNormParams | None, relu: bool
 ) -> Callable[[Tensor, Tensor], Tensor]:
@@ -158,7 +147,7 @@ def _plan_reference(
     return run
 
 
-TABLE = (
+TABLE = Table(
     Implementation(
         "native",
         lambda problem, call: native.lacks(OP, call),

@@ -13,7 +13,7 @@ from cvkernels.backend import Backend
 from cvkernels.ops.common.arguments import pair
 from cvkernels.ops.common.autograd import autocast_dtype
 from cvkernels.ops.common.derived_weights import DerivedWeights
-from cvkernels.ops.common.dispatch import Call, Implementation, call_of, choose, names, reference
+from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, choose, reference
 from cvkernels.ops.common.layout import in_format
 from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.common.plan import Plan, planned_by
@@ -164,10 +164,12 @@ def _plan_triton(
 
     _, bias, bn, _ = parameters
     weight = _rsc(parameters.weight, cache)
+    out, _ = new_outputs(problem, torch.device("meta"))
+    launch = triton_launch.plan_launch(problem, call.x, weight, out)
 
     def run(x):
-        out, sums = new_outputs(problem, x)
-        triton_launch.run(problem, x, weight, bias, bn, out, sums)
+        out, sums = new_outputs(problem, x.device)
+        launch(x, weight, bias, bn, out, sums)
         return out, sums
 
     return run
@@ -192,14 +194,14 @@ def _absent(name: str) -> Implementation:
     return Implementation(name, lambda problem, call: reason, _plan_reference, device=None)
 
 
-TABLE = (
+TABLE = Table(
     Implementation("triton", _why_not_triton, _plan_triton, "fused on cuda", "cuda"),
     Implementation("native", _why_not_native, native.plan, "fused on cpu", "cpu"),
     _absent("cudnn"),
     _absent("onednn"),
     reference(_plan_reference),
 )
-IMPLEMENTATIONS = names(TABLE)
+IMPLEMENTATIONS = TABLE.names
 
 
 def _plan(
@@ -217,7 +219,7 @@ def _plan(
     elif problem.bytes_written == 0 or call.x.is_meta:
 
         def run(x):
-            return new_outputs(problem, x)
+            return new_outputs(problem, x.device)
 
     elif call.autocast is None:
         run = implementation.build(problem, call, parameters, cache)
@@ -271,13 +273,13 @@ def _differentiable(
     return run
 
 
-def new_outputs(problem: DepthwiseProblem, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def new_outputs(problem: DepthwiseProblem, device: torch.device) -> tuple[Tensor, Tensor | None]:
     size = (problem.N, problem.C, problem.P, problem.Q)
     layout = torch.channels_last
-    out = torch.empty(size, dtype=problem.dtype, device=x.device, memory_format=layout)
+    out = torch.empty(size, dtype=problem.dtype, device=device, memory_format=layout)
     if not problem.squeeze:
         return out, None
-    return out, torch.empty(size[:2], dtype=problem.sums_dtype, device=x.device)
+    return out, torch.empty(size[:2], dtype=problem.sums_dtype, device=device)
 
 
 def runs_fused(x: Tensor, kernel_size: tuple[int, int], stride: tuple, dilation: tuple) -> bool:

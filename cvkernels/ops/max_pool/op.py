@@ -10,7 +10,7 @@ from torch import Tensor
 from cvkernels import backend as backends
 from cvkernels.backend import Backend
 from cvkernels.ops.common import native
-from cvkernels.ops.common.dispatch import Call, Implementation, call_of, choose, reference
+from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, choose, reference
 from cvkernels.ops.common.plan import Plan, PlanTable, planned_by
 from cvkernels.ops.common.pool import (
     Window,
@@ -118,7 +118,10 @@ def max_pool(
         return _traced(x, options, out, backend)
     if not type(kernel_size) is type(stride) is type(padding) is type(dilation) is int:
         options = window_of(OP, *options)
-    key = _plans.key(backend, (x, out), options)
+    if out is None:
+        key = _plans.key_of_one(backend, x, options)
+    else:
+        key = _plans.key(backend, (x, out), options)
     if (planned := _plans.get(key)) is None:
         planned = plan(x, *options, out=out, backend=backend, once=key is None)
         _plans.keep(key, planned, x, out)
@@ -151,7 +154,7 @@ def _plan_reference(call: Call, window: Window, out: Tensor | None) -> Callable[
     return run
 
 
-TABLE = (
+TABLE = Table(
     Implementation("native", _why_not_native, _plan_native, native.compiled_for),
     reference(_plan_reference),
 )

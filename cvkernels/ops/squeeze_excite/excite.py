@@ -137,17 +137,14 @@ def _checked(
 def _plan_triton(
     problem: Problem, call: Call, layers: Layers, act: str, sigmoid: bool, count: int | None
 ) -> Callable[..., Tensor]:
-    dtype = call.x.dtype if count is None else layers[0].dtype
+    if call.x.is_meta:
+        dtype = call.x.dtype if count is None else layers[0].dtype
+        return lambda layers, pooled: pooled.new_empty(pooled.shape, dtype=dtype)
+    # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
+    from cvkernels.ops.squeeze_excite import triton_launch
 
-    def run(layers, pooled):
-        if pooled.is_meta:
-            return pooled.new_empty(pooled.shape, dtype=dtype)
-        # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
-        from cvkernels.ops.squeeze_excite import triton_launch
-
-        return triton_launch.excite(pooled, *layers, act, sigmoid, count)
-
-    return run
+    launch = triton_launch.plan_excite(call.x, layers[0], act, sigmoid, count)
+    return lambda layers, pooled: launch(pooled, layers)
 
 
 def _plan_reference(

@@ -76,12 +76,12 @@ def _dense(t: Tensor | None) -> Tensor | None:
 
 def plan_squeeze(problem: object, call: Call) -> Callable[..., Tensor]:
     """What squeezes maps like x."""
-    x, nhwc = call.x, is_nhwc(call.x)
+    x = call.x
 
     def run(x):
-        return squeeze_of(fitting(x, nhwc))
+        return squeeze_of(fitting(x, is_nhwc(x)))
 
-    if not native.directs(call) or not fits(x, nhwc) or not x.shape[0]:
+    if not native.directs(call) or not fits(x, is_nhwc(x)) or not x.shape[0]:
         return run
     out = x.new_empty(x.shape[:2])
     work, like, fresh = native.direct(lambda: squeeze_out(x, out)), native.template(out), _fresh
@@ -129,9 +129,10 @@ def plan_se_scale(
     out: Tensor | None,
 ) -> Callable[..., Tensor]:
     """What scales maps like x, as (x, gate, residual, out)."""
-    nhwc, code = is_nhwc(call.x), ACTS[act]
+    code = ACTS[act]
 
     def run(x, gate, residual=None, out=None):
+        nhwc = is_nhwc(x)
         y = new_like(x) if out is None else out
         residual = None if residual is None else fitting(residual, nhwc)
         se_scale_out(fitting(x, nhwc), gate.contiguous(), residual, code, y)
@@ -164,9 +165,10 @@ def plan_squeeze_excite(
     out: Tensor | None,
 ) -> Callable[..., Tensor]:
     """What runs the block on maps like x, as (layers, x, residual, out)."""
-    nhwc, code, out_code = is_nhwc(call.x), ACTS[act], ACTS[out_act]
+    code, out_code = ACTS[act], ACTS[out_act]
 
     def run(layers, x, residual=None, out=None):
+        nhwc = is_nhwc(x)
         y = new_like(x) if out is None else out
         residual = None if residual is None else fitting(residual, nhwc)
         layers = matrices(*layers)

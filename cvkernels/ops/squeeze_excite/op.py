@@ -189,22 +189,32 @@ def _plan_triton(
     out_act: str,
     out: Tensor | None,
 ) -> Callable[..., Tensor]:
+    if call.x.is_meta:
+        return lambda layers, x, residual=None, out=None: new_like(x) if out is None else out
+    fitted = not copies(call.x, residual, out)
+    launch = _triton(call.x, problem.R, act, residual, out_act, out if fitted else None, False)
+
     def run(layers, x, residual=None, out=None):
-        return _triton(x, *layers, act, residual, out_act, out)[0]
+        return launch(x, layers, residual, out)[0]
 
-    return native.writing(run, not copies(call.x, residual, out))
+    return native.writing(run, fitted)
 
 
-def _triton(x: Tensor, *arguments, keep_mean: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(out, the means where they are kept, the logits)."""
-    if x.is_meta:
-        *_, out = arguments
-        gate = x.new_empty(x.shape[:2], dtype=torch.float32)
-        return new_like(x) if out is None else out, gate, torch.empty_like(gate)
+def _triton(
+    x: Tensor,
+    R: int,
+    act: str,
+    residual: Tensor | None,
+    out_act: str,
+    out: Tensor | None,
+    keep_mean: bool,
+) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
+    """(x, layers, residual, out) -> (out, the means where they are kept, the logits)."""
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
     from cvkernels.ops.squeeze_excite import triton_launch
 
-    return triton_launch.squeeze_excite(x, *arguments, keep_mean=keep_mean)
+    whole = tiles.one_launch(x, R)
+    return triton_launch.plan_squeeze_excite(x, R, act, residual, out_act, out, keep_mean, whole)
 
 
 def _plan_reference(
@@ -285,7 +295,8 @@ def _squeeze_excite(x, weight1, bias1, weight2, bias2, act, residual, out_act, b
     call = Call(x, backends.device_type(x), backend, once=True)
     name = choose(OP, TABLE, Problem(OP, weight1.shape[0]), call)[1].backend
     if name == "triton":
-        out, mean, gate = _triton(x, *layers, act, residual, out_act, None, keep_mean=True)
+        launch = _triton(x, weight1.shape[0], act, residual, out_act, None, True)
+        out, mean, gate = launch(x, layers, residual)
     elif name == "native" and x.dtype == torch.float32:
         mean = native.plan_squeeze(None, call)(x)
         gate = native.plan_excite(None, call, layers, act, False, None)(layers, mean)

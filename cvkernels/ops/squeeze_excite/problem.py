@@ -33,7 +33,7 @@ def table_of(
     stock: Callable[..., Callable],
 ) -> Table:
     """The table of one of the ops, by what plans each implementation."""
-    return (
+    return Table(
         Implementation("triton", _why_not_triton, triton, "triton on cuda", "cuda"),
         Implementation("native", _why_not_native, compiled, "native on cpu", "cpu"),
         reference(stock),

@@ -145,15 +145,18 @@ def _plan_triton(
     act: str,
     out: Tensor | None,
 ) -> Callable[..., Tensor]:
+    if call.x.is_meta:
+        return lambda x, gate, residual=None, out=None: new_like(x) if out is None else out
+    # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
+    from cvkernels.ops.squeeze_excite import triton_launch
+
+    fitted = not copies(call.x, residual, out)
+    launch = triton_launch.plan_se_scale(call.x, residual, act, out if fitted else None)
+
     def run(x, gate, residual=None, out=None):
-        if x.is_meta:
-            return new_like(x) if out is None else out
-        # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
-        from cvkernels.ops.squeeze_excite import triton_launch
+        return launch(x, gate, residual, out)
 
-        return triton_launch.se_scale(x, gate, residual, act, out)
-
-    return native.writing(run, not copies(call.x, residual, out))
+    return native.writing(run, fitted)
 
 
 def _plan_reference(

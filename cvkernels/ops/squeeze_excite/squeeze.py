@@ -54,7 +54,7 @@ def squeeze(x: Tensor, *, backend: Backend = "auto") -> Tensor:
     """
     if torch.compiler.is_compiling():
         return _traced(x, backend)
-    key = _plans.key(backend, (x,))
+    key = _plans.key_of_one(backend, x, ())
     if (planned := _plans.get(key)) is None:
         planned = _plans.keep(key, plan(x, backend=backend, once=key is None), x)
     return planned(x)
@@ -64,15 +64,12 @@ backends.answers(OP, plan)
 
 
 def _plan_triton(problem: Problem, call: Call) -> Callable[..., Tensor]:
-    def run(x):
-        if x.is_meta:
-            return x.new_empty(x.shape[:2])
-        # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
-        from cvkernels.ops.squeeze_excite import triton_launch
+    if call.x.is_meta:
+        return lambda x: x.new_empty(x.shape[:2])
+    # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
+    from cvkernels.ops.squeeze_excite import triton_launch
 
-        return triton_launch.squeeze(x)
-
-    return run
+    return triton_launch.plan_squeeze(call.x)
 
 
 def _plan_reference(problem: Problem, call: Call) -> Callable[..., Tensor]:

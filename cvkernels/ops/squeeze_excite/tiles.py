@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from cvkernels.ops.common.layout import is_nhwc, pixel_stride
 from cvkernels.ops.common.tiles import cdiv, power_of_two
-from cvkernels.ops.squeeze_excite.layouts import is_nhwc, pixel_stride
 
 # Enough programs that each SM of the largest GPU has four.
 PROGRAMS = 512

@@ -14,17 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cvkernels.ops.common.layout import fits, fitting, is_nhwc, new_like, pixel_stride
 from cvkernels.ops.common.tiles import cdiv
 from cvkernels.ops.common.triton_launch import Launch
 from cvkernels.ops.squeeze_excite import tiles
-from cvkernels.ops.squeeze_excite.layouts import (
-    fits,
-    fitting,
-    is_nhwc,
-    matrices,
-    new_like,
-    pixel_stride,
-)
+from cvkernels.ops.squeeze_excite.native import matrices
 from cvkernels.ops.squeeze_excite.triton_backward import (
     se_scale_bwd_nchw_kernel,
     se_scale_bwd_nhwc_kernel,

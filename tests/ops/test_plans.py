@@ -1,0 +1,317 @@
+"""Plans: a call that was checked once computes what the op does, and is never taken for another."""
+
+import pytest
+import torch
+
+from cvkernels import backend, extension, functional, record
+from cvkernels.functional import (
+    BatchNormParams,
+    DerivedWeights,
+    avg_pool,
+    batch_norm_act,
+    conv_bn_act,
+    dense_concat,
+    depthwise_conv_bn_act,
+    excite,
+    max_pool,
+    se_scale,
+    squeeze,
+    squeeze_excite,
+)
+from tests.support.cases.squeeze_excite import SMALL, Map, make_layers, make_map
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+OPS = sorted(set(functional.__all__) - {"BatchNormParams", "DerivedWeights"})
+PLANNED = sorted(set(OPS) - {"batch_norm_act"})
+
+
+@pytest.fixture(autouse=True)
+def native():
+    if not extension.has("cpu"):
+        pytest.skip(extension.status()["cpu"].reason)
+
+
+class Call:
+    """A call of an op: what is planned, with which options, the data of one run, and how the op
+    itself takes these."""
+
+    def __init__(self, examples, options, data, run):
+        self.examples, self.options, self.data, self.run = examples, options, data, run
+
+
+def norm(channels, dtype=torch.float32):
+    weight, bias, mean = torch.randn(3, channels).to(dtype)
+    return BatchNormParams(weight, bias, mean, torch.rand(channels).to(dtype) + 0.5)
+
+
+def calls(x):
+    """A call of each op on maps like x; each run's data is fresh, and laid out as the examples."""
+    N, C, H, W = x.shape
+    dtype, layout = x.dtype, x.stride(1) == 1 and C > 1
+    layers = make_layers(Map(N, C, 6, H, W), dtype, "cpu")
+    gate, residual = torch.randn(N, C).to(dtype), torch.randn_like(x)
+    weight, taps, bn = torch.randn(5, C, 1, 1).to(dtype), torch.randn(C, 1, 3, 3).to(dtype), norm(5)
+    buffer = torch.zeros(N, C + 3, H, W, dtype=dtype)
+    buffer = buffer.contiguous(memory_format=torch.channels_last) if layout else buffer
+    y, before = torch.randn_like(x), norm(C)
+    return {
+        "squeeze": Call((x,), {}, (y,), lambda op, o: op(y, **o)),
+        "excite": Call(
+            (gate, *layers, "silu"), {"sigmoid": True}, (gate + 1,),
+            lambda op, o: op(gate + 1, *layers, "silu", **o),
+        ),
+        "se_scale": Call(
+            (x, gate, residual, "silu"), {}, (y, gate + 1, residual),
+            lambda op, o: op(y, gate + 1, residual, "silu", **o),
+        ),
+        "squeeze_excite": Call(
+            (x, *layers, "silu", residual, "relu"), {}, (y, residual),
+            lambda op, o: op(y, *layers, "silu", residual, "relu", **o),
+        ),
+        "max_pool": Call(
+            (x, 3, 2, 1, 1, True), {}, (y,), lambda op, o: op(y, 3, 2, 1, 1, True, **o)
+        ),
+        "avg_pool": Call(
+            (x, (3, 1), 1, (1, 0)), {"input_bn": norm(C)}, (y,),
+            lambda op, o: op(y, (3, 1), 1, (1, 0), **o),
+        ),
+        "dense_concat": Call(
+            (buffer, x, 2, before, True), {}, (buffer.clone(), y),
+            lambda op, o: op(buffer.clone(), y, 2, before, True, **o),
+        ),
+        "conv_bn_act": Call(
+            (x, weight, None, bn), {"act": "silu"}, (y,),
+            lambda op, o: op(y, weight, None, bn, **o),
+        ),
+        "depthwise_conv_bn_act": Call(
+            (x, taps), {"padding": 1, "act": "relu6", "squeeze": True}, (y,),
+            lambda op, o: op(y, taps, **o),
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("m", SMALL.values(), ids=SMALL.keys())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_plan_computes_what_the_op_does(m, dtype, memory_format):
+    x = make_map(m, dtype, memory_format, "cpu")
+    for name, call in calls(x).items():
+        op = getattr(functional, name)
+        planned = op.plan(*call.examples, **call.options)
+        for _ in range(2):
+            ours, theirs = planned(*call.data), call.run(op, call.options)
+            for a, b in zip(parts(ours), parts(theirs), strict=True):
+                assert torch.equal(a, b) and a.stride() == b.stride(), name
+        checked = call.run(op, call.options | {"backend": planned.backend})
+        for a, b in zip(parts(ours), parts(checked), strict=True):
+            assert torch.equal(a, b), name
+
+
+def parts(result):
+    return [part for part in result if part is not None] if isinstance(result, tuple) else [result]
+
+
+def test_every_op_has_a_plan_and_a_choice():
+    x = torch.randn(2, 8, 5, 5).contiguous(memory_format=torch.channels_last)
+    table = calls(x)
+    assert sorted(table) == PLANNED
+    for name, call in table.items():
+        planned = getattr(functional, name).plan(*call.examples, **call.options)
+        assert planned.op == name and planned.backend == "native" and planned.reason
+        assert planned.traffic.kernels >= 1 and planned.traffic.bytes_read > 0
+        assert backend.chosen(name, *call.examples, **call.options) == "native"
+        with backend.use("reference"):
+            assert backend.chosen(name, *call.examples, **call.options) == "reference"
+    for name in OPS:
+        args = table[name].examples if name in table else (x,)
+        options = table[name].options if name in table else {}
+        assert backend.chosen(name, *args, **options) in backend.NAMES
+    assert backend.chosen("batch_norm_act", x) == "native"
+    assert backend.chosen("max_pool", x=x, kernel_size=2) == "native"
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_errors_are_raised_when_a_call_is_planned(name):
+    x = torch.randn(2, 8, 5, 5)
+    call = calls(x)[name]
+    first, *others = call.examples
+    with pytest.raises((ValueError, TypeError), match=f"{name}: "):
+        getattr(functional, name).plan(first[0], *others, **call.options)
+    with pytest.raises(backend.BackendError, match=f"{name}: .*'cudnn'"):
+        getattr(functional, name).plan(*call.examples, **call.options, backend="cudnn")
+
+
+def test_explain_hears_of_a_plan():
+    x = torch.randn(2, 8, 5, 5)
+    for name, call in calls(x).items():
+        planned = getattr(functional, name).plan(*call.examples, **call.options)
+        with record.recording(record.Recorder()) as recorder:
+            planned(*call.data)
+        (row,) = recorder.calls
+        assert (row.op, row.backend, row.reason) == (name, planned.backend, planned.reason)
+        assert (row.kernels, row.bytes_read, row.bytes_written) == tuple(planned.traffic)
+
+
+def test_outputs_that_are_given_are_written():
+    x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+    gate, out = torch.randn(2, 8), torch.empty_like(x)
+    buffer = torch.zeros(2, 20, 6, 6).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(8, 8, 3, 3)
+    for into in (out, buffer[:, 4:12]):
+        scale = se_scale.plan(x, gate, x, "relu", out=into)
+        assert scale(x, gate, x, into) is into
+        assert torch.equal(into, se_scale(x, gate, x, "relu"))
+        pool = max_pool.plan(x, 3, 1, 1, out=into)
+        assert pool(x, into) is into and torch.equal(into, max_pool(x, 3, 1, 1))
+        convolve = conv_bn_act.plan(x, weight, padding=1, residual=x, out=into)
+        assert convolve(x, x, None, into) is into
+        assert torch.equal(into, conv_bn_act(x, weight, padding=1, residual=x))
+    assert buffer[:, :4].abs().max() == 0 == buffer[:, 12:].abs().max()
+
+
+def test_autograd_notices_what_a_plan_writes():
+    x, out = torch.randn(1, 4, 3, 3), torch.ones(1, 4, 3, 3)
+    weight = torch.ones(1, 4, 3, 3, requires_grad=True)
+    for planned, data in (
+        (max_pool.plan(x, 1, out=out), (x, out)),
+        (se_scale.plan(x, x.mean((2, 3)), out=out), (x, x.mean((2, 3)), None, out)),
+        (dense_concat.plan(out, x, 0), (out, x)),
+    ):
+        loss = (weight * out).sum()
+        planned(*data)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+class TestCallsAreNotMixedUp:
+    """Calls whose plans are kept by their metadata."""
+
+    x = torch.randn(2, 8, 6, 6)
+
+    def test_options_of_another_type(self):
+        assert max_pool(self.x, 2, 2).shape == (2, 8, 3, 3)
+        with pytest.raises(TypeError, match="kernel_size must be an integer"):
+            max_pool(self.x, 2.0, 2)
+        avg_pool(self.x, 2, 2, 0, False, True, 1)
+        with pytest.raises(TypeError, match="divisor_override must be an integer"):
+            avg_pool(self.x, 2, 2, 0, False, True, 1.0)
+        layers = make_layers(Map(2, 8, 6, 6, 6), torch.float32, "cpu")
+        excite(torch.ones(2, 8), *layers, count=9)
+        with pytest.raises(ValueError, match="count must be a positive number"):
+            excite(torch.ones(2, 8), *layers, count=9.0)
+
+    def test_strides_shapes_and_dtypes(self):
+        views = (
+            self.x, self.x.contiguous(memory_format=torch.channels_last), self.x.transpose(2, 3),
+            self.x[:, ::2], self.x[:1], self.x.bfloat16(), self.x.double(), self.x[:0],
+        )  # fmt: skip
+        for x in (*views, *views):
+            assert torch.equal(max_pool(x, 3, 2, 1), max_pool(x, 3, 2, 1, backend="reference"))
+            torch.testing.assert_close(squeeze(x), squeeze(x, backend="reference"))
+
+    def test_gradients(self):
+        x = self.x.clone().requires_grad_()
+        for _ in range(2):
+            assert max_pool(self.x, 2).grad_fn is None
+            assert max_pool(x, 2).grad_fn is not None and squeeze(x).grad_fn is not None
+            with torch.no_grad():
+                assert max_pool(x, 2).grad_fn is None and squeeze(x).grad_fn is None
+
+    def test_requests(self):
+        for _ in range(2):
+            squeeze(self.x)
+            with backend.use("reference"), record.recording(record.Recorder()) as recorder:
+                squeeze(self.x)
+            assert recorder.calls == []
+            with pytest.raises(backend.BackendError):
+                squeeze(self.x, backend="cudnn")
+
+    def test_transforms_and_modes(self):
+        expected = max_pool(self.x, 2)
+        mapped = torch.func.vmap(lambda x: squeeze(x[None], backend="reference")[0])(self.x)
+        torch.testing.assert_close(mapped, squeeze(self.x))
+
+        class Names(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                names.append(func._schema.name)
+                return func(*args, **kwargs or {})
+
+        for _ in range(2):
+            names = []
+            with Names():
+                pooled = max_pool(self.x, 2)
+            assert torch.equal(pooled, expected)
+            assert names == ["cvkernels::max_pool"]
+            with torch.profiler.profile() as profile:
+                max_pool(self.x, 2)
+            assert "cvkernels::max_pool" in {event.name for event in profile.events()}
+
+    def test_subclasses_and_meta_tensors(self):
+        class Named(torch.Tensor):
+            pass
+
+        max_pool(self.x, 2)
+        assert isinstance(max_pool(self.x.as_subclass(Named), 2), torch.Tensor)
+        meta = self.x.to("meta")
+        for _ in range(2):
+            assert max_pool.plan(meta, 2).backend == "reference"
+            with record.recording(record.Recorder()) as recorder:
+                max_pool(meta, 2)
+            assert [call.backend for call in recorder.calls] == ["native"]
+
+    def test_overlaps_are_seen_each_time(self):
+        buffer = torch.zeros(2, 8, 5, 5)
+        dense_concat(buffer, torch.ones(2, 3, 5, 5), 2)
+        same = torch.zeros(2, 8, 5, 5)[:, :3]
+        dense_concat(buffer, same, 2)
+        with pytest.raises(ValueError, match="src overlaps the channels"):
+            dense_concat(buffer, buffer[:, :3], 2)
+        gate, other = torch.ones(2, 8), torch.zeros(2, 8, 5, 5)
+        se_scale(other, gate, out=buffer)
+        with pytest.raises(ValueError, match="out overlaps"):
+            storage = torch.zeros(2 * 8 * 25 + 1)
+            a, b = (storage[i : i + 400].view(2, 8, 5, 5) for i in (0, 1))
+            se_scale(a, gate, out=b)
+
+
+def test_a_plan_holds_the_weights_it_was_made_with():
+    x, weight, cache = torch.randn(1, 8, 5, 5), torch.randn(6, 8, 3, 3), DerivedWeights()
+    planned = conv_bn_act.plan(x, weight, cache=cache)
+    expected = planned(x)
+    weight.mul_(2)
+    assert torch.equal(planned(x), expected)
+    assert torch.equal(conv_bn_act.plan(x, weight, cache=cache)(x), conv_bn_act(x, weight))
+
+
+def test_autocast_and_gradients_are_planned():
+    x, weight = torch.randn(2, 8, 5, 5), torch.randn(6, 8, 3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        planned = conv_bn_act.plan(x, weight)
+        assert torch.equal(planned(x), conv_bn_act(x, weight))
+        assert planned(x).dtype == torch.bfloat16
+    weight.requires_grad_()
+    planned = conv_bn_act.plan(x, weight, backend="native")
+    for _ in range(2):
+        planned(x).sum().backward()
+    assert weight.grad is not None
+    with pytest.raises(ValueError, match="out= is not differentiable"):
+        out = torch.empty(2, 6, 3, 3).contiguous(memory_format=torch.channels_last)
+        conv_bn_act.plan(x, weight, out=out)
+
+
+def test_an_image_that_is_not_finite_runs_the_reference():
+    """oneDNN's relu would hide it; the native convolution takes no groups."""
+    x, weight = torch.randn(1, 4, 6, 6), torch.randn(4, 2, 3, 3)
+    planned = conv_bn_act.plan(x, weight, groups=2)
+    assert planned.backend == "onednn"
+    bad = x.clone()
+    bad[0, 0, 2, 2] = torch.nan
+    assert planned(x).isfinite().all() and planned(bad).isnan().any()
+    with pytest.raises(backend.BackendError, match="the image holds NaN or infinity"):
+        conv_bn_act(bad, weight, groups=2, backend="onednn")
+
+
+def test_batch_norm_act_answers():
+    x = torch.randn(2, 8, 5, 5)
+    assert batch_norm_act(x).out.shape == x.shape
+    assert depthwise_conv_bn_act.plan(x, torch.randn(8, 1, 3, 3))(x)[1] is None
+    assert squeeze_excite.plan(x, *make_layers(Map(2, 8, 6, 5, 5), x.dtype, "cpu")).op
