@@ -10,8 +10,8 @@
 
 #include "build_info.h"
 #include "common/direct_call.h"
+#include "common/recording.h"
 #include "common/sample.h"
-#include "recording.h"
 
 namespace py = pybind11;
 

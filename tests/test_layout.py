@@ -1,6 +1,7 @@
 """The repository's shape: one stem per op, layers that import only downwards, short files."""
 
 import ast
+import re
 import subprocess
 from pathlib import Path
 
@@ -36,10 +37,27 @@ def test_op_is_public_under_its_name(op):
 
 
 def test_native_sources_belong_to_ops():
-    stems = {p.stem for p in (ROOT / "csrc").glob("*.cu")} | {
-        p.stem for p in (ROOT / "csrc").glob("*.cpp")
-    }
-    assert stems - {"module", "se_scale"} <= set(OPS)
+    folders = {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()}
+    assert folders - {"common"} <= set(OPS)
+    for folder in folders - {"common"}:
+        files = {path.name for path in (ROOT / "csrc" / folder).iterdir()}
+        assert {"cpu.cpp"} <= files and ("cuda.cu" in files) == ("kernels.cuh" in files)
+
+
+HEADERS = [path for suffix in ("h", "cuh") for path in sorted((ROOT / "csrc").rglob(f"*.{suffix}"))]
+
+
+@pytest.mark.parametrize("path", HEADERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_headers_share_what_they_define_and_device_headers_need_no_torch(path):
+    def included(header):
+        for name in re.findall(r'#include "(.+)"', header.read_text()):
+            found = next(p for p in (header.parent / name, ROOT / "csrc" / name) if p.is_file())
+            yield from (found, *included(found))
+
+    assert "namespace {" not in path.read_text()
+    if path.suffix == ".cuh" or path.name == "problem.h":
+        for header in (path, *included(path)):
+            assert "#include <torch" not in header.read_text(), header
 
 
 def test_top_level_holds_nothing_else():

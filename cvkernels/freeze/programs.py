@@ -20,7 +20,7 @@ from cvkernels.freeze.memory import VIEWS, Memory
 from cvkernels.freeze.steps import Step
 
 _ops = torch.ops.cvkernels
-# Ops whose work csrc/recording.h can keep.
+# Ops whose work csrc/common/recording.h can keep.
 RECORDED = frozenset(
     f"cvkernels::{name}"
     for name in (

@@ -149,8 +149,8 @@ class _BatchNormAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, eps, act):
         out, vectors = _forward(x, weight, bias, residual, eps, act)
-        joins = residual is not None and act == "relu"
-        ctx.save_for_backward(x, vectors, *((out,) if joins else ()))
+        of_output = residual is not None and act == "relu"
+        ctx.save_for_backward(x, vectors, *((out,) if of_output else ()))
         ctx.mark_non_differentiable(vectors)
         ctx.eps, ctx.act = eps, act
         ctx.dtypes = [t if t is None else t.dtype for t in (weight, bias)]
@@ -159,10 +159,10 @@ class _BatchNormAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         refuse_create_graph("batch_norm_act")
-        x, vectors, *joined = ctx.saved_tensors
+        x, vectors, *output = ctx.saved_tensors
         needs_x, *needs_vectors, needs_residual, _, _ = ctx.needs_input_grad
         out = torch.empty_like(x, memory_format=torch.channels_last) if needs_x else None
-        d_vectors, d_residual = norm_backward(grad, x, vectors, ctx.eps, ctx.act, out, *joined)
+        d_vectors, d_residual = norm_backward(grad, x, vectors, ctx.eps, ctx.act, out, *output)
         grads = (
             d.to(dtype) if need else None
             for d, dtype, need in zip(d_vectors, ctx.dtypes, needs_vectors, strict=False)
@@ -177,18 +177,19 @@ def norm_backward(
     eps: float,
     act: str,
     out: Tensor | None,
-    joined: Tensor | None = None,
+    output: Tensor | None = None,
+    may_overwrite: bool = False,
     spent: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``act(batch_norm(x) + residual)``: as :func:`passes.backward`, and the
-    residual's. ``joined`` is the result, which "relu" behind a residual needs; the residual's
-    gradient is written over it where nobody else needs it, ``spent``.
+    residual's. ``output`` is the result, which "relu" behind a residual needs; where
+    ``may_overwrite``, the residual's gradient is written over it.
     """
     grad = grad.to(x.dtype)
     if not passes.is_pixel_matrix(grad):
         grad = grad.contiguous(memory_format=torch.channels_last)
-    if joined is None:
+    if output is None:
         return passes.backward(grad, x, vectors, eps, act, None, out), grad
-    joined = joined.contiguous(memory_format=torch.channels_last)
-    masked = joined if spent else torch.empty_like(joined)
-    return passes.backward(grad, x, vectors, eps, act, (joined, masked), out), masked
+    output = output.contiguous(memory_format=torch.channels_last)
+    d_residual = output if may_overwrite or spent else torch.empty_like(output)
+    return passes.backward(grad, x, vectors, eps, act, (output, d_residual), out), d_residual

@@ -1,4 +1,4 @@
-"""Where the compiled ops can run: csrc/<op>.cpp on the CPU, csrc/<op>.cu on CUDA."""
+"""Where the compiled ops can run: csrc/<op>/cpu.cpp, and csrc/<op>/cuda.cu on CUDA."""
 
 from __future__ import annotations
 
