@@ -4,7 +4,9 @@ python -m benchmarks kernels [--op NAME] [--case NAME] [--batch N] [--dtype NAME
 python -m benchmarks models [--network NAME] [--batch N] ...
 python -m benchmarks training [--network NAME] [--batch N] ...
 python -m benchmarks --all      everything that this machine can run, into benchmarks/results/
+python -m benchmarks memory     what autograd keeps of a training pass, counted without computing
 python -m benchmarks plots      the plots of benchmarks/results/, as SVG beside the figures
+python -m benchmarks readme     the tables of README.md and of benchmarks/results/*/README.md
 python -m benchmarks guard      speed-ups of the kernels against the committed ones
 python -m benchmarks tune       the fastest tiles on this GPU, into cvkernels/tuned/
 """
@@ -16,20 +18,21 @@ import signal
 import sys
 from pathlib import Path
 
-from benchmarks import bench_models, bench_training, everything, guard, kernels, results, tune
-from benchmarks.command_line import (
+from benchmarks import bench_models, bench_training, everything, kernels, saved_memory, tune
+from benchmarks.harness.command_line import (
     Refused,
-    add_case_options,
+    add_network_options,
     add_options,
+    add_run_options,
     chosen,
     count,
     dtypes_of,
     measure,
 )
-from benchmarks.environment import default_batch
+from benchmarks.harness.environment import default_batch
+from benchmarks.output import guard, readme, results
 
-MODEL_BATCHES = {"cpu": (1, 16), "cuda": (1, 128)}
-TRAINING_BATCHES = {"cpu": (8,), "cuda": (128,)}
+NETWORKS = {"models": bench_models, "training": bench_training}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,20 +64,24 @@ def _parser() -> argparse.ArgumentParser:
         default="all",
         help="cases with torch.compile as a peer: seconds for each; few: the quick ones",
     )
-    add_case_options(command)
+    command.add_argument("--case", action="append", help="a case's name, or a pattern: 'layer4*'")
+    command.add_argument("--batch", type=count, help="images; default: 16 on CPU, 128 on a GPU")
+    command.add_argument("--quick", action="store_true", help="fewer cases and fewer rounds")
+    add_run_options(command)
     add_options(command)
 
-    for name, module in (("models", bench_models), ("training", bench_training)):
+    for name, module in NETWORKS.items():
         command = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
-        networks = (*bench_models.NETWORKS, *(bench_training.DEPTHS[1:] * (name == "training")))
-        command.add_argument("--network", action="append", choices=networks, help="default: all")
-        command.add_argument("--batch", action="append", type=count, help="repeatable")
+        add_network_options(command, module.NETWORKS)
+        add_run_options(command)
         add_options(command)
 
     command = commands.add_parser("all", help="everything that this machine can run; also --all")
     everything.add_options(command)
     command = commands.add_parser("plots", help="plots of the results, as SVG beside them")
     command.add_argument("folder", nargs="*", type=Path, help="default: all of benchmarks/results")
+    commands.add_parser("readme", help="the tables of the README and of each machine's")
+    commands.add_parser("memory", help="what autograd keeps of a training pass")
     command = commands.add_parser("guard", help="the kernels' speed-ups against committed ones")
     guard.add_options(command)
     command = commands.add_parser("tune", help="the fastest backend and tile on this GPU")
@@ -95,24 +102,15 @@ def _kernels(options: argparse.Namespace) -> int:
     return measure(chosen(cases, options.case), options)
 
 
-def _models(options: argparse.Namespace) -> int:
-    batches = options.batch or MODEL_BATCHES[options.device.type]
-    networks = options.network or bench_models.NETWORKS
-    return measure(
-        bench_models.cases(options.device, dtypes_of(options), batches, networks), options
-    )
-
-
-def _training(options: argparse.Namespace) -> int:
-    batches = options.batch or TRAINING_BATCHES[options.device.type]
-    networks = options.network or (*bench_models.NETWORKS, *bench_training.DEPTHS[1:])
-    return measure(
-        bench_training.cases(options.device, dtypes_of(options), batches, networks), options
-    )
+def _networks(options: argparse.Namespace) -> int:
+    module = NETWORKS[options.command]
+    batches = options.batch or module.BATCHES[options.device.type]
+    networks = options.network or module.NETWORKS
+    return measure(module.cases(options.device, dtypes_of(options), batches, networks), options)
 
 
 def _plots(options: argparse.Namespace) -> int:
-    from benchmarks import plots
+    from benchmarks.output import plots
 
     folders = options.folder or results.machine_folders()
     for path in (path for folder in folders for path in plots.draw(folder)):
@@ -120,18 +118,29 @@ def _plots(options: argparse.Namespace) -> int:
     return 0
 
 
+def _readme(options: argparse.Namespace) -> int:
+    readme.write()
+    return 0
+
+
+def _memory(options: argparse.Namespace) -> int:
+    print(saved_memory.table())
+    return 0
+
+
 _COMMANDS = {
     "kernels": _kernels,
-    "models": _models,
-    "training": _training,
+    **dict.fromkeys(NETWORKS, _networks),
     "all": everything.main,
     "plots": _plots,
+    "readme": _readme,
+    "memory": _memory,
     "guard": guard.main,
     "tune": tune.main,
 }
 
 
 if __name__ == "__main__":
-    # Who ends it gets what was measured, and no part of --all goes on.
+    # Termination is an interrupt: what was measured is kept, and no part of --all goes on.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

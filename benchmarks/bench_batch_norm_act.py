@@ -1,8 +1,4 @@
-"""batch_norm_act against stock batch norm with activation and shortcut in training, both ways.
-
-``python -m benchmarks.bench_batch_norm_act [--quick]`` prints the table (``--help``: options),
-``pytest benchmarks/bench_batch_norm_act.py`` gives the rows to pytest-benchmark.
-"""
+"""batch_norm_act against stock batch norm with activation and shortcut in training, both ways."""
 
 from __future__ import annotations
 
@@ -12,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import command_line, harness
-from benchmarks.harness import Case
+from benchmarks.harness.case import Case, cases_of, image, variants_of
 from cvkernels.functional import batch_norm_act
 from cvkernels.ops.batch_norm_act.reference import batch_norm_act_reference
 
@@ -57,8 +52,7 @@ def inputs_of(
     norm: Norm, batch: int, dtype: torch.dtype, device: torch.device, grad: bool
 ) -> tuple[tuple, dict]:
     def make() -> Tensor:
-        buffer = torch.randn(batch, norm.total, norm.H, norm.W, device=device).to(dtype)
-        return buffer.contiguous(memory_format=torch.channels_last)[:, : norm.C]
+        return image(batch, norm.total, norm.H, norm.W, dtype=dtype, device=device)[:, : norm.C]
 
     weight, bias = torch.randn(2, norm.C, device=device)
     shortcut = make().requires_grad_(grad) if norm.adds else None
@@ -91,33 +85,16 @@ def case_of(
         dtype=dtype,
         inputs=functools.partial(inputs_of, norm, batch, dtype, device, part == "backward"),
         reference=functools.partial(stock, norm.act),
-        variants={
-            "eager": lambda: functools.partial(eager, norm.act),
-            "compile": lambda: harness.compiled(functools.partial(eager, norm.act)),
-            "cvkernels": lambda: functools.partial(fused, norm.act),
-        },
+        variants=variants_of(
+            functools.partial(eager, norm.act), lambda: functools.partial(fused, norm.act)
+        ),
         bytes=None if part == "host" else traffic(norm, batch, dtype, part),
         part=part,
     )
 
 
-def cases(
-    device: torch.device, dtypes: list[torch.dtype], batch: int, quick: bool = False
-) -> list[Case]:
-    norms = {name: norm for name, norm in NORMS.items() if name in QUICK or not quick}
-    made = []
-    for dtype in dtypes:
-        for part in ("forward", "backward"):
-            made += [
-                case_of(name, norm, batch, dtype, device, part) for name, norm in norms.items()
-            ]
-        made.append(case_of(*HOST, 2, dtype, device, part="host"))
-    return made
+cases = cases_of(case_of, NORMS, QUICK, HOST, ("forward", "backward"))
 
 
 def test_batch_norm_act(measure):
     measure()
-
-
-if __name__ == "__main__":
-    raise SystemExit(command_line.main("batch_norm_act", cases))

@@ -1,8 +1,6 @@
 """conv_bn_act against the stock modules, eager and compiled, on every convolution of ResNet-50.
 
-``python -m benchmarks.bench_conv_bn_act [--quick]`` prints the table (``--help``: options),
-``pytest benchmarks/bench_conv_bn_act.py`` gives the rows to pytest-benchmark. Forward everywhere;
-backward and the host's time per call on a few shapes.
+Forward everywhere; backward and the host's time per call on a few shapes.
 """
 
 from __future__ import annotations
@@ -13,14 +11,13 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from cases_conv_bn_act import ODD, RESNET50, Conv, make_inputs
 from torch import Tensor
 
-from benchmarks import command_line, harness
-from benchmarks.harness import Case
+from benchmarks.harness.case import Case, image, variants_of
 from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
+from tests.support.cases.conv_bn_act import ODD, RESNET50, Conv, make_inputs
 
 QUICK = (
     "stem", "layer1.conv3", "layer2.1.conv2", "layer3.0.downsample", "layer4.1.conv1", "grouped",
@@ -89,8 +86,8 @@ def inputs_of(
     options["act"] = act
     if residual:
         problem = problem_of(name, conv, dtype)
-        added = torch.randn(conv.N, conv.K, problem.P, problem.Q, device=device).to(dtype)
-        options["residual"] = added.contiguous(memory_format=torch.channels_last)
+        size = (conv.N, conv.K, problem.P, problem.Q)
+        options["residual"] = image(*size, dtype=dtype, device=device)
     if grad:
         leaves = [x, weight, bn.weight, bn.bias, *([options["residual"]] if residual else [])]
         for leaf in leaves:
@@ -98,12 +95,8 @@ def inputs_of(
     return (x, weight, bn), options
 
 
-def variants_of(device: torch.device) -> dict[str, Callable[[], Callable]]:
-    variants = {
-        "eager": lambda: stock,
-        "compile": lambda: harness.compiled(stock),
-        "cvkernels": lambda: fused("auto"),
-    }
+def variants_on(device: torch.device) -> dict[str, Callable[[], Callable]]:
+    variants = variants_of(stock, lambda: fused("auto"))
     if device.type == "cuda":
         variants["cvkernels triton"] = lambda: fused("triton")
         variants["cvkernels cudnn"] = lambda: fused("cudnn")
@@ -144,7 +137,7 @@ def case_of(
         dtype=dtype,
         inputs=functools.partial(inputs_of, name, conv, dtype, device, part == "backward"),
         reference=reference,
-        variants=variants_of(device),
+        variants=variants_on(device),
         bytes=traffic[part],
         flops=flops[part],
         part=part,
@@ -176,7 +169,3 @@ def cases(
 
 def test_conv_bn_act(measure):
     measure()
-
-
-if __name__ == "__main__":
-    raise SystemExit(command_line.main("conv_bn_act", cases))

@@ -1,8 +1,6 @@
 """dense_concat against what stock DenseNet and GoogLeNet do: a copy, and norm + ReLU of a concat.
 
-``python -m benchmarks.bench_dense_concat [--quick]`` prints the table (``--help``: options),
-``pytest benchmarks/bench_dense_concat.py`` gives the rows to pytest-benchmark. There is no backward
-row: the op is not differentiable.
+There is no backward row: the op is not differentiable.
 """
 
 from __future__ import annotations
@@ -13,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import command_line, harness
-from benchmarks.harness import Case
+from benchmarks.harness.case import Case, batch_norm, cases_of, image, variants_of
 from cvkernels.functional import BatchNormParams, dense_concat
 from cvkernels.ops.dense_concat.reference import appended
 
@@ -55,13 +52,9 @@ def inputs_of(
     append: Append, batch: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[tuple, dict]:
     def made(channels: int) -> Tensor:
-        x = torch.randn(batch, channels, append.H, append.W, device=device).to(dtype)
-        return x.contiguous(memory_format=torch.channels_last)
+        return image(batch, channels, append.H, append.W, dtype=dtype, device=device)
 
-    bn = None
-    if append.norm:
-        weight, bias, mean = torch.randn(3, append.C, device=device)
-        bn = BatchNormParams(weight, bias, mean, torch.rand(append.C, device=device) + 0.5)
+    bn = batch_norm(append.C, device) if append.norm else None
     src = made(append.width)[:, : append.C]
     return (made(append.total), src, append.start, bn, append.norm), {}
 
@@ -78,7 +71,7 @@ def written(buffer: Tensor, src: Tensor, start: int, bn: BatchNormParams | None,
 
 
 def case_of(
-    name: str, append: Append, batch: int, dtype: torch.dtype, device: torch.device, part="forward"
+    name: str, append: Append, batch: int, dtype: torch.dtype, device: torch.device, part: str
 ) -> Case:
     norm = " norm + relu" if append.norm else ""
     return Case(
@@ -88,31 +81,15 @@ def case_of(
         dtype=dtype,
         inputs=functools.partial(inputs_of, append, batch, dtype, device),
         reference=lambda buffer, src, start, bn, relu: appended(src, bn, relu),
-        variants={
-            "eager": lambda: copied,
-            "compile": lambda: harness.compiled(copied),
-            "cvkernels": lambda: written,
-        },
+        variants=variants_of(copied, lambda: written),
         bytes=traffic(append, batch, dtype) if part == "forward" else None,
         part=part,
         bitwise=not append.norm,
     )
 
 
-def cases(
-    device: torch.device, dtypes: list[torch.dtype], batch: int, quick: bool = False
-) -> list[Case]:
-    appends = {name: a for name, a in APPENDS.items() if name in QUICK or not quick}
-    made = []
-    for dtype in dtypes:
-        made += [case_of(name, append, batch, dtype, device) for name, append in appends.items()]
-        made.append(case_of(*HOST, 2, dtype, device, part="host"))
-    return made
+cases = cases_of(case_of, APPENDS, QUICK, HOST)
 
 
 def test_dense_concat(measure):
     measure()
-
-
-if __name__ == "__main__":
-    raise SystemExit(command_line.main("dense_concat", cases))

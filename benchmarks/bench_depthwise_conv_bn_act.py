@@ -1,7 +1,5 @@
 """depthwise_conv_bn_act against the stock modules, eager and compiled, on EfficientNet's maps.
 
-``python -m benchmarks.bench_depthwise_conv_bn_act [--quick]`` prints the table (``--help``:
-options), ``pytest benchmarks/bench_depthwise_conv_bn_act.py`` gives the rows to pytest-benchmark.
 Every depthwise convolution of EfficientNet-B0 and V2-S with its norm and SiLU, alone and with the
 sums that squeeze-and-excitation takes; backward and the host's time per call on a few.
 """
@@ -13,15 +11,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from cases_conv_bn_act import make_bn
-from cases_depthwise_conv_bn_act import NETWORKS, Depthwise
 from torch import Tensor
 
-from benchmarks import command_line, harness
-from benchmarks.harness import Case
+from benchmarks.harness.case import Case, compiled, image, variants_of
 from cvkernels.functional import BatchNormParams, DerivedWeights, depthwise_conv_bn_act
 from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
 from cvkernels.ops.depthwise_conv_bn_act.reference import depthwise_conv_bn_act_reference
+from tests.support.cases.conv_bn_act import make_bn
+from tests.support.cases.depthwise_conv_bn_act import NETWORKS, Depthwise
 
 QUICK = ("b0.1.0", "b0.3.0", "b0.5.1", "v2_s.4.1")
 BACKWARD = ("b0.2.1", "b0.5.1")
@@ -69,16 +66,12 @@ def mean_of(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Ten
     return lambda *args, **kwargs: function(*args, **kwargs)[1]
 
 
-def variants_of(squeeze: bool) -> dict[str, Callable[[], Callable]]:
+def variants_with(squeeze: bool) -> dict[str, Callable[[], Callable]]:
     if not squeeze:
-        return {
-            "eager": lambda: stock,
-            "compile": lambda: harness.compiled(stock),
-            "cvkernels": lambda: fused(False),
-        }
+        return variants_of(stock, lambda: fused(False))
     return {
         "eager": lambda: mean_of(stock_squeeze),
-        "compile": lambda: mean_of(harness.compiled(stock_squeeze)),
+        "compile": lambda: mean_of(compiled(stock_squeeze)),
         "cvkernels": lambda: fused(True),
     }
 
@@ -94,8 +87,7 @@ def problem_of(conv: Depthwise, batch: int, dtype: torch.dtype, squeeze: bool) -
 def inputs_of(
     conv: Depthwise, batch: int, dtype: torch.dtype, device: torch.device, grad: bool
 ) -> tuple[tuple, dict]:
-    x = torch.randn(batch, conv.C, conv.size, conv.size, device=device).to(dtype)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = image(batch, conv.C, conv.size, conv.size, dtype=dtype, device=device)
     weight = torch.randn(conv.C, 1, conv.kernel, conv.kernel, device=device) / conv.kernel
     weight, bn = weight.to(dtype), make_bn(conv.C, device=device)
     if grad:
@@ -138,7 +130,7 @@ def case_of(
         dtype=dtype,
         inputs=functools.partial(inputs_of, conv, batch, dtype, device, part == "backward"),
         reference=reference(squeeze),
-        variants=variants_of(squeeze),
+        variants=variants_with(squeeze),
         bytes=traffic(problem, part),
         part=part,
     )
@@ -165,7 +157,3 @@ def cases(
 
 def test_depthwise_conv_bn_act(measure):
     measure()
-
-
-if __name__ == "__main__":
-    raise SystemExit(command_line.main("depthwise_conv_bn_act", cases))

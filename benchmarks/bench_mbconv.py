@@ -1,9 +1,7 @@
 """EfficientNet-B0's blocks in eval: torchvision's modules, eager and compiled, and ours.
 
-``python -m benchmarks.bench_mbconv [--quick]`` prints the table (``--help``: options),
-``pytest benchmarks/bench_mbconv.py`` gives the rows to pytest-benchmark. The blocks of each stage
-that differ: expansion, depthwise convolution, squeeze-and-excitation, projection, and the addition
-where there is one.
+The blocks of each stage that differ: expansion, depthwise convolution, squeeze-and-excitation,
+projection, and the addition where there is one.
 """
 
 from __future__ import annotations
@@ -15,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import cvkernels
-from benchmarks import command_line, harness
 from benchmarks.bench_models import networks_of
-from benchmarks.harness import Case
+from benchmarks.harness.case import Case, compiled
 
 STAGES = range(1, 8)
 QUICK = ("1.0", "4.1", "6.1")
@@ -71,7 +68,7 @@ def case_of(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> 
         reference=reference,
         variants={
             "eager": lambda: block_of("stock"),
-            "compile": lambda: harness.compiled(copy.deepcopy(block_of("stock"))),
+            "compile": lambda: compiled(copy.deepcopy(block_of("stock"))),
             "cvkernels": lambda: block_of("ours"),
         },
         bytes=traffic(name, batch, dtype),
@@ -87,7 +84,3 @@ def cases(
 
 def test_mbconv(measure):
     measure()
-
-
-if __name__ == "__main__":
-    raise SystemExit(command_line.main("mbconv", cases))

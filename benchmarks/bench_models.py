@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 import cvkernels
-from benchmarks import peers
-from benchmarks.trial import Case
+from benchmarks.harness import peers
+from benchmarks.harness.case import Case
 from cvkernels.demo import NETWORKS, load_photos, stock_and_ours
+
+BATCHES = {"cpu": (1, 16), "cuda": (1, 128)}
 
 
 class Networks(NamedTuple):
@@ -89,8 +91,8 @@ def case_of(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> 
         return lambda: of_nhwc(deploy(networks().ours, inputs_of(batch, dtype, device)[0][1]))
 
     variants = {
-        "eager channels_last": on_stock(_as_it_is),
-        "eager NCHW": on_stock(_as_it_is, of_nchw),
+        "eager channels_last": on_stock(_live),
+        "eager NCHW": on_stock(_live, of_nchw),
         "compile": on_stock(peers.compiled),
         "compile freezing": on_stock(peers.frozen),
     }
@@ -102,7 +104,7 @@ def case_of(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> 
     else:
         variants["openvino"] = on_stock(peers.openvino, of_nchw)
         variants["onnxruntime"] = on_stock(peers.onnxruntime, of_nchw)
-    variants["cvkernels"] = on_ours(_as_it_is)
+    variants["cvkernels"] = on_ours(_live)
     if device.type == "cuda":
         variants["cvkernels graph"] = on_ours(peers.graphed)
     if hasattr(cvkernels, "freeze"):
@@ -120,7 +122,7 @@ def case_of(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> 
     )
 
 
-def _as_it_is(model: nn.Module, example: Tensor) -> nn.Module:
+def _live(model: nn.Module, example: Tensor) -> nn.Module:
     return model
 
 

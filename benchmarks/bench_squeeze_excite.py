@@ -1,9 +1,7 @@
 """Squeeze-and-excitation against the stock modules, eager and compiled, on the networks' own maps.
 
-``python -m benchmarks.bench_squeeze_excite [--quick]`` prints the table (``--help``: options),
-``pytest benchmarks/bench_squeeze_excite.py`` gives the rows to pytest-benchmark. Every block of
-SE-ResNet-50, with the addition and the ReLU that follow it, and of EfficientNet-B0; then squeeze
-and scale alone, backward, and the host's time per call on a few.
+Every block of SE-ResNet-50, with the addition and the ReLU that follow it, and of EfficientNet-B0;
+then squeeze and scale alone, backward, and the host's time per call on a few.
 """
 
 from __future__ import annotations
@@ -13,11 +11,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from cases_squeeze_excite import NETWORKS, Map, make_layers, make_map
 from torch import Tensor
 
-from benchmarks import command_line, harness
-from benchmarks.harness import Case
+from benchmarks.harness.case import Case, variants_of
 from cvkernels import record
 from cvkernels.functional import se_scale, squeeze, squeeze_excite
 from cvkernels.ops.squeeze_excite.prepared import prepared
@@ -26,6 +22,7 @@ from cvkernels.ops.squeeze_excite.reference import (
     squeeze_excite_reference,
     squeeze_reference,
 )
+from tests.support.cases.squeeze_excite import NETWORKS, Map, make_layers, make_map
 
 QUICK = ("seresnet50.layer1", "seresnet50.layer4", "efficientnet_b0.1", "efficientnet_b0.6.1")
 BACKWARD = ("seresnet50.layer1", "seresnet50.layer4", "efficientnet_b0.3.1")
@@ -139,11 +136,7 @@ def block_case(
     name: str, m: Map, dtype: torch.dtype, device: torch.device, part: str = "forward"
 ) -> Case:
     residual = name.startswith("seresnet")
-    variants = {
-        "eager": lambda: stock,
-        "compile": lambda: harness.compiled(stock),
-        "cvkernels": lambda: block(squeeze_excite),
-    }
+    variants = variants_of(stock, lambda: block(squeeze_excite))
     if part == "forward":
         variants["cvkernels in a block"] = InBlock
     grad = part == "backward"
@@ -175,11 +168,7 @@ def part_cases(name: str, m: Map, dtype: torch.dtype, device: torch.device) -> l
             dtype=dtype,
             inputs=functools.partial(map_inputs, m, dtype, device, op == "se_scale"),
             reference=references[op],
-            variants={
-                "eager": lambda op=op: peers[op],
-                "compile": lambda op=op: harness.compiled(peers[op]),
-                "cvkernels": lambda op=op: ours[op],
-            },
+            variants=variants_of(peers[op], lambda op=op: ours[op]),
             bytes=vector + size * (1 if op == "squeeze" else 2),
         )
         for op in peers
@@ -202,9 +191,5 @@ def cases(
     return made
 
 
-def test_se_scale(measure):
+def test_squeeze_excite(measure):
     measure()
-
-
-if __name__ == "__main__":
-    raise SystemExit(command_line.main("se_scale", cases))

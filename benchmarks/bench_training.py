@@ -16,22 +16,24 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from autograd_memory import saved_bytes
 from torch import Tensor, nn
 
 import cvkernels
 from benchmarks.bench_models import inputs_of, networks_of
-from benchmarks.trial import Case
-from cvkernels.demo import NETWORKS
+from benchmarks.harness.case import Case
+from cvkernels import demo
+from tests.support.autograd_memory import saved_bytes
 
-DEPTHS = ("densenet121", "densenet169", "densenet201")
+BATCHES = {"cpu": (8,), "cuda": (128,)}
 # Of memory alone: bytes per image do not depend on the batch.
+DEPTHS = ("densenet169", "densenet201")
+NETWORKS = (*demo.NETWORKS, *DEPTHS)
 MEMORY_BATCH = 2
 AUXILIARY_WEIGHT = 0.3  # of GoogLeNet's two classifiers; Szegedy et al. 2014
 
 
 class Step:
-    """One training step of ``model``; see :class:`benchmarks.trial.Case` for its other methods."""
+    """One training step of ``model``; see :class:`Case` for its other methods."""
 
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
         self.model = model.train()
@@ -158,13 +160,13 @@ def cases(
     device: torch.device,
     dtypes: Iterable[torch.dtype],
     batches: Iterable[int],
-    networks: Iterable[str] = (*NETWORKS, *DEPTHS[1:]),
+    networks: Iterable[str] = NETWORKS,
 ) -> list[Case]:
     made = []
     for name in networks:
         for dtype in dtypes:
-            if name in NETWORKS:
-                made += [case_of(name, batch, dtype, device) for batch in batches]
-            else:
+            if name in DEPTHS:
                 made.append(case_of(name, MEMORY_BATCH, dtype, device, "memory"))
+            else:
+                made += [case_of(name, batch, dtype, device) for batch in batches]
     return made

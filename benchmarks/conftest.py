@@ -1,7 +1,7 @@
 """Benchmarks under pytest-benchmark: a row per case and variant, our columns in extra_info.
 
 ``pytest benchmarks/bench_<op>.py [-k NAME] [--benchmark-json FILE]``. pytest-benchmark times the
-rows one after another; ``python -m benchmarks.bench_<op>`` interleaves them.
+rows one after another; ``python -m benchmarks kernels --op <op>`` interleaves them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from dataclasses import asdict
 
 import pytest
 
-from benchmarks import environment, harness
-from benchmarks.machine import clock_of
+from benchmarks.harness import environment, run
+from benchmarks.harness.case import grad_mode
+from benchmarks.harness.machine import Machine, clock_of
+from benchmarks.harness.trial import Trial
 
 SECONDS = 1.0  # of timing per row, about
 
@@ -42,13 +44,13 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def machine():
-    return harness.Machine(environment.default_device())
+    return Machine(environment.default_device())
 
 
 @pytest.fixture(scope="session")
 def trial_of():
     """A case's inputs and float64 answer, shared by its variants, which follow one another."""
-    return functools.lru_cache(maxsize=1)(harness.Trial)
+    return functools.lru_cache(maxsize=1)(Trial)
 
 
 @pytest.fixture(scope="session")
@@ -62,9 +64,9 @@ def measure(benchmark, case, variant, machine, trial_of, measured):
     """Check the variant, let pytest-benchmark time it, and add the harness's columns."""
 
     def measure() -> None:
-        row = harness.new_row(case, variant)
-        with harness.grad_mode(case):
-            timed = harness.prepare(trial_of(case), row)
+        row = run.new_row(case, variant)
+        with grad_mode(case):
+            timed = run.prepare(trial_of(case), row)
             if row.status == "unavailable":
                 pytest.skip(row.note)
             assert timed is not None, f"{row.status}: {row.note}"
@@ -85,10 +87,10 @@ def measure(benchmark, case, variant, machine, trial_of, measured):
             )
         if benchmark.disabled:
             return
-        harness.fill(row, benchmark.stats.stats.data, machine.rates(case.dtype))
+        run.fill(row, benchmark.stats.stats.data, machine.rates(case.dtype))
         rows = measured.setdefault(case, [])
         rows.append((row, benchmark.extra_info))
-        harness.compare([row for row, _ in rows])
+        run.compare([row for row, _ in rows])
         for known, extra_info in rows:
             extra_info.update(asdict(known))
 

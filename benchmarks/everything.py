@@ -19,9 +19,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import kernels, readme, results
-from benchmarks.command_line import Refused
-from benchmarks.environment import ROOT, default_device
+from benchmarks import kernels
+from benchmarks.harness.command_line import Refused
+from benchmarks.harness.environment import ROOT, default_device
+from benchmarks.output import readme, results
 from cvkernels.demo import NETWORKS
 
 # Minutes that a run takes at most, and a part of it before it is stopped.
@@ -214,7 +215,7 @@ def replace_whole(folder: Path, partial: Path) -> Path:
 
 def _draw(folder: Path) -> None:
     try:
-        from benchmarks import plots
+        from benchmarks.output import plots
     except ImportError as error:
         print(f"no plots: {error.name} is missing; pip install 'cvkernels[bench]'", file=sys.stderr)
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.trial import Case
+from benchmarks.harness.case import Case
 
 NETWORKS = {"models", "training"}
 

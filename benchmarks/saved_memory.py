@@ -1,4 +1,4 @@
-"""What autograd keeps of a training pass, ours and stock: ``python -m benchmarks.saved_memory``.
+"""``python -m benchmarks memory``: what autograd keeps of a training pass, ours and stock.
 
 MB per image of 224 x 224 in bfloat16, distinct storages, parameters and buffers aside; counted on
 the meta device, so that nothing is computed. Stock columns need torchvision, and timm for SENet.
@@ -11,11 +11,11 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 
-from autograd_memory import megabytes_per_image
 from torch import nn
 
 from cvkernels import models
 from cvkernels.tables import text_table
+from tests.support.autograd_memory import megabytes_per_image
 
 DENSENETS = ("densenet121", "densenet169", "densenet201")
 NETWORKS = ("googlenet", "resnet50", *DENSENETS, "seresnet50", "efficientnet_b0")
@@ -43,7 +43,3 @@ def table() -> str:
             texts = ("", "") if theirs is None else (f"{theirs:.2f}", f"{kept / theirs:.2f}x")
             rows.append((name, "".join(kwargs), f"{kept:.2f}", *texts))
     return text_table(("network", "option", "cvkernels", "stock", "share"), rows)
-
-
-if __name__ == "__main__":
-    print(table())

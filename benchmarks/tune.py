@@ -21,19 +21,26 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from numerics import assert_close_as_eager
 from torch import Tensor
 
 import cvkernels
-from benchmarks.command_line import Refused, check_writable, count, device_of, dtypes_of, write_json
-from benchmarks.environment import default_device, environment
-from benchmarks.machine import Machine, Settings, Timed, interleave
-from benchmarks.report import DTYPES, summarize
+from benchmarks.harness.case import batch_norm
+from benchmarks.harness.case import image as random_image
+from benchmarks.harness.command_line import (
+    Refused,
+    add_network_options,
+    check_writable,
+    dtypes_of,
+    write_json,
+)
+from benchmarks.harness.command_line import add_options as add_shared_options
+from benchmarks.harness.environment import environment
+from benchmarks.harness.machine import Machine, Settings, Timed, interleave
+from benchmarks.harness.report import summarize
 from cvkernels import backend as backends
 from cvkernels.demo import NETWORKS
 from cvkernels.functional import BatchNormParams, DerivedWeights
@@ -42,6 +49,7 @@ from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
 from cvkernels.ops.conv_bn_act.tuning import Config
 from cvkernels.tables import text_table
+from tests.support.numerics import assert_close_as_eager
 
 GAIN = 0.03  # a smaller one is noise, and the heuristic's answer stays
 BATCHES = (1, 128)
@@ -121,12 +129,7 @@ def operands(problem: Problem, device: torch.device) -> Operands:
     p = problem
 
     def image(*shape: int) -> Tensor:
-        x = torch.randn(shape, device=device).to(p.dtype)
-        return x.contiguous(memory_format=torch.channels_last)
-
-    def norm(channels: int) -> BatchNormParams:
-        weight, bias, mean = torch.randn(3, channels, device=device)
-        return BatchNormParams(weight, bias, mean, torch.rand(channels, device=device) + 0.5)
+        return random_image(*shape, dtype=p.dtype, device=device)
 
     fan_in = p.C // p.groups * p.R * p.S
     width = 2 * p.K if p.sliced_out else p.K
@@ -134,9 +137,9 @@ def operands(problem: Problem, device: torch.device) -> Operands:
         image(p.N, p.C, p.H, p.W),
         image(p.K, p.C // p.groups, p.R, p.S) / fan_in**0.5,
         torch.randn(p.K, device=device) if p.has_bias else None,
-        norm(p.K) if p.has_bn else None,
+        batch_norm(p.K, device) if p.has_bn else None,
         image(p.N, p.K, p.P, p.Q) if p.has_residual else None,
-        norm(p.C) if p.has_input_bn else None,
+        batch_norm(p.C, device) if p.has_input_bn else None,
         torch.rand(p.N, p.C, device=device).to(p.dtype) if p.has_input_gate else None,
         image(p.N, width, p.P, p.Q)[:, : p.K],
     )
@@ -218,10 +221,13 @@ def compile_candidates(problem: Problem, device: str) -> None:
     with torch.cuda.device(device):
         for config in candidates(problem, torch.cuda.get_device_capability()):
             if config.backend == "triton":
-                launch = triton_launch.plan(problem, *given, precision="ieee", config=config)
+                planned = triton_launch.plan_launch(
+                    problem, given.x, given.weight, given.residual, given.gate, given.out,
+                    precision="ieee", config=config,
+                )  # fmt: skip
                 # What does not compile is not measured; measure says why.
                 with contextlib.suppress(Exception):
-                    launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.meta)
+                    planned.launch.warmup(*planned.operands(*given))
 
 
 def table_of(results: Iterable[Found], device: str, capability: Sequence[int], old: dict) -> dict:
@@ -262,12 +268,8 @@ def report(results: Sequence[Found], calls: Counter[Problem]) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--network", action="append", choices=list(NETWORKS), help="default: all")
-    parser.add_argument("--batch", action="append", type=count, help="default: 1 and 128")
-    parser.add_argument("--dtype", action="append", choices=list(DTYPES))
-    parser.add_argument("--device", type=device_of, default=default_device())
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="in all, about")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the table")
+    add_network_options(parser, list(NETWORKS))
+    add_shared_options(parser)
 
 
 def main(options: argparse.Namespace) -> int:

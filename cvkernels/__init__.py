@@ -9,8 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from cvkernels import backend, functional, models, nn
 from cvkernels.backend import BackendError
 from cvkernels.explain import explain
-from cvkernels.freeze.frozen import freeze
-from cvkernels.freeze.saving import load_frozen
+from cvkernels.freeze.frozen import freeze, load_frozen
 from cvkernels.freeze.tune import tune
 from cvkernels.info import info
 from cvkernels.models import create_model, list_models

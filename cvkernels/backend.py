@@ -1,6 +1,5 @@
 """Which implementation runs a call of an op, and why.
 
-Every op has a ``choose`` function with the op's own signature that returns a :class:`Choice`.
 ``"auto"`` follows the rule in the op's docstring; any other name runs that implementation or raises
 :class:`BackendError`. A choice depends on the call's arguments and on :func:`use`, on nothing else.
 """
@@ -10,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ in_force = _requested.get
 _traced_request = "auto"
 
 
-_choosers: dict[str, Callable[..., Choice]] = {}
+_plans: dict[str, Callable[..., Any]] = {}
 
 
 class BackendError(RuntimeError):
@@ -79,14 +79,17 @@ def chosen(op: str, *args, **kwargs) -> str:
         ValueError: there is no such op, or the arguments are not valid for it.
         BackendError: the requested backend cannot run this call.
     """
-    if op not in _choosers:
+    if op not in _plans:
         raise ValueError(f"chosen: there is no op named {op!r} in cvkernels.functional")
-    return _choosers[op](*args, **kwargs).backend
+    plan = _plans[op]
+    examples = inspect.signature(plan).parameters
+    named = {f"{k}_like" if f"{k}_like" in examples else k: v for k, v in kwargs.items()}
+    return plan(*args, **named).backend
 
 
-def answers(op: str, choose: Callable[..., Choice]) -> None:
-    """Let :func:`chosen` ask ``choose``, which takes the arguments of the public op ``op``."""
-    _choosers[op] = choose
+def answers(op: str, plan: Callable[..., Any]) -> None:
+    """Let :func:`chosen` ask ``plan``, which takes the arguments of the public op ``op``."""
+    _plans[op] = plan
 
 
 def device_type(x: Tensor) -> str:

@@ -4,13 +4,10 @@ from cvkernels.ops.avg_pool.op import avg_pool
 from cvkernels.ops.batch_norm_act.op import batch_norm_act
 from cvkernels.ops.common.derived_weights import DerivedWeights
 from cvkernels.ops.common.norm import BatchNormParams
-from cvkernels.ops.conv_bn_act import registration as _conv_bn_act  # noqa: F401 - registers the op
 from cvkernels.ops.conv_bn_act.op import conv_bn_act
 from cvkernels.ops.dense_concat.op import dense_concat
-from cvkernels.ops.depthwise_conv_bn_act import registration as _depthwise  # noqa: F401 - as above
 from cvkernels.ops.depthwise_conv_bn_act.op import depthwise_conv_bn_act
 from cvkernels.ops.max_pool.op import max_pool
-from cvkernels.ops.squeeze_excite import registration as _se_scale  # noqa: F401 - registers the ops
 from cvkernels.ops.squeeze_excite.excite import excite
 from cvkernels.ops.squeeze_excite.op import squeeze_excite
 from cvkernels.ops.squeeze_excite.scale import se_scale

@@ -7,23 +7,26 @@ measured choices (:func:`cvkernels.tune`) names another.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cvkernels.backend import lacks_triton
-from cvkernels.freeze.graph import Like, Node
 from cvkernels.functional import conv_bn_act
 from cvkernels.ops.common.derived_weights import DerivedWeights
-from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.conv_bn_act import native, onednn
 from cvkernels.ops.conv_bn_act.problem import Problem
 
-# run(x, residual, gate, out): the result, in out where that is not None
-Run = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
+if TYPE_CHECKING:
+    from cvkernels.freeze.ops.convolution import Conv
+
+# convolve(x, residual, gate, out): the result, in out where that is not None
+Convolve = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
 
 
 class Backend(NamedTuple):
@@ -38,7 +41,7 @@ class Backend(NamedTuple):
     name: str
     why_not: Callable[[Problem, torch.device], str]
     automatic: bool
-    build: Callable[[Problem, Node, DerivedWeights], Run]
+    build: Callable[[Problem, Conv, DerivedWeights], Convolve]
     writes: bool
     prologue: bool
 
@@ -47,10 +50,11 @@ def _native_why_not(problem: Problem, device: torch.device) -> str:
     return native.why_not(problem) if device.type == "cpu" else "it needs CPU tensors"
 
 
-def _native(problem: Problem, conv: Node, cache: DerivedWeights, tile: int | None = None) -> Run:
-    input_affine = conv.attrs["input_affine"]
-    input_bn = None if input_affine is None else BatchNormParams(*input_affine)
-    convolve = native.prepared(problem, *_weights(conv), input_bn, cache, tile)
+def _native(
+    problem: Problem, conv: Conv, cache: DerivedWeights, tile: int | None = None
+) -> Convolve:
+    weights = (conv.weight, conv.bias, conv.bn, conv.input_bn)
+    convolve = native.prepared(problem, *weights, cache, tile)
 
     def run(x: Tensor, residual: Tensor | None, gate: Tensor | None, out: Tensor | None) -> Tensor:
         return convolve(x, residual, out, gate)
@@ -71,8 +75,8 @@ def _onednn_why_not(problem: Problem, device: torch.device) -> str:
     return onednn.why_not(problem) if device.type == "cpu" else "oneDNN needs CPU tensors"
 
 
-def _onednn(problem: Problem, conv: Node, cache: DerivedWeights) -> Run:
-    convolve = onednn.prepared(problem, *_weights(conv), cache)
+def _onednn(problem: Problem, conv: Conv, cache: DerivedWeights) -> Convolve:
+    convolve = onednn.prepared(problem, conv.weight, conv.bias, conv.bn, cache)
 
     def run(x: Tensor, residual: Tensor | None, gate: None, out: Tensor | None) -> Tensor:
         y = convolve(x, residual)
@@ -81,19 +85,11 @@ def _onednn(problem: Problem, conv: Node, cache: DerivedWeights) -> Run:
     return run
 
 
-def _weights(conv: Node) -> tuple[Tensor, Tensor | None, BatchNormParams | None]:
-    scale = conv.attrs["scale"]
-    bn = None if scale is None else BatchNormParams(scale, conv.attrs["shift"])
-    return conv.attrs["weight"], conv.attrs["bias"], bn
-
-
-def _ops(problem: Problem, conv: Node, cache: DerivedWeights) -> Run:
-    input_affine = conv.attrs["input_affine"]
+def _ops(problem: Problem, conv: Conv, cache: DerivedWeights) -> Convolve:
     call = functools.partial(
-        conv_bn_act, weight=conv.attrs["weight"], bias=conv.attrs["bias"], bn=_weights(conv)[2],
-        stride=problem.stride, padding=problem.padding, dilation=problem.dilation,
-        groups=problem.groups, act=problem.act, cache=cache,
-        input_bn=None if input_affine is None else BatchNormParams(*input_affine),
+        conv_bn_act, weight=conv.weight, bias=conv.bias, bn=conv.bn, stride=problem.stride,
+        padding=problem.padding, dilation=problem.dilation, groups=problem.groups, act=problem.act,
+        input_bn=conv.input_bn, cache=cache,
     )  # fmt: skip
 
     def run(x: Tensor, residual: Tensor | None, gate: Tensor | None, out: Tensor | None) -> Tensor:
@@ -103,7 +99,7 @@ def _ops(problem: Problem, conv: Node, cache: DerivedWeights) -> Run:
 
 
 BACKENDS = (
-    # By its own choice of an algorithm; then each of the others, for a table to name.
+    # First the default algorithm; the rest are chosen only by a table.
     Backend("native", _native_why_not, True, _native, writes=True, prologue=True),
     *(
         Backend(
@@ -116,16 +112,11 @@ BACKENDS = (
         )
         for tile in (0, 2, 4)
     ),
-    Backend(
-        "onednn", _onednn_why_not, True, _onednn, writes=False, prologue=False
-    ),
+    Backend("onednn", _onednn_why_not, True, _onednn, writes=False, prologue=False),
     # The public op, by its own rule: Triton or cuDNN on CUDA, the reference for what nothing above
     # runs.
-    Backend(
-        "conv_bn_act", lambda problem, device: "", True, _ops, writes=True,
-        prologue=True,
-    ),
-)  # fmt: skip
+    Backend("conv_bn_act", lambda problem, device: "", True, _ops, writes=True, prologue=True),
+)
 
 
 def writes_slices(dtype: torch.dtype, device: torch.device) -> bool:
@@ -135,28 +126,14 @@ def writes_slices(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype != torch.float64 and not lacks_triton(device.type)
 
 
-def problem_of(conv: Node, x: Like) -> Problem:
-    """The convolution on an input like x, with all that the graph fused to it."""
-    a = conv.attrs
-    K, _, R, S = a["weight"].shape
-    return Problem(
-        *x.shape, K, R, S, tuple(a["stride"]), tuple(a["padding"]), tuple(a["dilation"]),
-        a["groups"], x.dtype, a["act"], has_bias=a["bias"] is not None,
-        has_bn=a["scale"] is not None, has_residual="residual" in a["roles"],
-        has_input_bn=a["input_affine"] is not None, has_input_gate="gate" in a["roles"],
-    )  # fmt: skip
-
-
-def without_prologue(conv: Node, problem: Problem) -> tuple[Node, Problem]:
+def without_prologue(problem: Problem) -> Problem:
     """The convolution alone, for a backend before which its prologue is a step of its own."""
-    roles = tuple(role for role in conv.attrs["roles"] if role != "gate")
-    bare = Node("conv", [], conv.layer, **{**conv.attrs, "input_affine": None, "roles": roles})
-    return bare, replace(problem, has_input_bn=False, has_input_gate=False)
+    return replace(problem, has_input_bn=False, has_input_gate=False)
 
 
 def possible(problem: Problem, device: torch.device) -> list[Backend]:
     """The backends that can run the convolution, with its prologue or, if they have none, after."""
-    bare = replace(problem, has_input_bn=False, has_input_gate=False)
+    bare = without_prologue(problem)
     backends = [b for b in BACKENDS if not b.why_not(problem if b.prologue else bare, device)]
     last = backends[-1]
     if device.type == "cuda" and lacks_triton("cuda"):
@@ -183,3 +160,17 @@ def key(problem: Problem) -> str:
     parts += [f"d{p.dilation[0]},{p.dilation[1]}", f"g{p.groups}", p.act]
     flags = {"residual": p.has_residual, "norm": p.has_input_bn, "gate": p.has_input_gate}
     return " ".join(parts + [name for name, is_set in flags.items() if is_set])
+
+
+def read_table(table: Mapping[str, str] | str | Path | None) -> Mapping[str, str]:
+    """The choices of a table or of the file that holds it."""
+    if table is None:
+        return {}
+    if isinstance(table, (str, Path)):
+        table = json.loads(Path(table).read_text())
+    if not isinstance(table, Mapping):
+        raise TypeError(
+            f"freeze: table must be what cvkernels.tune returned, or its file, got "
+            f"{type(table).__name__}"
+        )
+    return table

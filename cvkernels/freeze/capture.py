@@ -16,8 +16,9 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from cvkernels.freeze.convert import CALLABLES, Converter, convert_module
-from cvkernels.freeze.graph import Graph, Node, Ref
-from cvkernels.nn.fused.match import _has_hooks
+from cvkernels.freeze.graph import Graph, Node, Op, Ref
+from cvkernels.freeze.ops import Call, Input
+from cvkernels.nn.fused.match import has_hooks
 
 # What torch.fx would trace into, and the graph knows as one op or as none.
 WHOLE = {
@@ -43,7 +44,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         kind = (type(m).__module__, type(m).__name__)
-        return kind in WHOLE or _has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
+        return kind in WHOLE or has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         nodes = list(self.graph.nodes)
@@ -123,14 +124,14 @@ class _Reader:
         graph.prune()
         return graph
 
-    def emit(self, op: str, inputs: list[Node], layer: str, **attrs: Any) -> Node:
-        self.nodes.append(Node(op, inputs, layer, **attrs))
+    def emit(self, op: Op, inputs: list[Node], layer: str = "") -> Node:
+        self.nodes.append(Node(op, inputs, layer))
         return self.nodes[-1]
 
     def _value_of(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
             if not self.nodes:
-                return self.emit("input", [], "")
+                return self.emit(Input(), [])
             return node.args[0] if node.args else None
         if node.op == "get_attr":
             value = _attribute(self.model, node.target)
@@ -157,7 +158,7 @@ class _Reader:
         return self.values[leaf] if isinstance(leaf, fx.Node) else leaf
 
     def _rename(self, node: fx.Node, value: Any) -> None:
-        """Whoever reads the argument after an in-place op reads the op's result."""
+        """After an in-place op, readers of its argument read its result."""
         written = self.values[node.args[0]]
         for other, current in self.values.items():
             if current is written:
@@ -173,7 +174,7 @@ class _Reader:
     def _module(self, node: fx.Node, layer: str, args: tuple, kwargs: dict) -> Any:
         module = self.model.get_submodule(layer)
         value = None
-        if layer not in self.tracer.opaque and not _has_hooks(module) and not kwargs:
+        if layer not in self.tracer.opaque and not has_hooks(module) and not kwargs:
             value = convert_module(self.converter, module, layer, *args)
         in_place = bool(getattr(module, "inplace", False)) and type(module) is not nn.Dropout
         if value is None:
@@ -207,10 +208,7 @@ class _Reader:
                     if kind == "method"
                     else target(*args, **kwargs)
                 )
-        return self.emit(
-            "call", inputs, layer, kind=kind, target=target, args=args, kwargs=kwargs,
-            in_place=in_place,
-        )  # fmt: skip
+        return self.emit(Call(kind, target, args, kwargs, in_place), inputs, layer)
 
 
 def _writes_in_place(node: fx.Node, kwargs: dict) -> bool:

@@ -14,47 +14,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cvkernels.freeze.graph import Node
-from cvkernels.nn.fused.match import _is_norm_act, relu_, why_not_affine
+from cvkernels.freeze import ops
+from cvkernels.freeze.graph import Node, Op
+from cvkernels.nn.fused.match import ACTIVATIONS, is_norm_act, relu_, why_not_affine
 from cvkernels.ops.common.norm import BatchNormParams, scale_shift
 
+# What the graph's names of functions are: those of methods, and of functions of torch.
 CALLABLES: dict[Any, str] = {
-    F.relu: "relu",
-    torch.relu: "relu",
-    torch.relu_: "relu",
-    F.relu_: "relu",
-    relu_: "relu",
-    F.relu6: "relu6",
-    F.silu: "silu",
-    torch.sigmoid: "sigmoid",
-    F.sigmoid: "sigmoid",
-    operator.add: "add",
-    operator.iadd: "add",
-    torch.add: "add",
-    operator.mul: "mul",
-    operator.imul: "mul",
-    torch.mul: "mul",
-    torch.cat: "cat",
-    torch.concat: "cat",
-    torch.flatten: "flatten",
-    torch.mean: "mean",
-    F.adaptive_avg_pool2d: "adaptive_avg_pool2d",
-    F.max_pool2d: "max_pool2d",
-    F.avg_pool2d: "avg_pool2d",
-    F.dropout: "dropout",
-    F.linear: "linear",
-}
-_ACTS = {
-    "relu": "relu", "relu_": "relu", "relu6": "relu6", "silu": "silu",
-    "sigmoid": "sigmoid", "sigmoid_": "sigmoid",
+    F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", relu_: "relu",
+    F.relu6: "relu6", F.silu: "silu", torch.sigmoid: "sigmoid", F.sigmoid: "sigmoid",
+    operator.add: "add", operator.iadd: "add", torch.add: "add",
+    operator.mul: "mul", operator.imul: "mul", torch.mul: "mul",
+    torch.cat: "cat", torch.concat: "cat", torch.flatten: "flatten", torch.mean: "mean",
+    F.adaptive_avg_pool2d: "adaptive_avg_pool2d", F.max_pool2d: "max_pool2d",
+    F.avg_pool2d: "avg_pool2d", F.dropout: "dropout",
 }  # fmt: skip
-_ACT_MODULES: dict[type, str] = {
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.SiLU: "silu",
-    nn.Sigmoid: "sigmoid",
-}
+_ACTS = ("relu", "relu6", "silu", "sigmoid")
+_ACT_MODULES = {**ACTIVATIONS, nn.Sigmoid: "sigmoid"}
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d)
+# Modules that call a function with these of their attributes.
+_FUNCTIONS = {
+    nn.Flatten: ("flatten", "start_dim end_dim"),
+    nn.AdaptiveAvgPool2d: ("adaptive_avg_pool2d", "output_size"),
+    nn.MaxPool2d: ("max_pool2d", "kernel_size stride padding dilation ceil_mode return_indices"),
+    nn.AvgPool2d: (
+        "avg_pool2d", "kernel_size stride padding ceil_mode count_include_pad divisor_override"
+    ),
+}  # fmt: skip
 
 
 class Converter:
@@ -67,20 +53,22 @@ class Converter:
         """The node that computes this call, or None; a node of the input where it does nothing."""
         if not args:
             return None
-        if name in _ACTS and isinstance(args[0], Node) and len(args) == 1:
-            return self.emit("act", [args[0]], layer, act=_ACTS[name])
-        rule = getattr(self, f"_{name.rstrip('_')}", None)
+        name = name.rstrip("_")
+        if name in _ACTS:
+            plain = isinstance(args[0], Node) and len(args) == 1
+            return self.emit(ops.Act(name), [args[0]], layer) if plain else None
+        rule = getattr(self, f"_{name}", None)
         return None if rule is None else rule(layer, *args, **kwargs)
 
-    def _add(self, layer: str, a: Any, b: Any = None, **others: Any) -> Node | None:
+    def _add(
+        self, layer: str, a: Any, b: Any = None, *, op: type[Op] = ops.Add, **others: Any
+    ) -> Node | None:
         if not isinstance(a, Node) or not isinstance(b, Node) or others:
             return None
-        return self.emit("add", [a, b], layer)
+        return self.emit(op(), [a, b], layer)
 
     def _mul(self, layer: str, a: Any, b: Any = None, **others: Any) -> Node | None:
-        if not isinstance(a, Node) or not isinstance(b, Node) or others:
-            return None
-        return self.emit("mul", [a, b], layer)
+        return self._add(layer, a, b, op=ops.Mul, **others)
 
     def _cat(self, layer: str, parts: Any, dim: int = 0, axis: int | None = None) -> Any:
         if dim != 1 or axis is not None or not all(isinstance(part, Node) for part in parts):
@@ -89,8 +77,8 @@ class Converter:
             return parts[0]
         if (affine := self._channels_apart(parts)) is not None:
             x, scale, shift = affine
-            return self.emit("affine", [x], layer, scale=scale, shift=shift, relu=False)
-        return self.emit("cat", parts, layer)
+            return self.emit(ops.Affine(scale, shift), [x], layer)
+        return self.emit(ops.Cat(), parts, layer)
 
     def _channels_apart(self, parts: list[Node]) -> tuple[Node, Tensor, Tensor] | None:
         """GoogLeNet's transform_input: each channel alone, scaled and shifted, and all again."""
@@ -102,7 +90,7 @@ class Converter:
             picked = added and _operand(added[0], "", operator.getitem)
             if not picked or added[1] != 1 or picked[1] != (slice(None), channel):
                 return None
-            if picked[0].op != "input" or picked[0] is not _root(parts[0]):
+            if not isinstance(picked[0].op, ops.Input) or picked[0] is not _root(parts[0]):
                 return None
             scales.append(scaled[1])
             shifts.append(shifted[1])
@@ -111,7 +99,7 @@ class Converter:
 
     def _flatten(self, layer: str, x: Any, start_dim: int = 0, end_dim: int = -1) -> Node | None:
         if isinstance(x, Node) and (start_dim, end_dim) == (1, -1):
-            return self.emit("flatten", [x], layer)
+            return self.emit(ops.Flatten(), [x], layer)
         return None
 
     def _view(self, layer: str, x: Any, *sizes: Any) -> Node | None:
@@ -120,7 +108,7 @@ class Converter:
             tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
         )
         if len(sizes) == 2 and sizes[1] == -1 and _is_batch(sizes[0], x):
-            return self.emit("flatten", [x], layer)
+            return self.emit(ops.Flatten(), [x], layer)
         return None
 
     _reshape = _view
@@ -128,12 +116,12 @@ class Converter:
     def _mean(self, layer: str, x: Any, dim: Any = None, keepdim: bool = False, **o) -> Node | None:
         if not isinstance(x, Node) or o or tuple(dim or ()) not in ((2, 3), (-2, -1)):
             return None
-        mean = self.emit("mean", [x], layer, input_affine=None)
-        return mean if keepdim else self.emit("flatten", [mean], layer)
+        mean = self.emit(ops.Mean(), [x], layer)
+        return mean if keepdim else self.emit(ops.Flatten(), [mean], layer)
 
     def _adaptive_avg_pool2d(self, layer: str, x: Any, output_size: Any) -> Node | None:
         if output_size in (1, (1, 1), [1, 1]):
-            return self.emit("mean", [x], layer, input_affine=None)
+            return self.emit(ops.Mean(), [x], layer)
         return None
 
     def _max_pool2d(
@@ -143,17 +131,15 @@ class Converter:
         if return_indices:
             return None
         window = _window(kernel_size, stride, padding, dilation, ceil_mode)
-        return self.emit("max_pool", [x], layer, window=window)
+        return self.emit(ops.MaxPool(window), [x], layer)
 
     def _avg_pool2d(
         self, layer: str, x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0,
         ceil_mode: bool = False, count_include_pad: bool = True,
         divisor_override: int | None = None,
     ) -> Node:  # fmt: skip
-        return self.emit(
-            "avg_pool", [x], layer, window=_window(kernel_size, stride, padding, 1, ceil_mode),
-            count_include_pad=count_include_pad, divisor=divisor_override, input_affine=None,
-        )  # fmt: skip
+        window = _window(kernel_size, stride, padding, 1, ceil_mode)
+        return self.emit(ops.AvgPool(window, count_include_pad, divisor_override), [x], layer)
 
     def _dropout(
         self, layer: str, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False
@@ -166,11 +152,11 @@ class Converter:
 
 def _operand(node: Any, method: str, function: Callable) -> tuple | None:
     """(x, y) of a call of ``function(x, y)`` or ``x.method(y)`` on one value and one constant."""
-    if not isinstance(node, Node) or node.op != "call" or len(node.inputs) != 1:
+    if not isinstance(node, Node) or not isinstance(node.op, ops.Call) or len(node.inputs) != 1:
         return None
-    if node.attrs["target"] not in (method, function) or len(node.attrs["args"]) != 2:
+    if node.op.target not in (method, function) or len(node.op.args) != 2:
         return None
-    return (node.inputs[0], node.attrs["args"][1])
+    return (node.inputs[0], node.op.args[1])
 
 
 def _root(node: Node) -> Node:
@@ -181,20 +167,15 @@ def _root(node: Node) -> Node:
 
 def _is_batch(size: Any, x: Any) -> bool:
     """Whether size is ``x.size(0)`` or ``x.shape[0]``."""
-    if not isinstance(size, Node) or not isinstance(x, Node) or size.op != "call":
+    if not isinstance(x, Node) or not isinstance(size, Node) or not isinstance(size.op, ops.Call):
         return False
-    target, args = size.attrs["target"], size.attrs["args"]
+    (source, *_), target, args = size.inputs, size.op.target, size.op.args
     if target == "size" and args[1:] == (0,):
-        return size.inputs[0] is x
-    if target is operator.getitem and args[1] == 0:
-        shape = size.inputs[0]
-        return (
-            shape.op == "call"
-            and (shape.attrs["target"], shape.attrs["args"][1:])
-            in ((getattr, ("shape",)), ("size", ()))
-            and shape.inputs[0] is x
-        )
-    return False
+        return source is x
+    if target is not operator.getitem or args[1] != 0 or not isinstance(source.op, ops.Call):
+        return False
+    whole = (source.op.target, source.op.args[1:]) in ((getattr, ("shape",)), ("size", ()))
+    return whole and source.inputs[0] is x
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -217,28 +198,18 @@ def convert_module(converter: Converter, module: nn.Module, layer: str, x: Any, 
     kind, emit = type(module), converter.emit
     if kind is nn.Conv2d:
         return _conv(converter, module, layer, x)
-    if kind is nn.BatchNorm2d or _is_norm_act(module):
+    if kind is nn.BatchNorm2d or is_norm_act(module):
         return _norm(converter, module, layer, x)
     if kind in _ACT_MODULES:
-        return emit("act", [x], layer, act=_ACT_MODULES[kind])
+        return emit(ops.Act(_ACT_MODULES[kind]), [x], layer)
     if kind in _IDENTITIES or kind.__name__ in ("StochasticDepth", "DropPath"):
         return x
     if kind is nn.Linear:
-        return emit("linear", [x], layer, weight=module.weight, bias=module.bias)
-    if kind is nn.Flatten:
-        return converter._flatten(layer, x, module.start_dim, module.end_dim)
-    if kind is nn.AdaptiveAvgPool2d:
-        return converter._adaptive_avg_pool2d(layer, x, module.output_size)
-    if kind is nn.MaxPool2d:
-        return converter._max_pool2d(
-            layer, x, module.kernel_size, module.stride, module.padding, module.dilation,
-            module.ceil_mode, module.return_indices,
-        )  # fmt: skip
-    if kind is nn.AvgPool2d:
-        return converter._avg_pool2d(
-            layer, x, module.kernel_size, module.stride, module.padding, module.ceil_mode,
-            module.count_include_pad, module.divisor_override,
-        )  # fmt: skip
+        return emit(ops.Linear(module.weight, module.bias), [x], layer)
+    if kind in _FUNCTIONS:
+        name, attributes = _FUNCTIONS[kind]
+        options = [getattr(module, attribute) for attribute in attributes.split()]
+        return converter.convert(name, layer, (x, *options), {})
     return None
 
 
@@ -246,23 +217,20 @@ def _conv(converter: Converter, conv: nn.Conv2d, layer: str, x: Node) -> Node | 
     padding = (0, 0) if conv.padding == "valid" else conv.padding
     if conv.padding_mode != "zeros" or isinstance(padding, str):
         return None
-    return converter.emit(
-        "conv", [x], layer, roles=("x",), weight=conv.weight, bias=conv.bias, scale=None,
-        shift=None, stride=conv.stride, padding=padding, dilation=conv.dilation,
-        groups=conv.groups, act="none", input_affine=None, squeeze=False,
-    )  # fmt: skip
+    op = ops.Conv(conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
+    return converter.emit(op, [x], layer)
 
 
 def _norm(converter: Converter, bn: nn.Module, layer: str, x: Node) -> Node | None:
     if why_not_affine(bn):
         return None
     act = "none"
-    if _is_norm_act(bn) and type(bn.act) is not nn.Identity:
+    if is_norm_act(bn) and type(bn.act) is not nn.Identity:
         if type(bn.act) not in _ACT_MODULES:
             return None
         act = _ACT_MODULES[type(bn.act)]
     params = BatchNormParams(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
     with torch.no_grad():
         scale, shift = scale_shift(None, params, bn.running_mean, torch.float64)
-    node = converter.emit("affine", [x], layer, scale=scale, shift=shift, relu=False)
-    return node if act == "none" else converter.emit("act", [node], layer, act=act)
+    node = converter.emit(ops.Affine(scale, shift), [x], layer)
+    return node if act == "none" else converter.emit(ops.Act(act), [node], layer)

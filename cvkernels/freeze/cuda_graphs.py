@@ -14,7 +14,8 @@ from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves
 
 from cvkernels import record
-from cvkernels.freeze.graph import Node, Ref
+from cvkernels.freeze.graph import Ref, Step
+from cvkernels.freeze.ops import Call
 from cvkernels.freeze.plan import Plan
 
 # Calls before the capture: Triton compiles and cuDNN chooses in them.
@@ -119,15 +120,16 @@ class CudaGraph:
         )
 
 
-def may_be_captured(step: Node) -> bool:
+def may_be_captured(step: Step) -> bool:
     """False for a call of code that may wait for the GPU."""
-    if step.op != "call":
+    call = step.op
+    if not isinstance(call, Call):
         return True
-    target, args = step.attrs["target"], step.attrs["args"]
-    if step.attrs["kind"] == "method":
+    target, args = call.target, call.args
+    if call.kind == "method":
         # A device is a string or torch.device: to() another one waits.
         moves = target == "to" and any(isinstance(arg, (str, torch.device)) for arg in args[1:])
-        moves = moves or (target == "to" and "device" in step.attrs["kwargs"])
+        moves = moves or (target == "to" and "device" in call.kwargs)
         return target not in WAITS and not moves
     if isinstance(target, nn.Module):
         return all(

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from cvkernels.freeze import saving
-from cvkernels.freeze.backends import writes_slices
+from cvkernels.freeze.backends import read_table, writes_slices
 from cvkernels.freeze.capture import capture
 from cvkernels.freeze.cuda_graphs import CudaGraph, Pool, may_be_captured
 from cvkernels.freeze.fuse import fuse, own_weights
-from cvkernels.freeze.graph import Graph, Like, Node, fill
+from cvkernels.freeze.graph import Graph, Node, TensorSpec, fill
+from cvkernels.freeze.ops import Call, Conv
 from cvkernels.freeze.plan import Plan
 from cvkernels.freeze.report import Report, report
-from cvkernels.freeze.shapes import infer
 from cvkernels.freeze.siblings import merge_siblings
 from cvkernels.functional import DerivedWeights
 from cvkernels.ops.common.errors import InputTypeError, InputValueError
@@ -33,6 +33,8 @@ from cvkernels.ops.conv_bn_act.problem import Problem
 CAPACITY = 8
 # Shapes that get a CUDA graph, the first ones; others run without, as right.
 GRAPHS = 8
+# Of the files that ``save`` writes.
+FORMAT = 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Attributes of a frozen model that are not copied or pickled.
 _DERIVED = (
@@ -83,11 +85,13 @@ def freeze(
     start = time.perf_counter()
     _check_model(model, example, dtype)
     dtype = _dtype_of(model, example, dtype)
-    choices = saving.read_table(table)
+    choices = read_table(table)
     with _planning(), torch.inference_mode(False), torch.no_grad():
         graph = capture(model)
-        x = Like(tuple(example.shape), dtype)
-        fuse(graph, infer_in(graph, x, example.device, dtype))
+        for node in graph.nodes:
+            if isinstance(node.op, Call) and isinstance(node.op.target, nn.Module):
+                node.op.target.to(dtype)
+        fuse(graph, graph.infer(TensorSpec(tuple(example.shape), dtype), example.device))
         own_weights(graph, dtype, example.device)
         if writes_slices(dtype, example.device):
             merge_siblings(graph)
@@ -99,14 +103,6 @@ def freeze(
         if image.is_cuda:
             frozen(image)  # compiles kernels and captures the graph
     return frozen
-
-
-def infer_in(graph: Graph, x: Like, device: torch.device, dtype: torch.dtype) -> dict[Node, Any]:
-    """The shapes before the graph's own weights: modules that are called are cast first."""
-    for node in graph.nodes:
-        if node.op == "call" and isinstance(node.attrs["target"], nn.Module):
-            node.attrs["target"].to(dtype)
-    return infer(graph, x, device)
 
 
 def _check_model(model: nn.Module, example: Tensor, dtype: torch.dtype | None) -> None:
@@ -153,7 +149,7 @@ def _dtype_of(model: nn.Module, example: Tensor, dtype: torch.dtype | None) -> t
 
 @contextlib.contextmanager
 def _planning() -> Iterator[None]:
-    """Out of memory is one error, whoever ran out of it."""
+    """Out of memory is one error, of Python's allocator and of PyTorch's."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -250,8 +246,8 @@ class Frozen(nn.Module):
             if x.shape not in self._plans:
                 self._make_room()
                 with _planning(), torch.inference_mode(False), torch.no_grad():
-                    like = Like(tuple(x.shape), self.dtype)
-                    plan = Plan(self.graph, like, self.device, self._caches, self.table)
+                    spec = TensorSpec(tuple(x.shape), self.dtype)
+                    plan = Plan(self.graph, spec, self.device, self._caches, self.table)
                     self._plans[x.shape] = self._captured(plan) if x.is_cuda else plan
             return self._plans[x.shape]
 
@@ -273,7 +269,7 @@ class Frozen(nn.Module):
             self._pool = Pool(self.device)
         return CudaGraph(plan, self._pool)
 
-    def convolutions(self, x: Tensor) -> list[tuple[Node, Problem]]:
+    def convolutions(self, x: Tensor) -> list[tuple[Conv, Problem]]:
         """The convolutions that a table of choices knows, as they run on x."""
         self._check(x)
         return _plan_of(self.plan_for(x)).convolutions()
@@ -305,10 +301,11 @@ class Frozen(nn.Module):
 
     def _empty(self, x: Tensor) -> Any:
         """What the model returns for no images."""
-        values = infer(self.graph, Like((1, *x.shape[1:]), self.dtype), self.device)
+        one = TensorSpec((1, *x.shape[1:]), self.dtype)
+        values = self.graph.infer(one, self.device)
         results = [
             x.new_empty((0, *values[node].shape[1:]), dtype=values[node].dtype)
-            if isinstance(values[node], Like)
+            if isinstance(values[node], TensorSpec)
             else values[node]
             for node in self.graph.results
         ]
@@ -322,8 +319,8 @@ class Frozen(nn.Module):
         return report(_plan_of(self._plans[latest]), tuple(latest), self.seconds_to_first_batch)
 
     def remember(self, model: nn.Module, example: Tensor) -> None:
-        """Keep what :func:`cvkernels.verify` compares with: no copy, and the model only while
-        somebody else keeps it."""
+        """Keep what :func:`cvkernels.verify` compares with: no copy, and a weak reference to the
+        model."""
         self._original = (weakref.ref(model), stamp(model))
         self._example = example.detach()
 
@@ -354,7 +351,15 @@ class Frozen(nn.Module):
             ValueError: the model holds modules or functions that are called as they are; pickle it
                 with torch.save(frozen, path), and load it with weights_only=False.
         """
-        saving.save(self, path)
+        content = {
+            "format": FORMAT,
+            **saving.encode(self.graph),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "channels": self.channels,
+            "table": dict(self.table),
+        }
+        torch.save(content, path)
 
     def train(self, mode: bool = True) -> Frozen:
         if mode:
@@ -395,8 +400,25 @@ class Frozen(nn.Module):
         return twin
 
     def extra_repr(self) -> str:
-        ops = [node.op for node in self.graph.nodes[1:]]
-        return f"{len(ops)} ops, dtype={self.dtype}, device={self.device}"
+        return f"{len(self.graph.nodes) - 1} ops, dtype={self.dtype}, device={self.device}"
+
+
+def load_frozen(path: str | Path) -> Frozen:
+    """The frozen model that ``frozen.save(path)`` wrote, on the device that it was frozen on.
+
+    Nothing but tensors and plain types is read (``torch.load`` with ``weights_only=True``).
+
+    Raises:
+        ValueError: the file holds something else, or was written by a newer version.
+    """
+    content = torch.load(path, weights_only=True)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(
+            f"load_frozen: {path} is no frozen model of this version; write one with "
+            f"frozen.save(path)"
+        )
+    dtype, device = getattr(torch, content["dtype"]), torch.device(content["device"])
+    return Frozen(saving.decode(content), dtype, device, content["table"], content["channels"])
 
 
 def _plan_of(plan: Plan | CudaGraph) -> Plan:

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cvkernels.freeze.graph import Graph, Like, Node
+from cvkernels.freeze import ops
+from cvkernels.freeze.graph import Graph, Node, Op, TensorSpec
 from cvkernels.ops.common.activation import ACTIVATIONS
-from cvkernels.ops.common.norm import BatchNormParams, fold
+from cvkernels.ops.common.norm import fold
 
 SE_ACTS = ("relu", "silu")
 
 
-def fuse(graph: Graph, values: dict[Node, Like]) -> None:
+def fuse(graph: Graph, values: dict[Node, TensorSpec]) -> None:
     """Fuse the graph's nodes; ``values`` are theirs for the example's shape."""
     _Fuser(graph, values).run()
 
@@ -26,74 +29,71 @@ def fuse(graph: Graph, values: dict[Node, Like]) -> None:
 class _Fuser:
     """One pass in the order of the nodes: each looks back at what computes its inputs."""
 
-    def __init__(self, graph: Graph, values: dict[Node, Like]) -> None:
+    def __init__(self, graph: Graph, values: dict[Node, TensorSpec]) -> None:
         self.graph = graph
         self.values = values
         self.uses: Counter[Node] = graph.uses()
         self.before: dict[Node, list[Node]] = {}
-        self.rules: dict[str, Callable[[Node], None]] = {
-            "affine": self._affine,
-            "act": self._act,
-            "add": self._add,
-            "mul": self._mul,
-            "conv": self._conv,
-            "avg_pool": self._avg_pool,
-            "mean": self._mean,
+        self.rules: dict[type[Op], Callable[[Node], None]] = {
+            ops.Affine: self._affine,
+            ops.Act: self._act,
+            ops.Add: self._add,
+            ops.Mul: self._mul,
+            ops.Conv: self._conv,
+            ops.AvgPool: self._avg_pool,
+            ops.Mean: self._take_affine,
         }
 
     def run(self) -> None:
         for node in self.graph.nodes:
-            if node.op in self.rules:
-                self.rules[node.op](node)
+            if (rule := self.rules.get(type(node.op))) is not None:
+                rule(node)
         nodes = []
         for node in self.graph.nodes:
             nodes += [*self.before.get(node, ()), node]
         self.graph.nodes = nodes
         self.graph.prune()
 
-    def _only(self, node: Node, op: str) -> bool:
+    def _only(self, node: Node, kind: type[Op]) -> bool:
         """Whether node is such an op, and read once."""
-        return node.op == op and self.uses[node] == 1
+        return isinstance(node.op, kind) and self.uses[node] == 1
 
-    def _absorb(self, node: Node, source: Node, **changes) -> None:
-        """node computes what source does, changed; nobody reads source any more."""
+    def _absorb(self, node: Node, source: Node, **changes: Any) -> None:
+        """node computes what source does, changed; source has no reader any more."""
         self.uses[source] = 0
         node.become(source, **changes)
 
     def _affine(self, node: Node) -> None:
         conv = node.inputs[0]
-        if self._only(conv, "conv") and conv.attrs["scale"] is None and _is_plain(conv):
-            self._absorb(node, conv, scale=node.attrs["scale"], shift=node.attrs["shift"])
+        if self._only(conv, ops.Conv) and conv.op.scale is None and conv.op.is_plain:
+            self._absorb(node, conv, scale=node.op.scale, shift=node.op.shift)
 
     def _act(self, node: Node) -> None:
-        source, act = node.inputs[0], node.attrs["act"]
-        if self._only(source, "affine") and act == "relu" and not source.attrs["relu"]:
+        source, act = node.inputs[0], node.op.act
+        before = source.op
+        if self._only(source, ops.Affine) and act == "relu" and not before.relu:
             self._absorb(node, source, relu=True)
-        elif self._only(source, "conv") and source.attrs["act"] == "none" and act in ACTIVATIONS:
+        elif self._only(source, ops.Conv) and before.act == "none" and act in ACTIVATIONS:
             self._absorb(node, source, act=act)
-        elif self._only(source, "se") and source.attrs["out_act"] == "none" and act in SE_ACTS:
-            if "residual" in source.attrs["roles"]:
+        elif self._only(source, ops.SqueezeExcite) and act in SE_ACTS:
+            if before.out_act == "none" and "residual" in before.roles:
                 self._absorb(node, source, out_act=act)
 
     def _add(self, node: Node) -> None:
         """The operand that is computed last takes the other along as its shortcut."""
         order = {n: place for place, n in enumerate(self.graph.nodes)}
         operands = sorted(node.inputs, key=order.__getitem__, reverse=True)
-        if operands[0] is operands[1]:
-            return
-        if (
-            len({(self.values[operand].shape, self.values[operand].dtype) for operand in operands})
-            > 1
-        ):
+        same = self.values[operands[0]] == self.values[operands[1]]
+        if operands[0] is operands[1] or not same:
             return
         for host, other in (operands, operands[::-1]):
-            if host.op not in ("conv", "se") or self.uses[host] != 1 or not _is_plain(host):
+            op = host.op
+            if not isinstance(op, (ops.Conv, ops.SqueezeExcite)) or self.uses[host] != 1:
                 continue
-            if host.op == "conv" and is_depthwise(host):
-                continue
-            self._absorb(node, host, roles=(*host.attrs["roles"], "residual"))
-            node.inputs.append(other)
-            return
+            if op.is_plain and not (isinstance(op, ops.Conv) and op.is_depthwise):
+                self._absorb(node, host, roles=(*op.roles, "residual"))
+                node.inputs.append(other)
+                return
 
     def _mul(self, node: Node) -> None:
         """Squeeze-and-excitation: a map times the gates that its own mean gives."""
@@ -104,149 +104,102 @@ class _Fuser:
             for part in (gate, fc2, fc1, fc1.inputs[0]):
                 self.uses[part] = 0
             self.uses[x] -= 1
-            node.op, node.inputs, node.layer = "se", [x], fc1.layer.rpartition(".")[0]
-            node.attrs = {
-                "roles": ("x",), "act": fc1.attrs["act"], "out_act": "none",
-                "weight1": fc1.attrs["weight"], "bias1": fc1.attrs["bias"],
-                "weight2": fc2.attrs["weight"], "bias2": fc2.attrs["bias"],
-            }  # fmt: skip
+            node.inputs, node.layer = [x], fc1.layer.rpartition(".")[0]
+            layers = (fc1.op.weight, fc1.op.bias, fc2.op.weight, fc2.op.bias)
+            node.op = ops.SqueezeExcite(*layers, fc1.op.act)
             return
 
     def _excitation(self, x: Node, gate: Node) -> tuple[Node, Node] | None:
         """The two layers between the mean of x and its gate."""
-        if not self._only(gate, "act") or gate.attrs["act"] != "sigmoid":
+        if not self._only(gate, ops.Act) or gate.op.act != "sigmoid":
             return None
         fc2 = gate.inputs[0]
-        if not self._only(fc2, "conv") or fc2.attrs["act"] != "none" or not _is_matrix(fc2):
+        if not self._only(fc2, ops.Conv) or fc2.op.act != "none" or not _is_matrix(fc2.op):
             return None
         fc1 = fc2.inputs[0]
-        if not self._only(fc1, "conv") or fc1.attrs["act"] not in SE_ACTS or not _is_matrix(fc1):
+        if not self._only(fc1, ops.Conv) or fc1.op.act not in SE_ACTS or not _is_matrix(fc1.op):
             return None
         mean = fc1.inputs[0]
-        if not self._only(mean, "mean") or mean.attrs["input_affine"] is not None:
+        if not self._only(mean, ops.Mean) or mean.op.input_affine is not None:
             return None
         return (fc1, fc2) if mean.inputs == [x] else None
 
     def _conv(self, node: Node) -> None:
         """What a 1x1 convolution can do to its input: a norm with ReLU, or the gates of SE."""
-        if (
-            not _is_1x1(node)
-            or node.attrs["input_affine"] is not None
-            or "gate" in node.attrs["roles"]
-        ):
+        conv, source = node.op, node.inputs[0]
+        if not conv.is_1x1 or conv.input_affine is not None or "gate" in conv.roles:
             return
-        source = node.inputs[0]
-        if self._only(source, "affine") and source.attrs["relu"]:
-            node.attrs["input_affine"] = (source.attrs["scale"], source.attrs["shift"])
-            node.inputs[0] = source.inputs[0]
-            self.uses[source] = 0
+        if self._take_affine(node) or not self._only(source, ops.SqueezeExcite):
             return
-        if not self._only(source, "se") or source.attrs["roles"] != ("x",):
+        se, depthwise = source.op, source.inputs[0]
+        if se.roles != ("x",) or not self._only(depthwise, ops.Conv):
             return
-        depthwise = source.inputs[0]
-        if not self._only(depthwise, "conv") or not is_depthwise(depthwise):
+        if not depthwise.op.is_depthwise:
             return
-        depthwise.attrs["squeeze"] = True
-        sums = Node("sums", [depthwise], source.layer)
-        names = ("weight1", "bias1", "weight2", "bias2", "act")
-        excite = Node("excite", [sums], source.layer, **{n: source.attrs[n] for n in names})
+        depthwise.change(squeeze=True)
+        sums = Node(ops.Sums(), [depthwise], source.layer)
+        layers = (se.weight1, se.bias1, se.weight2, se.bias2)
+        excite = Node(ops.Excite(*layers, se.act), [sums], source.layer)
         # Where conv is absorbed later, what absorbs it comes after these all the same.
         self.before.setdefault(source, []).extend([sums, excite])
-        node.inputs[0] = depthwise
-        node.inputs.append(excite)
-        node.attrs["roles"] = (*node.attrs["roles"], "gate")
+        node.inputs = [depthwise, *node.inputs[1:], excite]
+        node.change(roles=(*conv.roles, "gate"))
         self.uses[depthwise] = 2
         self.uses[sums] = self.uses[excite] = 1
         self.uses[source] = 0
 
+    def _take_affine(self, node: Node) -> bool:
+        """Let node apply the norm with ReLU before it, where there is one."""
+        source = node.inputs[0]
+        if not self._only(source, ops.Affine) or not source.op.relu:
+            return False
+        node.change(input_affine=(source.op.scale, source.op.shift))
+        node.inputs[0] = source.inputs[0]
+        self.uses[source] = 0
+        return True
+
     def _avg_pool(self, node: Node) -> None:
         """A mean commutes with a 1x1 convolution: pool first, over fewer pixels comes the other."""
-        source = node.inputs[0]
-        window, divisor = node.attrs["window"], node.attrs["divisor"]
-        swaps = self._only(source, "conv") and _is_1x1(source) and _is_plain(source)
-        if swaps and source.attrs["roles"] == ("x",) and window[2] == (0, 0) and divisor is None:
-            pool = Node("avg_pool", source.inputs, node.layer, **node.attrs)
-            pool.attrs["input_affine"] = source.attrs["input_affine"]
+        source, pool = node.inputs[0], node.op
+        conv = source.op
+        swaps = self._only(source, ops.Conv) and conv.is_1x1 and conv.is_plain
+        padding = pool.window[2]
+        if swaps and conv.roles == ("x",) and padding == (0, 0) and pool.divisor is None:
+            first = replace(pool, input_affine=conv.input_affine)
+            before = Node(first, source.inputs, node.layer)
             self._absorb(node, source, input_affine=None)
-            node.inputs = [pool]
-            self.before[node] = [pool]
-            self.uses[pool] = 1
+            node.inputs = [before]
+            self.before[node] = [before]
+            self.uses[before] = 1
         else:
-            self._mean(node)
-
-    def _mean(self, node: Node) -> None:
-        source = node.inputs[0]
-        if self._only(source, "affine") and source.attrs["relu"]:
-            node.attrs["input_affine"] = (source.attrs["scale"], source.attrs["shift"])
-            node.inputs = list(source.inputs)
-            self.uses[source] = 0
+            self._take_affine(node)
 
 
-def _is_plain(node: Node) -> bool:
-    """Whether nothing follows the convolution or squeeze-and-excitation yet."""
-    act = node.attrs["out_act" if node.op == "se" else "act"]
-    return act == "none" and "residual" not in node.attrs["roles"]
-
-
-def _is_1x1(conv: Node) -> bool:
-    a = conv.attrs
-    return (
-        tuple(a["weight"].shape[2:]) == tuple(a["stride"]) == (1, 1)
-        and tuple(a["padding"]) == (0, 0)
-        and a["groups"] == 1
-    )
-
-
-def _is_matrix(conv: Node) -> bool:
-    return (
-        _is_1x1(conv)
-        and conv.attrs["scale"] is None
-        and conv.attrs["roles"] == ("x",)
-        and conv.attrs["input_affine"] is None
-    )
-
-
-def is_depthwise(conv: Node) -> bool:
-    channels = conv.attrs["weight"].shape[0]
-    return conv.attrs["weight"].shape[1] == 1 and 1 < channels == conv.attrs["groups"]
+def _is_matrix(conv: ops.Conv) -> bool:
+    """Whether the convolution is a matrix and a bias, with nothing before and after."""
+    plain = conv.scale is None and conv.roles == ("x",) and conv.input_affine is None
+    return plain and conv.is_1x1
 
 
 def own_weights(graph: Graph, dtype: torch.dtype, device: torch.device) -> None:
     """Give every node tensors of its own in ``dtype``; norms are folded into convolutions.
 
-    A depthwise convolution keeps its norm, which its kernel applies for nothing.
+    A depthwise convolution keeps its norm, which its kernel applies for nothing. Vectors that stay
+    are at least float32.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
-    def cast(tensor: Tensor | None, kind: torch.dtype = dtype) -> Tensor | None:
-        if tensor is None:
-            return None
-        return tensor.detach().to(device, kind, copy=True).contiguous()
+    def cast(name: str, value: Any) -> Any:
+        if name == "input_affine" and value is not None:
+            return tuple(cast("scale", vector) for vector in value)
+        if not isinstance(value, Tensor):
+            return value
+        kind = wide if name in ("scale", "shift") else dtype
+        return value.detach().to(device, kind, copy=True).contiguous()
 
     for node in graph.nodes:
-        attrs = node.attrs
-        if node.op == "conv" and not is_depthwise(node):
-            bn = None if attrs["scale"] is None else BatchNormParams(attrs["scale"], attrs["shift"])
-            if bn is None:
-                weight, bias = cast(attrs["weight"]), cast(attrs["bias"])
-            else:
-                weight, bias = fold(attrs["weight"], attrs["bias"], bn, dtype)
-            attrs.update(weight=weight.contiguous(), bias=bias, scale=None, shift=None)
-        elif node.op in ("affine", "conv"):
-            for name in ("scale", "shift"):
-                attrs[name] = cast(attrs[name], wide)
-            if node.op == "conv":
-                attrs.update(weight=cast(attrs["weight"]), bias=cast(attrs["bias"]))
-        for name in ("weight", "bias", "weight1", "bias1", "weight2", "bias2"):
-            if name in attrs and node.op != "conv":
-                attrs[name] = cast(attrs[name])
-        if attrs.get("input_affine") is not None:
-            attrs["input_affine"] = tuple(cast(vector, wide) for vector in attrs["input_affine"])
-        if node.op == "call":
-            _cast_module(attrs, dtype)
-
-
-def _cast_module(attrs: dict, dtype: torch.dtype) -> None:
-    target = attrs["target"]
-    if isinstance(target, torch.nn.Module):
-        attrs["target"] = target.to(dtype)
+        op = node.op
+        if isinstance(op, ops.Conv) and op.scale is not None and not op.is_depthwise:
+            weight, bias = fold(op.weight, op.bias, op.bn, dtype)
+            op = replace(op, weight=weight, bias=bias, scale=None, shift=None)
+        node.op = replace(op, **{name: cast(name, value) for name, value in vars(op).items()})

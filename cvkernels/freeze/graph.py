@@ -1,38 +1,162 @@
-"""The graph that ``freeze`` works on: a dozen ops on values, in the order in which they run.
+"""The graph that ``freeze`` works on: ops on values, in the order in which they run.
 
-A node is one op and the value that it computes. Its tensors and options are in ``attrs``::
-
-    op         inputs                              attrs
-    input
-    conv       x, by ``roles`` residual and gate   weight, bias, scale, shift, stride, padding,
-                                                   dilation, groups, act, input_affine, squeeze
-    affine     x                                   scale, shift, relu
-    act        x                                   act
-    add, mul   a, b
-    cat        parts, along the channels
-    part       x, of which it is some channels     start, channels
-    max_pool   x                                   window
-    avg_pool   x                                   window, count_include_pad, divisor, input_affine
-    mean       x, over its pixels: [N, C, 1, 1]    input_affine
-    se         x, by ``roles`` residual            weight1, bias1, weight2, bias2, act, out_act
-    sums       a conv with squeeze: its output's
-               sums over pixels
-    excite     sums                                weight1, bias1, weight2, bias2, act
-    linear     x[N, C]                             weight, bias
-    flatten    x: [N, C * H * W]
-    call       those that args, kwargs refer to    kind, target, args, kwargs, in_place
+A :class:`Node` is one op and the value that it computes. What an op is (its tensors and options,
+shapes, memory, cost, kernels) is its class under :mod:`cvkernels.freeze.ops`, and nowhere else.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx.node import map_aggregate
+
+from cvkernels.ops.common.traffic import Traffic
+
+if TYPE_CHECKING:
+    from cvkernels.freeze.lower import Lowered
+    from cvkernels.freeze.memory import Memory
+    from cvkernels.freeze.steps import Site
+
+# Runs one step of a plan on ``env``, the values of one call.
+Run = Callable[[list], None]
+
+
+class ShapeError(ValueError, RuntimeError):
+    """The network does not take an input of this shape."""
+
+
+class TensorSpec(NamedTuple):
+    """What is known of a tensor before it is computed."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        count = self.dtype.itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+
+def spec_of(value: Any) -> Any:
+    """A tensor's :class:`TensorSpec`; any other value as it is."""
+    return TensorSpec(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
+
+
+class Op:
+    """What a node computes; a subclass is a frozen dataclass of its tensors and options.
+
+    The class variables, which a subclass gives in its first line, and the methods below are all
+    that the other modules ask of an op.
+    """
+
+    name: ClassVar[str]
+    # What each input is to the op.
+    roles: ClassVar[tuple[str, ...]] = ("x",)
+    # The registered op that is its native implementation; csrc/common/recording.h keeps its work.
+    kernel: ClassVar[str] = ""
+    # Its step writes the value into memory that it is given: the arena.
+    writes: ClassVar[bool] = False
+    # It may write the value over its first input, element by element.
+    in_place: ClassVar[bool] = False
+    # Its step can put the value into a slice of a larger buffer, by a copy if need be.
+    placeable: ClassVar[bool] = False
+    # The value may be a view of an input.
+    views: ClassVar[bool] = False
+    # The tensor that its step allocates is kept once the step is recorded.
+    kept: ClassVar[bool] = False
+    # What runs in its step reports to ``explain`` itself.
+    reports: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **facts: Any) -> None:
+        for fact, value in facts.items():
+            setattr(cls, fact, value)
+        dataclass(frozen=True, eq=False)(cls)
+
+    def infer(self, node: Node, inputs: list, device: torch.device) -> Any:
+        """The :class:`TensorSpec` of the value, or a value that is no tensor."""
+        return TensorSpec(self.shape(node, *[spec.shape for spec in inputs]), inputs[0].dtype)
+
+    def shape(self, node: Node, x: tuple, *others: tuple) -> tuple:
+        """The value's shape from those of the inputs."""
+        return x
+
+    def lower(self, node: Node, lowered: Lowered) -> Step:
+        """Emit the steps that compute the node; the one that has its value."""
+        return lowered.emit(self, node)
+
+    def traffic(self, step: Step, memory: Memory) -> Traffic:
+        """What the step costs: every input, parameter and output once, if not said otherwise."""
+        tensors = [*vars(self).values(), *(getattr(self, "input_affine", None) or ())]
+        parameters = sum(t.nbytes for t in tensors if isinstance(t, Tensor))
+        return Traffic(1, parameters + sum(x.nbytes for x in step.inputs), step.nbytes)
+
+    def build(self, site: Site) -> Run | None:
+        """The step's function; None where there is nothing to do."""
+        return None
+
+
+@dataclass(eq=False, repr=False)
+class Node:
+    """One op, and the value that it computes; ``layer`` is the module that it came from."""
+
+    op: Op
+    inputs: list[Node]
+    layer: str = ""
+
+    def __post_init__(self) -> None:
+        self.inputs = list(self.inputs)
+
+    def role(self, name: str) -> Node | None:
+        """The input that plays this role, where there is one."""
+        roles = self.op.roles
+        return self.inputs[roles.index(name)] if name in roles else None
+
+    def change(self, **changes: Any) -> None:
+        """Change some of the op's tensors and options."""
+        self.op = replace(self.op, **changes)
+
+    def become(self, other: Node, **changes: Any) -> None:
+        """Compute what other does, with ``changes`` to its op, at this node's place."""
+        self.op, self.inputs, self.layer = other.op, list(other.inputs), other.layer
+        self.change(**changes)
+
+    def check(self, ok: bool, expected: str, got: tuple) -> None:
+        if not ok:
+            raise ShapeError(
+                f"frozen model: layer {self.layer!r} ({self.op.name}) takes {expected}, got "
+                f"{list(got)}; give images of a size that the network takes"
+            )
+
+    def __repr__(self) -> str:
+        return f"<{self.op.name} {self.layer}>"
+
+
+@dataclass(eq=False, repr=False)
+class Step(Node):
+    """A node of a plan: ``backend`` runs it, ``value`` is what it computes.
+
+    ``source`` is the graph's node whose weights it has, for what is derived from them.
+    """
+
+    backend: str = ""
+    value: Any = None
+    source: Node | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.value.nbytes if isinstance(self.value, TensorSpec) else 0
+
+    @property
+    def reports(self) -> bool:
+        """Whether ``explain`` hears of it without the plan: of a public op, or of aten's."""
+        return self.op.reports or self.backend in ("cvkernels", "conv_bn_act")
 
 
 @dataclass(frozen=True)
@@ -42,32 +166,7 @@ class Ref:
     index: int
 
 
-class Node:
-    """One op, and the value that it computes; ``layer`` is the module that it came from."""
-
-    __slots__ = ("op", "inputs", "attrs", "layer")
-
-    def __init__(self, op: str, inputs: Iterable[Node], layer: str = "", **attrs: Any) -> None:
-        self.op = op
-        self.inputs = list(inputs)
-        self.layer = layer
-        self.attrs = attrs
-
-    def role(self, name: str) -> Node | None:
-        """The input that plays this role, where there is one."""
-        roles = self.attrs.get("roles", ("x",))
-        return self.inputs[roles.index(name)] if name in roles else None
-
-    def become(self, other: Node, **changes: Any) -> None:
-        """Compute what other does, with ``changes`` to its attributes, at this node's place."""
-        self.op, self.layer = other.op, other.layer
-        self.inputs = list(other.inputs)
-        self.attrs = {**other.attrs, **changes}
-
-    def __repr__(self) -> str:
-        return f"<{self.op} {self.layer}>"
-
-
+@dataclass(eq=False, repr=False)
 class Graph:
     """Nodes in order, the first of them the input, and the structure of the output.
 
@@ -75,10 +174,9 @@ class Graph:
     tensor.
     """
 
-    def __init__(self, nodes: list[Node], results: list[Node], output: Any) -> None:
-        self.nodes = nodes
-        self.results = results
-        self.output = output
+    nodes: list[Node]
+    results: list[Node]
+    output: Any
 
     def uses(self) -> Counter[Node]:
         """How often each node's value is read."""
@@ -95,28 +193,23 @@ class Graph:
                 needed.update(node.inputs)
         self.nodes = [node for node in self.nodes if node in needed]
 
+    def infer(self, x: TensorSpec, device: torch.device) -> dict[Node, Any]:
+        """The :class:`TensorSpec` of every node's value; of one that is no tensor the value.
+
+        By formulas: only what the graph does not know, a call, is run once, on zeros.
+
+        Raises:
+            ShapeError: a layer does not take what it would get.
+        """
+        values: dict[Node, Any] = {self.nodes[0]: x}
+        for node in self.nodes[1:]:
+            inputs = [values[source] for source in node.inputs]
+            values[node] = node.op.infer(node, inputs, device)
+        return values
+
 
 def fill(structure: Any, values: list) -> Any:
     """The structure with each :class:`Ref` replaced by the value that it stands for."""
     return map_aggregate(
         structure, lambda leaf: values[leaf.index] if isinstance(leaf, Ref) else leaf
     )
-
-
-class Like(NamedTuple):
-    """What is known of a tensor before it is computed."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        count = self.dtype.itemsize
-        for size in self.shape:
-            count *= size
-        return count
-
-
-def like(value: Any) -> Any:
-    """A tensor's :class:`Like`; any other value as it is."""
-    return Like(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value

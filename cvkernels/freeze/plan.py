@@ -14,18 +14,16 @@ from torch import Tensor
 from torch.fx.node import map_aggregate
 
 from cvkernels import record
-from cvkernels.freeze.backends import problem_of
-from cvkernels.freeze.graph import Graph, Like, Node, Ref, fill
+from cvkernels.freeze.graph import Graph, Node, Ref, Run, Step, TensorSpec, fill
 from cvkernels.freeze.lower import Lowered
-from cvkernels.freeze.memory import VIEWS, Memory, new_arena
+from cvkernels.freeze.memory import Memory, new_arena
+from cvkernels.freeze.ops import Call, Conv, Copy, Input, PlannedConv
 from cvkernels.freeze.programs import Env, Segment, recordable
 from cvkernels.freeze.progress import progress
-from cvkernels.freeze.shapes import infer
-from cvkernels.freeze.steps import Builder, Step
-from cvkernels.freeze.traffic import cost
+from cvkernels.freeze.steps import Site
 from cvkernels.functional import DerivedWeights
+from cvkernels.ops.common.traffic import Traffic
 from cvkernels.ops.conv_bn_act.problem import Problem
-from cvkernels.ops.squeeze_excite.select import Traffic
 
 # Arenas that a plan keeps for later calls; more calls at once than this allocate theirs.
 KEPT = 8
@@ -37,7 +35,7 @@ class Plan:
     def __init__(
         self,
         graph: Graph,
-        x: Like,
+        x: TensorSpec,
         device: torch.device,
         caches: dict[Node, DerivedWeights],
         table: Mapping[str, str],
@@ -45,15 +43,12 @@ class Plan:
         self.device = device
         self.on_cuda = device.type == "cuda"
         self.output = graph.output
-        self.graph = graph
-        self.values = infer(graph, x, device)
-        self.lowered = Lowered(graph, self.values, device, table)
+        self.lowered = Lowered(graph, graph.infer(x, device), device, table)
         self.memory = Memory(self.lowered)
-        builder = Builder(self.memory, caches)
-        self.steps: list[tuple[Node, Step | None]] = []
-        with progress("freeze", len(self.lowered.steps)) as advance:
-            for step in self.lowered.steps:
-                self.steps.append((step, builder.build(step)))
+        self.steps: list[tuple[Step, Run | None]] = []
+        with progress("freeze", len(self.memory.steps)) as advance:
+            for step in self.memory.steps:
+                self.steps.append((step, step.op.build(Site(self.memory, step, caches))))
                 advance()
         self.recorded = recordable(self.memory)
         self.run_order = self._run_order()
@@ -61,11 +56,9 @@ class Plan:
         self.results = [(index[step], self._needs_copy(step)) for step in self.lowered.results]
         self.single = isinstance(self.output, Ref)
         self.returned = [0, *(n for n, _ in self.results if n not in self.fixed)]
-        self.hides_nan = any(
-            step.op == "conv" and step.attrs["backend"] == "onednn" for step in self.lowered.steps
-        )
+        self.hides_nan = any(step.backend == "onednn" for step in self.memory.steps)
         self._idle: deque[Env] = deque()
-        # Here rather than in the first call: whoever plans learns that there is too little memory.
+        # Here rather than in the first call, so that too little memory is an error of planning.
         self._idle.append(self._new_env())
 
     def __call__(self, x: Tensor) -> Any:
@@ -96,12 +89,12 @@ class Plan:
         self._idle.clear()
         return dropped
 
-    def convolutions(self) -> list[tuple[Node, Problem]]:
+    def convolutions(self) -> list[tuple[Conv, Problem]]:
         """The graph's convolutions that ``table`` can choose for, with their prologues."""
         return [
-            (node, problem_of(node, self.values[node.inputs[0]]))
-            for node in self.graph.nodes
-            if node.op == "conv" and self.lowered.of[node].op == "conv"
+            (node.op, node.op.problem(self.lowered.values[node.inputs[0]]))
+            for node, planned in self.lowered.planned.items()
+            if isinstance(planned, PlannedConv)
         ]
 
     def _idle_env(self) -> Env:
@@ -135,7 +128,7 @@ class Plan:
         with torch.inference_mode(False):
             arena = new_arena(self.memory.nbytes, self.device)
             for number in self.fixed:
-                env[number] = self.memory.view(arena, self.lowered.steps[number])
+                env[number] = self.memory.view(arena, self.memory.steps[number])
         return env
 
     def _run_order(self) -> list:
@@ -147,10 +140,11 @@ class Plan:
         self.fixed = frozenset(index[step] for step in index if self.memory.in_arena(step))
         dying: dict[int, list[int]] = {}
         for step, last in self.memory.last.items():
-            if index[step] not in self.fixed and step.op != "input" and step not in self.recorded:
+            kept = index[step] in self.fixed or step in self.recorded
+            if not kept and not isinstance(step.op, Input):
                 dying.setdefault(last, []).append(index[step])
-        order: list[Step] = []
-        together: list[Step] = []
+        order: list[Run] = []
+        together: list[Run] = []
         self.segments = 0
 
         def end_segment() -> None:
@@ -171,11 +165,11 @@ class Plan:
         end_segment()
         return order
 
-    def _needs_copy(self, step: Node) -> bool:
+    def _needs_copy(self, step: Step) -> bool:
         """Whether a result lies in memory that a later call, or the caller, writes to."""
-        if step.op in ("input", "call") or self.memory.in_arena(step):
+        if isinstance(step.op, (Input, Call)) or self.memory.in_arena(step):
             return True
-        return step.op in VIEWS and any(self._needs_copy(source) for source in step.inputs)
+        return step.op.views and any(self._needs_copy(source) for source in step.inputs)
 
     def _run_watched(self, env: Env) -> None:
         """Step by step, for ``explain`` or a profiler to see."""
@@ -188,31 +182,21 @@ class Plan:
                 run(env)
                 continue
             recorder.layer = step.layer
-            traffic = cost(self, step)
-            if traffic is None:
-                run(env)  # the op in it reports itself
+            if step.reports:
+                run(env)
                 continue
-            with recorder.call(step.op, step.attrs["backend"], self.reason(step), *traffic):
+            traffic = step.op.traffic(step, self.memory)
+            with recorder.call(step.op.name, step.backend, self.reason(step), *traffic):
                 run(env)
 
-    def reason(self, step: Node) -> str:
+    def reason(self, step: Step) -> str:
         """Why the step is as it is, for ``explain`` and the report."""
-        if step.op == "conv" and self.memory.in_arena(step) and not self.lowered.writes(step):
+        planned = isinstance(step.op, PlannedConv)
+        if planned and self.memory.in_arena(step) and not step.op.writes:
             return "frozen; copied into its slice"
-        if step.op == "copy":
+        if isinstance(step.op, Copy):
             return "frozen; its producer cannot write into the slice"
-        return "frozen" if step.op != "call" else "called as it is"
-
-    def traffic(self) -> list[tuple[Node, Traffic]]:
-        """What every step costs."""
-        costs = [
-            (step, cost(self, step, reports=False)) for step, run in self.steps if run is not None
-        ]
-        if self.hides_nan:
-            x = next(iter(self.lowered.values.values()))
-            look = Node("sum", [], "", backend="aten")
-            costs.append((look, Traffic(1, x.nbytes, x.dtype.itemsize)))
-        return costs
+        return "called as it is" if isinstance(step.op, Call) else "frozen"
 
 
 def _copied(value: Any) -> Any:
@@ -236,16 +220,9 @@ def _spoil(results: list, x: Tensor) -> None:
                 result[bad] = float("nan")
 
 
-def _forget(numbers: list[int]):
-    if len(numbers) == 1:
-        (only,) = numbers
-
-        def forget(env: list) -> None:
-            env[only] = None
-    else:
-
-        def forget(env: list) -> None:
-            for number in numbers:
-                env[number] = None
+def _forget(numbers: list[int]) -> Run:
+    def forget(env: list) -> None:
+        for number in numbers:
+            env[number] = None
 
     return forget

@@ -15,19 +15,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cvkernels import extension
-from cvkernels.freeze.graph import Node
-from cvkernels.freeze.memory import VIEWS, Memory
-from cvkernels.freeze.steps import Step
+from cvkernels.freeze.graph import Run, Step
+from cvkernels.freeze.memory import Memory
+from cvkernels.freeze.ops import GRAPH_OPS, PLAN_OPS
 
-_ops = torch.ops.cvkernels
-# Ops whose work csrc/common/recording.h can keep.
 RECORDED = frozenset(
-    f"cvkernels::{name}"
-    for name in (
-        "avg_pool_out", "conv_bn_act_native", "dense_concat", "depthwise_conv_bn_act_native",
-        "excite_native", "max_pool_out", "se_scale_native_out", "squeeze_excite_native_out",
-    )
-)  # fmt: skip
+    f"cvkernels::{op.kernel}" for op in (*GRAPH_OPS.values(), *PLAN_OPS) if op.kernel
+)
 
 
 class Env(list):
@@ -45,7 +39,7 @@ class Env(list):
 class Segment:
     """Steps of a plan as one function of ``env``; number ``place`` among its plan's."""
 
-    def __init__(self, steps: list[Step], place: int) -> None:
+    def __init__(self, steps: list[Run], place: int) -> None:
         self.steps = steps
         self.place = place
 
@@ -87,21 +81,20 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def recordable(memory: Memory) -> set[Node]:
+def recordable(memory: Memory) -> set[Step]:
     """The steps whose inputs and results lie at the same addresses in every call with an arena.
 
     The gates of squeeze-and-excitation have none in it: their tensors, once recorded, are kept.
     """
     if not extension.has("cpu"):
         return set()
-    viewed = {source for step in memory.index if step.op in VIEWS for source in step.inputs}
-    kept = viewed.union(memory.lowered.results)
-    steps: set[Node] = set()
-    for step in memory.index:
-        fixed = memory.in_arena(step) or (
-            step.op == "excite" and step not in kept and step not in memory.place
-        )
+    viewed = {source for step in memory.steps if step.op.views for source in step.inputs}
+    returned = viewed.union(memory.lowered.results)
+    steps: set[Step] = set()
+    for step in memory.steps:
+        kept = step.op.kept and step not in returned and step not in memory.place
         sources = all(memory.in_arena(source) or source in steps for source in step.inputs)
-        if fixed and sources and step.inputs and step.attrs.get("backend", "").startswith("native"):
-            steps.add(step)
+        if (kept or memory.in_arena(step)) and sources and step.inputs:
+            if step.backend.startswith("native"):
+                steps.add(step)
     return steps

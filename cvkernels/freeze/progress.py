@@ -1,4 +1,4 @@
-"""A progress bar for what takes over a second, where rich is installed and somebody looks."""
+"""A progress bar for what takes over a second, where rich is installed, on a terminal."""
 
 from __future__ import annotations
 

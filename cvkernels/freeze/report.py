@@ -65,8 +65,12 @@ class Report(NamedTuple):
 
 def report(plan: Plan, shape: tuple[int, ...], seconds: float) -> Report:
     rows = []
-    for step, traffic in plan.traffic():
-        note = plan.reason(step).removeprefix("frozen").removeprefix("; ")
-        rows.append(Row(step.layer, step.op, step.attrs["backend"], *traffic, note))
-    memory = plan.memory
-    return Report(rows, shape, memory.nbytes, memory.live_bytes, seconds)
+    for step, run in plan.steps:
+        if run is not None:
+            note = plan.reason(step).removeprefix("frozen").removeprefix("; ")
+            traffic = step.op.traffic(step, plan.memory)
+            rows.append(Row(step.layer, step.op.name, step.backend, *traffic, note))
+    if plan.hides_nan:
+        x = plan.memory.steps[0].value
+        rows.append(Row("", "sum", "aten", 1, x.nbytes, x.dtype.itemsize, ""))
+    return Report(rows, shape, plan.memory.nbytes, plan.memory.live_bytes, seconds)

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import os.path
 from collections import defaultdict
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from cvkernels.freeze.graph import Graph, Node
+from cvkernels.freeze.ops import Cat, Conv, Part
 
 
 def merge_siblings(graph: Graph) -> None:
@@ -30,10 +32,10 @@ def merge_siblings(graph: Graph) -> None:
             readers[source].append(node)
     families: dict[tuple, list[Node]] = defaultdict(list)
     for node in graph.nodes:
-        if node.op == "conv" and _is_alone(node) and node not in graph.results:
-            a = node.attrs
-            geometry = (*a["weight"].shape[2:], *a["stride"], *a["padding"], *a["dilation"])
-            families[(node.inputs[0], *geometry, a["act"])].append(node)
+        op = node.op
+        if isinstance(op, Conv) and _is_alone(op) and node not in graph.results:
+            geometry = (*op.weight.shape[2:], *op.stride, *op.padding, *op.dilation)
+            families[(node.inputs[0], *geometry, op.act)].append(node)
     merged: dict[Node, list[Node]] = {}
     for family in families.values():
         siblings = [conv for conv in family if all(map(_takes_slices, readers[conv]))]
@@ -45,49 +47,46 @@ def merge_siblings(graph: Graph) -> None:
     nodes: list[Node] = []
     for node in graph.nodes:
         nodes += merged.get(node, ())
-        if node.op != "part":
+        if not isinstance(node.op, Part):
             nodes.append(node)
     graph.nodes = nodes
 
 
-def _is_alone(conv: Node) -> bool:
+def _is_alone(conv: Conv) -> bool:
     """Whether nothing but its input goes into the convolution, and nothing but its value comes."""
-    a = conv.attrs
-    plain = a["roles"] == ("x",) and a["input_affine"] is None and not a["squeeze"]
-    return plain and a["groups"] == 1
+    plain = conv.roles == ("x",) and conv.input_affine is None and not conv.squeeze
+    return plain and conv.groups == 1
 
 
 def _takes_slices(reader: Node) -> bool:
-    return reader.op == "conv" and reader.attrs["groups"] == 1
+    return isinstance(reader.op, Conv) and reader.op.groups == 1
 
 
 def _begins_concatenation(conv: Node, readers: dict[Node, list[Node]]) -> bool:
     """Whether conv is the first part of a concatenation, and else read by convolutions alone."""
     cats = [reader for reader in readers[conv] if not _takes_slices(reader)]
-    if len(cats) != 1 or cats[0].op != "cat" or cats[0].inputs[0] is not conv:
+    if len(cats) != 1 or not isinstance(cats[0].op, Cat) or cats[0].inputs[0] is not conv:
         return False
-    return all(reader.op != "cat" for reader in readers[cats[0]])
+    return not any(isinstance(reader.op, Cat) for reader in readers[cats[0]])
 
 
 def _merge(siblings: list[Node]) -> list[Node]:
     """The convolution that computes all of them, and they themselves, as parts of its value."""
-    x, a = siblings[0].inputs[0], siblings[0].attrs
+    convs = [node.op for node in siblings]
     bias = None
-    if any(conv.attrs["bias"] is not None for conv in siblings):
-        bias = torch.cat([_bias(conv) for conv in siblings])
-    weight = torch.cat([conv.attrs["weight"] for conv in siblings])
-    layers = [conv.layer.split(".") for conv in siblings]
+    if any(conv.bias is not None for conv in convs):
+        bias = torch.cat([_bias(conv) for conv in convs])
+    weight = torch.cat([conv.weight for conv in convs])
+    layers = [node.layer.split(".") for node in siblings]
     layer = ".".join(os.path.commonprefix(layers)) or siblings[0].layer
-    merged = Node("conv", [x], layer, **{**a, "weight": weight, "bias": bias})
+    merged = Node(replace(convs[0], weight=weight, bias=bias), siblings[0].inputs, layer)
     start = 0
-    for conv in siblings:
-        channels = conv.attrs["weight"].shape[0]
-        conv.op, conv.inputs = "part", [merged]
-        conv.attrs = {"start": start, "channels": channels}
+    for node, conv in zip(siblings, convs, strict=True):
+        channels = conv.weight.shape[0]
+        node.op, node.inputs = Part(start, channels), [merged]
         start += channels
     return [merged, *siblings]
 
 
-def _bias(conv: Node) -> Tensor:
-    weight, bias = conv.attrs["weight"], conv.attrs["bias"]
-    return weight.new_zeros(weight.shape[0]) if bias is None else bias
+def _bias(conv: Conv) -> Tensor:
+    return conv.weight.new_zeros(conv.weight.shape[0]) if conv.bias is None else conv.bias

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from cvkernels.freeze import backends
 from cvkernels.freeze.backends import Backend
 from cvkernels.freeze.frozen import Frozen, freeze
-from cvkernels.freeze.graph import Node
+from cvkernels.freeze.ops import Conv
 from cvkernels.freeze.progress import progress
-from cvkernels.functional import BatchNormParams, DerivedWeights, dense_concat, se_scale
+from cvkernels.functional import DerivedWeights, dense_concat, se_scale
 from cvkernels.ops.conv_bn_act.problem import Problem
 
 # Each candidate is timed in turns, until it has run so often and so long.
@@ -52,15 +52,15 @@ def tune(model: nn.Module, example: Tensor) -> Choices:
         TypeError, ValueError: as of :func:`cvkernels.freeze`.
     """
     frozen = model if isinstance(model, Frozen) else freeze(model, example)
-    convolutions: dict[str, Node] = {}
-    for node, problem in frozen.convolutions(example):
-        convolutions.setdefault(backends.key(problem), (node, problem))
+    convolutions: dict[str, tuple[Conv, Problem]] = {}
+    for conv, problem in frozen.convolutions(example):
+        convolutions.setdefault(backends.key(problem), (conv, problem))
     choices = Choices()
     with torch.no_grad(), progress("tune", len(convolutions)) as advance:
-        for key, (node, problem) in convolutions.items():
+        for key, (conv, problem) in convolutions.items():
             candidates = backends.possible(problem, frozen.device)
             if len(candidates) > 1:
-                seconds = _measure(node, problem, candidates, frozen.device)
+                seconds = _measure(conv, problem, candidates, frozen.device)
                 choices[key] = min(seconds, key=seconds.__getitem__)
                 choices.seconds[key] = seconds
             advance()
@@ -68,9 +68,9 @@ def tune(model: nn.Module, example: Tensor) -> Choices:
 
 
 def _measure(
-    node: Node, problem: Problem, candidates: list[Backend], device: torch.device
+    conv: Conv, problem: Problem, candidates: list[Backend], device: torch.device
 ) -> dict[str, float]:
-    runs = {b.name: _runner(node, problem, b, device) for b in candidates}
+    runs = {b.name: _runner(conv, problem, b, device) for b in candidates}
     for run in runs.values():
         run()
     best = dict.fromkeys(runs, float("inf"))
@@ -89,7 +89,7 @@ def _measure(
 
 
 def _runner(
-    node: Node, problem: Problem, backend: Backend, device: torch.device
+    conv: Conv, problem: Problem, backend: Backend, device: torch.device
 ) -> Callable[[], None]:
     """Runs the convolution, after its prologue where the backend has none."""
 
@@ -102,15 +102,15 @@ def _runner(
     shape = (problem.N, problem.K, problem.P, problem.Q)
     residual = drawn(*shape) if problem.has_residual else None
     if backend.prologue or not problem.has_prologue:
-        convolve = backend.build(problem, node, DerivedWeights())
+        convolve = backend.build(problem, conv, DerivedWeights())
         return lambda: convolve(x, residual, gate, None)
-    bare, bare_problem = backends.without_prologue(node, problem)
-    convolve = backend.build(bare_problem, bare, DerivedWeights())
-    affine, before = node.attrs["input_affine"], torch.empty_like(x)
+    bare = backends.without_prologue(problem)
+    convolve = backend.build(bare, conv.bare(), DerivedWeights())
+    before = torch.empty_like(x)
 
     def run() -> None:
-        if affine is not None:
-            dense_concat(before, x, 0, BatchNormParams(*affine), relu=True)
+        if conv.input_bn is not None:
+            dense_concat(before, x, 0, conv.input_bn, relu=True)
         else:
             se_scale(x, gate, out=before)
         convolve(before, residual, None, None)

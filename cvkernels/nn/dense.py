@@ -19,23 +19,23 @@ from cvkernels.functional import avg_pool, dense_concat
 from cvkernels.nn.fused.growing import Verdict
 from cvkernels.nn.fused.match import (
     pooled_shape,
-    why_not_batch_norm_relu,
     why_not_called,
     why_not_conv_bn_act,
     why_not_in_place,
     why_not_norm_relu,
     why_not_same_map,
-    why_not_train,
-    why_not_trained_conv,
 )
 from cvkernels.nn.fused.module import FusedModule, affine_of, run_group
 from cvkernels.nn.sequential import FusedSequential, GrowingBlock
-from cvkernels.nn.training.dense_block import (
-    Statistics,
-    channels_last_view,
-    run_block,
-    run_norm_relu_pool,
+from cvkernels.nn.training.batch_norm import Statistics
+from cvkernels.nn.training.dense_block import run_block
+from cvkernels.nn.training.match import (
+    why_not_train,
+    why_not_train_conv,
+    why_not_train_norm_relu,
 )
+from cvkernels.nn.training.norm_relu_pool import norm_relu_avg_pool
+from cvkernels.ops.common.layout import channels_last_view
 from cvkernels.ops.conv_bn_act.op import fuses_prologue
 from cvkernels.ops.dense_concat.op import appender
 
@@ -79,10 +79,10 @@ class GrowingLayer(FusedModule):
             return "dropout is active"
         return (
             why_not_called(x, self)
-            or why_not_batch_norm_relu(x, channels, norm1, relu1)
-            or why_not_trained_conv(x, channels, conv1)
-            or why_not_batch_norm_relu(x, conv1.out_channels, norm2, relu2)
-            or why_not_trained_conv(x, conv1.out_channels, conv2)
+            or why_not_train_norm_relu(x, channels, norm1, relu1)
+            or why_not_train_conv(x, channels, conv1)
+            or why_not_train_norm_relu(x, conv1.out_channels, norm2, relu2)
+            or why_not_train_conv(x, conv1.out_channels, conv2)
         )
 
     def dropped(self, features: Tensor, x: Tensor) -> Tensor:
@@ -394,14 +394,14 @@ class Transition(FusedSequential):
             self._modules.get(name) for name in ("norm", "relu", "conv", "pool")
         )
         return (
-            why_not_batch_norm_relu(x, x.shape[1], norm, relu)
-            or why_not_trained_conv(x, x.shape[1], conv)
+            why_not_train_norm_relu(x, x.shape[1], norm, relu)
+            or why_not_train_conv(x, x.shape[1], conv)
             or why_not_called(x, pool)
         )
 
     def train_forward(self, x: Tensor, statistics: Statistics | None = None) -> Tensor:
         """The output in training; :meth:`why_not_train` has been asked."""
-        return self.conv(run_norm_relu_pool(x, self.norm, self.pool, statistics))
+        return self.conv(norm_relu_avg_pool(x, self.norm, self.pool, statistics))
 
     def output_shape(self, x: Tensor) -> Sequence[int] | None:
         if self._why_not_pool_first(x):

@@ -28,7 +28,7 @@ from cvkernels.nn.fused.module import FusedModule, affine_of, run_group
 from cvkernels.nn.sequential import FusedSequential
 from cvkernels.nn.training.concat_and_pool import concatenated
 from cvkernels.nn.training.conv_bn_act import siblings
-from cvkernels.nn.training.match import why_not_trained
+from cvkernels.nn.training.match import why_not_train_conv_bn_act
 from cvkernels.ops.conv_bn_act.op import IMPLEMENTATIONS, fuses_prologue
 from cvkernels.ops.conv_bn_act.prepared import prepared
 
@@ -122,7 +122,7 @@ class Inception(FusedModule):
             if type(block).forward is not BasicConv2d.forward:
                 return f"{type(block).__name__} is no convolution block of cvkernels"
             reason = why_not_called(x, block)
-            reason = reason or why_not_trained(x, block.conv, block.bn, relu_)
+            reason = reason or why_not_train_conv_bn_act(x, block.conv, block.bn, relu_)
             if reason := reason or why_not_same_map(block.conv):
                 return reason
         return _why_not_one_convolution([block.conv for block in blocks])

@@ -10,13 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cvkernels.nn.fused.match import (
     ACTIVATIONS,
     pooled_shape,
-    why_not_batch_norm_relu,
     why_not_called,
     why_not_max_pool,
-    why_not_train,
 )
-from cvkernels.nn.fused.module import FusedModule, run_group
-from cvkernels.nn.training.dense_block import run_norm_relu_pool
+from cvkernels.nn.fused.module import FusedModule
 
 ACTIVATION_MODULES = tuple(kind for kind in ACTIVATIONS if isinstance(kind, type))
 
@@ -61,6 +58,7 @@ class FusedSequential(nn.Sequential, FusedModule):
 
     def run(self, x: Tensor, layers: list[nn.Module]) -> Tensor:
         """What ``layers``, children of this module, compute one behind the other."""
+        planar = type(x) is Tensor and x.is_contiguous()
         while layers:
             first = layers.pop(0)
             if isinstance(first, GrowingBlock) and (shared := first.with_consumer(x, layers)):
@@ -75,36 +73,15 @@ class FusedSequential(nn.Sequential, FusedModule):
                 conv = layers.pop(0)
                 x = self.fused(x, conv, *_norm_and_act(layers), input_bn=(first, None))
             elif isinstance(first, nn.Conv2d):
-                norm, act = _norm_and_act(layers)
-                if _trains(norm) and _next_are(layers, nn.MaxPool2d, GrowingBlock):
-                    x = self._pooled_in_training(x, first, norm, act, layers.pop(0))
-                else:
-                    x = self.fused(x, first, norm, act)
+                x = self.fused(x, first, *_norm_and_act(layers))
             elif isinstance(first, nn.MaxPool2d):
                 x = self.pooled(x, first)
+                if planar and _next_are(layers, GrowingBlock) and layers[0].training:
+                    # Dropout draws its numbers in memory order: in this layout it draws stock's.
+                    x = x.contiguous()
             else:
                 x = first(x)
         return x
-
-    def _pooled_in_training(
-        self,
-        x: Tensor,
-        conv: nn.Conv2d,
-        norm: nn.Module,
-        act: nn.Module | None,
-        pool: nn.MaxPool2d,
-    ) -> Tensor:
-        """``pool(act(norm(conv(x))))``, conv's output all that autograd keeps of the last three."""
-        y = conv(x)
-        reason = (
-            why_not_train(y)
-            or why_not_batch_norm_relu(y, y.shape[1], norm, act)
-            or why_not_max_pool(y, pool)
-        )
-        if not reason:
-            return run_norm_relu_pool(y, norm, pool)
-        y = run_group(norm, reason, None, lambda: norm(y) if act is None else act(norm(y)))
-        return self.pooled(y, pool)
 
     def _grown(self, x: Tensor, producer: nn.Module, block: GrowingBlock) -> tuple[Tensor] | None:
         """``block(producer(x))`` without a copy between the two, where both can."""
@@ -120,10 +97,6 @@ class FusedSequential(nn.Sequential, FusedModule):
         out = buffer[:, : shape[1]]
         self.pooled(x, producer, out) if pools else producer.write(x, out)
         return (block.grow(buffer, shape[1]),)
-
-
-def _trains(norm: nn.Module | None) -> bool:
-    return norm is not None and norm.training
 
 
 def _norm_and_act(layers: list[nn.Module]) -> tuple[nn.Module | None, nn.Module | None]:

@@ -19,7 +19,7 @@ from cvkernels.nn.fused.match import why_not_called
 from cvkernels.nn.fused.module import FusedModule, run_group
 from cvkernels.nn.fused.plan_cache import OPTIONS
 from cvkernels.nn.training import squeeze_excite as in_training
-from cvkernels.nn.training.recompute import recipe_of
+from cvkernels.nn.training.recompute import recompute_of
 from cvkernels.ops.squeeze_excite.prepared import Run, prepared, prepared_gate
 
 
@@ -75,8 +75,8 @@ class SqueezeExcite(FusedModule):
         In training an x that can be computed again is not kept for backward, see
         :mod:`cvkernels.nn.training`.
         """
-        if out_act in in_training.OUT_ACTS and (recipe := recipe_of(x)) is not None:
-            return in_training.squeeze_excite(x, recipe, self._layers(), residual, out_act)
+        if out_act in in_training.OUT_ACTS and (recompute := recompute_of(x)) is not None:
+            return in_training.squeeze_excite(x, recompute, self._layers(), residual, out_act)
         return squeeze_excite(x, *self._layers(), residual, out_act, out=out)
 
     def _prepared_like(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:

@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules import module as torch_module
 
-from cvkernels import backend, record
+from cvkernels import record
+from cvkernels.ops.common.autograd import operand_dtype
 from cvkernels.ops.common.pool import checked, window_of
 from cvkernels.ops.conv_bn_act.op import fuses_prologue
 from cvkernels.ops.depthwise_conv_bn_act.op import runs_fused
@@ -31,8 +32,6 @@ ACTIVATIONS: dict[type[nn.Module] | Callable[[Tensor], Tensor], str] = {
     nn.SiLU: "silu",
     relu_: "relu",
 }
-
-TRAINED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def _kind(act: nn.Module | Callable) -> type[nn.Module] | Callable:
@@ -120,7 +119,7 @@ def why_not_in_place(x: Tensor, module: nn.Module) -> str:
         return "a gradient is needed"
     if x.dim() != 4 or not x.numel():
         return "the input is empty or not [N, C, H, W]"
-    if (dtype := autocast_dtype(x)) and dtype != x.dtype:
+    if (dtype := operand_dtype(x)) != x.dtype:
         return f"autocast computes in {dtype}, the input is {x.dtype}"
     return ""
 
@@ -134,14 +133,15 @@ def _may_require_grad(module: nn.Module) -> bool:
 
 def why_not_affine(bn: nn.Module) -> str:
     """Why bn is no scale and shift per channel; empty where it is, but for its activation."""
-    if reason := _why_not_batch_norm(bn):
+    if reason := why_not_batch_norm(bn):
         return reason
     if bn.training or bn.running_mean is None:
         return "batch norm normalises with batch statistics"
     return ""
 
 
-def _why_not_batch_norm(bn: nn.Module) -> str:
+def why_not_batch_norm(bn: nn.Module) -> str:
+    """Why bn, but for its activation and mode, is no batch norm; empty where it is."""
     if type(bn) is nn.BatchNorm2d:
         return ""
     if not _is_norm_act(bn):
@@ -149,94 +149,6 @@ def _why_not_batch_norm(bn: nn.Module) -> str:
     if type(bn.drop) is not nn.Identity or _has_hooks(bn.drop) or _has_hooks(bn.act):
         return "BatchNormAct2d drops something, or a part of it has a hook"
     return ""
-
-
-def why_not_train(x: Tensor) -> str:
-    """Why a training pass over a few modules cannot be one autograd function of x's dtype."""
-    if reason := why_not_called(x) or why_not_differentiated_here():
-        return reason
-    if x.dim() != 4 or x.numel() <= x.shape[1] or x.dtype not in TRAINED:
-        return f"the input is {x.dtype} of shape {list(x.shape)}, not a batch of float maps"
-    if (dtype := autocast_dtype(x)) and dtype != x.dtype:
-        return f"autocast computes in {dtype}, the input is {x.dtype}"
-    return ""
-
-
-def why_not_differentiated_here() -> str:
-    """Why an autograd function of ours, differentiable once and in reverse, will not do."""
-    if torch.compiler.is_compiling():
-        return "torch.compile plans the memory"
-    if backend.requested("auto", ()) == "reference":
-        return "the reference is requested"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a torch.func transform is active"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
-    return ""
-
-
-def why_not_batch_norm_relu(
-    x: Tensor, channels: int, norm: nn.Module, relu: nn.Module | None
-) -> str:
-    """Why norm and relu do not normalise ``channels`` channels with the batch's statistics."""
-    if reason := _why_not_batch_norm(norm):
-        return reason
-    if reason := _why_not_batch_statistics(norm):
-        return reason
-    if relu is None and _is_norm_act(norm):
-        relu = norm.act
-    if type(relu) is not nn.ReLU:
-        return f"{type(relu).__name__} is not exactly nn.ReLU"
-    return _why_not_vectors(x, channels, norm) or why_not_called(x, norm, relu)
-
-
-def why_not_batch_norm(x: Tensor, channels: int, norm: nn.Module) -> str:
-    """Why norm, but for its activation, does not normalise ``channels`` channels with the batch's
-    statistics."""
-    if reason := _why_not_batch_norm(norm) or _why_not_batch_statistics(norm):
-        return reason
-    return _why_not_vectors(x, channels, norm)
-
-
-def _why_not_batch_statistics(norm: nn.Module) -> str:
-    if not norm.training and norm.running_mean is not None:
-        return "batch norm normalises with running statistics"
-    return ""
-
-
-def _why_not_vectors(x: Tensor, channels: int, norm: nn.Module) -> str:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    statistics = (norm._buffers.get("running_mean"), norm._buffers.get("running_var"))
-    for vector in (*norm._parameters.values(), *statistics):
-        if vector is not None and (
-            vector.device != x.device or vector.dtype not in (x.dtype, wide)
-        ):
-            return f"a vector of batch norm is {vector.dtype} on {vector.device}"
-        if vector is not None and not vector.is_contiguous():
-            return f"a vector of batch norm has strides {vector.stride()}"
-    if norm.num_features != channels:
-        return f"batch norm has {norm.num_features} channels for {channels}"
-    return ""
-
-
-def why_not_trained_conv(x: Tensor, channels: int, conv: nn.Module) -> str:
-    """Why conv does not convolve ``channels`` channels of x's dtype, to a map of x's size."""
-    if reason := why_not_conv_bn_act(x, conv, None, None) or why_not_same_map(conv):
-        return reason
-    if conv.in_channels != channels:
-        return f"the convolution has {conv.in_channels} input channels for {channels}"
-    if conv.weight.device != x.device:
-        return f"the convolution is on {conv.weight.device}"
-    if conv.weight.dtype != x.dtype and autocast_dtype(x) is None:
-        return f"the convolution is {conv.weight.dtype}, the input {x.dtype}"
-    return ""
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    device = x.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 def why_not_max_pool(x: Tensor, pool: nn.Module) -> str:

@@ -32,8 +32,8 @@ from cvkernels.nn.fused.match import (
 from cvkernels.nn.fused.plan_cache import Recall
 from cvkernels.nn.training.concat_and_pool import max_pool as training_max_pool
 from cvkernels.nn.training.conv_bn_act import conv_bn_act as training_conv_bn_act
-from cvkernels.nn.training.match import why_not_trained
-from cvkernels.nn.training.recompute import recipe_of
+from cvkernels.nn.training.match import why_not_train_conv_bn_act
+from cvkernels.nn.training.recompute import recompute_of
 from cvkernels.ops.conv_bn_act.op import fuses_prologue
 from cvkernels.ops.conv_bn_act.prepared import Run, prepared
 from cvkernels.ops.depthwise_conv_bn_act.prepared import Run as SqueezedRun
@@ -93,7 +93,7 @@ class FusedModule(nn.Module):
         inner_act, clash = fused_act(bn, act, residual)
         if plain and out is None and not clash:
             parts = (x, conv, bn, inner_act, residual)
-            if not why_not_trained(*parts):
+            if not why_not_train_conv_bn_act(*parts):
                 return run_group(conv, "", lambda: training_conv_bn_act(*parts), None)
 
         def as_modules() -> Tensor:
@@ -218,8 +218,8 @@ class FusedModule(nn.Module):
         """
 
         def as_op() -> Tensor:
-            if (recipe := recipe_of(x)) is not None:
-                return training_max_pool(x, recipe, pool)
+            if (recompute := recompute_of(x)) is not None:
+                return training_max_pool(x, recompute, pool)
             window = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
             return max_pool(x, *window, out=out)
 

@@ -1,4 +1,4 @@
-"""Concatenation and max pool in training, of maps that backward computes again."""
+"""Concatenation and max pool in training, of maps that backward recomputes."""
 
 from __future__ import annotations
 
@@ -11,47 +11,47 @@ from torch.autograd.function import FunctionCtx
 
 from cvkernels import functional
 from cvkernels.nn.training.recompute import (
-    Node,
-    Recipe,
-    channels_last,
-    new_map,
-    recipe_of,
-    refuse,
-    with_recipe,
+    Recompute,
+    RecomputeNode,
+    recompute_of,
+    refuse_other_gradients,
+    with_recompute,
 )
+from cvkernels.ops.common.layout import channels_last, new_channels_last
 from cvkernels.ops.common.pool import Window, window_of
 
 _aten = torch.ops.aten
 
 
-class _Concatenated(Node):
-    def __init__(self, parts: Sequence[Node], widths: Sequence[int], shape: torch.Size) -> None:
+class _Concatenated(RecomputeNode):
+    def __init__(
+        self, parts: Sequence[RecomputeNode], widths: Sequence[int], shape: torch.Size
+    ) -> None:
         super().__init__()
         self.parts, self.widths, self.shape = parts, widths, shape
-        self.leaves = sum(part.leaves for part in parts)
+        self.count = sum(part.count for part in parts)
 
-    def compute(self, leaves: Sequence[Tensor]) -> Tensor:
-        buffer = new_map(leaves[0], self.shape)
-        leaf = channel = 0
-        for part, width in zip(self.parts, self.widths, strict=True):
-            part.write(leaves[leaf : leaf + part.leaves], buffer[:, channel : channel + width])
-            leaf, channel = leaf + part.leaves, channel + width
+    def compute(self, saved: Sequence[Tensor]) -> Tensor:
+        buffer = new_channels_last(saved[0], self.shape)
+        for part, out in zip(self.parts, buffer.split(self.widths, 1), strict=True):
+            part.write(saved[: part.count], out)
+            saved = saved[part.count :]
         return buffer
 
 
-class _Pooled(Node):
-    def __init__(self, source: Node, window: Window) -> None:
+class _Pooled(RecomputeNode):
+    def __init__(self, source: RecomputeNode, window: Window) -> None:
         super().__init__()
-        self.source, self.window, self.leaves = source, window, source.leaves
+        self.source, self.window, self.count = source, window, source.count
         self._indices: Tensor | None = None
 
-    def compute(self, leaves: Sequence[Tensor]) -> Tensor:
-        out, self._indices = _aten.max_pool2d_with_indices(self.source.value(leaves), *self.window)
+    def compute(self, saved: Sequence[Tensor]) -> Tensor:
+        out, self._indices = _aten.max_pool2d_with_indices(self.source.value(saved), *self.window)
         return out
 
-    def indices(self, leaves: Sequence[Tensor]) -> Tensor:
+    def indices(self, saved: Sequence[Tensor]) -> Tensor:
         """Where in its source each element comes from."""
-        self.value(leaves)
+        self.value(saved)
         return self._indices
 
     def drop(self) -> None:
@@ -59,50 +59,51 @@ class _Pooled(Node):
         self._indices = None
 
 
-def max_pool(x: Tensor, recipe: Recipe, pool: nn.MaxPool2d) -> Tensor:
-    """``pool(x)`` for an x that has ``recipe``: autograd keeps neither x nor indices."""
+def max_pool(x: Tensor, recompute: Recompute, pool: nn.MaxPool2d) -> Tensor:
+    """``pool(x)`` for an x that has ``recompute``: autograd keeps neither x nor indices."""
     window = window_of(
         "max_pool", pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
     )
-    node = _Pooled(recipe.node, window)
-    return with_recipe(_MaxPool.apply(x, node, recipe.leaves), node, recipe.leaves)
+    node = _Pooled(recompute.node, window)
+    return with_recompute(_MaxPool.apply(x, node, recompute.saved), node, recompute.saved)
 
 
 class _MaxPool(Function):
     """Saves what x is computed from."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, node: _Pooled, leaves: tuple[Tensor, ...]) -> Tensor:
-        ctx.save_for_backward(*leaves)
+    def forward(ctx: FunctionCtx, x: Tensor, node: _Pooled, saved: tuple[Tensor, ...]) -> Tensor:
+        ctx.save_for_backward(*saved)
         ctx.node = node
         return functional.max_pool(x, *node.window)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
-        refuse(grad)
-        leaves, node = ctx.saved_tensors, ctx.node
-        indices, x = node.indices(leaves), node.source.value(leaves)
+        refuse_other_gradients(grad)
+        saved, node = ctx.saved_tensors, ctx.node
+        indices, x = node.indices(saved), node.source.value(saved)
         node.drop()
         grad = channels_last(grad)
         return _aten.max_pool2d_with_indices_backward(grad, x, *node.window, indices), None, None
 
 
 def concatenated(parts: list[Tensor]) -> Tensor:
-    """``torch.cat(parts, 1)``; the result has a recipe where all parts have."""
-    recipes = [recipe_of(part) for part in parts]
-    if None in recipes or len({part.dtype for part in parts}) > 1:
+    """``torch.cat(parts, 1)``; the result is recomputed where all parts are."""
+    recomputes = [recompute_of(part) for part in parts]
+    if None in recomputes or len({part.dtype for part in parts}) > 1:
         return torch.cat(parts, 1)
-    leaves = tuple(leaf for recipe in recipes for leaf in recipe.leaves)
-    nodes = [recipe.node for recipe in recipes]
-    out, node = _Concatenate.apply(nodes, *parts)
-    return with_recipe(out, node, leaves)
+    saved = tuple(tensor for recompute in recomputes for tensor in recompute.saved)
+    out, node = _Concatenate.apply([recompute.node for recompute in recomputes], *parts)
+    return with_recompute(out, node, saved)
 
 
 class _Concatenate(Function):
     """Saves nothing."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, nodes: list[Node], *parts: Tensor) -> tuple[Tensor, Node]:
+    def forward(
+        ctx: FunctionCtx, nodes: list[RecomputeNode], *parts: Tensor
+    ) -> tuple[Tensor, RecomputeNode]:
         out, ctx.widths = torch.cat(parts, 1), [part.shape[1] for part in parts]
         ctx.node = _Concatenated(nodes, ctx.widths, out.shape)
         return out, ctx.node

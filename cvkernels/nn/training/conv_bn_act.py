@@ -10,30 +10,27 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
-from cvkernels.nn.fused.match import act_name, autocast_dtype
-from cvkernels.nn.training.dense_block import (
-    Geometry,
-    as_it_is,
-    convolution_backward,
-    convolve,
-    counted,
-)
-from cvkernels.nn.training.match import operand_dtype
+from cvkernels.nn.fused.match import act_name
+from cvkernels.nn.training.batch_norm import count_batch
+from cvkernels.nn.training.convolution import Geometry, convolution_backward, convolve
 from cvkernels.nn.training.recompute import (
-    Node,
-    Recipe,
-    channels_last,
-    new_map,
-    recipe_of,
-    recipe_or_itself,
-    refuse,
-    with_recipe,
+    Recompute,
+    RecomputeNode,
+    recompute_of,
+    recompute_or_saved,
+    refuse_other_gradients,
+    with_recompute,
 )
 from cvkernels.ops.batch_norm_act import passes
 from cvkernels.ops.batch_norm_act.op import norm_backward
+from cvkernels.ops.common.autograd import autocast_disabled, operand_dtype
+from cvkernels.ops.common.layout import channels_last, new_channels_last
+
+# Tensors of a block, in order: weight and bias of its convolution and of its norm.
+PER_BLOCK = 4
 
 
-class _Normalised(Node):
+class _Normalised(RecomputeNode):
     """``act(bn(y) + shortcut)`` of channels ``own`` of y, from y, a matrix of one column per
     channel, and what the shortcut is computed from.
 
@@ -42,55 +39,51 @@ class _Normalised(Node):
     turn comes. ``own`` None is all channels.
     """
 
-    def __init__(self, eps: float, act: str, own: slice | None, shortcut: Node | None) -> None:
+    def __init__(
+        self, eps: float, act: str, own: slice | None, shortcut: RecomputeNode | None
+    ) -> None:
         super().__init__()
         self.eps, self.act, self.own, self.shortcut = eps, act, own, shortcut
-        self.leaves = 2 if shortcut is None else 2 + shortcut.leaves
+        self.count = 2 if shortcut is None else 2 + shortcut.count
 
     def part(self, tensor: Tensor) -> Tensor:
         return tensor if self.own is None else tensor[:, self.own]
 
-    def write(self, leaves: Sequence[Tensor], out: Tensor) -> None:
-        y, vectors, *others = leaves
-        residual = None if self.shortcut is None else channels_last(self.shortcut.value(others))
+    def write(self, saved: Sequence[Tensor], out: Tensor) -> None:
+        y, vectors, *of_shortcut = saved
+        residual = None
+        if self.shortcut is not None:
+            residual = channels_last(self.shortcut.value(of_shortcut))
         own = (self.part(channels_last(y)), self.part(vectors))
         passes.again(*own, self.eps, self.act, residual, out)
 
-    def compute(self, leaves: Sequence[Tensor]) -> Tensor:
-        out = torch.empty_like(self.part(leaves[0]), memory_format=torch.channels_last)
-        self.write(leaves, out)
+    def compute(self, saved: Sequence[Tensor]) -> Tensor:
+        out = torch.empty_like(self.part(saved[0]), memory_format=torch.channels_last)
+        self.write(saved, out)
         return out
 
 
 class _Call(NamedTuple):
-    """What convolution blocks on one map do beside their parameters."""
+    """What convolution blocks on one map take beside the tensors that gradients are needed in."""
 
     geometry: Geometry
     norms: list[nn.BatchNorm2d]
     dtype: torch.dtype
-    recipe: Recipe | None
-    shortcut: Recipe | None
+    source: Recompute | None
+    shortcut: Recompute | None
     nodes: list[_Normalised]
-    # Receives what the outputs are computed from.
-    leaves: list[Tensor]
-
-
-# Tensors of a block, in order: weight and bias of its convolution and of its norm.
-PER_BLOCK = 4
 
 
 def conv_bn_act(
     x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: nn.Module | Callable | None,
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """``act(bn(conv(x)) + residual)`` in training, for what :func:`why_not_trained` lets pass.
+    """``act(bn(conv(x)) + residual)`` in training, where nothing is against it (see match.py).
 
-    Autograd keeps ``conv(x)``, the batch statistics, and of x and residual those that have no
-    recipe. The result is channels_last and has a recipe.
+    Autograd keeps ``conv(x)``, the batch statistics, and of x and residual those that are not
+    recomputed. The result is channels_last, and is recomputed.
     """
-    shortcut = None if residual is None else recipe_or_itself(residual)
-    call, tensors = _call(x, [(conv, bn)], act_name(act), shortcut)
-    return _with_recipes(call, _ConvBNAct.apply(x, residual, call, *tensors))[0]
+    return _run(x, [(conv, bn)], act_name(act), residual)[0]
 
 
 def siblings(x: Tensor, blocks: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]]) -> list[Tensor]:
@@ -98,47 +91,41 @@ def siblings(x: Tensor, blocks: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]]) -> l
 
     These have one geometry and dtype, one group and, where they are several, no bias.
     """
-    call, tensors = _call(x, blocks, "relu")
-    return _with_recipes(call, _ConvBNAct.apply(x, None, call, *tensors))
+    return _run(x, blocks, "relu")
 
 
-def _call(
+def _run(
     x: Tensor,
     blocks: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]],
     act: str,
-    shortcut: Recipe | None = None,
-) -> tuple[_Call, list[Tensor | None]]:
-    nodes, start, alone = [], 0, len(blocks) == 1
+    residual: Tensor | None = None,
+) -> list[Tensor]:
+    shortcut = None if residual is None else recompute_or_saved(residual)
+    nodes, start = [], 0
     for conv, bn in blocks:
-        own = None if alone else slice(start, start + conv.out_channels)
-        source = None if shortcut is None else shortcut.node
-        nodes.append(_Normalised(bn.eps, act, own, source))
+        own = None if len(blocks) == 1 else slice(start, start + conv.out_channels)
+        nodes.append(_Normalised(bn.eps, act, own, None if shortcut is None else shortcut.node))
         start += conv.out_channels
     geometry, norms = Geometry.of(blocks[0][0]), [bn for _, bn in blocks]
+    call = _Call(geometry, norms, operand_dtype(x), recompute_of(x), shortcut, nodes)
     parameters = [module._parameters for block in blocks for module in block]
     tensors = [own[name] for own in parameters for name in ("weight", "bias")]
-    call = _Call(
-        geometry, norms, operand_dtype(x, autocast_dtype(x)), recipe_of(x), shortcut, nodes, []
-    )
-    return call, tensors
-
-
-def _with_recipes(call: _Call, outs: tuple[Tensor, ...]) -> list[Tensor]:
-    leaves = (*call.leaves, *(call.shortcut.leaves if call.shortcut else ()))
-    return [with_recipe(out, node, leaves) for out, node in zip(outs, call.nodes, strict=True)]
+    *outs, saved = _ConvBNAct.apply(x, residual, call, *tensors)
+    return [with_recompute(out, node, saved) for out, node in zip(outs, nodes, strict=True)]
 
 
 class _ConvBNAct(Function):
     """Saves the convolutions' output, the vectors of their norms, weights, and what x is computed
-    from; for a ReLU behind a residual what that one is computed from, too.
+    from; for a ReLU behind a residual what that one is computed from, too. Returns what the outputs
+    are computed from with them.
     """
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, x: Tensor, residual: Tensor | None, call: _Call, *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple:
         operand, weights = x.to(call.dtype), tensors[::PER_BLOCK]
-        with as_it_is(x):
+        with autocast_disabled(x):
             # Where there are several convolutions, the first has no bias and none of them has.
             y = convolve(channels_last(operand), _side_by_side(weights), tensors[1], call.geometry)
             vectors = y.new_empty(4, y.shape[1], dtype=passes.wide_dtype(y))
@@ -150,50 +137,47 @@ class _ConvBNAct(Function):
                 # Counted here, not behind the call: a checkpoint runs again until the last tensor
                 # is saved.
                 passes.forward(
-                    own, *affine, counted(norm), node.eps, node.act, residual, node.part(vectors),
-                    out,
+                    own, *affine, count_batch(norm), node.eps, node.act, residual,
+                    node.part(vectors), out,
                 )  # fmt: skip
                 outs.append(out)
-            call.leaves.extend((y, vectors))
         inputs: tuple[Tensor, ...] = ()
         if any(ctx.needs_input_grad[3::PER_BLOCK]):
-            inputs = (operand,) if call.recipe is None else call.recipe.leaves
-        of_join: tuple[Tensor, ...] = ()
-        if residual is not None and call.nodes[0].act == "relu":
-            of_join = call.shortcut.leaves
+            inputs = (operand,) if call.source is None else call.source.saved
+        of_shortcut = () if call.shortcut is None else call.shortcut.saved
+        of_join = of_shortcut if call.nodes[0].act == "relu" else ()
         ctx.save_for_backward(y, vectors, *weights, *of_join, *inputs)
         ctx.nodes, ctx.geometry, ctx.of_join = call.nodes, call.geometry, len(of_join)
-        ctx.source = None if call.recipe is None else call.recipe.node
+        ctx.source = None if call.source is None else call.source.node
         ctx.shape = x.shape
         ctx.dtypes = [None if t is None else t.dtype for t in (x, *tensors)]
-        return tuple(outs)
+        return *outs, (y, vectors, *of_shortcut)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads_out: Tensor) -> tuple:
-        refuse(grads_out[0])
+    def backward(ctx: FunctionCtx, *grads_out: Tensor | None) -> tuple:
+        refuse_other_gradients(grads_out[0])
         y, vectors, *saved = ctx.saved_tensors
         weights, saved = saved[: len(ctx.nodes)], saved[len(ctx.nodes) :]
         of_join, inputs = saved[: ctx.of_join], saved[ctx.of_join :]
         needs_x, needs_residual, _, *needs = ctx.needs_input_grad
         wanted = (needs_x, any(needs[::PER_BLOCK]), needs[1])
         grads = [None] * len(needs)
-        with as_it_is(y):
-            joined = ctx.nodes[0].value((y, vectors, *of_join)) if of_join else None
+        grad_x = None
+        with autocast_disabled(y):
+            output = ctx.nodes[0].value((y, vectors, *of_join)) if of_join else None
             y = channels_last(y)
             grad_y = torch.empty_like(y) if any(wanted) else None
-            for index, (node, grad) in enumerate(zip(ctx.nodes, grads_out, strict=True)):
+            for index, (node, grad) in enumerate(zip(ctx.nodes, grads_out[:-1], strict=True)):
                 node.drop()
                 own = (node.part(y), node.part(vectors), node.eps, node.act)
                 out = None if grad_y is None else node.part(grad_y)
-                of_vectors, grad_residual = norm_backward(grad, *own, out, joined, spent=True)
+                of_vectors, grad_residual = norm_backward(grad, *own, out, output, spent=True)
                 first = PER_BLOCK * index + 2
                 grads[first : first + 2] = of_vectors[:2].unbind()
-            joined = None
-            grad_x = None
+            output = None  # frees it before the convolution's gradients
             if grad_y is not None:
                 if not wanted[1]:
-                    # Only its shape and layout count.
-                    x = new_map(y, ctx.shape)
+                    x = new_channels_last(y, ctx.shape)  # only its shape and layout are read
                 elif ctx.source is None:
                     x = channels_last(inputs[0])
                 else:
@@ -203,13 +187,13 @@ class _ConvBNAct(Function):
                 )
                 if grad_weight is not None:
                     grads[::PER_BLOCK] = _divided(grad_weight, weights, needs[::PER_BLOCK])
-        grads = [
+        grad_x, *grads = (
             grad.to(dtype) if grad is not None and dtype is not None and need else None
             for grad, dtype, need in zip(
                 (grad_x, *grads), ctx.dtypes, (needs_x, *needs), strict=True
             )
-        ]
-        return grads[0], grad_residual if needs_residual else None, None, *grads[1:]
+        )
+        return grad_x, grad_residual if needs_residual else None, None, *grads
 
 
 def _side_by_side(weights: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Squeeze-and-excitation in training, of a map that backward computes again."""
+"""Squeeze-and-excitation in training, of a map that backward recomputes."""
 
 from __future__ import annotations
 
@@ -10,104 +10,100 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
 from cvkernels import functional
-from cvkernels.nn.training.dense_block import as_it_is
 from cvkernels.nn.training.recompute import (
-    Node,
-    Recipe,
-    channels_last,
-    new_map,
-    recipe_or_itself,
-    refuse,
-    with_recipe,
+    Recompute,
+    RecomputeNode,
+    recompute_or_saved,
+    refuse_other_gradients,
+    with_recompute,
 )
+from cvkernels.ops.common.autograd import autocast_disabled
+from cvkernels.ops.common.layout import channels_last, new_channels_last
 from cvkernels.ops.squeeze_excite import gradients
 from cvkernels.ops.squeeze_excite.op import squeeze_excite_kept
 
-# Activations behind the sum with a shortcut whose gradient the result tells.
+# Activations behind the sum with a shortcut whose gradient follows from the result.
 OUT_ACTS = ("none", "relu")
 
 
-class _Excited(Node):
+class _Excited(RecomputeNode):
     """``act(x * sigmoid(gate) + shortcut)``, from what x is computed from, the gate [N, C], and
     what the shortcut is computed from."""
 
-    def __init__(self, source: Node, act: str, shortcut: Node | None) -> None:
+    def __init__(self, source: RecomputeNode, act: str, shortcut: RecomputeNode | None) -> None:
         super().__init__()
         self.source, self.act, self.shortcut = source, act, shortcut
-        self.leaves = source.leaves + 1 + (0 if shortcut is None else shortcut.leaves)
+        self.count = source.count + 1 + (0 if shortcut is None else shortcut.count)
 
-    def compute(self, leaves: Sequence[Tensor]) -> Tensor:
-        of_x, gate, others = _divided(leaves, self.source.leaves)
-        residual = None if self.shortcut is None else self.shortcut.value(others)
+    def compute(self, saved: Sequence[Tensor]) -> Tensor:
+        of_x, gate, of_shortcut = self.divide(saved)
+        residual = None if self.shortcut is None else self.shortcut.value(of_shortcut)
         x = self.source.value(of_x)
-        out = new_map(x, x.shape)
+        out = new_channels_last(x, x.shape)
         return functional.se_scale(x, gate, residual, self.act, out=out)
 
-
-def _divided(leaves: Sequence[Tensor], count: int) -> tuple[Sequence[Tensor], Tensor, Sequence]:
-    return leaves[:count], leaves[count], leaves[count + 1 :]
+    def divide(self, saved: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor, Sequence[Tensor]]:
+        """What x is computed from, the gate, what the shortcut is computed from."""
+        count = self.source.count
+        return saved[:count], saved[count], saved[count + 1 :]
 
 
 class _Call(NamedTuple):
-    """What the op does beside its tensors."""
+    """What the op takes beside the tensors that gradients are needed in."""
 
     # What x and the residual are computed from.
     of_x: tuple[Tensor, ...]
     of_residual: tuple[Tensor, ...]
     node: _Excited
     act: str
-    # Receives the gate.
-    gates: list[Tensor]
 
 
 def squeeze_excite(
     x: Tensor,
-    recipe: Recipe,
+    recompute: Recompute,
     layers: tuple[Tensor, Tensor | None, Tensor, Tensor | None, str],
     residual: Tensor | None = None,
     out_act: str = "none",
 ) -> Tensor:
-    """``functional.squeeze_excite`` of an x that has ``recipe``: autograd does not keep x.
+    """``functional.squeeze_excite`` of an x that has ``recompute``: autograd does not keep x.
 
-    It keeps the gates and the means, and a residual that has no recipe. The result has a recipe.
+    It keeps the gates and the means, and a residual that is not recomputed. The result is.
     """
     *tensors, act = layers
-    shortcut = None if residual is None else recipe_or_itself(residual)
-    node = _Excited(recipe.node, out_act, None if shortcut is None else shortcut.node)
-    others = () if shortcut is None else shortcut.leaves
-    call = _Call(recipe.leaves, others, node, act, [])
-    out = _Excite.apply(x, residual, call, *tensors)
-    return with_recipe(out, node, (*recipe.leaves, *call.gates, *others))
+    shortcut = None if residual is None else recompute_or_saved(residual)
+    node = _Excited(recompute.node, out_act, None if shortcut is None else shortcut.node)
+    call = _Call(recompute.saved, () if shortcut is None else shortcut.saved, node, act)
+    out, saved = _Excite.apply(x, residual, call, *tensors)
+    return with_recompute(out, node, saved)
 
 
 class _Excite(Function):
     """Saves what x is computed from, the layers, means and gate; for a ReLU what the residual is
-    computed from, too.
+    computed from, too. Returns what the result is computed from with it.
     """
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, x: Tensor, residual: Tensor | None, call: _Call, *layers: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         node = call.node
-        with as_it_is(x):
+        with autocast_disabled(x):
             out, mean, gate = squeeze_excite_kept(x, layers, call.act, residual, node.act)
-        call.gates.append(gate)
         of_join = call.of_residual if node.act == "relu" else ()
         ctx.save_for_backward(mean, *layers, *call.of_x, gate, *of_join)
         ctx.node, ctx.act = node, call.act
-        return out
+        return out, (*call.of_x, gate, *call.of_residual)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
-        refuse(grad)
+    def backward(ctx: FunctionCtx, grad: Tensor, _) -> tuple:
+        refuse_other_gradients(grad)
         node = ctx.node
-        mean, *saved = ctx.saved_tensors
-        layers, leaves = saved[:4], saved[4:]
-        of_x, gate, _ = _divided(leaves, node.source.leaves)
+        mean, *tensors = ctx.saved_tensors
+        layers, saved = tensors[:4], tensors[4:]
+        of_x, gate, _ = node.divide(saved)
         needs_x, needs_residual, *_ = ctx.needs_input_grad
-        with as_it_is(gate):
-            out = node.value(leaves) if node.act == "relu" else None
+        with autocast_disabled(gate):
+            out = node.value(saved) if node.act == "relu" else None
             x = node.source.value(of_x)
             node.drop()
             d_x, d_layers, d_residual = gradients.squeeze_excite_backward(

@@ -1,22 +1,27 @@
-"""avg_pool: the contract, the choice of a backend, the registered ops and the call."""
+"""avg_pool: the contract, plans, the registered ops and the call."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels import record
-from cvkernels.backend import Backend, Choice
+from cvkernels.backend import Backend
 from cvkernels.ops.avg_pool.reference import avg_pool_reference
-from cvkernels.ops.common import affine, native
+from cvkernels.ops.common import native, norm
 from cvkernels.ops.common.arguments import check_bn
+from cvkernels.ops.common.dispatch import Call, Implementation, call_of, choose, reference
 from cvkernels.ops.common.norm import BatchNormParams
-from cvkernels.ops.common.pool import Window, checked, touched, window_of
+from cvkernels.ops.common.plan import Plan, PlanTable, planned_by
+from cvkernels.ops.common.pool import check_overlap, checked, plan_native, touched, window_of
+from cvkernels.ops.common.traffic import Traffic, nbytes
 
+OP = "avg_pool"
 ARGUMENTS = (
     "Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode, "
-    f"bool count_include_pad, int? divisor_override, {affine.ARGUMENTS}"
+    f"bool count_include_pad, int? divisor_override, {norm.ARGUMENTS}"
 )
 
 library = torch.library.Library("cvkernels", "FRAGMENT")
@@ -24,8 +29,43 @@ library.define(f"avg_pool({ARGUMENTS}) -> Tensor")
 library.define(f"avg_pool_out({ARGUMENTS}, Tensor(a!) out) -> ()")
 _avg_pool = torch.ops.cvkernels.avg_pool.default
 _avg_pool_out = torch.ops.cvkernels.avg_pool_out.default
+_plans = PlanTable()
 
 
+def plan(
+    x_like: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+    *,
+    input_bn: BatchNormParams | None = None,
+    out: Tensor | None = None,
+    backend: Backend = "auto",
+    once: bool = False,
+) -> Plan:
+    """A call of :func:`avg_pool`, as ``plan(x, out=None)``; ``x_like`` and ``out`` are examples."""
+    window = window_of(OP, kernel_size, stride, padding, 1, ceil_mode)
+    P, Q = checked(OP, x_like, window, out)
+    _check(x_like, divisor_override, input_bn)
+    call = call_of(x_like, (x_like, input_bn, out), TABLE, backend, once)
+    implementation, (name, reason) = choose(OP, TABLE, None, call)
+    kernel_size, stride, padding, _, ceil_mode = window
+    options = (kernel_size, stride, padding, ceil_mode, bool(count_include_pad), divisor_override)
+    run = implementation.build(call, options, input_bn, out)
+    shape, itemsize = x_like.shape, x_like.element_size()
+    vectors = 0 if input_bn is None else nbytes(*input_bn[:4])
+
+    def traffic() -> Traffic:
+        read = itemsize * touched(shape, window, (P, Q)) + vectors
+        return Traffic(1, read, itemsize * shape[0] * shape[1] * P * Q)
+
+    return Plan(OP, name, reason, run, traffic)
+
+
+@planned_by(plan)
 def avg_pool(
     x: Tensor,
     kernel_size: int | tuple[int, int],
@@ -78,62 +118,31 @@ def avg_pool(
     Differentiable in x and input_bn through the reference. Source: LeCun et al. 1998; the norm and
     ReLU in front are the transition's of Huang et al. 2017, arXiv:1608.06993.
     """
-    if out is None and input_bn is None and native.at_once(backend, x):
-        try:
-            step = kernel_size if stride is None else stride
-            return _avg_pool(
-                x, kernel_size, step, padding, ceil_mode, count_include_pad, divisor_override,
-                *affine.NO_VECTORS,
-            )  # fmt: skip
-        except native.REFUSED:
-            pass
-    window = window_of("avg_pool", kernel_size, stride, padding, 1, ceil_mode)
-    size = _checked(x, window, divisor_override, input_bn, out)
-    choice = _select(x, input_bn, out, backends.requested(backend, ("native",)))
-    options = (bool(count_include_pad), divisor_override, affine.vectors_of(input_bn, x))
-    run = _reference if choice.backend == "reference" else _native
-    if (recorder := record.active()) is None:
-        return run(x, window, options, out)
-    if choice.backend == "reference":
-        with recorder.fallback(f"avg_pool: {choice.reason}"):
-            return run(x, window, options, out)
-    itemsize = x.element_size()
-    bytes_read = itemsize * touched(x, window, size) + affine.vector_bytes(input_bn)
-    bytes_written = itemsize * x.shape[0] * x.shape[1] * size[0] * size[1]
-    with recorder.call("avg_pool", *choice, 1, bytes_read, bytes_written):
-        return run(x, window, options, out)
+    stride = kernel_size if stride is None else stride
+    options = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    if torch.compiler.is_compiling():
+        return _traced(x, options, input_bn, out, backend)
+    if not type(kernel_size) is type(stride) is type(padding) is int:
+        kernel_size, stride, padding, _, _ = window_of(OP, kernel_size, stride, padding, 1, False)
+        options = (kernel_size, stride, padding, *options[3:])
+    key = None
+    if input_bn is None and (divisor_override is None or type(divisor_override) is int):
+        key = _plans.key(backend, (x, out), options)
+    if (planned := _plans.get(key)) is None:
+        planned = plan(
+            x, *options, input_bn=input_bn, out=out, backend=backend, once=key is None
+        )  # fmt: skip
+        _plans.keep(key, planned, x, out)
+    if out is None:
+        return planned(x)
+    check_overlap(OP, out, x)
+    return planned(x, out)
 
 
-def choose(
-    x: Tensor,
-    kernel_size: int | tuple[int, int],
-    stride: int | tuple[int, int] | None = None,
-    padding: int | tuple[int, int] = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor_override: int | None = None,
-    *,
-    input_bn: BatchNormParams | None = None,
-    out: Tensor | None = None,
-    backend: Backend = "auto",
-) -> Choice:
-    """The backend that :func:`avg_pool` runs for the same arguments, and the rule that chose it."""
-    window = window_of("avg_pool", kernel_size, stride, padding, 1, ceil_mode)
-    _checked(x, window, divisor_override, input_bn, out)
-    return _select(x, input_bn, out, backends.requested(backend, ("native",)))
+backends.answers(OP, plan)
 
 
-backends.answers("avg_pool", choose)
-
-
-def _checked(
-    x: Tensor,
-    window: Window,
-    divisor_override: int | None,
-    input_bn: BatchNormParams | None,
-    out: Tensor | None,
-) -> tuple[int, int]:
-    size = checked("avg_pool", x, window, out)
+def _check(x: Tensor, divisor_override: int | None, input_bn: BatchNormParams | None) -> None:
     if divisor_override is not None and not isinstance(divisor_override, int):
         raise TypeError(
             f"avg_pool: divisor_override must be an integer or None, got {divisor_override!r}"
@@ -141,35 +150,69 @@ def _checked(
     if divisor_override == 0:
         raise ValueError("avg_pool: divisor_override must not be 0")
     if input_bn is not None:
-        check_bn("avg_pool", "input_bn", input_bn, x.shape[1], x)
-    return size
+        check_bn(OP, "input_bn", input_bn, x.shape[1], x)
 
 
-def _select(
-    x: Tensor, input_bn: BatchNormParams | None, out: Tensor | None, requested: str
-) -> Choice:
-    forbids = ""
-    if affine.needs_grad(x, input_bn, out):
-        forbids = "a gradient is needed, and the native avg_pool has none"
-    return native.select("avg_pool", x, requested, forbids)
+def _why_not_native(problem: None, call: Call) -> str:
+    if call.grad:
+        return "a gradient is needed, and the native avg_pool has none"
+    return native.lacks(OP, call)
 
 
-def _native(x: Tensor, window: Window, options: tuple, out: Tensor | None) -> Tensor:
+def _plan_native(
+    call: Call, options: tuple, input_bn: BatchNormParams | None, out: Tensor | None
+) -> Callable[..., Tensor]:
+    vectors = norm.vectors_of(input_bn, call.x) or norm.NO_VECTORS
+    return plan_native(
+        call,
+        out,
+        lambda x: _avg_pool(x, *options, *vectors),
+        lambda x, out: _avg_pool_out(x, *options, *vectors, out),
+        vectors[:4],
+    )
+
+
+def _plan_reference(
+    call: Call, options: tuple, input_bn: BatchNormParams | None, out: Tensor | None
+) -> Callable[..., Tensor]:
+    bn = norm.vectors_of(input_bn, call.x)
+
+    def run(x, out=None):
+        pooled = avg_pool_reference(x, *options, bn)
+        return pooled if out is None else out.copy_(pooled)
+
+    return run
+
+
+TABLE = (
+    Implementation("native", _why_not_native, _plan_native, native.compiled_for),
+    reference(_plan_reference),
+)
+
+
+def _traced(
+    x: Tensor,
+    options: tuple,
+    input_bn: BatchNormParams | None,
+    out: Tensor | None,
+    backend: Backend,
+) -> Tensor:
+    """The call under torch.compile: the registered op, or on CPU the reference for inductor."""
+    kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override = options
+    window = window_of(OP, kernel_size, stride, padding, 1, ceil_mode)
+    checked(OP, x, window, out)
+    _check(x, divisor_override, input_bn)
+    call = call_of(x, (x, input_bn, out), TABLE, backend)
+    vectors = norm.vectors_of(input_bn, x)
     kernel_size, stride, padding, _, ceil_mode = window
-    count_include_pad, divisor_override, bn = options
-    arguments = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    vectors = bn or affine.NO_VECTORS
+    arguments = (kernel_size, stride, padding, ceil_mode, bool(count_include_pad), divisor_override)
+    if choose(OP, TABLE, None, call)[1].backend == "reference":
+        pooled = avg_pool_reference(x, *arguments, vectors)
+        return pooled if out is None else out.copy_(pooled)
     if out is None:
-        return _avg_pool(x, *arguments, *vectors)
-    native.mark_written(out)
-    _avg_pool_out(x, *arguments, *vectors, out)
+        return _avg_pool(x, *arguments, *(vectors or norm.NO_VECTORS))
+    _avg_pool_out(x, *arguments, *(vectors or norm.NO_VECTORS), out)
     return out
-
-
-def _reference(x: Tensor, window: Window, options: tuple, out: Tensor | None) -> Tensor:
-    kernel_size, stride, padding, _, ceil_mode = window
-    pooled = avg_pool_reference(x, kernel_size, stride, padding, ceil_mode, *options)
-    return pooled if out is None else out.copy_(pooled)
 
 
 @torch.library.register_fake("cvkernels::avg_pool", lib=library)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor
 
+from cvkernels.ops.common import aliasing
 from cvkernels.ops.common.errors import InputValueError
+from cvkernels.ops.common.layout import overlaps_itself
 from cvkernels.ops.common.norm import BatchNormParams
 
 
@@ -69,3 +74,38 @@ def check_bn(op: str, name: str, bn: BatchNormParams, channels: int, x: Tensor) 
     for part, vector in zip(("weight", "bias", "mean", "var"), bn[:4], strict=True):
         if vector is not None:
             check_vector(op, f"{name}.{part}", vector, channels, x)
+
+
+def check_act(op: str, name: str, act: str, allowed: tuple[str, ...]) -> None:
+    if act not in allowed:
+        raise ValueError(f"{op}: {name} must be one of {list(allowed)}, got {act!r}")
+
+
+def check_out(op: str, out: Tensor, x: Tensor, shape: tuple[int, ...], has: str = "shape") -> None:
+    """out may have any strides that overlap nowhere; ``has`` is what its shape is called."""
+    if out.shape != shape:
+        raise ValueError(f"{op}: out must have {has} {list(shape)}, got {list(out.shape)}")
+    if out.dtype != x.dtype:
+        raise TypeError(f"{op}: out must have x's dtype, {x.dtype}, got {out.dtype}")
+    if out.device != x.device:
+        raise ValueError(f"{op}: out must be on x's device, {x.device}, got {out.device}")
+    if overlaps_itself(out):
+        raise ValueError(
+            f"{op}: out must not overlap itself, got strides {list(out.stride())}; "
+            f"write into a tensor that is not expanded"
+        )
+
+
+def check_elementwise_overlap(op: str, out: Tensor, inputs: Mapping[str, Tensor | None]) -> None:
+    """out may be the very elements of x or of residual, and else none of any input's."""
+    if torch.compiler.is_compiling():  # a traced tensor has no storage to ask about
+        return
+    for name, tensor in inputs.items():
+        if tensor is None or not aliasing.overlap(tensor, out):
+            continue
+        if name in ("x", "residual") and aliasing.same_view(tensor, out):
+            continue  # each element is read before it is written
+        raise ValueError(
+            f"{op}: out overlaps {name}: elements would be read after they are written; "
+            f"write into another tensor, or into exactly the elements of x or residual"
+        )

@@ -1,6 +1,8 @@
-"""What an op has to know about a call beside its sizes: autograd's and autocast's part in it."""
+"""What a call has to know beside its arguments: autograd's and autocast's part in it."""
 
 from __future__ import annotations
+
+import contextlib
 
 import torch
 from torch import Tensor
@@ -8,17 +10,15 @@ from torch import Tensor
 from cvkernels.ops.common.norm import BatchNormParams
 
 
-def needs_grad(tensors: tuple) -> bool:
-    """Whether autograd has to see this call."""
+def needs_grad(*parts: Tensor | BatchNormParams | None) -> bool:
+    """Whether autograd has to see an op on these."""
     if not torch.is_grad_enabled():
         return False
-    return any(
-        t.requires_grad for part in tensors for t in _tensors_of(part) if isinstance(t, Tensor)
-    )
-
-
-def _tensors_of(part: Tensor | BatchNormParams | None) -> tuple:
-    return tuple(part) if isinstance(part, BatchNormParams) else (part,)
+    for part in parts:
+        for t in part[:4] if isinstance(part, tuple) else (part,):
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -27,3 +27,48 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return None
     return None if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+
+
+def operand_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a convolution takes x: the one autocast converts it to, or its own."""
+    return autocast_dtype(x) or x.dtype
+
+
+def autocast_disabled(x: Tensor) -> contextlib.AbstractContextManager:
+    """A context without autocast on x's device, for operands that have their dtypes already."""
+    device = x.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def to_dtype(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def mark_written(out: Tensor) -> None:
+    """Tell autograd that an op wrote into ``out``, which a backward pass may have saved.
+
+    A graph under torch.compile knows by the op's schema.
+    """
+    tracing = torch.compiler.is_compiling()
+    if torch.is_grad_enabled() and not tracing and not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+
+
+def observed() -> bool:
+    """Whether PyTorch's dispatcher has to see the ops: a transform, mode, tracer or profiler."""
+    return (
+        _transform() is not None
+        or _dispatch_modes() > 0
+        or _function_mode()
+        or _tracer() is not None
+        or _profiler()
+    )
+
+
+_transform = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_mode = torch._C._is_torch_function_mode_enabled
+_tracer = torch._C._get_tracing_state
+_profiler = torch.autograd._profiler_enabled

@@ -1,78 +1,25 @@
-"""Where the compiled ops can run: csrc/<op>/cpu.cpp, and csrc/<op>/cuda.cu on CUDA."""
+"""Where the compiled ops can run, and their work without PyTorch's dispatcher on the CPU."""
 
 from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels import extension, record
-from cvkernels.backend import BackendError, Choice
-from cvkernels.ops.common.autograd import needs_grad
+from cvkernels import extension
+from cvkernels.backend import Choice
+from cvkernels.ops.common import autograd
+from cvkernels.ops.common.dispatch import Call, Implementation, choose, reference
 
 DTYPES = {
     "cpu": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
 }
 
-REQUESTED = Choice("native", "requested")
-COMPILED = {device: Choice("native", f"compiled for {device}") for device in DTYPES}
-
-# What a compiled op raises on arguments that it does not take.
-REFUSED = (RuntimeError, KeyError, TypeError, IndexError)
-
 extension.load()
-
-
-def select(op: str, x: Tensor, requested: str, forbids: str = "") -> Choice:
-    """The backend of a call on ``x`` of an op that has a native one and the reference.
-
-    "auto" leaves the call to the reference where the native op cannot run it, for the reason
-    ``forbids`` where that is not empty, and on CPU tensors under torch.compile.
-    """
-    if requested == "reference":
-        return Choice("reference", "requested")
-    if requested not in ("auto", "native"):
-        raise BackendError(
-            f"{op}: there is no backend {requested!r}; use 'auto', 'native' or 'reference'"
-        )
-    device = backends.device_type(x)
-    if forbids:
-        reason = forbids
-    elif requested == "auto" and device == "cpu" and torch.compiler.is_compiling():
-        reason = "torch.compile generates the op on CPU"
-    else:
-        reason = why_not(op, x, device)
-    if not reason:
-        return REQUESTED if requested == "native" else COMPILED[device]
-    if requested == "native":
-        raise BackendError(
-            f"{op}: backend 'native' cannot run this call: {reason}; "
-            f"use backend='auto' or 'reference'"
-        )
-    return Choice("reference", reason)
-
-
-def at_once(backend: str, *tensors: Tensor | None) -> bool:
-    """Whether the op may be called on CPU before the checks in Python: it refuses what they refuse.
-
-    So where "auto" means that op, there is no gradient, and nobody has to see the call. Checking in
-    Python takes longer than a small map. What it refuses, by one of ``REFUSED``, is to be checked.
-    """
-    # Written out: in cold caches each function that is called takes longer than what it does.
-    if (
-        backend != "auto"
-        or torch.compiler.is_compiling()
-        or backends.in_force() != "auto"
-        or record.current() is not None
-        or not extension.has("cpu")
-        or (torch.is_grad_enabled() and needs_grad(tensors))
-    ):
-        return False
-    for tensor in tensors:
-        if tensor is not None and not tensor.is_cpu:
-            return False
-    return True
 
 
 def why_not(op: str, x: Tensor, device: str) -> str:
@@ -88,11 +35,46 @@ def why_not(op: str, x: Tensor, device: str) -> str:
     return extension.lacks_gpu(backends.gpu(x)[1]) if device == "cuda" else ""
 
 
-def mark_written(out: Tensor) -> None:
-    """Tell autograd that an op wrote into ``out``: whoever saved it for a backward must hear it.
+def compiled_for(problem: object, call: Call) -> str:
+    return f"compiled for {call.device}"
 
-    A graph under torch.compile knows by the op's schema.
+
+def lacks(op: str, call: Call) -> str:
+    """Why a compiled op with all of ``DTYPES`` cannot run the call; empty where it can."""
+    if call.automatic and call.device == "cpu" and torch.compiler.is_compiling():
+        return "torch.compile generates the op on CPU"
+    return why_not(op, call.x, call.device)
+
+
+def directs(call: Call) -> bool:
+    """Whether a plan of the call may do an op's work past PyTorch's dispatcher."""
+    return call.device == "cpu" and not call.once and call.x.is_cpu and not autograd.observed()
+
+
+def direct(function: Callable[[], object]) -> Callable[..., None]:
+    """The work of the one compiled op that ``function`` calls, as a function of addresses.
+
+    Of all its tensors in the order of the schema, 0 for one that is absent, and of its result last.
     """
-    tracing = torch.compiler.is_compiling()
-    if torch.is_grad_enabled() and not tracing and not out.is_inference():
-        torch.autograd.graph.increment_version(out)
+    return importlib.import_module("cvkernels._C").direct(function)
+
+
+def template(out: Tensor) -> Tensor:
+    """A tensor without memory, which ``torch.empty_like`` takes out's strides from."""
+    like = torch.empty_like(out)
+    like.untyped_storage().resize_(0)
+    return like
+
+
+def select(op: str, x: Tensor, requested: str, forbids: str = "") -> Choice:
+    """The choice for an op with a table of the native op and the reference alone."""
+
+    def refuses(problem: None, call: Call) -> str:
+        return forbids or lacks(op, call)
+
+    table = (Implementation("native", refuses, _unplanned, compiled_for), reference(_unplanned))
+    return choose(op, table, None, Call(x, backends.device_type(x), requested))[1]
+
+
+def _unplanned(*_: object) -> Callable:
+    raise NotImplementedError

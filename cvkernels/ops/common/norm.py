@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# A norm's place in the schema of a registered op, and the arguments for none.
+ARGUMENTS = "Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps"
+NO_VECTORS = (None, None, None, None, 0.0)
 # Weights that are folded at once on the CPU.
 FOLDED = 1 << 16
 
@@ -44,6 +47,23 @@ class BatchNormParams(NamedTuple):
                 "it with track_running_stats=True"
             )
         return cls(module.weight, module.bias, module.running_mean, module.running_var, module.eps)
+
+
+def vectors_of(bn: BatchNormParams | None, x: Tensor) -> BatchNormParams | None:
+    """bn with vectors of one dtype, x's or the one that x is computed in, contiguous."""
+    if bn is None:
+        return None
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    kinds = {vector.dtype for vector in bn[:4] if vector is not None}
+    kind = x.dtype if kinds == {x.dtype} else wide
+    return BatchNormParams(
+        *(None if vector is None else vector.to(kind).contiguous() for vector in bn[:4]), bn.eps
+    )
+
+
+def sources_of(weight: Tensor, bias: Tensor | None, bn: BatchNormParams | None) -> list:
+    """The tensors that a convolution's folded weights are made from."""
+    return [weight, bias, *(() if bn is None else bn[:4])]
 
 
 def normalize(x: Tensor, bn: BatchNormParams) -> Tensor:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cvkernels.ops.common import aliasing, native
+from cvkernels.ops.common.arguments import check_out
+from cvkernels.ops.common.autograd import mark_written
+from cvkernels.ops.common.dispatch import Call
 from cvkernels.ops.common.errors import InputTypeError, InputValueError
 from cvkernels.ops.common.traffic import touched_positions
 
@@ -64,18 +68,18 @@ def checked(op: str, x: Tensor, window: Window, out: Tensor | None) -> tuple[int
             f"convert it, or use torch.nn.functional.{op}2d"
         )
     N, C, H, W = x.shape
-    size = (_count(op, H, 0, window), _count(op, W, 1, window))
+    size = (window_count(op, H, 0, window), window_count(op, W, 1, window))
     if C == 0 or size[0] <= 0 or size[1] <= 0:
         raise InputValueError(
             f"{op}: no window fits x of shape {list(x.shape)} with kernel_size "
             f"{window.kernel_size}, padding {window.padding} and dilation {window.dilation}"
         )
     if out is not None:
-        _check_out(op, out, x, (N, C, *size))
+        check_out(op, out, x, (N, C, *size))
     return size
 
 
-def _count(op: str, size: int, axis: int, window: Window) -> int:
+def window_count(op: str, size: int, axis: int, window: Window) -> int:
     """How many windows one axis has."""
     kernel, stride = window.kernel_size[axis], window.stride[axis]
     padding, dilation = window.padding[axis], window.dilation[axis]
@@ -92,28 +96,57 @@ def _count(op: str, size: int, axis: int, window: Window) -> int:
     return count - 1 if (count - 1) * stride >= size + padding else count
 
 
-def _check_out(op: str, out: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
-    if out.shape != shape:
-        raise ValueError(f"{op}: out must have shape {list(shape)}, got {list(out.shape)}")
-    if out.dtype != x.dtype:
-        raise TypeError(f"{op}: out must have x's dtype, {x.dtype}, got {out.dtype}")
-    if out.device != x.device:
-        raise ValueError(f"{op}: out must be on x's device, {x.device}, got {out.device}")
-    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError(
-            f"{op}: out must not overlap itself, got strides {list(out.stride())}; "
-            f"write into a tensor that is not expanded"
-        )
-    # A traced tensor has no storage to ask about.
-    if not torch.compiler.is_compiling() and aliasing.overlap(x, out):
+def check_overlap(op: str, out: Tensor, x: Tensor) -> None:
+    if torch.compiler.is_compiling():  # a traced tensor has no storage to ask about
+        return
+    if aliasing.overlap(x, out):
         raise ValueError(
             f"{op}: out must not overlap x: elements would be read after they are written; "
             "write into other channels or another tensor"
         )
 
 
-def touched(x: Tensor, window: Window, size: tuple[int, int]) -> int:
-    """How many elements of x some window reads."""
-    N, C, *sizes = x.shape
+def touched(shape: Sequence[int], window: Window, size: tuple[int, int]) -> int:
+    """How many elements of a map of this shape some window reads."""
+    N, C, *sizes = shape
     axes = zip(sizes, *window[:4], size, strict=True)
     return N * C * math.prod(touched_positions(*axis) for axis in axes)
+
+
+def plan_native(
+    call: Call,
+    out: Tensor | None,
+    compute: Callable[..., Tensor],
+    into: Callable[..., None],
+    vectors: Sequence[Tensor | None] = (),
+) -> Callable[..., Tensor]:
+    """What pools maps like x, as (x, out=None), by an op that returns and one that takes out.
+
+    ``vectors`` are the ops' tensors between x and out.
+    """
+
+    def run(x, out=None):
+        if out is None:
+            return compute(x)
+        mark_written(out)
+        into(x, out)
+        return out
+
+    if not native.directs(call) or not call.x.shape[0]:
+        return run
+    x, y = call.x, compute(call.x) if out is None else out
+    work, like = native.direct(lambda: into(x, y)), native.template(y)
+    between = [0 if t is None else t.data_ptr() for t in vectors]
+    fresh = torch.empty_like
+
+    def run_directly(x, out=None):
+        if out is None:
+            y = fresh(like)
+        else:
+            y = out
+            mark_written(out)
+        work(x.data_ptr(), *between, y.data_ptr())
+        return y
+
+    run_directly.held = vectors  # the memory at their addresses
+    return run_directly

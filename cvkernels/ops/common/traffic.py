@@ -1,6 +1,22 @@
-"""Compulsory traffic of sliding windows: what the ops' byte models share."""
+"""What a call moves, and the compulsory traffic of sliding windows: the ops' byte models."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Traffic(NamedTuple):
+    """What a call costs: launches, and each byte that it needs or makes, once."""
+
+    kernels: int
+    bytes_read: int
+    bytes_written: int
+
+
+def nbytes(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 def touched_positions(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
 from cvkernels.ops.common.derived_weights import DerivedWeights
-from cvkernels.ops.common.norm import BatchNormParams, fold
-from cvkernels.ops.conv_bn_act.problem import Problem
+from cvkernels.ops.common.dispatch import Call
+from cvkernels.ops.common.norm import fold, sources_of
+from cvkernels.ops.conv_bn_act.problem import Parameters, Problem
 
 
 def why_not(problem: Problem) -> str:
@@ -26,15 +29,16 @@ def why_not(problem: Problem) -> str:
     return ""
 
 
-def run(
+def plan(
     problem: Problem,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bn: BatchNormParams | None,
-    residual: Tensor | None,
+    call: Call,
+    parameters: Parameters,
+    like: tuple,
     cache: DerivedWeights | None,
-) -> Tensor:
+) -> Callable[..., Tensor]:
+    """What runs the problem, as (x, residual=None)."""
+    weight, bias, bn, _ = parameters
+
     def build() -> tuple[Tensor, Tensor]:
         if bn is not None and not backends.lacks_triton("cuda"):
             from cvkernels.ops.conv_bn_act import triton_fold
@@ -46,11 +50,14 @@ def run(
     if cache is None:
         folded, shift = build()
     else:
-        sources = [weight, bias, *(bn[:4] if bn is not None else ())]
-        folded, shift = cache.get(("cudnn", bn and bn.eps), sources, build)
-    x = x.contiguous(memory_format=torch.channels_last)
+        folded, shift = cache.get(("cudnn", bn and bn.eps), sources_of(weight, bias, bn), build)
     geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
-    if residual is None:
-        return torch.cudnn_convolution_relu(x, folded, shift, *geometry)
-    residual = residual.contiguous(memory_format=torch.channels_last)
-    return torch.cudnn_convolution_add_relu(x, folded, residual, 1.0, shift, *geometry)
+
+    def run(x, residual=None, input_gate=None, out=None):
+        x = x.contiguous(memory_format=torch.channels_last)
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, folded, shift, *geometry)
+        residual = residual.contiguous(memory_format=torch.channels_last)
+        return torch.cudnn_convolution_add_relu(x, folded, residual, 1.0, shift, *geometry)
+
+    return run

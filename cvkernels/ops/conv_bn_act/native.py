@@ -7,7 +7,6 @@ channel slices of them.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -15,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cvkernels import extension
-from cvkernels.ops.common.activation import ACTIVATIONS
+from cvkernels.ops.common import native
+from cvkernels.ops.common.activation import code
 from cvkernels.ops.common.derived_weights import DerivedWeights
-from cvkernels.ops.common.norm import BatchNormParams, fold, scale_shift
-from cvkernels.ops.conv_bn_act.problem import Problem
+from cvkernels.ops.common.dispatch import Call
+from cvkernels.ops.common.layout import is_pixel_matrix
+from cvkernels.ops.common.norm import fold, scale_shift, sources_of
+from cvkernels.ops.conv_bn_act.problem import Parameters, Problem
 
 TRANSFORMED = 1 << 13  # filters that are transformed at once
 PANEL = 16  # output channels that lie together in packed weights
@@ -101,78 +103,102 @@ def converts(x: Tensor) -> bool:
     return x.stride(1) != 1 and x.shape[1] > 1
 
 
-def has_regular_pixels(y: Tensor) -> bool:
-    """Whether y is channels_last, or a channel slice of such a tensor: it is used as it is."""
-    stride = y.stride()
-    return (
-        stride[1] == 1
-        and stride[2] == y.shape[3] * stride[3]
-        and stride[0] == y.shape[2] * stride[2]
-    )
-
-
-def prepared(
+def plan(
     problem: Problem,
-    weight: Tensor,
-    bias: Tensor | None,
-    bn: BatchNormParams | None,
-    input_bn: BatchNormParams | None = None,
-    cache: DerivedWeights | None = None,
+    call: Call,
+    parameters: Parameters,
+    like: tuple[Tensor | None, Tensor | None, Tensor | None],
+    cache: DerivedWeights | None,
     tile: int | None = None,
 ) -> Callable[..., Tensor]:
-    """What runs ``problem`` as (x, residual=None, out=None, input_gate=None), and checks nothing.
+    """What runs the problem, as (x, residual=None, input_gate=None, out=None).
 
-    ``tile`` overrides the choice of :func:`tile_of`.
+    ``like`` are examples of residual, input_gate and out; ``tile`` overrides :func:`tile_of`.
     """
     tile = tile_of(problem) if tile is None else tile
+    packed, shift, affine = packed_of(problem, parameters, cache, tile)
+    geometry = (problem.R, problem.S, *problem.stride, *problem.padding, *problem.dilation)
+    options = (*geometry, code(problem.act), tile)
+    size = (problem.N, problem.K, problem.P, problem.Q)
+
+    def run(x, residual=None, input_gate=None, out=None):
+        if converts(x):
+            x = x.contiguous(memory_format=torch.channels_last)
+        if residual is not None and not is_pixel_matrix(residual):
+            residual = residual.contiguous(memory_format=torch.channels_last)
+        if input_gate is not None:
+            input_gate = input_gate.contiguous()
+        y = out
+        if out is None or not is_pixel_matrix(out):
+            y = torch.empty(size, memory_format=torch.channels_last)
+        _native(x, packed, shift, y, residual, affine, input_gate, *options)
+        return y if out is None or y is out else out.copy_(y)
+
+    if not native.directs(call):
+        return run
+    return _direct(run, problem, call.x, like, (packed, shift, affine))
+
+
+def _direct(run: Callable[..., Tensor], problem: Problem, x: Tensor, like: tuple, held: tuple):
+    """``run`` past the dispatcher, for tensors like these; run itself where it would copy some."""
+    residual, gate, out = like
+    if not all(t is None or is_pixel_matrix(t) for t in (residual, out)):
+        return run
+    if gate is not None and not gate.is_contiguous():
+        return run
+    layout, nchw = torch.channels_last, converts(x)
+    x = x.contiguous(memory_format=layout) if nchw else x
+    y = out
+    if out is None:
+        y = torch.empty((problem.N, problem.K, problem.P, problem.Q), memory_format=layout)
+    work = native.direct(lambda: run(x, residual, gate, y))
+    weight, shift, affine = (0 if t is None else t.data_ptr() for t in held)
+    result, fresh = native.template(y), torch.empty_like
+
+    def run_directly(x, residual=None, input_gate=None, out=None):
+        if nchw:
+            x = x.contiguous(memory_format=layout)
+        y = fresh(result) if out is None else out
+        work(
+            x.data_ptr(), weight, shift, y.data_ptr(),
+            0 if residual is None else residual.data_ptr(), affine,
+            0 if input_gate is None else input_gate.data_ptr(),
+        )  # fmt: skip
+        return y
+
+    run_directly.held = held  # the memory at its addresses
+    return run_directly
+
+
+def packed_of(
+    problem: Problem, parameters: Parameters, cache: DerivedWeights | None, tile: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The folded and packed weight, its shift, and scale and shift of the prologue's norm."""
+    weight, bias, bn, input_bn = parameters
 
     def build() -> tuple[Tensor, Tensor]:
         folded, shift = fold(weight, bias, bn)
-        past = (0, -shift.shape[0] % PANEL)
-        return pack(folded, tile), F.pad(shift.float(), past)
+        return pack(folded, tile), F.pad(shift.float(), (0, -shift.shape[0] % PANEL))
 
-    sources = [weight, bias, *(bn[:4] if bn is not None else ())]
+    def scale_and_shift() -> Tensor:
+        like = torch.empty(problem.C, 0)
+        return torch.cat(scale_shift(None, input_bn, like, torch.float64)).detach().float()
+
     if cache is None:
-        packed, shift = build()
-    else:
-        packed, shift = cache.get(("native", tile, bn and bn.eps), sources, build)
-    affine = None
-    if input_bn is not None:
-
-        def scale_and_shift() -> Tensor:
-            like = torch.empty(problem.C, 0)
-            return torch.cat(scale_shift(None, input_bn, like, torch.float64)).detach().float()
-
-        if cache is None:
-            affine = scale_and_shift()
-        else:
-            affine = cache.get(("native input", input_bn.eps), list(input_bn[:4]), scale_and_shift)
-    geometry = (problem.R, problem.S, *problem.stride, *problem.padding, *problem.dilation)
-    options = (*geometry, ACTIVATIONS.index(problem.act), tile)
-    size = (problem.N, problem.K, problem.P, problem.Q)
-    return functools.partial(_run, packed, shift, affine, options, size)
+        return *build(), None if input_bn is None else scale_and_shift()
+    sources = sources_of(weight, bias, bn)
+    packed, shift = cache.get(("native", tile, bn and bn.eps), sources, build)
+    if input_bn is None:
+        return packed, shift, None
+    affine = cache.get(("native input", input_bn.eps), list(input_bn[:4]), scale_and_shift)
+    return packed, shift, affine
 
 
-def _run(
-    packed: Tensor,
-    shift: Tensor,
-    affine: Tensor | None,
-    options: tuple,
-    size: tuple,
-    x: Tensor,
-    residual: Tensor | None = None,
-    out: Tensor | None = None,
-    input_gate: Tensor | None = None,
-) -> Tensor:
-    if converts(x):
-        x = x.contiguous(memory_format=torch.channels_last)
-    if residual is not None and not has_regular_pixels(residual):
-        residual = residual.contiguous(memory_format=torch.channels_last)
-    y = out
-    if out is None or not has_regular_pixels(out):
-        y = torch.empty(size, memory_format=torch.channels_last)
-    _native(x, packed, shift, y, residual, affine, input_gate, *options)
-    return y if out is None or y is out else out.copy_(y)
+def prepared(problem, weight, bias, bn, input_bn=None, cache=None, tile=None):
+    """A plan's function as freeze calls it, with (x, residual, out, input_gate)."""
+    call = Call(torch.empty(0), "cpu", "native", once=True)
+    run = plan(problem, call, Parameters(weight, bias, bn, input_bn), (), cache, tile)
+    return lambda x, residual=None, out=None, input_gate=None: run(x, residual, input_gate, out)
 
 
 def pack(weight: Tensor, tile: int) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from cvkernels.ops.common.derived_weights import DerivedWeights
-from cvkernels.ops.common.norm import BatchNormParams, fold
-from cvkernels.ops.conv_bn_act.problem import Problem
+from cvkernels.ops.common.dispatch import Call
+from cvkernels.ops.common.norm import fold, sources_of
+from cvkernels.ops.conv_bn_act.problem import Parameters, Problem
 
 # act -> torch's name of oneDNN's post-op, and the scalars it takes
 POST_OPS = {
@@ -67,32 +68,17 @@ def why_not(problem: Problem) -> str:
     return lacks(problem.dtype)
 
 
-def run(
+def plan(
     problem: Problem,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bn: BatchNormParams | None,
-    residual: Tensor | None,
-    out: Tensor | None,
+    call: Call,
+    parameters: Parameters,
+    like: tuple,
     cache: DerivedWeights | None,
-) -> Tensor:
-    y = prepared(problem, weight, bias, bn, cache)(x, residual)
-    return y if out is None else out.copy_(y)
-
-
-def prepared(
-    problem: Problem,
-    weight: Tensor,
-    bias: Tensor | None,
-    bn: BatchNormParams | None,
-    cache: DerivedWeights | None,
-) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """A function of (x, residual) that runs ``problem`` with these weights, and checks nothing."""
+) -> Callable[..., Tensor]:
+    """What runs the problem, as (x, residual=None, input_gate=None, out=None)."""
+    weight, bias, bn, _ = parameters
     geometry = (problem.padding, problem.stride, problem.dilation, problem.groups)
     size = (problem.N, problem.C, problem.H, problem.W)
-
-    sources = [weight, bias, *(bn[:4] if bn is not None else ())]
 
     def prepack() -> tuple[Tensor, Tensor]:
         folded, shift = fold(weight, bias, bn)
@@ -106,9 +92,22 @@ def prepared(
     if cache is None:
         packed, shift = prepack()
     else:
-        packed, shift = cache.get(("onednn", size, problem.dtype, bn and bn.eps), sources, prepack)
-    run = _convolve_and_add if fused_add(problem) else _convolve
-    return functools.partial(run, problem.act, (packed, shift, *geometry))
+        key = ("onednn", size, problem.dtype, bn and bn.eps)
+        packed, shift = cache.get(key, sources_of(weight, bias, bn), prepack)
+    convolve = _convolve_and_add if fused_add(problem) else _convolve
+    act, arguments = problem.act, (packed, shift, *geometry)
+
+    def run(x, residual=None, input_gate=None, out=None):
+        y = convolve(act, arguments, x, residual)
+        return y if out is None else out.copy_(y)
+
+    return run
+
+
+def prepared(problem, weight, bias, bn, cache):
+    """A plan's function as freeze calls it, with (x, residual)."""
+    call = Call(torch.empty(0), "cpu", "onednn", once=True)
+    return plan(problem, call, Parameters(weight, bias, bn), (), cache)
 
 
 def _convolve(act: str, arguments: tuple, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -1,27 +1,94 @@
-"""conv_bn_act: the contract, the choice of a backend, and the call."""
+"""conv_bn_act: the contract, the table of implementations, plans, and the registered ops."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels import record
-from cvkernels.backend import Backend, BackendError, Choice
-from cvkernels.ops.common.autograd import autocast_dtype, needs_grad
+from cvkernels.backend import Backend, BackendError
+from cvkernels.ops.common.arguments import pair
+from cvkernels.ops.common.autograd import autocast_dtype, to_dtype
 from cvkernels.ops.common.derived_weights import DerivedWeights
+from cvkernels.ops.common.dispatch import (
+    Call,
+    Implementation,
+    call_of,
+    choose,
+    names,
+    reference,
+    refusal,
+)
+from cvkernels.ops.common.layout import in_format, is_pixel_matrix
 from cvkernels.ops.common.norm import BatchNormParams
+from cvkernels.ops.common.plan import Plan, planned_by
+from cvkernels.ops.common.traffic import Traffic, nbytes
 from cvkernels.ops.conv_bn_act import cudnn, native, onednn, tuning
-from cvkernels.ops.conv_bn_act.checks import problem_of
-from cvkernels.ops.conv_bn_act.problem import Problem
-from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
+from cvkernels.ops.conv_bn_act.problem import OP, Parameters, Problem, check_overlap, problem_of
+from cvkernels.ops.conv_bn_act.reference import conv_bn_act_backward, conv_bn_act_reference
 
-IMPLEMENTATIONS = ("triton", "cudnn", "native", "onednn")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor? bias, "
+    "Tensor? bn_weight, Tensor? bn_bias, Tensor? bn_mean, Tensor? bn_var, float bn_eps, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, str act, Tensor? residual, "
+    "Tensor? in_weight, Tensor? in_bias, Tensor? in_mean, Tensor? in_var, float in_eps, "
+    "Tensor? gate, str backend"
+)
+NAMES = [argument.split()[1] for argument in ARGUMENTS.split(", ")]
+
+library = torch.library.Library("cvkernels", "FRAGMENT")
+library.define(f"conv_bn_act({ARGUMENTS}) -> Tensor")
+library.define(f"conv_bn_act_out({ARGUMENTS}, Tensor(a!) out) -> ()")
+
+# (x, residual=None, input_gate=None, out=None) -> the output, which is out where that is given
+Run = Callable[..., Tensor]
 
 
+def plan(
+    x_like: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    bn: BatchNormParams | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    act: str = "relu",
+    residual: Tensor | None = None,
+    input_bn: BatchNormParams | None = None,
+    input_gate: Tensor | None = None,
+    out: Tensor | None = None,
+    cache: DerivedWeights | None = None,
+    backend: Backend = "auto",
+    once: bool = False,
+) -> Plan:
+    """A call of :func:`conv_bn_act`, as ``plan(x, residual=None, input_gate=None, out=None)``.
+
+    ``x_like``, ``residual``, ``input_gate`` and ``out`` are examples; ``once`` says that the plan
+    is called once.
+    """
+    autocast = autocast_dtype(x_like)
+    problem = problem_of(
+        x_like, weight, bias, bn, stride, padding, dilation, groups, act, residual, input_bn,
+        input_gate, out, autocast,
+    )  # fmt: skip
+    tensors = (x_like, weight, bias, bn, residual, input_bn, input_gate)
+    call = call_of(x_like, tensors, TABLE, backend, once, autocast)
+    if call.grad and out is not None:
+        raise ValueError(
+            "conv_bn_act: out= is not differentiable, and an argument requires a gradient; "
+            "call it under torch.no_grad(), or leave out= away"
+        )
+    parameters = Parameters(weight, bias, bn, input_bn)
+    return _plan(problem, call, parameters, (residual, input_gate, out), cache)
+
+
+@planned_by(plan)
 def conv_bn_act(
     x: Tensor,
     weight: Tensor,
@@ -90,117 +157,191 @@ def conv_bn_act(
     arXiv:1502.03167; He et al. 2016, arXiv:1512.03385; Lavin and Gray 2015, arXiv:1509.09308; the
     prologues: Huang et al. 2017, arXiv:1608.06993, and Hu et al. 2018, arXiv:1709.01507.
     """
-    tensors = (x, weight, bias, bn, residual, input_bn, input_gate)
-    geometry = (stride, padding, dilation, groups)
     if torch.compiler.is_compiling():
-        return _traced(tensors, geometry, act, out, backends.requested(backend, IMPLEMENTATIONS))
-    autocast = autocast_dtype(x)
-    problem = problem_of(
-        x, weight, bias, bn, *geometry, act, residual, input_bn, input_gate, out, autocast
-    )
-    grad = needs_grad(tensors)
-    if grad and out is not None:
-        raise ValueError(
-            "conv_bn_act: out= is not differentiable, and an argument requires a gradient; "
-            "call it under torch.no_grad(), or leave out= away"
-        )
-    choice = select(problem, x, grad, backends.requested(backend, IMPLEMENTATIONS))
-    if choice.backend == "reference":
-        return run_reference(tensors, geometry, act, out, choice.reason)
-    if autocast is not None:
-        tensors = _cast(tensors, autocast, None if grad else cache)
-    if grad:
-        pairs = (problem.stride, problem.padding, problem.dilation, groups)
-        return torch.ops.cvkernels.conv_bn_act(*flatten(tensors, pairs, act, choice.backend))
-    return execute(problem, choice, tensors, out, cache)
-
-
-def choose(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    bn: BatchNormParams | None = None,
-    *,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
-    groups: int = 1,
-    act: str = "relu",
-    residual: Tensor | None = None,
-    input_bn: BatchNormParams | None = None,
-    input_gate: Tensor | None = None,
-    out: Tensor | None = None,
-    cache: DerivedWeights | None = None,
-    backend: Backend = "auto",
-) -> Choice:
-    """The backend that :func:`conv_bn_act` runs for these arguments, and why."""
-    problem = problem_of(
-        x, weight, bias, bn, stride, padding, dilation, groups, act, residual, input_bn, input_gate,
-        out, autocast_dtype(x),
+        tensors = (x, weight, bias, bn, residual, input_bn, input_gate)
+        return _traced(tensors, (stride, padding, dilation, groups), act, out, backend)
+    planned = plan(
+        x, weight, bias, bn, stride=stride, padding=padding, dilation=dilation, groups=groups,
+        act=act, residual=residual, input_bn=input_bn, input_gate=input_gate, out=out, cache=cache,
+        backend=backend, once=True,
     )  # fmt: skip
-    tensors = (x, weight, bias, bn, residual, input_bn, input_gate)
-    return select(problem, x, needs_grad(tensors), backends.requested(backend, IMPLEMENTATIONS))
+    if out is not None:
+        check_overlap(out, x, weight, residual)
+    return planned(x, residual, input_gate, out)
 
 
-backends.answers("conv_bn_act", choose)
+backends.answers(OP, plan)
 
 
-def select(problem: Problem, x: Tensor, grad: bool, requested: str) -> Choice:
-    """The backend for a checked call: ``requested`` if it can run it, or by the rule of "auto"."""
-    device = backends.device_type(x)
-    if requested == "auto":
-        return _automatic(problem, x, device, grad)
-    reason = _why_not(problem, x, requested, device)
-    if reason:
-        raise BackendError(
-            f"conv_bn_act: backend {requested!r} cannot run this call: {reason}; "
-            f"use backend='auto' or 'reference'"
+def _why_not_cudnn(problem: Problem, call: Call) -> str:
+    if call.device != "cuda":
+        return f"it needs CUDA tensors, got {call.device}"
+    reason = cudnn.why_not(problem)
+    if reason or not call.automatic or _why_not_triton(problem, call):
+        return reason
+    config = tuning.choose(problem, *backends.gpu(call.x))
+    return "" if config.backend == "cudnn" else "Triton is preferred for this shape"
+
+
+def _why_cudnn(problem: Problem, call: Call) -> str:
+    return _why_not_triton(problem, call) or "cuDNN is preferred for this shape"
+
+
+def _why_not_triton(problem: Problem, call: Call) -> str:
+    if problem.dtype not in TRITON_DTYPES:
+        return f"Triton computes in float16, bfloat16 and float32, got {problem.dtype}"
+    return backends.lacks_triton(call.device)
+
+
+def _on_cpu(why_not: Callable[[Problem], str]) -> Callable[[Problem, Call], str]:
+    def refuses(problem: Problem, call: Call) -> str:
+        if call.device != "cpu":
+            return f"it needs CPU tensors, got {call.device}"
+        if call.grad and call.automatic:
+            return "a gradient is needed, and the fused convolutions on CPU have none"
+        return why_not(problem)
+
+    return refuses
+
+
+def _plan_triton(
+    problem: Problem, call: Call, parameters: Parameters, like: tuple, cache: DerivedWeights | None
+) -> Run:
+    # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
+    from cvkernels.ops.conv_bn_act import triton_launch
+
+    weight, bias, bn, input_bn = parameters
+    weight, precision = _nhwc(weight, cache), _fp32_precision()
+
+    def run(x, residual=None, input_gate=None, out=None):
+        out = new_output(problem, x) if out is None else out
+        triton_launch.run(
+            problem, x, weight, bias, bn, residual, input_bn, input_gate, out, precision=precision
         )
-    return Choice(requested, "requested")
+        return out
+
+    return run
 
 
-def _automatic(problem: Problem, x: Tensor, device: str, grad: bool) -> Choice:
-    if device == "cpu":
-        if grad:
-            return Choice(
-                "reference", "a gradient is needed, and the fused convolutions on CPU have none"
-            )
-        if not _why_not(problem, x, "native", device):
-            return Choice("native", "compiled for CPU")
-        reason = _why_not(problem, x, "onednn", device)
-        return Choice("reference", reason) if reason else Choice("onednn", "fused on CPU")
-    reason = _why_not(problem, x, "triton", device)
-    if reason:
-        if device == "cuda" and not _why_not(problem, x, "cudnn", device):
-            return Choice("cudnn", reason)
-        return Choice("reference", reason)
-    config = tuning.choose(problem, *backends.gpu(x))
-    if config.backend == "cudnn" and not _why_not(problem, x, "cudnn", device):
-        return Choice("cudnn", "cuDNN is preferred for this shape")
-    return Choice("triton", "Triton is preferred for this shape")
+def _plan_reference(
+    problem: Problem, call: Call, parameters: Parameters, like: tuple, cache: DerivedWeights | None
+) -> Run:
+    weight, bias, bn, input_bn = parameters
+    options = {
+        "stride": problem.stride, "padding": problem.padding, "dilation": problem.dilation,
+        "groups": problem.groups, "act": problem.act, "input_bn": input_bn,
+    }  # fmt: skip
+
+    def run(x, residual=None, input_gate=None, out=None):
+        y = conv_bn_act_reference(
+            x, weight, bias, bn, residual=residual, input_gate=input_gate, **options
+        )
+        return y if out is None else out.copy_(y)
+
+    return run
 
 
-def _why_not(problem: Problem, x: Tensor, name: str, device: str) -> str:
-    """Why backend ``name`` cannot run the call on ``device``; empty where it can."""
+TABLE = (
+    Implementation("cudnn", _why_not_cudnn, cudnn.plan, _why_cudnn, "cuda"),
+    Implementation(
+        "triton", _why_not_triton, _plan_triton, "Triton is preferred for this shape", "cuda"
+    ),
+    Implementation("native", _on_cpu(native.why_not), native.plan, "compiled for CPU", "cpu"),
+    Implementation("onednn", _on_cpu(onednn.why_not), onednn.plan, "fused on CPU", "cpu"),
+    reference(_plan_reference),
+)
+IMPLEMENTATIONS = names(TABLE)
+
+
+def _plan(
+    problem: Problem,
+    call: Call,
+    parameters: Parameters,
+    like: tuple,
+    cache: DerivedWeights | None = None,
+) -> Plan:
+    """The plan of a checked call; ``like`` are examples of residual, input_gate and out."""
+    implementation, (name, reason) = choose(OP, TABLE, problem, call)
+    traffic = _traffic(problem, name, call.x, *like)
     if name == "reference":
-        return ""
-    if name == "triton":
-        if problem.dtype not in TRITON_DTYPES:
-            return f"Triton computes in float16, bfloat16 and float32, got {problem.dtype}"
-        return backends.lacks_triton(device)
-    if name == "cudnn":
-        return (
-            cudnn.why_not(problem) if device == "cuda" else f"it needs CUDA tensors, got {device}"
-        )
-    if device != "cpu":
-        return f"it needs CPU tensors, got {device}"
-    if name == "native":
-        return native.why_not(problem)
-    reason = onednn.why_not(problem)
-    if not reason and problem.C <= 4 and not math.isfinite(x.sum().item()):
-        # oneDNN's relu turns NaN into 0: a bad image must not come out as plausible logits.
-        return "the image holds NaN or infinity, which oneDNN's relu would hide"
-    return reason
+        run = implementation.build(problem, call, parameters, like, cache)
+    elif call.grad:
+        run = _differentiable(problem, call, parameters, name)
+    elif problem.bytes_written == 0 or call.x.is_meta:
+        run = _allocating(problem)
+    elif call.autocast is None:
+        run = implementation.build(problem, call, parameters, like, cache)
+    else:
+        run = _casting(implementation, problem, call, parameters, like, cache)
+    planned = Plan(OP, name, reason, run, traffic)
+    if name != "onednn" or problem.C > 4:
+        return planned
+    run = _plan_reference(problem, call, parameters, like, cache)
+    return ImagePlan(planned, Plan(OP, "reference", BAD_IMAGE, run, traffic), call.automatic)
+
+
+BAD_IMAGE = "the image holds NaN or infinity, which oneDNN's relu would hide"
+
+
+class ImagePlan(Plan):
+    """oneDNN's relu turns NaN into 0: a bad image must not come out as plausible logits."""
+
+    __slots__ = ("automatic", "otherwise")
+
+    def __init__(self, planned: Plan, otherwise: Plan, automatic: bool) -> None:
+        super().__init__(OP, planned.backend, planned.reason, planned.run, lambda: planned.traffic)
+        self.otherwise = otherwise
+        self.automatic = automatic
+
+    def __call__(self, x: Tensor, *data: Tensor | None) -> Tensor:
+        if math.isfinite(x.sum().item()):
+            return super().__call__(x, *data)
+        if self.automatic:
+            return self.otherwise(x, *data)
+        raise BackendError(refusal(OP, self.backend, BAD_IMAGE))
+
+
+def _allocating(problem: Problem) -> Run:
+    def run(x, residual=None, input_gate=None, out=None):
+        return new_output(problem, x) if out is None else out
+
+    return run
+
+
+def _casting(
+    implementation: Implementation,
+    problem: Problem,
+    call: Call,
+    parameters: Parameters,
+    like: tuple,
+    cache: DerivedWeights | None,
+) -> Run:
+    """What casts as autocast does; the norms' vectors stay as they are."""
+    dtype, weight = call.autocast, parameters.weight
+    if cache is not None and weight.dtype != dtype:
+        weight = cache.get(("cast", dtype), [weight], lambda: parameters.weight.detach().to(dtype))
+    parameters = parameters._replace(weight=weight.to(dtype))
+    residual, input_gate, out = like
+    like = (to_dtype(residual, dtype), to_dtype(input_gate, dtype), out)
+    call = call._replace(x=call.x.to(dtype), autocast=None)
+    convolve = implementation.build(problem, call, parameters, like, cache)
+
+    def run(x, residual=None, input_gate=None, out=None):
+        return convolve(x.to(dtype), to_dtype(residual, dtype), to_dtype(input_gate, dtype), out)
+
+    return run
+
+
+def _differentiable(problem: Problem, call: Call, parameters: Parameters, name: str) -> Run:
+    """The registered op, which has a gradient; it reports to ``explain`` by itself."""
+    weight, bias, bn, input_bn = parameters
+    geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
+
+    def run(x, residual=None, input_gate=None, out=None):
+        tensors = (x, weight, bias, bn, residual, input_bn, input_gate)
+        return _registered(tensors, geometry, problem.act, call.autocast, name)
+
+    return run
 
 
 def fuses_prologue(x: Tensor, groups: int = 1) -> bool:
@@ -219,113 +360,33 @@ def fuses_prologue(x: Tensor, groups: int = 1) -> bool:
     return device != "cpu" and (torch.compiler.is_compiling() or not backends.lacks_triton(device))
 
 
-def _cast(tensors: tuple, dtype: torch.dtype, cache: DerivedWeights | None) -> tuple:
-    """x, weight, residual and gate in autocast's dtype; the norms' vectors stay as they are."""
-    x, weight, bias, bn, residual, input_bn, input_gate = tensors
-    if cache is not None and weight.dtype != dtype:
-        weight = cache.get(("cast", dtype), [weight], lambda: weight.detach().to(dtype))
-    else:
-        weight = weight.to(dtype)
-    residual = None if residual is None else residual.to(dtype)
-    input_gate = None if input_gate is None else input_gate.to(dtype)
-    return x.to(dtype), weight, bias, bn, residual, input_bn, input_gate
-
-
-def run_reference(
-    tensors: tuple, geometry: tuple, act: str, out: Tensor | None, reason: str
-) -> Tensor:
-    """The reference on this call's arguments; its aten calls carry ``reason`` in ``explain``."""
-    x, weight, bias, bn, residual, input_bn, input_gate = tensors
-    stride, padding, dilation, groups = geometry
-
-    def reference() -> Tensor:
-        y = conv_bn_act_reference(
-            x, weight, bias, bn, stride=stride, padding=padding, dilation=dilation, groups=groups,
-            act=act, residual=residual, input_bn=input_bn, input_gate=input_gate,
-        )  # fmt: skip
-        return y if out is None else out.copy_(y)
-
-    if (recorder := record.active()) is None:
-        return reference()
-    with recorder.fallback(reason):
-        return reference()
-
-
-def execute(
+def _traffic(
     problem: Problem,
-    choice: Choice,
-    tensors: tuple,
-    out: Tensor | None = None,
-    cache: DerivedWeights | None = None,
-) -> Tensor:
-    """Run a checked call on a fused backend, without autograd; reports it to ``explain``."""
-    if (recorder := record.active()) is None:
-        return _run(problem, choice.backend, tensors, out, cache)
-    passes = _extra_passes(problem, choice.backend, tensors[0], tensors[4], out)
-    with recorder.call(
-        "conv_bn_act",
-        choice.backend,
-        choice.reason,
-        1 + len(passes),
-        problem.bytes_read + sum(passes),
-        problem.bytes_written + sum(passes),
-    ):
-        return _run(problem, choice.backend, tensors, out, cache)
-
-
-def _extra_passes(
-    problem: Problem, name: str, x: Tensor, residual: Tensor | None, out: Tensor | None
-) -> list[int]:
-    """Bytes that each pass of a library backend around its one kernel reads and writes again."""
-    if name == "triton":
-        return []
+    name: str,
+    x: Tensor,
+    residual: Tensor | None,
+    input_gate: Tensor | None,
+    out: Tensor | None,
+) -> Callable[[], Traffic]:
+    """The one kernel's, and each pass around it, which reads and writes as many bytes."""
+    passes: list[int] = []
     if name == "native":
-        converted = [x] * native.converts(x)
-        if residual is not None and not native.has_regular_pixels(residual):
-            converted.append(residual)
-        if out is not None and not native.has_regular_pixels(out):
-            converted.append(out)
-        return [t.numel() * t.element_size() for t in converted]
-    strided = not x.is_contiguous(memory_format=torch.channels_last)
-    passes = [x.numel() * x.element_size()] * strided + [problem.bytes_written] * (out is not None)
-    if name == "onednn":
-        passes += [problem.bytes_written] * onednn.extra_passes(problem)
-    return passes
-
-
-def _run(
-    problem: Problem, name: str, tensors: tuple, out: Tensor | None, cache: DerivedWeights | None
-) -> Tensor:
-    x, weight, bias, bn, residual, input_bn, input_gate = tensors
-    empty = problem.bytes_written == 0
-    if name == "triton" or empty or x.is_meta:
-        if out is None:
-            out = new_output(problem, x)
-        if empty or x.is_meta:
-            return out
-        # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
-        from cvkernels.ops.conv_bn_act import triton_launch
-
-        triton_launch.run(
-            problem, x, _nhwc(weight, cache), bias, bn, residual, input_bn, input_gate, out,
-            precision=_fp32_precision(),
-        )  # fmt: skip
-        return out
-    if name == "cudnn":
-        return cudnn.run(problem, x, weight, bias, bn, residual, cache)
-    if name == "native":
-        run = native.prepared(problem, weight, bias, bn, input_bn, cache)
-        return run(x, residual, out, input_gate)
-    return onednn.run(problem, x, weight, bias, bn, residual, out, cache)
+        passes = [nbytes(x)] * native.converts(x)
+        passes += [nbytes(t) for t in (residual, out) if t is not None and not is_pixel_matrix(t)]
+    elif name in ("cudnn", "onednn"):
+        passes = [nbytes(x)] * (not x.is_contiguous(memory_format=torch.channels_last))
+        copies = onednn.extra_passes(problem) if name == "onednn" else 0
+        passes += [problem.bytes_written] * (copies + (out is not None))
+    around = sum(passes)
+    return lambda: Traffic(
+        1 + len(passes), problem.bytes_read + around, problem.bytes_written + around
+    )
 
 
 def new_output(problem: Problem, x: Tensor) -> Tensor:
-    return torch.empty(
-        (problem.N, problem.K, problem.P, problem.Q),
-        dtype=problem.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    size = (problem.N, problem.K, problem.P, problem.Q)
+    layout = torch.channels_last
+    return torch.empty(size, dtype=problem.dtype, device=x.device, memory_format=layout)
 
 
 def _nhwc(weight: Tensor, cache: DerivedWeights | None) -> Tensor:
@@ -344,28 +405,124 @@ def _fp32_precision() -> str:
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
-def flatten(tensors: tuple, geometry: tuple, act: str, name: str) -> tuple:
-    """The arguments of the registered op ``cvkernels::conv_bn_act``."""
+def _traced(
+    tensors: tuple, geometry: tuple, act: str, out: Tensor | None, backend: Backend
+) -> Tensor:
+    """The call under torch.compile: the registered op, or on CPU the reference for inductor."""
     x, weight, bias, bn, residual, input_bn, input_gate = tensors
-    return (
+    requested = backends.requested(backend, IMPLEMENTATIONS)
+    if requested == "reference" or (requested == "auto" and x.device.type == "cpu"):
+        stride, padding, dilation, groups = geometry
+        y = conv_bn_act_reference(
+            x, weight, bias, bn, stride=stride, padding=padding, dilation=dilation, groups=groups,
+            act=act, residual=residual, input_bn=input_bn, input_gate=input_gate,
+        )  # fmt: skip
+        return y if out is None else out.copy_(y)
+    names = ("stride", "padding", "dilation")
+    pairs = [pair(OP, name, value) for name, value in zip(names, geometry, strict=False)]
+    return _registered(tensors, (*pairs, geometry[3]), act, autocast_dtype(x), requested, out)
+
+
+def _registered(
+    tensors: tuple,
+    geometry: tuple,
+    act: str,
+    autocast: torch.dtype | None,
+    name: str,
+    out: Tensor | None = None,
+) -> Tensor:
+    x, weight, bias, bn, residual, input_bn, input_gate = tensors
+    if autocast is not None:
+        x, weight = x.to(autocast), weight.to(autocast)
+        residual, input_gate = to_dtype(residual, autocast), to_dtype(input_gate, autocast)
+    flat = (
         x, weight, bias, *(bn or BatchNormParams()), *geometry, act, residual,
         *(input_bn or BatchNormParams()), input_gate, name,
     )  # fmt: skip
-
-
-def _traced(
-    tensors: tuple, geometry: tuple, act: str, out: Tensor | None, requested: str
-) -> Tensor:
-    """The call under torch.compile: the registered op, or on CPU the reference for inductor."""
-    x = tensors[0]
-    if requested == "reference" or (requested == "auto" and x.device.type == "cpu"):
-        return run_reference(tensors, geometry, act, out, "inductor fuses it")
-    autocast = autocast_dtype(x)
-    if autocast is not None:
-        tensors = _cast(tensors, autocast, None)
-    pairs = tuple([(v, v) if isinstance(v, int) else tuple(v) for v in geometry[:3]])
-    flat = flatten(tensors, (*pairs, geometry[3]), act, requested)
     if out is None:
         return torch.ops.cvkernels.conv_bn_act(*flat)
     torch.ops.cvkernels.conv_bn_act_out(*flat, out)
     return out
+
+
+def _unflatten(flat: tuple) -> tuple[tuple, tuple, str, str]:
+    """(tensors, geometry, act, backend) of a registered op's arguments."""
+    x, weight, bias = flat[:3]
+    bn, input_bn = BatchNormParams(*flat[3:8]), BatchNormParams(*flat[14:19])
+    stride, padding, dilation, groups, act, residual = flat[8:14]
+    none = (None,) * 4
+    bn = None if bn[:4] == none else bn
+    input_bn = None if input_bn[:4] == none else input_bn
+    tensors = (x, weight, bias, bn, residual, input_bn, flat[19])
+    return tensors, (tuple(stride), tuple(padding), tuple(dilation), groups), act, flat[20]
+
+
+def _compute(flat: tuple, out: Tensor | None) -> Tensor:
+    (x, weight, bias, bn, residual, input_bn, gate), geometry, act, backend = _unflatten(flat)
+    problem = problem_of(x, weight, bias, bn, *geometry, act, residual, input_bn, gate, out)
+    call = Call(x, backends.device_type(x), backend, once=True)
+    parameters = Parameters(weight, bias, bn, input_bn)
+    return _plan(problem, call, parameters, (residual, gate, out))(x, residual, gate, out)
+
+
+def _conv_bn_act(*flat) -> Tensor:
+    return in_format(_compute(flat, None), torch.channels_last)
+
+
+def _conv_bn_act_out(*flat_and_out) -> None:
+    _compute(flat_and_out[:-1], flat_and_out[-1])
+
+
+for key in ("CPU", "CUDA"):
+    library.impl("conv_bn_act", _conv_bn_act, key)
+    library.impl("conv_bn_act_out", _conv_bn_act_out, key)
+
+
+@torch.library.register_fake("cvkernels::conv_bn_act", lib=library)
+def _(*flat):
+    x, weight = flat[:2]
+    stride, padding, dilation = flat[8:11]
+    P, Q = (
+        (size + 2 * p - d * (taps - 1) - 1) // s + 1
+        for size, taps, s, p, d in zip(
+            x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+        )
+    )
+    shape = (x.shape[0], weight.shape[0], P, Q)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("cvkernels::conv_bn_act_out", lib=library)
+def _(*flat_and_out):
+    return None
+
+
+def _setup_context(ctx, inputs, output):
+    named = dict(zip(NAMES, inputs, strict=True))
+    act = named["act"]
+    ctx.named = {k: v for k, v in named.items() if not isinstance(v, Tensor)}
+    kept = {k: v for k, v in named.items() if isinstance(v, Tensor)}
+    if act != "silu":
+        kept.pop("residual", None)
+    if act in ("relu", "relu6"):
+        kept["out"] = output
+    ctx.kept = list(kept)
+    ctx.save_for_backward(*kept.values())
+    # PyTorch's wrapper appends an argument of its own.
+    ctx.needs = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
+
+
+def _backward(ctx, grad):
+    named = {**ctx.named, **dict(zip(ctx.kept, ctx.saved_tensors, strict=True))}
+    flat = tuple(named.get(name) for name in NAMES)
+    (x, weight, bias, bn, residual, input_bn, gate), geometry, act, _ = _unflatten(flat)
+    grads = conv_bn_act_backward(
+        grad, x, weight, bias, bn or BatchNormParams(), geometry, act, residual, input_bn, gate,
+        named.get("out"),
+    )  # fmt: skip
+    return tuple(grads.get(name) if ctx.needs[name] else None for name in NAMES)
+
+
+torch.library.register_autograd(
+    "cvkernels::conv_bn_act", _backward, setup_context=_setup_context, lib=library
+)

@@ -1,13 +1,34 @@
-"""The sizes and options of one ``conv_bn_act`` call: what a backend chooses by and plans with."""
+"""The sizes and options of one ``conv_bn_act`` call, and their checks before anything is allocated
+or launched."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from cvkernels.ops.common.activation import ACTIVATIONS
+from cvkernels.ops.common.aliasing import overlap, same_view
+from cvkernels.ops.common.arguments import check_bn, check_device, check_tensor, check_vector, pair
+from cvkernels.ops.common.errors import InputTypeError, InputValueError
+from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.common.traffic import touched_positions
+
+OP = "conv_bn_act"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class Parameters(NamedTuple):
+    """The operands that a plan holds."""
+
+    weight: Tensor
+    bias: Tensor | None
+    bn: BatchNormParams | None
+    input_bn: BatchNormParams | None = None
 
 
 @dataclass(frozen=True)
@@ -80,3 +101,143 @@ class Problem:
     @property
     def bytes_written(self) -> int:
         return self.N * self.K * self.P * self.Q * self.dtype.itemsize
+
+
+def problem_of(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn: BatchNormParams | None,
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int],
+    dilation: int | tuple[int, int],
+    groups: int,
+    act: str,
+    residual: Tensor | None,
+    input_bn: BatchNormParams | None,
+    input_gate: Tensor | None,
+    out: Tensor | None,
+    dtype: torch.dtype | None = None,
+) -> Problem:
+    """The checked call; ``dtype`` is what autocast will convert x, weight and residual to."""
+    problem = _shapes(
+        x.shape,
+        weight.shape,
+        pair(OP, "stride", stride),
+        pair(OP, "padding", padding),
+        pair(OP, "dilation", dilation),
+        groups,
+        dtype or x.dtype,
+        act,
+        bias is not None,
+        bn is not None,
+        residual is not None,
+        input_bn is not None,
+        input_gate is not None,
+        out is not None,
+    )
+    if dtype is None and weight.dtype != x.dtype:
+        raise InputTypeError(
+            f"conv_bn_act: weight must have x's dtype {x.dtype}, got {weight.dtype}; "
+            f"convert one with .to(), or run under torch.autocast"
+        )
+    check_device(OP, "weight", weight, x)
+    if bias is not None:
+        check_vector(OP, "bias", bias, problem.K, x)
+    if bn is not None:
+        check_bn(OP, "bn", bn, problem.K, x)
+    if input_bn is not None:
+        check_bn(OP, "input_bn", input_bn, problem.C, x)
+    if input_gate is not None:
+        check_tensor(OP, "input_gate", input_gate, (problem.N, problem.C), "[N, C]", x)
+    shape = (problem.N, problem.K, problem.P, problem.Q)
+    if residual is not None:
+        check_tensor(OP, "residual", residual, shape, "[N, K, P, Q]", x)
+        if dtype is None and residual.dtype != x.dtype:
+            raise TypeError(
+                f"conv_bn_act: residual must have x's dtype {x.dtype}, got {residual.dtype}"
+            )
+    if out is not None:
+        _check_out(out, shape, problem.dtype, x)
+    return problem
+
+
+@functools.lru_cache(maxsize=4096)
+def _shapes(
+    x: torch.Size,
+    weight: torch.Size,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    dtype: torch.dtype,
+    act: str,
+    *flags: bool,
+) -> Problem:
+    if len(x) != 4:
+        way_out = "; add the batch dimension with x.unsqueeze(0)" if len(x) == 3 else ""
+        raise InputValueError(
+            f"conv_bn_act: x must have shape [N, C, H, W], got {list(x)}{way_out}"
+        )
+    if len(weight) != 4 or 0 in weight:
+        raise ValueError(
+            f"conv_bn_act: weight must have shape [K, C/groups, R, S], got {list(weight)}"
+        )
+    if dtype not in DTYPES:
+        raise InputTypeError(
+            f"conv_bn_act: dtype must be float32, float16, bfloat16 or float64, got {dtype}; "
+            f"convert x and weight with .to(torch.float32)"
+        )
+    if act not in ACTIVATIONS:
+        raise ValueError(f"conv_bn_act: act must be one of {list(ACTIVATIONS)}, got {act!r}")
+    C, K = x[1], weight[0]
+    if groups < 1 or C % groups or K % groups:
+        raise InputValueError(
+            f"conv_bn_act: groups must divide the channels of x (C = {C}) and of the output "
+            f"(K = {K}), got groups = {groups}"
+        )
+    if weight[1] != C // groups:
+        raise InputValueError(
+            f"conv_bn_act: weight must have C/groups = {C}/{groups} = {C // groups} input channels "
+            f"to match x {list(x)}, got {list(weight)}"
+        )
+    for name, values, least in (
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        if min(values) < least:
+            raise ValueError(f"conv_bn_act: {name} must be at least {least}, got {list(values)}")
+    problem = Problem(*x, K, *weight[2:], stride, padding, dilation, groups, dtype, act, *flags)
+    if problem.P < 1 or problem.Q < 1:
+        raise InputValueError(
+            f"conv_bn_act: the {problem.R}x{problem.S} kernel with dilation {list(dilation)} does "
+            f"not fit into the map of {problem.H}x{problem.W} with padding {list(padding)}; "
+            f"the input is too small"
+        )
+    return problem
+
+
+def _check_out(out: Tensor, shape: tuple, dtype: torch.dtype, x: Tensor) -> None:
+    check_tensor(OP, "out", out, shape, "[N, K, P, Q]", x)
+    if out.dtype != dtype:
+        raise TypeError(f"conv_bn_act: out must have dtype {dtype}, got {out.dtype}")
+    if out.shape[1] > 1 and out.stride(1) != 1:
+        raise ValueError(
+            f"conv_bn_act: out must have channel stride 1 (channels_last, or a channel slice of a "
+            f"channels_last buffer), got strides {list(out.stride())}"
+        )
+
+
+def check_overlap(out: Tensor, x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
+    """out may be the very elements of residual, and else none of any input's."""
+    for name, tensor in (("x", x), ("weight", weight), ("residual", residual)):
+        if tensor is None or not overlap(out, tensor):
+            continue
+        if tensor is residual and same_view(out, tensor):
+            continue  # each element is read before the same program writes it
+        raise ValueError(
+            f"conv_bn_act: out overlaps {name}: out starts at element {out.storage_offset()} with "
+            f"shape {list(out.shape)}, {name} at {tensor.storage_offset()} with shape "
+            f"{list(tensor.shape)}, in one storage; write into other channels, or into a new tensor"
+        )

@@ -1,12 +1,23 @@
-"""What conv_bn_act computes, in plain PyTorch: the specification, and the fallback everywhere."""
+"""What conv_bn_act computes, in plain PyTorch: the specification, and the fallback everywhere.
+
+Its gradients need x, weight and out alone. With z = conv(u, W) * scale + shift + residual,
+out = act(z), dz the gradient in z, and dW_raw = conv_weight_grad(dz, u):
+
+    du = conv_input_grad(dz, W * scale)         dW = dW_raw * scale
+    dshift = sum_npq dz                         dscale = sum_crs W * dW_raw
+
+dscale needs no convolution output: sum_npq dz * conv(u, W) is linear in W. One convolution_backward
+gives du and dW_raw together.
+"""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cvkernels.ops.common.activation import activate
-from cvkernels.ops.common.norm import BatchNormParams, normalize
+from cvkernels.ops.common.norm import BatchNormParams, normalize, scale_shift
 
 
 def conv_bn_act_reference(
@@ -34,3 +45,104 @@ def conv_bn_act_reference(
     if residual is not None:
         y = y + residual
     return activate(y, act)
+
+
+def prologue(x: Tensor, bn: BatchNormParams | None, gate: Tensor | None, dtype: torch.dtype):
+    """u, and what its gradient needs: u before the gate, the norm's scale, and v > 0."""
+    if bn is None:
+        before_gate, scale, positive = x, None, None
+    else:
+        scale, shift = scale_shift(None, bn, x.transpose(0, 1), dtype)
+        v = x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+        positive = v > 0
+        before_gate = torch.relu(v).to(x.dtype)
+    u = before_gate if gate is None else before_gate * gate[:, :, None, None].to(x.dtype)
+    return u, before_gate, scale, positive
+
+
+def prologue_backward(du: Tensor, x: Tensor, bn, gate, before_gate, scale, positive, dtype):
+    """(dx, d weight and d bias of input_bn, d gate)."""
+    d_gate = d_weight = d_bias = None
+    if gate is not None:
+        d_gate = (du * before_gate).sum((2, 3), dtype=dtype).to(gate.dtype)
+        du = du * gate[:, :, None, None].to(du.dtype)
+    if bn is None:
+        return du, None, None, d_gate
+    dv = du * positive
+    inverse_std = 1.0 if bn.var is None else torch.rsqrt(bn.var.to(dtype) + bn.eps)
+    d_shift = dv.sum((0, 2, 3), dtype=dtype)
+    d_scale = (dv * x).sum((0, 2, 3), dtype=dtype)
+    if bn.weight is not None:
+        mean = 0.0 if bn.mean is None else bn.mean.to(dtype)
+        d_weight = (inverse_std * (d_scale - mean * d_shift)).to(bn.weight.dtype)
+    if bn.bias is not None:
+        d_bias = d_shift.to(bn.bias.dtype)
+    return (dv * scale.view(-1, 1, 1)).to(x.dtype), d_weight, d_bias, d_gate
+
+
+def activation_backward(
+    grad: Tensor, act: str, out: Tensor | None, pre_activation: Tensor | None
+) -> Tensor:
+    if act == "relu":
+        return torch.ops.aten.threshold_backward(grad, out, 0)
+    if act == "relu6":
+        return torch.ops.aten.hardtanh_backward(grad, out, 0.0, 6.0)
+    if act == "silu":
+        sigmoid = torch.sigmoid(pre_activation)
+        return grad * (sigmoid * (1 + pre_activation * (1 - sigmoid)))
+    return grad
+
+
+def conv_bn_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn: BatchNormParams,
+    geometry: tuple,
+    act: str,
+    residual: Tensor | None,
+    input_bn: BatchNormParams | None,
+    gate: Tensor | None,
+    out: Tensor | None,
+) -> dict[str, Tensor | None]:
+    """Gradients by argument name. ``residual`` and ``out`` are needed by some activations only."""
+    stride, padding, dilation, groups = geometry
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    pre_activation = None
+    if act == "silu":
+        pre_activation = conv_bn_act_reference(
+            x, weight, bias, bn, stride=stride, padding=padding, dilation=dilation, groups=groups,
+            act="none", residual=residual, input_bn=input_bn, input_gate=gate,
+        )  # fmt: skip
+    dz = activation_backward(grad, act, out, pre_activation)
+    scale, _ = scale_shift(bias, bn, weight, dtype)
+    u, before_gate, input_scale, positive = prologue(x, input_bn, gate, dtype)
+    folded = (weight.to(dtype) * scale.view(-1, 1, 1, 1)).to(weight.dtype)
+    du, dw_raw, _ = torch.ops.aten.convolution_backward(
+        dz, u, folded, None, stride, padding, dilation, False, [0, 0], groups, [True, True, False]
+    )
+    d_shift = dz.sum((0, 2, 3), dtype=dtype)
+    d_scale = (weight.to(dtype) * dw_raw.to(dtype)).sum((1, 2, 3))
+    dx, d_in_weight, d_in_bias, d_gate = prologue_backward(
+        du, x, input_bn, gate, before_gate, input_scale, positive, dtype
+    )
+    grads = {
+        "x": dx,
+        "weight": (dw_raw.to(dtype) * scale.view(-1, 1, 1, 1)).to(weight.dtype),
+        "residual": dz,
+        "in_weight": d_in_weight,
+        "in_bias": d_in_bias,
+        "gate": d_gate,
+        "bias": None if bias is None else (d_shift * scale).to(bias.dtype),
+        "bn_weight": None,
+        "bn_bias": None if bn.bias is None else d_shift.to(bn.bias.dtype),
+    }
+    if bn.weight is not None:
+        inverse_std = 1.0 if bn.var is None else torch.rsqrt(bn.var.to(dtype) + bn.eps)
+        offset = torch.zeros((), dtype=dtype, device=x.device)
+        offset = offset if bias is None else offset + bias.to(dtype)
+        offset = offset if bn.mean is None else offset - bn.mean.to(dtype)
+        d_weight = inverse_std * (d_scale + d_shift * offset)
+        grads["bn_weight"] = d_weight.to(bn.weight.dtype)
+    return grads

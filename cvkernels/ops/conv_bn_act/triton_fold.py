@@ -6,13 +6,16 @@ replay and a compiled model at each call.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cvkernels.ops.common.norm import BatchNormParams
-from cvkernels.ops.conv_bn_act.triton_launch import Launch
+from cvkernels.ops.common.tiles import cdiv
+from cvkernels.ops.common.triton_launch import Launch
 
 _BLOCK = 1024
 
@@ -70,15 +73,26 @@ def fold_kernel(
         tl.store(shift_ptr + k, shift.to(tl.float32).to(dtype))
 
 
-def plan(weight: Tensor, bias: Tensor | None, bn: BatchNormParams) -> tuple[Launch, Tensor, Tensor]:
-    """The launch that :func:`fold` makes and what it returns; tensors may be on the meta device."""
-    K, C, R, S = weight.shape
+def plan_launch(weight: Tensor) -> Launch:
+    """The launch for ``weight``, which may be on the meta device."""
+    return _plan(weight.shape, weight.stride())
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(shape: torch.Size, strides: tuple[int, ...]) -> Launch:
+    K, C, R, S = shape
+    size = C * R * S
+    grid = (K, cdiv(size, _BLOCK))
+    return Launch(fold_kernel, grid, (C, S, size, *strides), {"BLOCK": _BLOCK})
+
+
+def operands(
+    weight: Tensor, bias: Tensor | None, bn: BatchNormParams
+) -> tuple[Tensor | float | None, ...]:
+    """The arguments of the launch; the last two are the results."""
+    vectors = [None if v is None else v.contiguous() for v in (bias, *bn[:4])]
     folded = torch.empty_like(weight, memory_format=torch.channels_last)
-    shift, size = weight.new_empty(K), C * R * S
-    vectors = [v if v is None else v.contiguous() for v in (bias, *bn[:4])]
-    args = [weight, *vectors, bn.eps, folded, shift, C, S, size, *weight.stride()]
-    grid = (K, triton.cdiv(size, _BLOCK))
-    return Launch(fold_kernel, grid, args, {"BLOCK": _BLOCK}), folded, shift
+    return weight, *vectors, float(bn.eps), folded, weight.new_empty(weight.shape[0])
 
 
 def fold(weight: Tensor, bias: Tensor | None, bn: BatchNormParams) -> tuple[Tensor, Tensor]:
@@ -86,7 +100,6 @@ def fold(weight: Tensor, bias: Tensor | None, bn: BatchNormParams) -> tuple[Tens
 
     Both have weight's dtype; computed in float64, eps being a float32, and rounded.
     """
-    launch, folded, shift = plan(weight, bias, bn)
-    with torch.cuda.device_of(weight):
-        launch.kernel[launch.grid](*launch.args, **launch.meta)
-    return folded, shift
+    arguments = operands(weight, bias, bn)
+    plan_launch(weight)(*arguments)
+    return arguments[-2:]

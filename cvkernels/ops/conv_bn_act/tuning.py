@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from cvkernels.ops.common.tiles import cdiv, sm_count
 from cvkernels.ops.conv_bn_act.problem import Problem
 
 _SHIPPED = Path(__file__).parents[2] / "tuned"
@@ -28,7 +29,6 @@ KERNELS = ("1x1", "spatial", "filter_row")
 _BACKENDS = ("triton", "cudnn")
 _DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 _TABLE_FIELDS = ("device", "capability", "op", "torch", "triton", "commit", "entries")
-SM_COUNT = {(8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148}
 
 # below this many input channels, a channel block of one tap would be mostly padding
 _FILTER_ROW_BELOW = 16
@@ -133,11 +133,11 @@ def _tile(problem: Problem, capability: tuple[int, int]) -> Config:
     """The largest tile that still gives every SM two programs."""
     name = kernel(problem)
     tiles = _tiles(name, problem.dtype.itemsize)
-    enough = 2 * SM_COUNT.get(tuple(capability), 108)
+    enough = 2 * sm_count(capability)
     pixels = problem.N * problem.P * problem.Q
     widest = _widest(problem)
     for block_m, block_n in tiles:
-        programs = _cdiv(pixels, block_m) * _cdiv(problem.K, block_n)
+        programs = cdiv(pixels, block_m) * cdiv(problem.K, block_n)
         if block_n <= widest and programs >= enough:
             break
     num_warps, num_stages = tiles[block_m, block_n]
@@ -155,7 +155,7 @@ def _widest(problem: Problem) -> int:
         return 32 if problem.K // problem.groups < 64 else 64
     if problem.K <= 64:
         return 32 if problem.K <= 32 else 64
-    in_128, in_64 = _cdiv(problem.K, 128) * 128, _cdiv(problem.K, 64) * 64
+    in_128, in_64 = cdiv(problem.K, 128) * 128, cdiv(problem.K, 64) * 64
     return 128 if 3 * in_128 <= 4 * in_64 else 64
 
 
@@ -287,10 +287,6 @@ def _reachable(name: str, itemsize: int) -> tuple[Config, ...]:
                 tile = (block_m, block_n, block_k, _GROUP_M, num_warps, stages)
                 found.append(Config("triton", *tile))
     return tuple(found)
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 # every tile the heuristic can return, by kernel and element size

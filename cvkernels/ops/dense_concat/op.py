@@ -1,4 +1,4 @@
-"""dense_concat: the contract, the choice of a backend, the registered op and the call."""
+"""dense_concat: the contract, plans, the registered op and the call."""
 
 from __future__ import annotations
 
@@ -8,22 +8,52 @@ import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels import record
-from cvkernels.backend import Backend, Choice
-from cvkernels.ops.common import affine, aliasing, native
+from cvkernels.backend import Backend
+from cvkernels.ops.common import aliasing, native, norm
 from cvkernels.ops.common.arguments import check_bn
+from cvkernels.ops.common.autograd import mark_written, needs_grad
+from cvkernels.ops.common.dispatch import Call, Implementation, call_of, choose, reference
+from cvkernels.ops.common.layout import overlaps_itself
 from cvkernels.ops.common.norm import BatchNormParams
+from cvkernels.ops.common.plan import Plan, PlanTable, planned_by
+from cvkernels.ops.common.traffic import Traffic, nbytes
 from cvkernels.ops.dense_concat.reference import appended
 
+OP = "dense_concat"
 DTYPES = native.DTYPES["cpu"]
 
 library = torch.library.Library("cvkernels", "FRAGMENT")
 library.define(
-    f"dense_concat(Tensor(a!) buffer, Tensor src, int start, {affine.ARGUMENTS}, bool relu) -> ()"
+    f"dense_concat(Tensor(a!) buffer, Tensor src, int start, {norm.ARGUMENTS}, bool relu) -> ()"
 )
 _dense_concat = torch.ops.cvkernels.dense_concat.default
+_plans = PlanTable()
 
 
+def plan(
+    buffer_like: Tensor,
+    src_like: Tensor,
+    start: int,
+    bn: BatchNormParams | None = None,
+    relu: bool = False,
+    *,
+    backend: Backend = "auto",
+    once: bool = False,
+) -> Plan:
+    """A call of :func:`dense_concat`, as ``plan(buffer, src)``; the tensors are examples.
+
+    It holds bn's vectors as they are now.
+    """
+    _check(buffer_like, src_like, start, bn)
+    call = call_of(buffer_like, (), TABLE, backend, once)
+    implementation, (name, reason) = choose(OP, TABLE, None, call)
+    run = implementation.build(call, src_like, start, bn, bool(relu))
+    moved = nbytes(src_like)
+    read = moved + (0 if bn is None else nbytes(*bn[:4]))
+    return Plan(OP, name, reason, run, lambda: Traffic(1, read, moved))
+
+
+@planned_by(plan)
 def dense_concat(
     buffer: Tensor,
     src: Tensor,
@@ -65,72 +95,96 @@ def dense_concat(
     Not differentiable. Source: the shared storage of Pleiss et al. 2017, arXiv:1707.06990, in
     inference; the affine map and ReLU are Huang et al. 2017's, arXiv:1608.06993.
     """
-    if bn is None and native.at_once(backend, buffer, src):
-        try:
-            if not aliasing.one_storage(buffer, src):
-                _dense_concat(buffer, src, start, *affine.NO_VECTORS, relu)
-                native.mark_written(buffer)
-                return buffer
-        except native.REFUSED:
-            pass
-    _check(buffer, src, start, bn)
-    choice = native.select("dense_concat", buffer, backends.requested(backend, ("native",)))
-    run = _reference if choice.backend == "reference" else _native
-    if (recorder := record.active()) is None:
-        return run(buffer, src, start, bn, relu)
-    if choice.backend == "reference":
-        with recorder.fallback(f"dense_concat: {choice.reason}"):
-            return run(buffer, src, start, bn, relu)
-    moved = src.numel() * src.element_size()
-    with recorder.call("dense_concat", *choice, 1, moved + affine.vector_bytes(bn), moved):
-        return run(buffer, src, start, bn, relu)
+    if torch.compiler.is_compiling():
+        return _traced(buffer, src, start, bn, relu, backend)
+    key = None
+    if bn is None and type(start) is int:
+        key = _plans.key(backend, (buffer, src), start, relu)
+    if (planned := _plans.get(key)) is None:
+        planned = plan(buffer, src, start, bn, relu, backend=backend, once=key is None)
+        _plans.keep(key, planned, buffer, src)
+    _check_overlap(buffer, src, start)
+    return planned(buffer, src)
 
 
-def choose(
-    buffer: Tensor,
-    src: Tensor,
-    start: int,
-    bn: BatchNormParams | None = None,
-    relu: bool = False,
-    *,
-    backend: Backend = "auto",
-) -> Choice:
-    """The backend that :func:`dense_concat` runs for these arguments, and the rule behind it."""
-    _check(buffer, src, start, bn)
-    return native.select("dense_concat", buffer, backends.requested(backend, ("native",)))
-
-
-backends.answers("dense_concat", choose)
+backends.answers(OP, plan)
 
 
 def appender(
     src: Tensor, bn: BatchNormParams | None, relu: bool
 ) -> Callable[[Tensor, Tensor], None] | None:
-    """What writes ``relu(bn(src))`` over a whole buffer for others like src, and checks nothing.
-
-    Called as ``append(buffer, src)``. It holds bn's vectors as they are now. None where "auto" runs
-    no native op.
-    """
-    if native.select("dense_concat", src, "auto").backend != "native":
+    """A plan's function as blocks call it: over a whole buffer, for any strides of src."""
+    implementation, _ = choose(OP, TABLE, None, call_of(src, (), TABLE, "auto", True))
+    if implementation.name != "native":
         return None
-    vectors = affine.vectors_of(bn, src) or affine.NO_VECTORS
+    vectors = norm.vectors_of(bn, src) or norm.NO_VECTORS
     return lambda buffer, src: _dense_concat(buffer, src, 0, *vectors, relu)
 
 
-def _native(
-    buffer: Tensor, src: Tensor, start: int, bn: BatchNormParams | None, relu: bool
-) -> Tensor:
-    native.mark_written(buffer)
-    vectors = affine.vectors_of(bn, src) or affine.NO_VECTORS
-    _dense_concat(buffer, src, start, *vectors, relu)
-    return buffer
+def _plan_native(
+    call: Call, src: Tensor, start: int, bn: BatchNormParams | None, relu: bool
+) -> Callable[[Tensor, Tensor], Tensor]:
+    vectors = norm.vectors_of(bn, src) or norm.NO_VECTORS
+
+    def run(buffer, src):
+        mark_written(buffer)
+        _dense_concat(buffer, src, start, *vectors, relu)
+        return buffer
+
+    if not native.directs(call) or not src.numel():
+        return run
+    buffer = call.x
+    work = native.direct(lambda: _dense_concat(buffer, src, start, *vectors, relu))
+    held = [0 if v is None else v.data_ptr() for v in vectors[:4]]
+
+    def run_directly(buffer, src):
+        mark_written(buffer)
+        work(buffer.data_ptr(), src.data_ptr(), *held)
+        return buffer
+
+    run_directly.held = vectors  # the memory at their addresses
+    return run_directly
 
 
-def _reference(
-    buffer: Tensor, src: Tensor, start: int, bn: BatchNormParams | None, relu: bool
+def _plan_reference(
+    call: Call, src: Tensor, start: int, bn: BatchNormParams | None, relu: bool
+) -> Callable[[Tensor, Tensor], Tensor]:
+    stop, vectors = start + src.shape[1], norm.vectors_of(bn, src)
+
+    def run(buffer, src):
+        buffer[:, start:stop].copy_(appended(src, vectors, relu))
+        return buffer
+
+    return run
+
+
+TABLE = (
+    Implementation(
+        "native",
+        lambda problem, call: native.lacks(OP, call),
+        _plan_native,
+        native.compiled_for,
+    ),
+    reference(_plan_reference),
+)
+
+
+def _traced(
+    buffer: Tensor,
+    src: Tensor,
+    start: int,
+    bn: BatchNormParams | None,
+    relu: bool,
+    backend: Backend,
 ) -> Tensor:
-    target = buffer[:, start : start + src.shape[1]]
-    target.copy_(appended(src, affine.vectors_of(bn, src), relu))
+    """The call under torch.compile: the registered op, or on CPU the reference for inductor."""
+    _check(buffer, src, start, bn)
+    call = call_of(buffer, (), TABLE, backend)
+    vectors = norm.vectors_of(bn, src)
+    if choose(OP, TABLE, None, call)[1].backend == "reference":
+        buffer[:, start : start + src.shape[1]].copy_(appended(src, vectors, relu))
+    else:
+        _dense_concat(buffer, src, start, *(vectors or norm.NO_VECTORS), relu)
     return buffer
 
 
@@ -172,21 +226,26 @@ def _check(buffer: Tensor, src: Tensor, start: int, bn: BatchNormParams | None) 
             f"dense_concat: channels [{start}, {start + C}) are not within the buffer's "
             f"{buffer.shape[1]}; make the buffer larger, or start in it"
         )
-    strides = zip(buffer.shape, buffer.stride(), strict=True)
-    if any(stride == 0 and size > 1 for size, stride in strides):
+    if overlaps_itself(buffer):
         raise ValueError(
             f"dense_concat: buffer must not overlap itself, got strides "
             f"{list(buffer.stride())}; write into a tensor that is not expanded"
         )
     if bn is not None:
         check_bn("dense_concat", "bn", bn, src.shape[1], src)
-    if affine.needs_grad(buffer, src, bn):
+    if needs_grad(buffer, src, bn):
         raise ValueError(
             "dense_concat: buffer, src and bn must not require a gradient, and one of them does; "
             "call it under torch.no_grad(), or use torch.cat"
         )
+
+
+def _check_overlap(buffer: Tensor, src: Tensor, start: int) -> None:
+    C = src.shape[1]
     # A traced tensor has no storage to ask about.
-    if not torch.compiler.is_compiling() and aliasing.overlap(src, buffer[:, start : start + C]):
+    if torch.compiler.is_compiling() or not aliasing.one_storage(buffer, src):
+        return
+    if aliasing.overlap(src, buffer[:, start : start + C]):
         raise ValueError(
             f"dense_concat: src overlaps the channels [{start}, {start + C}) of the buffer that it "
             f"is written to; write into other channels, or from another tensor"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cvkernels import extension
-from cvkernels.ops.common.activation import ACTIVATIONS
+from cvkernels.ops.common import native
+from cvkernels.ops.common.activation import code
 from cvkernels.ops.common.derived_weights import DerivedWeights
-from cvkernels.ops.common.norm import BatchNormParams, scale_shift
+from cvkernels.ops.common.dispatch import Call
+from cvkernels.ops.common.norm import BatchNormParams, scale_shift, sources_of
+from cvkernels.ops.conv_bn_act.problem import Parameters
 from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -46,23 +51,44 @@ def why_not(problem: DepthwiseProblem, device: str) -> str:
     return "" if extension.has("cpu") else extension.status()["cpu"].reason
 
 
-def run(
-    problem: DepthwiseProblem,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bn: BatchNormParams | None,
-    out: Tensor,
-    sums: Tensor | None,
-    cache: DerivedWeights | None,
-) -> None:
-    """Compute the op into ``out``, which is channels_last, and ``sums``."""
-
+def plan(
+    problem: DepthwiseProblem, call: Call, parameters: Parameters, cache: DerivedWeights | None
+) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+    """What runs the problem, as x -> (out, sums or None)."""
+    weight, bias, bn, _ = parameters
     taps, affine = packed(weight, bias, bn, cache)
-    convolve(
-        x, taps, affine, problem.R, problem.stride[0], *problem.padding,
-        ACTIVATIONS.index(problem.act), out.permute(0, 2, 3, 1), sums,
-    )  # fmt: skip
+    options = (problem.R, problem.stride[0], *problem.padding, code(problem.act))
+    size = (problem.N, problem.P, problem.Q, problem.C)
+    squeeze = problem.squeeze
+
+    def run(x):
+        out = x.new_empty(size)
+        sums = x.new_empty((size[0], size[3]), dtype=torch.float32) if squeeze else None
+        convolve(x, taps, affine, *options, out, sums)
+        return out.permute(0, 3, 1, 2), sums
+
+    if not native.directs(call):
+        return run
+    x, out, sums = call.x, call.x.new_empty(size), None
+    if squeeze:
+        sums = x.new_empty((size[0], size[3]), dtype=torch.float32)
+    work = native.direct(lambda: convolve(x, taps, affine, *options, out, sums))
+    weights = (taps.data_ptr(), affine.data_ptr())
+    like_out = native.template(out.permute(0, 3, 1, 2))
+    like_sums = native.template(sums) if squeeze else None
+    fresh = torch.empty_like
+
+    def run_directly(x):
+        out = fresh(like_out)
+        if not squeeze:
+            work(x.data_ptr(), *weights, out.data_ptr(), 0)
+            return out, None
+        sums = fresh(like_sums)
+        work(x.data_ptr(), *weights, out.data_ptr(), sums.data_ptr())
+        return out, sums
+
+    run_directly.held = (taps, affine)  # the memory at its addresses
+    return run_directly
 
 
 def packed(
@@ -71,7 +97,7 @@ def packed(
     """:func:`pack`, from the cache where there is one."""
     if cache is None:
         return pack(weight, bias, bn)
-    sources = [weight, bias, *(bn[:4] if bn is not None else ())]
+    sources = sources_of(weight, bias, bn)
     return cache.get(("native", bn and bn.eps), sources, lambda: pack(weight, bias, bn))
 
 

@@ -1,27 +1,80 @@
-"""depthwise_conv_bn_act: the contract, the choice of a backend, and the call."""
+"""depthwise_conv_bn_act: the contract, the table of implementations, plans, the registered ops."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels import record
-from cvkernels.backend import Backend, BackendError, Choice
+from cvkernels import extension
+from cvkernels.backend import Backend
 from cvkernels.ops.common.arguments import pair
-from cvkernels.ops.common.autograd import autocast_dtype, needs_grad
+from cvkernels.ops.common.autograd import autocast_dtype
 from cvkernels.ops.common.derived_weights import DerivedWeights
+from cvkernels.ops.common.dispatch import Call, Implementation, call_of, choose, names, reference
+from cvkernels.ops.common.layout import in_format
 from cvkernels.ops.common.norm import BatchNormParams
+from cvkernels.ops.common.plan import Plan, planned_by
+from cvkernels.ops.common.traffic import Traffic
+from cvkernels.ops.conv_bn_act.problem import Parameters
+from cvkernels.ops.conv_bn_act.reference import conv_bn_act_backward
 from cvkernels.ops.depthwise_conv_bn_act import native
-from cvkernels.ops.depthwise_conv_bn_act.problem import OP, DepthwiseProblem, problem_of
+from cvkernels.ops.depthwise_conv_bn_act.problem import (
+    OP,
+    DepthwiseProblem,
+    problem_of,
+    sums_dtype,
+)
 from cvkernels.ops.depthwise_conv_bn_act.reference import depthwise_conv_bn_act_reference
 from cvkernels.ops.depthwise_conv_bn_act.tiling import tiling
 
-IMPLEMENTATIONS = ("triton", "native")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KERNELS = ((3, 3), (5, 5))
+ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor? bias, "
+    "Tensor? bn_weight, Tensor? bn_bias, Tensor? bn_mean, Tensor? bn_var, float bn_eps, "
+    "int[2] stride, int[2] padding, int[2] dilation, str act, str backend"
+)
+NAMES = [argument.split()[1] for argument in ARGUMENTS.split(", ")]
+
+library = torch.library.Library("cvkernels", "FRAGMENT")
+library.define(f"depthwise_conv_bn_act({ARGUMENTS}) -> Tensor")
+library.define(f"depthwise_conv_bn_act_squeeze({ARGUMENTS}) -> (Tensor, Tensor)")
 
 
+# x -> (out, sums), which are None where they were not asked for
+Run = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+def plan(
+    x_like: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    bn: BatchNormParams | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    act: str = "none",
+    squeeze: bool = False,
+    cache: DerivedWeights | None = None,
+    backend: Backend = "auto",
+    once: bool = False,
+) -> Plan:
+    """A call of :func:`depthwise_conv_bn_act`, as ``plan(x)``, which gives (out, sums or None).
+
+    ``x_like`` is an example; ``once`` says that the plan is called once.
+    """
+    tensors = (x_like, weight, bias, bn)
+    autocast = autocast_dtype(x_like)
+    problem = problem_of(*tensors, stride, padding, dilation, act, squeeze, autocast)
+    call = call_of(x_like, tensors, TABLE, backend, once, autocast)
+    return _plan(problem, call, Parameters(weight, bias, bn), cache)
+
+
+@planned_by(plan)
 def depthwise_conv_bn_act(
     x: Tensor,
     weight: Tensor,
@@ -76,82 +129,155 @@ def depthwise_conv_bn_act(
     2017, arXiv:1704.04861; the squeeze: Hu et al. 2018, arXiv:1709.01507; together: Tan and Le
     2019, arXiv:1905.11946.
     """
-    tensors = (x, weight, bias, bn)
-    geometry = (stride, padding, dilation)
-    requested = backends.requested(backend, IMPLEMENTATIONS)
     if torch.compiler.is_compiling():
-        return _traced(tensors, geometry, act, squeeze, requested)
-    autocast = autocast_dtype(x)
-    problem = problem_of(*tensors, *geometry, act, squeeze, autocast)
-    grad = needs_grad(tensors)
-    choice = select(problem, x, grad, requested)
-    if choice.backend == "reference":
-        return run_reference(tensors, geometry, act, squeeze, choice.reason)
-    if autocast is not None:
-        tensors = _cast(tensors, autocast, None if grad else cache)
-    if grad:
-        pairs = (problem.stride, problem.padding, problem.dilation)
-        return _registered(squeeze)(*flatten(tensors, pairs, act, choice.backend))
-    out, sums = execute(problem, choice, tensors, cache)
+        return _traced((x, weight, bias, bn), (stride, padding, dilation), act, squeeze, backend)
+    planned = plan(
+        x, weight, bias, bn, stride=stride, padding=padding, dilation=dilation, act=act,
+        squeeze=squeeze, cache=cache, backend=backend, once=True,
+    )  # fmt: skip
+    out, sums = planned(x)
     return (out, sums) if squeeze else out
 
 
-def choose(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    bn: BatchNormParams | None = None,
-    *,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
-    act: str = "none",
-    squeeze: bool = False,
-    cache: DerivedWeights | None = None,
-    backend: Backend = "auto",
-) -> Choice:
-    """The backend that :func:`depthwise_conv_bn_act` runs for these arguments, and why."""
-    tensors = (x, weight, bias, bn)
-    problem = problem_of(*tensors, stride, padding, dilation, act, squeeze, autocast_dtype(x))
-    return select(problem, x, needs_grad(tensors), backends.requested(backend, IMPLEMENTATIONS))
+backends.answers(OP, plan)
 
 
-backends.answers("depthwise_conv_bn_act", choose)
-
-
-def select(problem: DepthwiseProblem, x: Tensor, grad: bool, requested: str) -> Choice:
-    """The backend for a checked call: ``requested`` if it can run it, or by the rule of "auto"."""
-    device = backends.device_type(x)
-    if requested == "auto":
-        if device == "cpu" and grad:
-            return Choice(
-                "reference", "a gradient is needed, and the native op keeps nothing for one"
-            )
-        name = "native" if device == "cpu" else "triton"
-        reason = _why_not(problem, name, device)
-        return Choice("reference", reason) if reason else Choice(name, f"fused on {device}")
-    reason = _why_not(problem, requested, device)
-    if reason:
-        raise BackendError(
-            f"{OP}: backend {requested!r} cannot run this call: {reason}; "
-            f"use backend='auto' or 'reference'"
-        )
-    return Choice(requested, "requested")
-
-
-def _why_not(problem: DepthwiseProblem, name: str, device: str) -> str:
-    """Why backend ``name`` cannot run the call on ``device``; empty where it can."""
-    if name == "reference":
-        return ""
-    if name == "native":
-        return native.why_not(problem, device)
-    if name != "triton":
-        return f"{OP} has no {name} implementation"
+def _why_not_triton(problem: DepthwiseProblem, call: Call) -> str:
     if problem.dtype not in TRITON_DTYPES:
         return f"Triton computes in float16, bfloat16 and float32, got {problem.dtype}"
     if (problem.R, problem.S) not in KERNELS:
         return f"the Triton kernel is 3x3 or 5x5, got {problem.R}x{problem.S}"
-    return backends.lacks_triton(device)
+    return backends.lacks_triton(call.device)
+
+
+def _why_not_native(problem: DepthwiseProblem, call: Call) -> str:
+    if call.grad and call.automatic:
+        return "a gradient is needed, and the native op keeps nothing for one"
+    return native.why_not(problem, call.device)
+
+
+def _plan_triton(
+    problem: DepthwiseProblem, call: Call, parameters: Parameters, cache: DerivedWeights | None
+) -> Run:
+    # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
+    from cvkernels.ops.depthwise_conv_bn_act import triton_launch
+
+    _, bias, bn, _ = parameters
+    weight = _rsc(parameters.weight, cache)
+
+    def run(x):
+        out, sums = new_outputs(problem, x)
+        triton_launch.run(problem, x, weight, bias, bn, out, sums)
+        return out, sums
+
+    return run
+
+
+def _plan_reference(
+    problem: DepthwiseProblem, call: Call, parameters: Parameters, cache: DerivedWeights | None
+) -> Run:
+    weight, bias, bn, _ = parameters
+    geometry = (problem.stride, problem.padding, problem.dilation)
+    act, squeeze = problem.act, problem.squeeze
+
+    def run(x):
+        result = _reference((x, weight, bias, bn), geometry, act, squeeze)
+        return result if squeeze else (result, None)
+
+    return run
+
+
+def _absent(name: str) -> Implementation:
+    reason = f"{OP} has no {name} implementation"
+    return Implementation(name, lambda problem, call: reason, _plan_reference, device=None)
+
+
+TABLE = (
+    Implementation("triton", _why_not_triton, _plan_triton, "fused on cuda", "cuda"),
+    Implementation("native", _why_not_native, native.plan, "fused on cpu", "cpu"),
+    _absent("cudnn"),
+    _absent("onednn"),
+    reference(_plan_reference),
+)
+IMPLEMENTATIONS = names(TABLE)
+
+
+def _plan(
+    problem: DepthwiseProblem,
+    call: Call,
+    parameters: Parameters,
+    cache: DerivedWeights | None = None,
+) -> Plan:
+    """The plan of a checked call."""
+    implementation, (name, reason) = choose(OP, TABLE, problem, call)
+    if name == "reference":
+        run = implementation.build(problem, call, parameters, cache)
+    elif call.grad:
+        run = _differentiable(problem, call, parameters, name)
+    elif problem.bytes_written == 0 or call.x.is_meta:
+
+        def run(x):
+            return new_outputs(problem, x)
+
+    elif call.autocast is None:
+        run = implementation.build(problem, call, parameters, cache)
+    else:
+        run = _casting(implementation, problem, call, parameters, cache)
+    gpu = backends.gpu(call.x)[1] if name == "triton" else None
+
+    def traffic() -> Traffic:
+        parts = 0 if gpu is None else _bytes_of_parts(problem, gpu)
+        return Traffic(1 + (parts > 0), problem.bytes_read + parts, problem.bytes_written + parts)
+
+    return Plan(OP, name, reason, run, traffic)
+
+
+def _bytes_of_parts(problem: DepthwiseProblem, gpu: tuple[int, int]) -> int:
+    """What the second kernel, which adds the bands of Triton's sums, reads; 0 without one."""
+    if not problem.squeeze or problem.N * problem.C == 0:
+        return 0
+    bands = tiling(problem, gpu).bands
+    return 4 * problem.N * problem.C * bands if bands > 1 else 0
+
+
+def _casting(
+    implementation: Implementation,
+    problem: DepthwiseProblem,
+    call: Call,
+    parameters: Parameters,
+    cache: DerivedWeights | None,
+) -> Run:
+    """What casts as autocast does; the norm's vectors stay as they are."""
+    dtype, weight = call.autocast, parameters.weight
+    if cache is not None and weight.dtype != dtype:
+        weight = cache.get(("cast", dtype), [weight], lambda: parameters.weight.detach().to(dtype))
+    parameters = parameters._replace(weight=weight.to(dtype))
+    call = call._replace(x=call.x.to(dtype), autocast=None)
+    convolve = implementation.build(problem, call, parameters, cache)
+    return lambda x: convolve(x.to(dtype))
+
+
+def _differentiable(
+    problem: DepthwiseProblem, call: Call, parameters: Parameters, name: str
+) -> Run:
+    """The registered op, which has a gradient."""
+    geometry = (problem.stride, problem.padding, problem.dilation)
+    act, squeeze = problem.act, problem.squeeze
+
+    def run(x):
+        result = _registered((x, *parameters[:3]), geometry, act, squeeze, call.autocast, name)
+        return result if squeeze else (result, None)
+
+    return run
+
+
+def new_outputs(problem: DepthwiseProblem, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    size = (problem.N, problem.C, problem.P, problem.Q)
+    layout = torch.channels_last
+    out = torch.empty(size, dtype=problem.dtype, device=x.device, memory_format=layout)
+    if not problem.squeeze:
+        return out, None
+    return out, torch.empty(size[:2], dtype=problem.sums_dtype, device=x.device)
 
 
 def runs_fused(x: Tensor, kernel_size: tuple[int, int], stride: tuple, dilation: tuple) -> bool:
@@ -166,72 +292,9 @@ def runs_fused(x: Tensor, kernel_size: tuple[int, int], stride: tuple, dilation:
             dtype in native.DTYPES
             and stride in ((1, 1), (2, 2))
             and dilation == (1, 1)
-            and native.extension.has("cpu")
+            and extension.has("cpu")
         )
     return dtype in TRITON_DTYPES and not backends.lacks_triton(device)
-
-
-def run_reference(
-    tensors: tuple, geometry: tuple, act: str, squeeze: bool, reason: str
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The reference on this call's arguments; its aten calls carry ``reason`` in ``explain``."""
-    stride, padding, dilation = geometry
-    options = {"stride": stride, "padding": padding, "dilation": dilation}
-    if (recorder := record.active()) is None:
-        return depthwise_conv_bn_act_reference(*tensors, **options, act=act, squeeze=squeeze)
-    with recorder.fallback(reason):
-        return depthwise_conv_bn_act_reference(*tensors, **options, act=act, squeeze=squeeze)
-
-
-def execute(
-    problem: DepthwiseProblem, choice: Choice, tensors: tuple, cache: DerivedWeights | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Run a checked call on a fused backend, without autograd; reports it to ``explain``."""
-    if (recorder := record.active()) is None:
-        return _run(problem, choice.backend, tensors, cache)
-    parts = _bytes_of_parts(problem, choice.backend, tensors[0])
-    with recorder.call(
-        OP,
-        choice.backend,
-        choice.reason,
-        1 + (parts > 0),
-        problem.bytes_read + parts,
-        problem.bytes_written + parts,
-    ):
-        return _run(problem, choice.backend, tensors, cache)
-
-
-def _bytes_of_parts(problem: DepthwiseProblem, name: str, x: Tensor) -> int:
-    """What the second kernel, which adds the bands of Triton's sums, reads; 0 without one."""
-    if name != "triton" or not problem.squeeze or problem.N * problem.C == 0:
-        return 0
-    bands = tiling(problem, backends.gpu(x)[1]).bands
-    return 4 * problem.N * problem.C * bands if bands > 1 else 0
-
-
-def _run(
-    problem: DepthwiseProblem, name: str, tensors: tuple, cache: DerivedWeights | None
-) -> tuple[Tensor, Tensor | None]:
-    x, weight, bias, bn = tensors
-    out = torch.empty(
-        (problem.N, problem.C, problem.P, problem.Q),
-        dtype=problem.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
-    sums = None
-    if problem.squeeze:
-        sums = torch.empty(x.shape[:2], dtype=problem.sums_dtype, device=x.device)
-    if out.numel() == 0 or x.is_meta:
-        return out, sums
-    if name == "native":
-        native.run(problem, x, weight, bias, bn, out, sums, cache)
-        return out, sums
-    # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
-    from cvkernels.ops.depthwise_conv_bn_act import triton_launch
-
-    triton_launch.run(problem, x, _rsc(weight, cache), bias, bn, out, sums)
-    return out, sums
 
 
 def _rsc(weight: Tensor, cache: DerivedWeights | None) -> Tensor:
@@ -243,35 +306,116 @@ def _rsc(weight: Tensor, cache: DerivedWeights | None) -> Tensor:
     )
 
 
-def _cast(tensors: tuple, dtype: torch.dtype, cache: DerivedWeights | None) -> tuple:
-    """x and weight in autocast's dtype; the norm's vectors stay as they are."""
-    x, weight, bias, bn = tensors
-    if cache is not None and weight.dtype != dtype:
-        weight = cache.get(("cast", dtype), [weight], lambda: weight.detach().to(dtype))
-    return x.to(dtype), weight.to(dtype), bias, bn
-
-
-def flatten(tensors: tuple, geometry: tuple, act: str, name: str) -> tuple:
-    """The arguments of the registered ops."""
-    x, weight, bias, bn = tensors
-    return (x, weight, bias, *(bn or BatchNormParams()), *geometry, act, name)
-
-
-def _registered(squeeze: bool):
-    ops = torch.ops.cvkernels
-    return ops.depthwise_conv_bn_act_squeeze if squeeze else ops.depthwise_conv_bn_act
+def _reference(
+    tensors: tuple, geometry: tuple, act: str, squeeze: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    stride, padding, dilation = geometry
+    return depthwise_conv_bn_act_reference(
+        *tensors, stride=stride, padding=padding, dilation=dilation, act=act, squeeze=squeeze
+    )
 
 
 def _traced(
-    tensors: tuple, geometry: tuple, act: str, squeeze: bool, requested: str
+    tensors: tuple, geometry: tuple, act: str, squeeze: bool, backend: Backend
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The call under torch.compile: the registered op, or on CPU the reference for inductor."""
     x = tensors[0]
+    requested = backends.requested(backend, IMPLEMENTATIONS)
     if requested == "reference" or (requested == "auto" and x.device.type == "cpu"):
-        return run_reference(tensors, geometry, act, squeeze, "inductor fuses it")
-    autocast = autocast_dtype(x)
-    if autocast is not None:
-        tensors = _cast(tensors, autocast, None)
+        return _reference(tensors, geometry, act, squeeze)
     names = ("stride", "padding", "dilation")
     pairs = tuple([pair(OP, name, value) for name, value in zip(names, geometry, strict=True)])
-    return _registered(squeeze)(*flatten(tensors, pairs, act, requested))
+    return _registered(tensors, pairs, act, squeeze, autocast_dtype(x), requested)
+
+
+def _registered(
+    tensors: tuple,
+    geometry: tuple,
+    act: str,
+    squeeze: bool,
+    autocast: torch.dtype | None,
+    name: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    x, weight, bias, bn = tensors
+    if autocast is not None:
+        x, weight = x.to(autocast), weight.to(autocast)
+    ops = torch.ops.cvkernels
+    op = ops.depthwise_conv_bn_act_squeeze if squeeze else ops.depthwise_conv_bn_act
+    return op(x, weight, bias, *(bn or BatchNormParams()), *geometry, act, name)
+
+
+def _unflatten(flat: tuple) -> tuple[tuple, tuple, str, str]:
+    """(tensors, geometry, act, backend) of a registered op's arguments."""
+    bn = BatchNormParams(*flat[3:8])
+    tensors = (*flat[:3], None if bn[:4] == (None,) * 4 else bn)
+    return tensors, tuple(tuple(pair) for pair in flat[8:11]), flat[11], flat[12]
+
+
+def _compute(flat: tuple, squeeze: bool) -> tuple[Tensor, Tensor | None]:
+    tensors, geometry, act, backend = _unflatten(flat)
+    problem = problem_of(*tensors, *geometry, act, squeeze)
+    call = Call(tensors[0], backends.device_type(tensors[0]), backend, once=True)
+    out, sums = _plan(problem, call, Parameters(*tensors[1:]))(tensors[0])
+    return in_format(out, torch.channels_last), sums
+
+
+def _depthwise_conv_bn_act(*flat) -> Tensor:
+    return _compute(flat, False)[0]
+
+
+def _depthwise_conv_bn_act_squeeze(*flat) -> tuple[Tensor, Tensor]:
+    return _compute(flat, True)
+
+
+for key in ("CPU", "CUDA"):
+    library.impl("depthwise_conv_bn_act", _depthwise_conv_bn_act, key)
+    library.impl("depthwise_conv_bn_act_squeeze", _depthwise_conv_bn_act_squeeze, key)
+
+
+def _fake(*flat) -> Tensor:
+    x, weight = flat[:2]
+    P, Q = (
+        (size + 2 * p - d * (taps - 1) - 1) // s + 1
+        for size, taps, s, p, d in zip(x.shape[2:], weight.shape[2:], *flat[8:11], strict=True)
+    )
+    shape = (*x.shape[:2], P, Q)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _fake_squeeze(*flat) -> tuple[Tensor, Tensor]:
+    x = flat[0]
+    return _fake(*flat), torch.empty(x.shape[:2], dtype=sums_dtype(x.dtype), device=x.device)
+
+
+torch.library.register_fake("cvkernels::depthwise_conv_bn_act", _fake, lib=library)
+torch.library.register_fake("cvkernels::depthwise_conv_bn_act_squeeze", _fake_squeeze, lib=library)
+
+
+def _setup_context(ctx, inputs, output):
+    named = dict(zip(NAMES, inputs, strict=True))
+    ctx.named = {k: v for k, v in named.items() if not isinstance(v, Tensor)}
+    kept = {k: v for k, v in named.items() if isinstance(v, Tensor)}
+    if named["act"] in ("relu", "relu6"):
+        kept["out"] = output if isinstance(output, Tensor) else output[0]
+    ctx.kept = list(kept)
+    ctx.save_for_backward(*kept.values())
+    # PyTorch's wrapper appends an argument of its own.
+    ctx.needs = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
+
+
+def _backward(ctx, grad, grad_sums=None):
+    named = {**ctx.named, **dict(zip(ctx.kept, ctx.saved_tensors, strict=True))}
+    (x, weight, bias, bn), geometry, act, _ = _unflatten(tuple(named.get(n) for n in NAMES))
+    if grad_sums is not None:
+        grad = (grad + grad_sums[:, :, None, None]).to(x.dtype)
+    grads = conv_bn_act_backward(
+        grad, x, weight, bias, bn or BatchNormParams(), (*geometry, x.shape[1]), act, None, None,
+        None, named.get("out"),
+    )  # fmt: skip
+    return tuple(grads.get(name) if ctx.needs[name] else None for name in NAMES)
+
+
+for name in ("depthwise_conv_bn_act", "depthwise_conv_bn_act_squeeze"):
+    torch.library.register_autograd(
+        f"cvkernels::{name}", _backward, setup_context=_setup_context, lib=library
+    )

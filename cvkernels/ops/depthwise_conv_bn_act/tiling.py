@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from cvkernels.ops.conv_bn_act.tuning import SM_COUNT
+from cvkernels.ops.common.tiles import INT32_MAX, cdiv, power_of_two, sm_count
 from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
 
-_INT32_MAX = 2**31 - 1
 _ACCESS = 16  # bytes that a thread loads and stores at once
 _SECTOR = 32  # bytes that memory delivers at once
 
@@ -42,15 +41,15 @@ def tiling(problem: DepthwiseProblem, capability: tuple[int, int]) -> Tiling:
     """
     itemsize = problem.dtype.itemsize
     vector = _ACCESS // itemsize
-    block_q = min(_power_of_two(problem.Q), 128)
+    block_q = min(power_of_two(problem.Q), 128)
     # rows that share loads of x, of which a stride leaves fewer; more would not fit the registers
     rows = 4 if problem.stride[0] == 1 else 2
     if itemsize == 4 and problem.R == 5 and rows == 2:
         rows = 3  # two of them spill, at any number of registers
     block_p = min(rows, problem.P)
-    sms = SM_COUNT.get(tuple(capability), 108)
+    sms = sm_count(capability)
     threads = 256 if block_q >= 32 else 128
-    block_c = min(vector * threads // block_q, 128, _power_of_two(problem.C))
+    block_c = min(vector * threads // block_q, 128, power_of_two(problem.C))
 
     def programs(width: int) -> int:
         return problem.N * cdiv(problem.C, width) * cdiv(problem.P, block_p)
@@ -69,17 +68,9 @@ def tiling(problem: DepthwiseProblem, capability: tuple[int, int]) -> Tiling:
     bands = min(bands, cdiv(problem.P, block_p))
     band_rows = cdiv(cdiv(problem.P, bands), block_p) * block_p
     found = Tiling(block_p, block_q, block_c, cdiv(problem.P, band_rows), band_rows, threads // 32)
-    if found.programs(problem) > _INT32_MAX:
+    if found.programs(problem) > INT32_MAX:
         raise ValueError(
             f"depthwise_conv_bn_act: {problem.N} images of {problem.C} channels are more than a "
             f"launch can index; split the batch"
         )
     return found
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _power_of_two(value: int) -> int:
-    return 1 << max(value - 1, 0).bit_length()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from cvkernels import backend as backends
 from cvkernels.ops.common.norm import BatchNormParams
+from cvkernels.ops.common.tiles import cdiv
+from cvkernels.ops.common.triton_launch import Launch, norm_operands
 from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
-from cvkernels.ops.depthwise_conv_bn_act.tiling import Tiling, cdiv, tiling
+from cvkernels.ops.depthwise_conv_bn_act.tiling import Tiling, tiling
 from cvkernels.ops.depthwise_conv_bn_act.triton_kernels import depthwise_conv_bn_act_kernel
 
 # By the filter's size and stride, for elements of 2 and of 4 bytes: without a limit some ptxas aim
@@ -22,13 +25,43 @@ _REGISTERS = {
 }
 
 
-class Launch(NamedTuple):
-    """One launch, not yet made: ``kernel[grid](*args, **meta)``."""
+class Planned(NamedTuple):
+    """A planned call, for any tensors with the strides that it was planned for."""
 
-    kernel: Any
-    grid: tuple[int]
-    args: list
-    meta: dict[str, Any]
+    launch: Launch
+    # Shape of the sums of bands; None where a program walks a whole map.
+    bands: tuple[int, int, int] | None
+
+    def operands(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        bn: BatchNormParams | None,
+        out: Tensor,
+        sums: Tensor | None,
+    ) -> tuple[Tensor | float | None, ...]:
+        """The arguments in the order of the kernel's first parameters, with room for sums."""
+        parts = sums
+        if sums is not None and self.bands is not None:
+            parts = sums.new_empty(self.bands)
+        return x, weight, out, parts, bias, *norm_operands(bn)
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        bn: BatchNormParams | None,
+        out: Tensor,
+        sums: Tensor | None,
+    ) -> None:
+        """Compute the op into ``out`` and ``sums``, neither of which is empty."""
+        operands = self.operands(x, weight, bias, bn, out, sums)
+        self.launch(*operands)
+        parts = operands[3]
+        if parts is not sums:
+            torch.sum(parts, 1, out=sums)
 
 
 def run(
@@ -45,45 +78,40 @@ def run(
 
     weight is [R, S, C] or a view of it in that order. Arguments are the op's, checked by it.
     """
-    tiles = tiles or tiling(problem, backends.gpu(x)[1])
-    parts = sums
-    if sums is not None and tiles.bands > 1:
-        parts = sums.new_empty((problem.N, tiles.bands, problem.C))
-    launch = plan(problem, x, weight, bias, bn, out, parts, tiles)
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            launch.kernel[launch.grid](*launch.args, **launch.meta)
-    else:
-        launch.kernel[launch.grid](*launch.args, **launch.meta)
-    if parts is not sums:
-        torch.sum(parts, 1, out=sums)
+    plan_launch(problem, x, weight, out, tiles)(x, weight, bias, bn, out, sums)
 
 
-def plan(
+def plan_launch(
     problem: DepthwiseProblem,
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    bn: BatchNormParams | None,
     out: Tensor,
-    parts: Tensor | None,
+    tiles: Tiling | None = None,
+) -> Planned:
+    """The call for tensors with these strides, which may be on the meta device."""
+    tiles = tiles or tiling(problem, backends.gpu(x)[1])
+    return _plan(problem, tiles, x.stride(), weight.stride(), out.stride())
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    problem: DepthwiseProblem,
     tiles: Tiling,
-) -> Launch:
-    """The launch that :func:`run` makes; the tensors may be on the meta device."""
+    x_strides: tuple[int, ...],
+    weight_strides: tuple[int, ...],
+    out_strides: tuple[int, ...],
+) -> Planned:
     p = problem
-    # by position, in the order of the kernel's parameters: Triton binds names more slowly
-    args = [x, weight, out, parts, bias]
-    args += (None, None, None, None, 0.0) if bn is None else bn
-    x_n, x_c, x_h, x_w = x.stride()
-    weight_r, weight_s, weight_c = weight.stride()
-    out_n, out_c, out_h, out_w = out.stride()
+    x_n, x_c, x_h, x_w = x_strides
+    weight_r, weight_s, weight_c = weight_strides
+    out_n, out_c, out_h, out_w = out_strides
     steps = x_n | x_h | x_w | weight_r | weight_s | out_n | out_h | out_w
     vec = 1 if (p.C | steps) % 8 else 8
-    args += (p.C // vec, p.H, p.W, p.P, p.Q, tiles.bands, tiles.band_rows)
-    args += (x_n // vec, x_c, x_h // vec, x_w // vec)
-    args += (weight_c, weight_r // vec, weight_s // vec)
-    args += (out_n // vec, out_c, out_h // vec, out_w // vec)
-    meta = {
+    fixed = (p.C // vec, p.H, p.W, p.P, p.Q, tiles.bands, tiles.band_rows)
+    fixed += (x_n // vec, x_c, x_h // vec, x_w // vec)
+    fixed += (weight_c, weight_r // vec, weight_s // vec)
+    fixed += (out_n // vec, out_c, out_h // vec, out_w // vec)
+    meta: dict[str, Any] = {
         "K": p.R,
         "STRIDE_H": p.stride[0],
         "STRIDE_W": p.stride[1],
@@ -103,5 +131,6 @@ def plan(
     if limit is not None:
         # no more than lets an SM hold two programs
         meta["maxnreg"] = min(limit, 65536 // (2 * 32 * tiles.num_warps))
-    grid = p.N * tiles.bands * cdiv(p.C, tiles.block_c)
-    return Launch(depthwise_conv_bn_act_kernel, (grid,), args, meta)
+    grid = (p.N * tiles.bands * cdiv(p.C, tiles.block_c),)
+    bands = (p.N, tiles.bands, p.C) if tiles.bands > 1 else None
+    return Planned(Launch(depthwise_conv_bn_act_kernel, grid, fixed, meta), bands)

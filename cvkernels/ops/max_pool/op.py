@@ -1,17 +1,29 @@
-"""max_pool: the contract, the choice of a backend, the registered ops and the call."""
+"""max_pool: the contract, plans, the registered ops and the call."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels import record
-from cvkernels.backend import Backend, Choice
+from cvkernels.backend import Backend
 from cvkernels.ops.common import native
-from cvkernels.ops.common.pool import Window, checked, touched, window_of
+from cvkernels.ops.common.dispatch import Call, Implementation, call_of, choose, reference
+from cvkernels.ops.common.plan import Plan, PlanTable, planned_by
+from cvkernels.ops.common.pool import (
+    Window,
+    check_overlap,
+    checked,
+    plan_native,
+    touched,
+    window_of,
+)
+from cvkernels.ops.common.traffic import Traffic
 from cvkernels.ops.max_pool.reference import max_pool_reference
 
+OP = "max_pool"
 ARGUMENTS = (
     "Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode"
 )
@@ -21,8 +33,37 @@ library.define(f"max_pool({ARGUMENTS}) -> Tensor")
 library.define(f"max_pool_out({ARGUMENTS}, Tensor(a!) out) -> ()")
 _max_pool = torch.ops.cvkernels.max_pool.default
 _max_pool_out = torch.ops.cvkernels.max_pool_out.default
+_plans = PlanTable()
 
 
+def plan(
+    x_like: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    ceil_mode: bool = False,
+    *,
+    out: Tensor | None = None,
+    backend: Backend = "auto",
+    once: bool = False,
+) -> Plan:
+    """A call of :func:`max_pool`, as ``plan(x, out=None)``; ``x_like`` and ``out`` are examples."""
+    window = window_of(OP, kernel_size, stride, padding, dilation, ceil_mode)
+    P, Q = checked(OP, x_like, window, out)
+    call = call_of(x_like, (x_like, out), TABLE, backend, once)
+    implementation, (name, reason) = choose(OP, TABLE, None, call)
+    run = implementation.build(call, window, out)
+    shape, itemsize = x_like.shape, x_like.element_size()
+
+    def traffic() -> Traffic:
+        read = itemsize * touched(shape, window, (P, Q))
+        return Traffic(1, read, itemsize * shape[0] * shape[1] * P * Q)
+
+    return Plan(OP, name, reason, run, traffic)
+
+
+@planned_by(plan)
 def max_pool(
     x: Tensor,
     kernel_size: int | tuple[int, int],
@@ -71,68 +112,63 @@ def max_pool(
     Differentiable in x through the reference, which keeps indices. Source: LeCun et al. 1998,
     with max for mean as in Krizhevsky et al. 2012.
     """
-    if out is None and native.at_once(backend, x):
-        try:
-            step = kernel_size if stride is None else stride
-            return _max_pool(x, kernel_size, step, padding, dilation, ceil_mode)
-        except native.REFUSED:
-            pass
-    window = window_of("max_pool", kernel_size, stride, padding, dilation, ceil_mode)
-    size = checked("max_pool", x, window, out)
-    backend_name, reason = _select(x, out, backends.requested(backend, ("native",)))
-    recorder = record.active()
-    if backend_name == "reference":
-        if recorder is None:
-            return _reference(x, window, out)
-        with recorder.fallback(f"max_pool: {reason}"):
-            return _reference(x, window, out)
-    if recorder is None:
-        return _native(x, window, out)
-    itemsize = x.element_size()
-    bytes_read = itemsize * touched(x, window, size)
-    bytes_written = itemsize * x.shape[0] * x.shape[1] * size[0] * size[1]
-    with recorder.call("max_pool", backend_name, reason, 1, bytes_read, bytes_written):
-        return _native(x, window, out)
+    stride = kernel_size if stride is None else stride
+    options = (kernel_size, stride, padding, dilation, ceil_mode)
+    if torch.compiler.is_compiling():
+        return _traced(x, options, out, backend)
+    if not type(kernel_size) is type(stride) is type(padding) is type(dilation) is int:
+        options = window_of(OP, *options)
+    key = _plans.key(backend, (x, out), options)
+    if (planned := _plans.get(key)) is None:
+        planned = plan(x, *options, out=out, backend=backend, once=key is None)
+        _plans.keep(key, planned, x, out)
+    if out is None:
+        return planned(x)
+    check_overlap(OP, out, x)
+    return planned(x, out)
 
 
-def choose(
-    x: Tensor,
-    kernel_size: int | tuple[int, int],
-    stride: int | tuple[int, int] | None = None,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
-    ceil_mode: bool = False,
-    *,
-    out: Tensor | None = None,
-    backend: Backend = "auto",
-) -> Choice:
-    """The backend that :func:`max_pool` runs for the same arguments, and the rule that chose it."""
-    window = window_of("max_pool", kernel_size, stride, padding, dilation, ceil_mode)
-    checked("max_pool", x, window, out)
-    return _select(x, out, backends.requested(backend, ("native",)))
+backends.answers(OP, plan)
 
 
-backends.answers("max_pool", choose)
+def _why_not_native(problem: None, call: Call) -> str:
+    if call.grad:
+        return "a gradient is needed, and the native max_pool keeps no indices"
+    return native.lacks(OP, call)
 
 
-def _select(x: Tensor, out: Tensor | None, requested: str) -> Choice:
-    forbids = ""
-    if torch.is_grad_enabled() and (x.requires_grad or (out is not None and out.requires_grad)):
-        forbids = "a gradient is needed, and the native max_pool keeps no indices"
-    return native.select("max_pool", x, requested, forbids)
+def _plan_native(call: Call, window: Window, out: Tensor | None) -> Callable[..., Tensor]:
+    return plan_native(
+        call, out, lambda x: _max_pool(x, *window), lambda x, out: _max_pool_out(x, *window, out)
+    )
 
 
-def _native(x: Tensor, window: Window, out: Tensor | None) -> Tensor:
+def _plan_reference(call: Call, window: Window, out: Tensor | None) -> Callable[..., Tensor]:
+    def run(x, out=None):
+        pooled = max_pool_reference(x, *window)
+        return pooled if out is None else out.copy_(pooled)
+
+    return run
+
+
+TABLE = (
+    Implementation("native", _why_not_native, _plan_native, native.compiled_for),
+    reference(_plan_reference),
+)
+
+
+def _traced(x: Tensor, options: tuple, out: Tensor | None, backend: Backend) -> Tensor:
+    """The call under torch.compile: the registered op, or on CPU the reference for inductor."""
+    window = window_of(OP, *options)
+    checked(OP, x, window, out)
+    call = call_of(x, (x, out), TABLE, backend)
+    if choose(OP, TABLE, None, call)[1].backend == "reference":
+        pooled = max_pool_reference(x, *window)
+        return pooled if out is None else out.copy_(pooled)
     if out is None:
         return _max_pool(x, *window)
-    native.mark_written(out)
     _max_pool_out(x, *window, out)
     return out
-
-
-def _reference(x: Tensor, window: Window, out: Tensor | None) -> Tensor:
-    pooled = max_pool_reference(x, *window)
-    return pooled if out is None else out.copy_(pooled)
 
 
 @torch.library.register_fake("cvkernels::max_pool", lib=library)

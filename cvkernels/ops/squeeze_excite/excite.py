@@ -2,32 +2,63 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels.backend import Backend, Choice
-from cvkernels.ops.squeeze_excite import native, tiles
-from cvkernels.ops.squeeze_excite.checks import (
+from cvkernels.backend import Backend
+from cvkernels.ops.common.arguments import check_act
+from cvkernels.ops.common.dispatch import Call, call_of, choose
+from cvkernels.ops.common.plan import Plan, PlanTable, planned_by
+from cvkernels.ops.common.traffic import Traffic, nbytes
+from cvkernels.ops.squeeze_excite import native
+from cvkernels.ops.squeeze_excite.native import Layers
+from cvkernels.ops.squeeze_excite.problem import (
     ACTS,
     DTYPES,
-    check_act,
+    Problem,
     check_layers,
     check_pooled,
     parameter_dtypes,
+    table_of,
 )
-from cvkernels.ops.squeeze_excite.reference import excite_reference
-from cvkernels.ops.squeeze_excite.select import (
-    IMPLEMENTATIONS,
-    Traffic,
-    nbytes,
-    needs_grad,
-    registered_backend,
-    run,
-    select,
+from cvkernels.ops.squeeze_excite.reference import accumulator, excite_backward, excite_reference
+
+OP = "excite"
+_plans = PlanTable()
+
+library = torch.library.Library("cvkernels", "FRAGMENT")
+library.define(
+    "excite(Tensor pooled, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, str act, "
+    "bool sigmoid, int count, str backend) -> Tensor"
 )
 
 
+def plan(
+    pooled_like: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    act: str = "relu",
+    *,
+    sigmoid: bool = False,
+    count: int | None = None,
+    backend: Backend = "auto",
+    once: bool = False,
+) -> Plan:
+    """A call of :func:`excite`, as ``plan(pooled)``; ``pooled_like`` is an example."""
+    layers = (weight1, bias1, weight2, bias2)
+    call = _checked(pooled_like, layers, act, count, backend, once)
+    if not call.grad:
+        layers = native.matrices(*layers)
+    return _plan(call, layers, act, sigmoid, count).bind(layers)
+
+
+@planned_by(plan)
 def excite(
     pooled: Tensor,
     weight1: Tensor,
@@ -73,68 +104,127 @@ def excite(
     2018, arXiv:1709.01507, eq. 3.
     """
     layers = (weight1, bias1, weight2, bias2)
-    choice = choose(pooled, *layers, act, sigmoid=sigmoid, count=count, backend=backend)
-
-    def fused() -> Tensor:
-        if choice.backend == "native":
-            return native.excite(pooled, *layers, act, sigmoid, count)
-        if needs_grad(pooled, *layers) or torch.compiler.is_compiling():
-            name = registered_backend(choice, backend)
-            return torch.ops.cvkernels.excite(pooled, *layers, act, sigmoid, count or 0, name)
-        return triton_excite(pooled, *layers, act, sigmoid, count)
-
-    def reference() -> Tensor:
-        return excite_reference(pooled, *layers, act, sigmoid=sigmoid, count=count)
-
-    def traffic() -> Traffic:
-        itemsize = pooled.element_size() if count is None else weight1.element_size()
-        return Traffic(1, nbytes(pooled, *layers), pooled.numel() * itemsize)
-
-    return run("excite", choice, fused, reference, traffic)
+    if torch.compiler.is_compiling():
+        return _traced(pooled, layers, act, sigmoid, count, backend)
+    key = _plans.key(backend, (pooled, *layers), act, sigmoid, count, type(count))
+    if (planned := _plans.get(key)) is None:
+        call = _checked(pooled, layers, act, count, backend, once=key is None)
+        planned = _plan(call, layers, act, sigmoid, count)
+        _plans.keep(key, planned, pooled, *layers)
+    return planned(layers, pooled)
 
 
-def choose(
+backends.answers(OP, plan)
+
+
+def _checked(
     pooled: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    act: str = "relu",
-    *,
-    sigmoid: bool = False,
-    count: int | None = None,
-    backend: Backend = "auto",
-) -> Choice:
-    """The backend that :func:`excite` runs for the same arguments, and the rule that chose it."""
-    check_pooled("excite", pooled, count)
-    check_act("excite", "act", act, ACTS)
+    layers: Layers,
+    act: str,
+    count: int | None,
+    backend: Backend,
+    once: bool = False,
+) -> Call:
+    check_pooled(OP, pooled, count)
+    check_act(OP, "act", act, ACTS)
     dtypes = parameter_dtypes(pooled.dtype)
     if count is not None:
         dtypes = DTYPES[:3] if pooled.dtype == torch.float32 else (torch.float64,)
+    check_layers(OP, *layers, pooled.shape[1], pooled, dtypes)
+    return call_of(pooled, (pooled, *layers), TABLE, backend, once)
+
+
+def _plan_triton(
+    problem: Problem, call: Call, layers: Layers, act: str, sigmoid: bool, count: int | None
+) -> Callable[..., Tensor]:
+    dtype = call.x.dtype if count is None else layers[0].dtype
+
+    def run(layers, pooled):
+        if pooled.is_meta:
+            return pooled.new_empty(pooled.shape, dtype=dtype)
+        # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
+        from cvkernels.ops.squeeze_excite import triton_launch
+
+        return triton_launch.excite(pooled, *layers, act, sigmoid, count)
+
+    return run
+
+
+def _plan_reference(
+    problem: Problem, call: Call, layers: Layers, act: str, sigmoid: bool, count: int | None
+) -> Callable[..., Tensor]:
+    def run(layers, pooled):
+        return excite_reference(pooled, *layers, act, sigmoid=sigmoid, count=count)
+
+    return run
+
+
+TABLE = table_of(_plan_triton, native.plan_excite, _plan_reference)
+
+
+def _plan(call: Call, layers: Layers, act: str, sigmoid: bool, count: int | None) -> Plan:
+    """The plan of a checked call, as (layers, pooled)."""
+    problem = Problem(OP, layers[0].shape[0])
+    implementation, (name, reason) = choose(OP, TABLE, problem, call)
+    if name != "reference" and call.grad:
+
+        def run(layers, pooled):
+            return torch.ops.cvkernels.excite(pooled, *layers, act, sigmoid, count or 0, name)
+
+    else:
+        run = implementation.build(problem, call, layers, act, sigmoid, count)
+    pooled = call.x
+    itemsize = pooled.element_size() if count is None else layers[0].element_size()
+    read, written = nbytes(pooled, *layers), pooled.numel() * itemsize
+    return Plan(OP, name, reason, run, functools.partial(Traffic, 1, read, written))
+
+
+def _traced(
+    pooled: Tensor,
+    layers: Layers,
+    act: str,
+    sigmoid: bool,
+    count: int | None,
+    backend: Backend,
+) -> Tensor:
+    """The call under torch.compile: the registered op, or the reference for inductor."""
+    call = _checked(pooled, layers, act, count, backend)
+    problem = Problem(OP, layers[0].shape[0])
+    if choose(OP, TABLE, problem, call)[1].backend == "reference":
+        return excite_reference(pooled, *layers, act, sigmoid=sigmoid, count=count)
+    op = torch.ops.cvkernels.excite
+    return op(pooled, *layers, act, sigmoid, count or 0, call.requested)
+
+
+def _excite(pooled, weight1, bias1, weight2, bias2, act, sigmoid, count, backend):
     layers = (weight1, bias1, weight2, bias2)
-    check_layers("excite", *layers, pooled.shape[1], pooled, dtypes)
-    grad = needs_grad(pooled, *layers)
-    requested = backends.requested(backend, IMPLEMENTATIONS)
-    return select("excite", pooled, grad, requested, triton_limit(weight1))
+    call = Call(pooled, backends.device_type(pooled), backend, once=True)
+    return _plan(call, layers, act, sigmoid, count or None).run(layers, pooled)
 
 
-backends.answers("excite", choose)
+for key in ("CPU", "CUDA"):
+    library.impl("excite", _excite, key)
 
 
-def triton_limit(weight1: Tensor) -> str:
-    """Why Triton cannot run the layers; empty where it can."""
-    R = weight1.shape[0]
-    if R <= tiles.LARGEST_R:
-        return ""
-    return f"Triton keeps the hidden layer on chip, and R = {R} is over {tiles.LARGEST_R}"
+@torch.library.register_fake("cvkernels::excite", lib=library)
+def _(pooled, weight1, bias1, weight2, bias2, act, sigmoid, count, backend):
+    return pooled.new_empty(pooled.shape, dtype=weight1.dtype if count else pooled.dtype)
 
 
-def triton_excite(pooled: Tensor, *arguments) -> Tensor:
-    if pooled.is_meta:
-        weight1, count = arguments[0], arguments[-1]
-        return pooled.new_empty(
-            pooled.shape, dtype=pooled.dtype if count is None else weight1.dtype
-        )
-    from cvkernels.ops.squeeze_excite import triton_launch
+def _context(ctx, inputs, output):
+    *tensors, ctx.act, ctx.sigmoid, ctx.count, _ = inputs
+    ctx.save_for_backward(*tensors, output if ctx.sigmoid else None)
 
-    return triton_launch.excite(pooled, *arguments)
+
+def _backward(ctx, grad):
+    pooled, *layers, out = ctx.saved_tensors
+    dtype = accumulator(layers[0].dtype)
+    if ctx.sigmoid:
+        out = out.to(dtype)
+        grad = grad.to(dtype) * out * (1 - out)
+    count = ctx.count or 1
+    d_mean, *d_layers = excite_backward(grad, pooled.to(dtype) / count, *layers, ctx.act)
+    return (d_mean / count).to(pooled.dtype), *d_layers, None, None, None, None
+
+
+torch.library.register_autograd("cvkernels::excite", _backward, setup_context=_context, lib=library)

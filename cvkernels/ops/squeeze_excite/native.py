@@ -5,11 +5,16 @@ Activations are passed as their number in ``ACTS``, and matrices without the 1x1
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from cvkernels import extension
-from cvkernels.ops.squeeze_excite.layouts import fits, fitting, is_nhwc, matrices, new_like
+from cvkernels.ops.common import native
+from cvkernels.ops.common.autograd import mark_written
+from cvkernels.ops.common.dispatch import Call
+from cvkernels.ops.common.layout import fits, fitting, is_nhwc, new_like
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTS = {"none": 0, "relu": 1, "silu": 3}  # as csrc/common/act.h counts them
@@ -39,14 +44,14 @@ library.define(
 )
 extension.load()
 
-# They check their arguments; the three that "auto" may call at once refuse all that the ops'
-# contracts refuse: squeeze, se_scale and squeeze_excite.
 squeeze_of = torch.ops.cvkernels.squeeze_native.default
+squeeze_out = torch.ops.cvkernels.squeeze_native_out.default
 excite_of = torch.ops.cvkernels.excite_native.default
-se_scale_of = torch.ops.cvkernels.se_scale_native.default
-squeeze_excite_of = torch.ops.cvkernels.squeeze_excite_native.default
 se_scale_out = torch.ops.cvkernels.se_scale_native_out.default
 squeeze_excite_out = torch.ops.cvkernels.squeeze_excite_native_out.default
+
+Layers = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+_fresh = torch.empty_like
 
 
 def why_not(dtype: torch.dtype, device: str) -> str:
@@ -58,52 +63,154 @@ def why_not(dtype: torch.dtype, device: str) -> str:
     return "" if extension.has("cpu") else extension.status()["cpu"].reason
 
 
-def squeeze(x: Tensor) -> Tensor:
-    return squeeze_of(fitting(x, is_nhwc(x)))
+def matrices(
+    weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None
+) -> Layers:
+    """The two layers as the kernels read them: dense rows, in both layouts of a 1x1 convolution."""
+    return _dense(weight1), _dense(bias1), _dense(weight2), _dense(bias2)
 
 
-def excite(
-    pooled: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
+def _dense(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def plan_squeeze(problem: object, call: Call) -> Callable[..., Tensor]:
+    """What squeezes maps like x."""
+    x, nhwc = call.x, is_nhwc(call.x)
+
+    def run(x):
+        return squeeze_of(fitting(x, nhwc))
+
+    if not native.directs(call) or not fits(x, nhwc) or not x.shape[0]:
+        return run
+    out = x.new_empty(x.shape[:2])
+    work, like, fresh = native.direct(lambda: squeeze_out(x, out)), native.template(out), _fresh
+
+    def run_directly(x):
+        out = fresh(like)
+        work(x.data_ptr(), out.data_ptr())
+        return out
+
+    return run_directly
+
+
+def plan_excite(
+    problem: object, call: Call, layers: Layers, act: str, sigmoid: bool, count: int | None
+) -> Callable[..., Tensor]:
+    """What runs layers like these, as (layers, pooled)."""
+    options = (ACTS[act], sigmoid, count or 0)
+
+    def run(layers, pooled):
+        return excite_of(pooled.contiguous(), *matrices(*layers), *options)
+
+    x = call.x
+    dense = all(t is None or t.is_contiguous() for t in (x, *layers))
+    if not native.directs(call) or not dense or not x.shape[0]:
+        return run
+    weights = tuple([t if t is None else t.detach() for t in layers])
+    out = x.new_empty(x.shape, dtype=x.dtype if count is None else layers[0].dtype)
+    work = native.direct(lambda: excite_of(x, *matrices(*weights), *options))
+    like, fresh = native.template(out), _fresh
+
+    def run_directly(layers, pooled):
+        out = fresh(like)
+        work(pooled.data_ptr(), *[0 if t is None else t.data_ptr() for t in layers], out.data_ptr())
+        return out
+
+    return run_directly
+
+
+def plan_se_scale(
+    problem: object,
+    call: Call,
+    gate: Tensor,
+    residual: Tensor | None,
     act: str,
-    sigmoid: bool,
-    count: int | None,
-) -> Tensor:
-    layers = matrices(weight1, bias1, weight2, bias2)
-    return excite_of(pooled.contiguous(), *layers, ACTS[act], sigmoid, count or 0)
+    out: Tensor | None,
+) -> Callable[..., Tensor]:
+    """What scales maps like x, as (x, gate, residual, out)."""
+    nhwc, code = is_nhwc(call.x), ACTS[act]
+
+    def run(x, gate, residual=None, out=None):
+        y = new_like(x) if out is None else out
+        residual = None if residual is None else fitting(residual, nhwc)
+        se_scale_out(fitting(x, nhwc), gate.contiguous(), residual, code, y)
+        return y
+
+    fitted = _all_fit(call.x, residual, out)
+    if not native.directs(call) or not fitted or not gate.is_contiguous() or not call.x.shape[0]:
+        return writing(run, fitted)
+    x, y = call.x, new_like(call.x) if out is None else out
+    work, like, fresh = native.direct(lambda: run(x, gate, residual, y)), native.template(y), _fresh
+
+    def run_directly(x, gate, residual=None, out=None):
+        y = fresh(like) if out is None else out
+        if out is not None:
+            mark_written(out)
+        r = 0 if residual is None else residual.data_ptr()
+        work(x.data_ptr(), gate.data_ptr(), r, y.data_ptr())
+        return y
+
+    return run_directly
 
 
-def se_scale(
-    x: Tensor, gate: Tensor, residual: Tensor | None, act: str, out: Tensor | None = None
-) -> Tensor:
-    """out is one that x's kernels can write."""
-    nhwc = is_nhwc(x)
-    residual = None if residual is None else fitting(residual, nhwc)
-    out = new_like(x) if out is None else out
-    se_scale_out(fitting(x, nhwc), gate.contiguous(), residual, ACTS[act], out)
-    return out
-
-
-def squeeze_excite(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
+def plan_squeeze_excite(
+    problem: object,
+    call: Call,
+    layers: Layers,
     act: str,
     residual: Tensor | None,
     out_act: str,
-    out: Tensor | None = None,
-) -> Tensor:
+    out: Tensor | None,
+) -> Callable[..., Tensor]:
+    """What runs the block on maps like x, as (layers, x, residual, out)."""
+    nhwc, code, out_code = is_nhwc(call.x), ACTS[act], ACTS[out_act]
+
+    def run(layers, x, residual=None, out=None):
+        y = new_like(x) if out is None else out
+        residual = None if residual is None else fitting(residual, nhwc)
+        layers = matrices(*layers)
+        squeeze_excite_out(fitting(x, nhwc), *layers, code, residual, out_code, y)
+        return y
+
+    fitted = _all_fit(call.x, residual, out)
+    dense = all(t is None or t.is_contiguous() for t in layers)
+    if not native.directs(call) or not fitted or not dense or not call.x.shape[0]:
+        return writing(run, fitted)
+    x, y = call.x, new_like(call.x) if out is None else out
+    weights = tuple([t if t is None else t.detach() for t in layers])
+    work = native.direct(lambda: run(weights, x, residual, y))
+    like, fresh = native.template(y), _fresh
+
+    def run_directly(layers, x, residual=None, out=None):
+        y = fresh(like) if out is None else out
+        if out is not None:
+            mark_written(out)
+        r = 0 if residual is None else residual.data_ptr()
+        w = [0 if t is None else t.data_ptr() for t in layers]
+        work(x.data_ptr(), *w, r, y.data_ptr())
+        return y
+
+    return run_directly
+
+
+def writing(run: Callable[..., Tensor], fitted: bool) -> Callable[..., Tensor]:
+    """``run``, whose result is copied into out where the kernels cannot write that directly."""
+
+    def run_into(*data):
+        if len(data) < 4 or (out := data[3]) is None:
+            return run(*data)
+        if not fitted:
+            return out.copy_(run(*data[:3]))
+        mark_written(out)
+        return run(*data)
+
+    return run_into
+
+
+def _all_fit(x: Tensor, residual: Tensor | None, out: Tensor | None) -> bool:
     nhwc = is_nhwc(x)
-    layers = matrices(weight1, bias1, weight2, bias2)
-    residual = None if residual is None else fitting(residual, nhwc)
-    out = new_like(x) if out is None else out
-    squeeze_excite_out(fitting(x, nhwc), *layers, ACTS[act], residual, ACTS[out_act], out)
-    return out
+    return all(t is None or fits(t, nhwc) for t in (x, residual, out))
 
 
 def has_gradient(x: Tensor, act: str) -> bool:
@@ -114,7 +221,7 @@ def has_gradient(x: Tensor, act: str) -> bool:
 def backward(
     grad: Tensor, x: Tensor, gate: Tensor, out: Tensor | None, act: str, input_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`.gradients.se_scale_backward`, of channels_last maps."""
+    """As :func:`.reference.se_scale_backward`, of channels_last maps."""
     grad = fitting(grad, True)
     masks = act == "relu"
     masked = new_like(x) if masks else None

@@ -2,37 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels.backend import Backend, Choice
-from cvkernels.ops.common.arguments import check_residual
-from cvkernels.ops.common.native import REFUSED, at_once
+from cvkernels.backend import Backend
+from cvkernels.ops.common.arguments import (
+    check_act,
+    check_elementwise_overlap,
+    check_out,
+    check_residual,
+)
+from cvkernels.ops.common.dispatch import Call, call_of, choose
+from cvkernels.ops.common.layout import format_of, in_format, is_nhwc, new_like
+from cvkernels.ops.common.plan import Plan, PlanTable, planned_by
+from cvkernels.ops.common.traffic import Traffic, nbytes
 from cvkernels.ops.squeeze_excite import native, tiles
-from cvkernels.ops.squeeze_excite.checks import (
+from cvkernels.ops.squeeze_excite.native import Layers
+from cvkernels.ops.squeeze_excite.problem import (
     ACTS,
     OUT_ACTS,
-    check_act,
+    Problem,
+    check_differentiable,
     check_layers,
     check_map,
+    copies,
     parameter_dtypes,
+    table_of,
 )
-from cvkernels.ops.squeeze_excite.excite import triton_limit
-from cvkernels.ops.squeeze_excite.layouts import new_like
-from cvkernels.ops.squeeze_excite.outputs import check_out, copies, write
-from cvkernels.ops.squeeze_excite.reference import squeeze_excite_reference
-from cvkernels.ops.squeeze_excite.select import (
-    IMPLEMENTATIONS,
-    Traffic,
-    nbytes,
-    needs_grad,
-    registered_backend,
-    run,
-    select,
+from cvkernels.ops.squeeze_excite.reference import (
+    accumulator,
+    excite_reference,
+    se_scale_reference,
+    squeeze_excite_backward,
+    squeeze_excite_reference,
+)
+from cvkernels.ops.squeeze_excite.scale import saved_for_act
+
+OP = "squeeze_excite"
+_plans = PlanTable()
+
+library = torch.library.Library("cvkernels", "FRAGMENT")
+library.define(
+    "squeeze_excite(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, "
+    "str act, Tensor? residual, str out_act, str backend) -> (Tensor, Tensor, Tensor)"
 )
 
 
+def plan(
+    x_like: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    act: str = "relu",
+    residual: Tensor | None = None,
+    out_act: str = "none",
+    *,
+    out: Tensor | None = None,
+    backend: Backend = "auto",
+    once: bool = False,
+) -> Plan:
+    """A call of :func:`squeeze_excite`, as ``plan(x, residual=None, out=None)``.
+
+    ``x_like``, ``residual`` and ``out`` are examples.
+    """
+    layers = (weight1, bias1, weight2, bias2)
+    call = _checked(x_like, layers, act, residual, out_act, out, backend, once)
+    if not call.grad:
+        layers = native.matrices(*layers)
+    return _plan(call, layers, act, residual, out_act, out).bind(layers)
+
+
+@planned_by(plan)
 def squeeze_excite(
     x: Tensor,
     weight1: Tensor,
@@ -82,113 +126,204 @@ def squeeze_excite(
     Equal inputs give equal bits. Source: Hu et al. 2018, arXiv:1709.01507, figures 2 and 3.
     """
     layers = (weight1, bias1, weight2, bias2)
-    if out is None and at_once(backend, x, residual, *layers):
-        try:
-            acts = native.ACTS
-            return native.squeeze_excite_of(x, *layers, acts[act], residual, acts[out_act])
-        except REFUSED:
-            pass
-    choice = choose(x, *layers, act, residual, out_act, out=out, backend=backend)
-
-    def compute(out: Tensor | None) -> Tensor:
-        if choice.backend == "native":
-            return native.squeeze_excite(x, *layers, act, residual, out_act, out)
-        if needs_grad(x, residual, *layers) or torch.compiler.is_compiling():
-            name = registered_backend(choice, backend)
-            op = torch.ops.cvkernels.squeeze_excite
-            return op(x, *layers, act, residual, out_act, name)[0]
-        return triton_squeeze_excite(x, *layers, act, residual, out_act, out)[0]
-
-    def reference() -> Tensor:
-        y = squeeze_excite_reference(x, *layers, act, residual, out_act)
-        return y if out is None else out.copy_(y)
-
-    def traffic() -> Traffic:
-        return _traffic(choice, x, layers, residual, copies(x, residual, out))
-
-    def fused() -> Tensor:
-        return write(out, x, residual, compute)
-
-    return run("squeeze_excite", choice, fused, reference, traffic)
-
-
-def squeeze_excite_kept(
-    x: Tensor,
-    layers: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
-    act: str,
-    residual: Tensor | None,
-    out_act: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`squeeze_excite` with the means and the logits; autograd does not see it."""
-    with torch.no_grad():
-        choice = choose(x, *layers, act, residual, out_act)
-
-        def compute() -> tuple[Tensor, Tensor, Tensor]:
-            op = torch.ops.cvkernels.squeeze_excite
-            return op(x, *layers, act, residual, out_act, choice.backend)
-
-        def traffic() -> Traffic:
-            return _traffic(choice, x, layers, residual, copies(x, residual, None))
-
-        return run("squeeze_excite", choice, compute, compute, traffic)
-
-
-def _traffic(
-    choice: Choice, x: Tensor, layers: tuple, residual: Tensor | None, copied: int
-) -> Traffic:
-    three = choice.backend == "triton" and not tiles.one_launch(x, layers[0].shape[0])
-    passes = 2 if three else 1
-    moved = nbytes(x) * copied
-    between = 2 * 4 * x.shape[0] * x.shape[1] if three else 0
-    return Traffic(
-        (3 if three else 1) + copied,
-        passes * nbytes(x) + nbytes(residual, *layers) + between + moved,
-        nbytes(x) + between + moved,
-    )
-
-
-def choose(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    act: str = "relu",
-    residual: Tensor | None = None,
-    out_act: str = "none",
-    *,
-    out: Tensor | None = None,
-    backend: Backend = "auto",
-) -> Choice:
-    """The backend that :func:`squeeze_excite` runs for the same arguments, and why."""
-    op = "squeeze_excite"
-    layers = (weight1, bias1, weight2, bias2)
-    check_map(op, x)
-    check_act(op, "act", act, ACTS)
-    check_act(op, "out_act", out_act, OUT_ACTS)
-    check_layers(op, *layers, x.shape[1], x, parameter_dtypes(x.dtype))
-    if residual is not None:
-        check_residual(op, residual, x)
-    grad = needs_grad(x, residual, *layers)
+    if torch.compiler.is_compiling():
+        return _traced(x, layers, act, residual, out_act, out, backend)
+    key = _plans.key(backend, (x, *layers, residual, out), act, out_act)
+    if (planned := _plans.get(key)) is None:
+        call = _checked(x, layers, act, residual, out_act, out, backend, once=key is None)
+        planned = _plan(call, layers, act, residual, out_act, out)
+        _plans.keep(key, planned, x, *layers, residual, out)
     if out is not None:
         names = ("weight1", "bias1", "weight2", "bias2")
         inputs = {"x": x, "residual": residual, **dict(zip(names, layers, strict=True))}
-        check_out(op, out, x, grad, inputs)
-    requested = backends.requested(backend, IMPLEMENTATIONS)
-    return select(op, x, grad, requested, triton_limit(weight1))
+        check_elementwise_overlap(OP, out, inputs)
+    return planned(layers, x, residual, out)
 
 
-backends.answers("squeeze_excite", choose)
+backends.answers(OP, plan)
 
 
-def triton_squeeze_excite(
-    x: Tensor, *arguments, keep_mean: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def squeeze_excite_kept(
+    x: Tensor, layers: Layers, act: str, residual: Tensor | None, out_act: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`squeeze_excite` with the means and the logits; autograd does not see it."""
+    with torch.no_grad():
+        planned = plan(x, *layers, act, residual, out_act, once=True)
+
+        def run():
+            op = torch.ops.cvkernels.squeeze_excite
+            return op(x, *layers, act, residual, out_act, planned.backend)
+
+        return Plan(OP, planned.backend, planned.reason, run, lambda: planned.traffic)()
+
+
+def _checked(
+    x: Tensor,
+    layers: Layers,
+    act: str,
+    residual: Tensor | None,
+    out_act: str,
+    out: Tensor | None,
+    backend: Backend,
+    once: bool = False,
+) -> Call:
+    check_map(OP, x)
+    check_act(OP, "act", act, ACTS)
+    check_act(OP, "out_act", out_act, OUT_ACTS)
+    check_layers(OP, *layers, x.shape[1], x, parameter_dtypes(x.dtype))
+    if residual is not None:
+        check_residual(OP, residual, x)
+    call = call_of(x, (x, residual, *layers), TABLE, backend, once)
+    if out is not None:
+        check_out(OP, out, x, x.shape, "x's shape,")
+    check_differentiable(OP, out, call.grad)
+    return call
+
+
+def _plan_triton(
+    problem: Problem,
+    call: Call,
+    layers: Layers,
+    act: str,
+    residual: Tensor | None,
+    out_act: str,
+    out: Tensor | None,
+) -> Callable[..., Tensor]:
+    def run(layers, x, residual=None, out=None):
+        return _triton(x, *layers, act, residual, out_act, out)[0]
+
+    return native.writing(run, not copies(call.x, residual, out))
+
+
+def _triton(x: Tensor, *arguments, keep_mean: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
     """(out, the means where they are kept, the logits)."""
     if x.is_meta:
         *_, out = arguments
         gate = x.new_empty(x.shape[:2], dtype=torch.float32)
         return new_like(x) if out is None else out, gate, torch.empty_like(gate)
+    # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
     from cvkernels.ops.squeeze_excite import triton_launch
 
     return triton_launch.squeeze_excite(x, *arguments, keep_mean=keep_mean)
+
+
+def _plan_reference(
+    problem: Problem,
+    call: Call,
+    layers: Layers,
+    act: str,
+    residual: Tensor | None,
+    out_act: str,
+    out: Tensor | None,
+) -> Callable[..., Tensor]:
+    def run(layers, x, residual=None, out=None):
+        y = squeeze_excite_reference(x, *layers, act, residual, out_act)
+        return y if out is None else out.copy_(y)
+
+    return run
+
+
+TABLE = table_of(_plan_triton, native.plan_squeeze_excite, _plan_reference)
+
+
+def _plan(
+    call: Call,
+    layers: Layers,
+    act: str,
+    residual: Tensor | None,
+    out_act: str,
+    out: Tensor | None,
+) -> Plan:
+    """The plan of a checked call, as (layers, x, residual, out)."""
+    problem = Problem(OP, layers[0].shape[0])
+    implementation, (name, reason) = choose(OP, TABLE, problem, call)
+    if name != "reference" and call.grad:
+
+        def run(layers, x, residual=None, out=None):
+            op = torch.ops.cvkernels.squeeze_excite
+            return op(x, *layers, act, residual, out_act, name)[0]
+
+    else:
+        run = implementation.build(problem, call, layers, act, residual, out_act, out)
+    x = call.x
+    three = name == "triton" and not tiles.one_launch(x, problem.R)
+    copied, size, others = copies(x, residual, out), nbytes(x), nbytes(residual, *layers)
+    between = 2 * 4 * x.shape[0] * x.shape[1] if three else 0
+
+    def traffic() -> Traffic:
+        moved = size * copied
+        return Traffic(
+            (3 if three else 1) + copied,
+            (2 if three else 1) * size + others + between + moved,
+            size + between + moved,
+        )
+
+    return Plan(OP, name, reason, run, traffic)
+
+
+def _traced(
+    x: Tensor,
+    layers: Layers,
+    act: str,
+    residual: Tensor | None,
+    out_act: str,
+    out: Tensor | None,
+    backend: Backend,
+) -> Tensor:
+    """The call under torch.compile: the registered op, or the reference for inductor."""
+    call = _checked(x, layers, act, residual, out_act, out, backend)
+    if choose(OP, TABLE, Problem(OP, layers[0].shape[0]), call)[1].backend == "reference":
+        y = squeeze_excite_reference(x, *layers, act, residual, out_act)
+    else:
+        op = torch.ops.cvkernels.squeeze_excite
+        y = op(x, *layers, act, residual, out_act, call.requested)[0]
+    return y if out is None else out.copy_(y)
+
+
+def _squeeze_excite(x, weight1, bias1, weight2, bias2, act, residual, out_act, backend):
+    layers = (weight1, bias1, weight2, bias2)
+    call = Call(x, backends.device_type(x), backend, once=True)
+    name = choose(OP, TABLE, Problem(OP, weight1.shape[0]), call)[1].backend
+    if name == "triton":
+        out, mean, gate = _triton(x, *layers, act, residual, out_act, None, keep_mean=True)
+    elif name == "native" and x.dtype == torch.float32:
+        mean = native.plan_squeeze(None, call)(x)
+        gate = native.plan_excite(None, call, layers, act, False, None)(layers, mean)
+        out = native.plan_se_scale(None, call, gate, residual, out_act, None)(x, gate, residual)
+    else:
+        mean = x.mean((2, 3), dtype=accumulator(x.dtype))
+        gate = excite_reference(mean, *layers, act)
+        out = se_scale_reference(x, gate, residual, out_act)
+    return in_format(out, format_of(is_nhwc(x))), mean, gate
+
+
+for key in ("CPU", "CUDA"):
+    library.impl("squeeze_excite", _squeeze_excite, key)
+
+
+@torch.library.register_fake("cvkernels::squeeze_excite", lib=library)
+def _(x, weight1, bias1, weight2, bias2, act, residual, out_act, backend):
+    gate = x.new_empty(x.shape[:2], dtype=accumulator(x.dtype))
+    return new_like(x), gate, torch.empty_like(gate)
+
+
+def _context(ctx, inputs, output):
+    x, *layers, ctx.act, residual, ctx.out_act, ctx.backend = inputs
+    out, mean, gate = output
+    ctx.save_for_backward(x, *layers, mean, gate, *saved_for_act(ctx.out_act, residual, out))
+    ctx.mark_non_differentiable(mean, gate)
+    ctx.has_residual = residual is not None
+
+
+def _backward(ctx, grad, *_):
+    x, *layers, mean, gate, residual, out = ctx.saved_tensors
+    dx, d_layers, dz = squeeze_excite_backward(
+        grad, x, layers, mean, gate, residual, out, ctx.act, ctx.out_act,
+        ctx.needs_input_grad[0], ctx.backend,
+    )  # fmt: skip
+    return dx, *d_layers, None, dz if ctx.has_residual else None, None, None
+
+
+torch.library.register_autograd(
+    "cvkernels::squeeze_excite", _backward, setup_context=_context, lib=library
+)

@@ -1,18 +1,22 @@
-"""Squeeze-and-excitation in plain PyTorch: the specification, and the fallback everywhere."""
+"""Squeeze-and-excitation in plain PyTorch: the specification, and the fallback everywhere.
+
+The gradients are in float32 or wider. With s = sigmoid(gate), z = x * s + residual, out = act(z)
+and dz = act'(z) * grad:
+
+    dx = dz * s        d gate = s * (1 - s) * sum_hw dz * x        d residual = dz
+
+and through the block, with d mean from the two layers, dx = dz * s + d mean / HW.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def activate(x: Tensor, act: str) -> Tensor:
-    if act == "relu":
-        return F.relu(x)
-    if act == "silu":
-        return F.silu(x)
-    return x
+from cvkernels.ops.common.activation import activate
 
 
 def squeeze_reference(x: Tensor) -> Tensor:
@@ -58,3 +62,94 @@ def squeeze_excite_reference(
 ) -> Tensor:
     logits = excite_reference(squeeze_reference(x), weight1, bias1, weight2, bias2, act)
     return se_scale_reference(x, logits, residual, out_act)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def activation_grad(grad: Tensor, act: str, z: Tensor | None, out: Tensor | None) -> Tensor:
+    """The gradient in z of act(z); relu needs out, silu z."""
+    if act == "relu":
+        return torch.ops.aten.threshold_backward(grad, out, 0)
+    if act == "silu":
+        s = torch.sigmoid(z)
+        return grad * (s * (1 + z * (1 - s)))
+    return grad
+
+
+def se_scale_backward(
+    grad: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    residual: Tensor | None,
+    out: Tensor | None,
+    act: str,
+    input_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d x where it is wanted, d gate, d residual unless it is grad); what is not made is empty."""
+    dtype = accumulator(x.dtype)
+    scale = torch.sigmoid(gate.to(dtype))[:, :, None, None]
+    z = None
+    if act == "silu":
+        z = x * scale if residual is None else x * scale + residual
+    dz = activation_grad(grad, act, z, out)
+    s = scale[:, :, 0, 0]
+    d_gate = (dz * x.to(dtype)).sum((2, 3)) * (s * (1 - s))
+    dx = (dz * scale).to(x.dtype) if input_grad else x.new_empty(0)
+    return dx, d_gate.to(gate.dtype), x.new_empty(0) if act == "none" else dz.to(x.dtype)
+
+
+def excite_backward(
+    grad: Tensor,
+    mean: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """(d mean, d weight1, d bias1, d weight2, d bias2), d mean in the accumulator's dtype.
+
+    The products are small: [N, C] with [C, R], by PyTorch's own matrix product.
+    """
+    dtype = accumulator(weight1.dtype)
+    grad, mean = grad.to(dtype), mean.to(dtype)
+    first, second = (weight.flatten(1).to(dtype) for weight in (weight1, weight2))
+    z = mean @ first.T
+    if bias1 is not None:
+        z = z + bias1.to(dtype)
+    hidden = torch.relu(z) if act == "relu" else z * torch.sigmoid(z)
+    dz = activation_grad(grad @ second, act, z, hidden)
+    return (
+        dz @ first,
+        (dz.T @ mean).to(weight1.dtype).view(weight1.shape),
+        None if bias1 is None else dz.sum(0).to(bias1.dtype),
+        (grad.T @ hidden).to(weight2.dtype).view(weight2.shape),
+        None if bias2 is None else grad.sum(0).to(bias2.dtype),
+    )
+
+
+def squeeze_excite_backward(
+    grad: Tensor,
+    x: Tensor,
+    layers: Sequence[Tensor | None],
+    mean: Tensor,
+    gate: Tensor,
+    residual: Tensor | None,
+    out: Tensor | None,
+    act: str,
+    out_act: str,
+    input_grad: bool,
+    backend: str = "auto",
+) -> tuple[Tensor | None, tuple[Tensor | None, ...], Tensor]:
+    """(d x where it is wanted, those of the layers' tensors, d residual)."""
+    ops = torch.ops.cvkernels
+    _, d_gate, dz = ops.se_scale_backward(grad, x, gate, residual, out, out_act, False, backend)
+    dz = grad if out_act == "none" else dz
+    d_mean, *d_layers = excite_backward(d_gate, mean, *layers, act)
+    dx = None
+    if input_grad:
+        pixels = x.shape[2] * x.shape[3]
+        dx = ops.se_scale_shifted(dz.to(x.dtype), gate, d_mean / pixels, backend)
+    return dx, tuple(d_layers), dz

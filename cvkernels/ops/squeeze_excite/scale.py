@@ -1,35 +1,68 @@
-"""se_scale: the contract, the choice of a backend and the call."""
+"""se_scale: a map by its gates, with the shortcut and activation behind it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels.backend import Backend, Choice
-from cvkernels.ops.common.arguments import check_residual
-from cvkernels.ops.common.native import REFUSED, at_once
-from cvkernels.ops.squeeze_excite import native
-from cvkernels.ops.squeeze_excite.checks import (
-    OUT_ACTS,
+from cvkernels.backend import Backend
+from cvkernels.ops.common.arguments import (
     check_act,
+    check_elementwise_overlap,
+    check_out,
+    check_residual,
+)
+from cvkernels.ops.common.dispatch import Call, call_of, choose
+from cvkernels.ops.common.layout import format_of, in_format, is_nhwc, new_like
+from cvkernels.ops.common.plan import Plan, PlanTable, planned_by
+from cvkernels.ops.common.traffic import Traffic, nbytes
+from cvkernels.ops.squeeze_excite import native
+from cvkernels.ops.squeeze_excite.problem import (
+    OUT_ACTS,
+    Problem,
+    check_differentiable,
     check_gate,
     check_map,
+    copies,
+    table_of,
 )
-from cvkernels.ops.squeeze_excite.layouts import new_like
-from cvkernels.ops.squeeze_excite.outputs import check_out, copies, write
-from cvkernels.ops.squeeze_excite.reference import se_scale_reference
-from cvkernels.ops.squeeze_excite.select import (
-    IMPLEMENTATIONS,
-    Traffic,
-    nbytes,
-    needs_grad,
-    registered_backend,
-    run,
-    select,
+from cvkernels.ops.squeeze_excite.reference import se_scale_backward, se_scale_reference
+
+OP = "se_scale"
+PROBLEM = Problem(OP)
+_plans = PlanTable()
+
+library = torch.library.Library("cvkernels", "FRAGMENT")
+library.define("se_scale(Tensor x, Tensor gate, Tensor? residual, str act, str backend) -> Tensor")
+library.define(
+    "se_scale_backward(Tensor grad, Tensor x, Tensor gate, Tensor? residual, Tensor? out, "
+    "str act, bool input_grad, str backend) -> (Tensor, Tensor, Tensor)"
 )
+library.define("se_scale_shifted(Tensor x, Tensor gate, Tensor shift, str backend) -> Tensor")
 
 
+def plan(
+    x_like: Tensor,
+    gate_like: Tensor,
+    residual: Tensor | None = None,
+    act: str = "none",
+    *,
+    out: Tensor | None = None,
+    backend: Backend = "auto",
+    once: bool = False,
+) -> Plan:
+    """A call of :func:`se_scale`, as ``plan(x, gate, residual=None, out=None)``.
+
+    The tensors are examples.
+    """
+    call = _checked(x_like, gate_like, residual, act, out, backend, once)
+    return _plan(call, gate_like, residual, act, out)
+
+
+@planned_by(plan)
 def se_scale(
     x: Tensor,
     gate: Tensor,
@@ -69,63 +102,203 @@ def se_scale(
     Differentiable in x, gate and residual: once on Triton, else any number of times. Equal inputs
     give equal bits. Source: Hu et al. 2018, arXiv:1709.01507, eq. 4; with the residual, figure 3.
     """
-    if out is None and at_once(backend, x, gate, residual):
-        try:
-            return native.se_scale_of(x, gate, residual, native.ACTS[act])
-        except REFUSED:
-            pass
-    choice = choose(x, gate, residual, act, out=out, backend=backend)
+    if torch.compiler.is_compiling():
+        return _traced(x, gate, residual, act, out, backend)
+    key = _plans.key(backend, (x, gate, residual, out), act)
+    if (planned := _plans.get(key)) is None:
+        planned = plan(x, gate, residual, act, out=out, backend=backend, once=key is None)
+        _plans.keep(key, planned, x, gate, residual, out)
+    if out is not None:
+        check_elementwise_overlap(OP, out, {"x": x, "residual": residual, "gate": gate})
+    return planned(x, gate, residual, out)
 
-    def compute(out: Tensor | None) -> Tensor:
-        if choice.backend == "native":
-            return native.se_scale(x, gate, residual, act, out)
-        if needs_grad(x, gate, residual) or torch.compiler.is_compiling():
-            name = registered_backend(choice, backend)
-            return torch.ops.cvkernels.se_scale(x, gate, residual, act, name)
-        return triton_se_scale(x, gate, residual, act, out)
 
-    def reference() -> Tensor:
+backends.answers(OP, plan)
+
+
+def _checked(
+    x: Tensor,
+    gate: Tensor,
+    residual: Tensor | None,
+    act: str,
+    out: Tensor | None,
+    backend: Backend,
+    once: bool = False,
+) -> Call:
+    check_map(OP, x)
+    check_act(OP, "act", act, OUT_ACTS)
+    check_gate(OP, gate, x)
+    if residual is not None:
+        check_residual(OP, residual, x)
+    call = call_of(x, (x, gate, residual), TABLE, backend, once)
+    if out is not None:
+        check_out(OP, out, x, x.shape, "x's shape,")
+    check_differentiable(OP, out, call.grad)
+    return call
+
+
+def _plan_triton(
+    problem: Problem,
+    call: Call,
+    gate: Tensor,
+    residual: Tensor | None,
+    act: str,
+    out: Tensor | None,
+) -> Callable[..., Tensor]:
+    def run(x, gate, residual=None, out=None):
+        if x.is_meta:
+            return new_like(x) if out is None else out
+        # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
+        from cvkernels.ops.squeeze_excite import triton_launch
+
+        return triton_launch.se_scale(x, gate, residual, act, out)
+
+    return native.writing(run, not copies(call.x, residual, out))
+
+
+def _plan_reference(
+    problem: Problem,
+    call: Call,
+    gate: Tensor,
+    residual: Tensor | None,
+    act: str,
+    out: Tensor | None,
+) -> Callable[..., Tensor]:
+    def run(x, gate, residual=None, out=None):
         y = se_scale_reference(x, gate, residual, act)
         return y if out is None else out.copy_(y)
 
+    return run
+
+
+TABLE = table_of(_plan_triton, native.plan_se_scale, _plan_reference)
+
+
+def _plan(call: Call, gate: Tensor, residual: Tensor | None, act: str, out: Tensor | None) -> Plan:
+    """The plan of a checked call."""
+    implementation, (name, reason) = choose(OP, TABLE, PROBLEM, call)
+    if name != "reference" and call.grad:
+
+        def run(x, gate, residual=None, out=None):
+            return torch.ops.cvkernels.se_scale(x, gate, residual, act, name)
+
+    else:
+        run = implementation.build(PROBLEM, call, gate, residual, act, out)
+    x = call.x
+    copied, size, read = copies(x, residual, out), nbytes(x), nbytes(x, gate, residual)
+
     def traffic() -> Traffic:
-        copied = copies(x, residual, out)
-        moved = nbytes(x) * copied
-        return Traffic(1 + copied, nbytes(x, gate, residual) + moved, nbytes(x) + moved)
+        return Traffic(1 + copied, read + size * copied, size + size * copied)
 
-    return run("se_scale", choice, lambda: write(out, x, residual, compute), reference, traffic)
+    return Plan(OP, name, reason, run, traffic)
 
 
-def choose(
+def _traced(
     x: Tensor,
     gate: Tensor,
-    residual: Tensor | None = None,
-    act: str = "none",
-    *,
-    out: Tensor | None = None,
-    backend: Backend = "auto",
-) -> Choice:
-    """The backend that :func:`se_scale` runs for the same arguments, and the rule that chose it."""
-    check_map("se_scale", x)
-    check_act("se_scale", "act", act, OUT_ACTS)
-    check_gate("se_scale", gate, x)
-    if residual is not None:
-        check_residual("se_scale", residual, x)
-    grad = needs_grad(x, gate, residual)
-    if out is not None:
-        check_out("se_scale", out, x, grad, {"x": x, "residual": residual, "gate": gate})
-    return select("se_scale", x, grad, backends.requested(backend, IMPLEMENTATIONS))
-
-
-backends.answers("se_scale", choose)
-
-
-def triton_se_scale(
-    x: Tensor, gate: Tensor, residual: Tensor | None, act: str, out: Tensor | None
+    residual: Tensor | None,
+    act: str,
+    out: Tensor | None,
+    backend: Backend,
 ) -> Tensor:
-    if x.is_meta:
-        return new_like(x) if out is None else out
-    # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
-    from cvkernels.ops.squeeze_excite import triton_launch
+    """The call under torch.compile: the registered op, or the reference for inductor."""
+    call = _checked(x, gate, residual, act, out, backend)
+    if choose(OP, TABLE, PROBLEM, call)[1].backend == "reference":
+        y = se_scale_reference(x, gate, residual, act)
+    else:
+        y = torch.ops.cvkernels.se_scale(x, gate, residual, act, call.requested)
+    return y if out is None else out.copy_(y)
 
-    return triton_launch.se_scale(x, gate, residual, act, out)
+
+def _se_scale(x, gate, residual, act, backend):
+    call = Call(x, backends.device_type(x), backend, once=True)
+    y = _plan(call, gate, residual, act, None).run(x, gate, residual)
+    return in_format(y, format_of(is_nhwc(x)))
+
+
+def _backend_of(x: Tensor, backend: str) -> str:
+    call = Call(x, backends.device_type(x), backend, once=True)
+    return choose(OP, TABLE, PROBLEM, call)[1].backend
+
+
+def _se_scale_backward(grad, x, gate, residual, out, act, input_grad, backend):
+    arguments = (grad, x, gate, residual, out, act, input_grad)
+    name = _backend_of(x, backend)
+    if name == "triton":
+        from cvkernels.ops.squeeze_excite import triton_launch
+
+        dx, d_gate, dz = triton_launch.se_scale_backward(*arguments)
+    elif name == "native" and native.has_gradient(x, act):
+        dx, d_gate, dz = native.backward(grad, x, gate, out, act, input_grad)
+    else:
+        dx, d_gate, dz = se_scale_backward(*arguments)
+    layout = format_of(is_nhwc(x))
+    made = [in_format(d, layout) if d.dim() == 4 else d for d in (dx, dz)]
+    return made[0], d_gate, made[1]
+
+
+def _se_scale_shifted(x, gate, shift, backend):
+    name = _backend_of(x, backend)
+    if name == "triton":
+        from cvkernels.ops.squeeze_excite import triton_launch
+
+        y = triton_launch.se_scale(x, gate, None, "none", shift=shift.contiguous())
+    elif name == "native" and native.has_gradient(x, "none"):
+        y = native.scale_shifted(x, torch.sigmoid(gate.float()), shift.float())
+    else:
+        scale = torch.sigmoid(gate)[:, :, None, None]
+        y = (x * scale + shift[:, :, None, None]).to(x.dtype)
+    return in_format(y, format_of(is_nhwc(x)))
+
+
+for key in ("CPU", "CUDA"):
+    library.impl("se_scale", _se_scale, key)
+    library.impl("se_scale_backward", _se_scale_backward, key)
+    library.impl("se_scale_shifted", _se_scale_shifted, key)
+
+
+@torch.library.register_fake("cvkernels::se_scale", lib=library)
+def _(x, gate, residual, act, backend):
+    return new_like(x)
+
+
+@torch.library.register_fake("cvkernels::se_scale_backward", lib=library)
+def _(grad, x, gate, residual, out, act, input_grad, backend):
+    nothing = x.new_empty(0)
+    dz = x.new_empty(0) if act == "none" else new_like(x)
+    d_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    return new_like(x) if input_grad else nothing, d_gate, dz
+
+
+@torch.library.register_fake("cvkernels::se_scale_shifted", lib=library)
+def _(x, gate, shift, backend):
+    return new_like(x)
+
+
+def saved_for_act(
+    act: str, residual: Tensor | None, out: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """(residual, out), as far as the gradient of act needs them."""
+    return residual if act == "silu" else None, out if act == "relu" else None
+
+
+def _context(ctx, inputs, output):
+    x, gate, residual, ctx.act, ctx.backend = inputs
+    ctx.save_for_backward(x, gate, *saved_for_act(ctx.act, residual, output))
+    ctx.has_residual = residual is not None
+
+
+def _backward(ctx, grad):
+    x, gate, residual, out = ctx.saved_tensors
+    dx, d_gate, dz = torch.ops.cvkernels.se_scale_backward(
+        grad, x, gate, residual, out, ctx.act, ctx.needs_input_grad[0], ctx.backend
+    )
+    d_residual = None
+    if ctx.has_residual:
+        d_residual = grad if ctx.act == "none" else dz
+    return dx if ctx.needs_input_grad[0] else None, d_gate, d_residual, None, None
+
+
+torch.library.register_autograd(
+    "cvkernels::se_scale", _backward, setup_context=_context, lib=library
+)

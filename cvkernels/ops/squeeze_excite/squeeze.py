@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels.backend import Backend, Choice
-from cvkernels.ops.common.native import REFUSED, at_once
+from cvkernels.backend import Backend
+from cvkernels.ops.common.dispatch import Call, call_of, choose
+from cvkernels.ops.common.layout import fits, is_nhwc
+from cvkernels.ops.common.plan import Plan, PlanTable, planned_by
+from cvkernels.ops.common.traffic import Traffic
 from cvkernels.ops.squeeze_excite import native, tiles
-from cvkernels.ops.squeeze_excite.checks import check_map
-from cvkernels.ops.squeeze_excite.layouts import fits, is_nhwc
+from cvkernels.ops.squeeze_excite.problem import Problem, check_map, table_of
 from cvkernels.ops.squeeze_excite.reference import squeeze_reference
-from cvkernels.ops.squeeze_excite.select import (
-    IMPLEMENTATIONS,
-    Traffic,
-    nbytes,
-    needs_grad,
-    registered_backend,
-    run,
-    select,
-)
+
+OP = "squeeze"
+_plans = PlanTable()
+
+library = torch.library.Library("cvkernels", "FRAGMENT")
+library.define("squeeze(Tensor x, str backend) -> Tensor")
 
 
+def plan(x_like: Tensor, *, backend: Backend = "auto", once: bool = False) -> Plan:
+    """A call of :func:`squeeze`, as ``plan(x)``; ``x_like`` is an example."""
+    check_map(OP, x_like)
+    return _plan(call_of(x_like, (x_like,), TABLE, backend, once))
+
+
+@planned_by(plan)
 def squeeze(x: Tensor, *, backend: Backend = "auto") -> Tensor:
     """The mean of each channel: ``out[n, c] = mean over h, w of x[n, c, h, w]``.
 
@@ -44,44 +52,89 @@ def squeeze(x: Tensor, *, backend: Backend = "auto") -> Tensor:
     Differentiable in x. Equal inputs give equal bits. Source: Hu et al. 2018, arXiv:1709.01507,
     eq. 2.
     """
-    if at_once(backend, x):
-        try:
-            return native.squeeze_of(x)
-        except REFUSED:
-            pass
-    choice = choose(x, backend=backend)
+    if torch.compiler.is_compiling():
+        return _traced(x, backend)
+    key = _plans.key(backend, (x,))
+    if (planned := _plans.get(key)) is None:
+        planned = _plans.keep(key, plan(x, backend=backend, once=key is None), x)
+    return planned(x)
 
-    def fused() -> Tensor:
-        if choice.backend == "native":
-            return native.squeeze(x)
-        if needs_grad(x) or torch.compiler.is_compiling():
-            name = registered_backend(choice, backend)
+
+backends.answers(OP, plan)
+
+
+def _plan_triton(problem: Problem, call: Call) -> Callable[..., Tensor]:
+    def run(x):
+        if x.is_meta:
+            return x.new_empty(x.shape[:2])
+        # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
+        from cvkernels.ops.squeeze_excite import triton_launch
+
+        return triton_launch.squeeze(x)
+
+    return run
+
+
+def _plan_reference(problem: Problem, call: Call) -> Callable[..., Tensor]:
+    return squeeze_reference
+
+
+TABLE = table_of(_plan_triton, native.plan_squeeze, _plan_reference)
+
+
+def _plan(call: Call) -> Plan:
+    implementation, (name, reason) = choose(OP, TABLE, Problem(OP), call)
+    if name != "reference" and call.grad:
+
+        def run(x):
             return torch.ops.cvkernels.squeeze(x, name)
-        return triton_squeeze(x)
+
+    else:
+        run = implementation.build(Problem(OP), call)
+    x = call.x
+    copied = int(not fits(x, is_nhwc(x)))
+    launches = 1 if name != "triton" or tiles.parts_of(x) == 1 else 2
+    size, itemsize, shape = x.numel(), x.element_size(), x.shape
 
     def traffic() -> Traffic:
-        copied = 0 if fits(x, is_nhwc(x)) else 1
-        launches = 1 if choice.backend == "native" or tiles.parts_of(x) == 1 else 2
-        moved = nbytes(x) * copied
-        means = x.shape[0] * x.shape[1] * x.element_size()
-        return Traffic(launches + copied, nbytes(x) + moved, means + moved)
+        moved = size * itemsize * copied
+        means = shape[0] * shape[1] * itemsize
+        return Traffic(launches + copied, size * itemsize + moved, means + moved)
 
-    return run("squeeze", choice, fused, lambda: squeeze_reference(x), traffic)
+    return Plan(OP, name, reason, run, traffic)
 
 
-def choose(x: Tensor, *, backend: Backend = "auto") -> Choice:
-    """The backend that :func:`squeeze` runs for the same arguments, and the rule that chose it."""
-    check_map("squeeze", x)
-    return select("squeeze", x, needs_grad(x), backends.requested(backend, IMPLEMENTATIONS))
+def _traced(x: Tensor, backend: Backend) -> Tensor:
+    """The call under torch.compile: the registered op, or the reference for inductor."""
+    check_map(OP, x)
+    call = call_of(x, (x,), TABLE, backend)
+    if choose(OP, TABLE, Problem(OP), call)[1].backend == "reference":
+        return squeeze_reference(x)
+    return torch.ops.cvkernels.squeeze(x, call.requested)
 
 
-backends.answers("squeeze", choose)
+def _squeeze(x: Tensor, backend: str) -> Tensor:
+    return _plan(Call(x, backends.device_type(x), backend, once=True)).run(x)
 
 
-def triton_squeeze(x: Tensor) -> Tensor:
-    if x.is_meta:
-        return x.new_empty(x.shape[:2])
-    # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
-    from cvkernels.ops.squeeze_excite import triton_launch
+for key in ("CPU", "CUDA"):
+    library.impl("squeeze", _squeeze, key)
 
-    return triton_launch.squeeze(x)
+
+@torch.library.register_fake("cvkernels::squeeze", lib=library)
+def _(x, backend):
+    return x.new_empty(x.shape[:2])
+
+
+def _context(ctx, inputs, output):
+    ctx.shape = inputs[0].shape
+
+
+def _backward(ctx, grad):
+    pixels = ctx.shape[2] * ctx.shape[3]
+    return (grad / pixels)[:, :, None, None].expand(ctx.shape), None
+
+
+torch.library.register_autograd(
+    "cvkernels::squeeze", _backward, setup_context=_context, lib=library
+)

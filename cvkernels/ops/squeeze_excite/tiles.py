@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from cvkernels.ops.common.tiles import cdiv, power_of_two
 from cvkernels.ops.squeeze_excite.layouts import is_nhwc, pixel_stride
 
 # Enough programs that each SM of the largest GPU has four.
@@ -33,14 +34,14 @@ class Tile(NamedTuple):
 
 def elementwise(N: int, C: int, HW: int, vec: int) -> Tile:
     block_c = _block_c(C, 128)
-    block_p = max(1, min(4096 // block_c, _power_of_two(HW)))
+    block_p = max(1, min(4096 // block_c, power_of_two(HW)))
     return Tile(vec, block_p, block_c, HW, 1)
 
 
 def reduction(N: int, C: int, HW: int, vec: int, elements: int) -> Tile:
     """A tile of about ``elements``, and as many parts as fill the GPU."""
     block_c = _block_c(C, 64)
-    block_p = max(1, min(elements // block_c, _power_of_two(HW), 64))
+    block_p = max(1, min(elements // block_c, power_of_two(HW), 64))
     wanted = cdiv(PROGRAMS, max(1, N * cdiv(C, block_c)))
     parts = max(1, min(wanted, cdiv(HW, 2 * block_p)))
     pixels = cdiv(cdiv(HW, parts), block_p) * block_p
@@ -49,7 +50,7 @@ def reduction(N: int, C: int, HW: int, vec: int, elements: int) -> Tile:
 
 def planes(HW: int, elements: int) -> tuple[int, int]:
     """(BLOCK_ROWS, BLOCK_P) of dense planes."""
-    block_p = min(_power_of_two(HW), 1024)
+    block_p = min(power_of_two(HW), 1024)
     return max(1, elements // block_p), block_p
 
 
@@ -62,15 +63,15 @@ def one_launch(x: Tensor, R: int) -> bool:
 
 def image(C: int, HW: int, R: int, vec: int) -> tuple[Tile, int]:
     """(the tile, BLOCK_R) of a program that makes a whole image."""
-    block_r = max(16, _power_of_two(R))
+    block_r = max(16, power_of_two(R))
     block_c = _block_c(C, 64)
-    block_p = max(1, min(4096 // block_c, _power_of_two(HW)))
+    block_p = max(1, min(4096 // block_c, power_of_two(HW)))
     return Tile(vec, block_p, block_c, HW, 1), block_r
 
 
 def excite(N: int, C: int, R: int) -> tuple[int, int, int]:
     """(BLOCK_R, BLOCK_C, programs per image)."""
-    block_r = max(16, _power_of_two(R))
+    block_r = max(16, power_of_two(R))
     block_c = max(16, min(4096 // block_r, 128))
     splits = min(cdiv(C, 4 * block_c), max(1, PROGRAMS // (4 * max(1, N))))
     return block_r, block_c, splits
@@ -92,10 +93,6 @@ def parts_of(x: Tensor) -> int:
     return reduction(N, C, H * W, 1, SQUEEZE).parts
 
 
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _block_c(C: int, largest: int) -> int:
     """The widest block of channels that is not mostly past the end."""
     sizes = [size for size in (128, 64, 32, 16) if size <= largest]
@@ -104,7 +101,3 @@ def _block_c(C: int, largest: int) -> int:
         if 8 * padded[size] <= 9 * C:
             return size
     return min(sizes, key=lambda size: (padded[size], -size))
-
-
-def _power_of_two(value: int) -> int:
-    return 1 << max(value - 1, 0).bit_length()

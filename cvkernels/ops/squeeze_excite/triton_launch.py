@@ -1,21 +1,30 @@
-"""Launches the Triton kernels of se_scale and its parts; plans are launches not yet made."""
+"""Launches the Triton kernels of se_scale and its parts.
+
+``plan_<op>``, which takes its arguments by position, returns a function of the op's tensors, right
+for any that have the layouts of those it was given, on any device; layers are the two weights, each
+before its bias. ``<name>_launch`` is one launch, its docstring what it takes.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cvkernels.ops.common.tiles import cdiv
+from cvkernels.ops.common.triton_launch import Launch
 from cvkernels.ops.squeeze_excite import tiles
 from cvkernels.ops.squeeze_excite.layouts import (
+    fits,
     fitting,
     is_nhwc,
     matrices,
     new_like,
     pixel_stride,
 )
-from cvkernels.ops.squeeze_excite.tiles import cdiv
 from cvkernels.ops.squeeze_excite.triton_backward import (
     se_scale_bwd_nchw_kernel,
     se_scale_bwd_nhwc_kernel,
@@ -35,36 +44,64 @@ _FINISH_BLOCK = 256
 _REGISTERS = {"maxnreg": 128}
 
 
-class Launch(NamedTuple):
-    """One launch: ``kernel[grid](*args, **meta)``."""
+class _Layout(NamedTuple):
+    """What plans know of a tensor."""
 
-    kernel: Any
-    grid: tuple[int]
-    args: list
-    meta: dict[str, Any]
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
 
-    def run(self, x: Tensor) -> None:
-        """Launch on x's device; nothing where the grid is empty."""
-        if self.grid[0] == 0:
-            return
-        if x.is_cuda and x.device.index != torch.cuda.current_device():
-            with torch.cuda.device(x.device):
-                self.kernel[self.grid](*self.args, **self.meta)
-        else:
-            self.kernel[self.grid](*self.args, **self.meta)
+
+def _kept(plan: Callable[..., Callable]) -> Callable[..., Callable]:
+    """``plan``, once for all tensors of equal layouts: it is given some on the meta device."""
+
+    @functools.lru_cache(maxsize=4096)
+    def planned_once(*arguments: Any) -> Callable:
+        return plan(
+            *(
+                torch.empty_strided(a.shape, a.strides, dtype=a.dtype, device="meta")
+                if isinstance(a, _Layout)
+                else a
+                for a in arguments
+            )
+        )
+
+    @functools.wraps(plan)
+    def planned(*arguments: Any) -> Callable:
+        return planned_once(
+            *(
+                _Layout(a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a
+                for a in arguments
+            )
+        )
+
+    return planned
 
 
 def squeeze(x: Tensor) -> Tensor:
     """The means, in x's dtype: one launch, or two where the sum is in parts."""
-    x = fitting(x, is_nhwc(x))
-    out = x.new_empty(x.shape[:2])
-    if tiles.parts_of(x) == 1:
-        plan_squeeze(x, out, x.shape[2] * x.shape[3]).run(x)
+    return plan_squeeze(x)(x)
+
+
+@_kept
+def plan_squeeze(x: Tensor) -> Callable[[Tensor], Tensor]:
+    x, read = _read(x, is_nhwc(x))
+    N, C, H, W = x.shape
+    sums, size = squeeze_launch(x, H * W), parts_shape(x)
+    finish = finish_launch(size)
+
+    def run(x: Tensor) -> Tensor:
+        x = read(x)
+        out = x.new_empty((N, C))
+        if size[1] == 1:
+            sums(x, out)
+            return out
+        parts = x.new_empty(size, dtype=torch.float32)
+        sums(x, parts)
+        finish(parts, None, out)
         return out
-    parts = new_parts(x)
-    plan_squeeze(x, parts, x.shape[2] * x.shape[3]).run(x)
-    plan_finish(parts, None, out).run(x)
-    return out
+
+    return run
 
 
 def excite(
@@ -77,11 +114,25 @@ def excite(
     sigmoid: bool,
     count: int | None,
 ) -> Tensor:
-    out = pooled.new_empty(pooled.shape, dtype=pooled.dtype if count is None else weight1.dtype)
-    layers = matrices(weight1, bias1, weight2, bias2)
-    parts = pooled.contiguous()[:, None]
-    plan_excite(parts, *layers, out, None, act, sigmoid, count or 1).run(pooled)
-    return out
+    layers = (weight1, bias1, weight2, bias2)
+    return plan_excite(pooled, weight1, act, sigmoid, count)(pooled, layers)
+
+
+@_kept
+def plan_excite(
+    pooled: Tensor, weight1: Tensor, act: str, sigmoid: bool, count: int | None
+) -> Callable[[Tensor, tuple], Tensor]:
+    """(pooled, layers) -> the logits, or their sigmoid."""
+    N, C = pooled.shape
+    launch = excite_launch((N, 1, C), weight1.shape[0], act, sigmoid, count or 1)
+    dtype = pooled.dtype if count is None else weight1.dtype
+
+    def run(pooled: Tensor, layers: tuple) -> Tensor:
+        out = pooled.new_empty((N, C), dtype=dtype)
+        launch(pooled.contiguous(), *matrices(*layers), out, None)
+        return out
+
+    return run
 
 
 def se_scale(
@@ -93,12 +144,32 @@ def se_scale(
     shift: Tensor | None = None,
 ) -> Tensor:
     """``act(x * sigmoid(gate) + shift + residual)``; out is one that x's kernels can write."""
+    return plan_se_scale(x, residual, act, out)(x, gate, residual, out, shift)
+
+
+@_kept
+def plan_se_scale(
+    x: Tensor, residual: Tensor | None, act: str, out: Tensor | None = None
+) -> Callable[..., Tensor]:
+    """(x, gate, residual, out=None, shift=None) -> the output."""
     nhwc = is_nhwc(x)
-    x = fitting(x, nhwc)
-    residual = None if residual is None else fitting(residual, nhwc)
-    out = new_like(x) if out is None else out
-    plan_se_scale(x, gate.contiguous(), residual, act, out, shift).run(x)
-    return out
+    x, read = _read(x, nhwc)
+    residual, read_residual = _read(residual, nhwc)
+    made = new_like(x) if out is None else out
+    launch, shape, strides = se_scale_launch(x, residual, act, made), made.shape, made.stride()
+
+    def run(
+        x: Tensor,
+        gate: Tensor,
+        residual: Tensor | None,
+        out: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        out = x.new_empty_strided(shape, strides) if out is None else out
+        launch(read(x), gate.contiguous(), shift, read_residual(residual), out)
+        return out
+
+    return run
 
 
 def squeeze_excite(
@@ -117,20 +188,52 @@ def squeeze_excite(
 
     One launch or three, as :func:`tiles.one_launch` says.
     """
-    nhwc = is_nhwc(x)
-    x = fitting(x, nhwc)
-    gate = x.new_empty(x.shape[:2], dtype=torch.float32)
-    mean = torch.empty_like(gate) if keep_mean else None
-    layers = matrices(weight1, bias1, weight2, bias2)
-    if tiles.one_launch(x, weight1.shape[0]):
-        residual = None if residual is None else fitting(residual, nhwc)
-        out = new_like(x) if out is None else out
-        plan_image(x, *layers, act, residual, out_act, out, gate, mean).run(x)
-        return out, mean, gate
-    parts = new_parts(x)
-    plan_squeeze(x, parts, 1).run(x)
-    plan_excite(parts, *layers, gate, mean, act, False, x.shape[2] * x.shape[3]).run(x)
-    return se_scale(x, gate, residual, out_act, out), mean, gate
+    R = weight1.shape[0]
+    whole = tiles.one_launch(x, R)
+    run = plan_squeeze_excite(x, R, act, residual, out_act, out, keep_mean, whole)
+    return run(x, (weight1, bias1, weight2, bias2), residual, out)
+
+
+@_kept
+def plan_squeeze_excite(
+    x: Tensor,
+    R: int,
+    act: str,
+    residual: Tensor | None,
+    out_act: str,
+    out: Tensor | None,
+    keep_mean: bool,
+    whole_images: bool,
+) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
+    """(x, layers, residual, out=None) -> (out, the means where they are kept, the logits)."""
+    x, read = _read(x, is_nhwc(x))
+    N, C, H, W = x.shape
+    if whole_images:
+        fitted, read_residual = _read(residual, True)
+        made = new_like(x) if out is None else out
+        shape, strides = made.shape, made.stride()
+        image = image_launch(x, R, act, fitted, out_act, made)
+    else:
+        size = parts_shape(x)
+        sums, hidden = squeeze_launch(x, 1), excite_launch(size, R, act, False, H * W)
+        scale = plan_se_scale(x, residual, out_act, out)
+
+    def run(
+        x: Tensor, layers: tuple, residual: Tensor | None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        x, layers = read(x), matrices(*layers)
+        gate = x.new_empty((N, C), dtype=torch.float32)
+        mean = torch.empty_like(gate) if keep_mean else None
+        if whole_images:
+            out = x.new_empty_strided(shape, strides) if out is None else out
+            image(x, *layers, read_residual(residual), out, gate, mean)
+            return out, mean, gate
+        parts = x.new_empty(size, dtype=torch.float32)
+        sums(x, parts)
+        hidden(parts, *layers, gate, mean)
+        return scale(x, gate, residual, out), mean, gate
+
+    return run
 
 
 def se_scale_backward(
@@ -143,141 +246,139 @@ def se_scale_backward(
     input_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d x where it is wanted, d gate, d residual unless it is grad); what is not made is empty."""
+    run = plan_se_scale_backward(grad, x, residual, out, act, input_grad)
+    return run((grad, x, residual, out), gate)
+
+
+@_kept
+def plan_se_scale_backward(
+    grad: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    out: Tensor | None,
+    act: str,
+    input_grad: bool,
+) -> Callable[[tuple, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """((grad, x, residual, out), gate) -> what :func:`se_scale_backward` returns."""
     nhwc = is_nhwc(x)
-    grad, x = fitting(grad, nhwc), fitting(x, nhwc)
-    residual = None if residual is None else fitting(residual, nhwc)
-    out = None if out is None else fitting(out, nhwc)
-    gate = gate.contiguous()
-    dx = new_like(x) if input_grad else None
-    dz = new_like(x) if act != "none" else None
-    parts = new_parts(x, tiles.BACKWARD)
-    plan_backward(grad, x, gate, residual, out, dx, dz, parts, act).run(x)
-    d_gate = torch.empty_like(gate)
-    plan_finish(parts, gate, d_gate).run(x)
-    nothing = x.new_empty(0)
-    return nothing if dx is None else dx, d_gate, x.new_empty(0) if dz is None else dz
+    maps, readers = zip(*(_read(t, nhwc) for t in (grad, x, residual, out)), strict=True)
+    launch, size = backward_launch(*maps, act), parts_shape(maps[1], tiles.BACKWARD)
+    finish = finish_launch(size)
+    shape, strides = x.shape, new_like(maps[1]).stride()
+
+    def run(maps: tuple, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grad, x, residual, out = (read(t) for read, t in zip(readers, maps, strict=True))
+        gate = gate.contiguous()
+        dx = x.new_empty_strided(shape, strides) if input_grad else None
+        dz = x.new_empty_strided(shape, strides) if act != "none" else None
+        parts = x.new_empty(size, dtype=torch.float32)
+        launch(grad, x, gate, residual, out, dx, dz, parts)
+        d_gate = torch.empty_like(gate)
+        finish(parts, gate, d_gate)
+        nothing = x.new_empty(0)
+        return nothing if dx is None else dx, d_gate, x.new_empty(0) if dz is None else dz
+
+    return run
 
 
-def new_parts(x: Tensor, elements: int = tiles.SQUEEZE) -> Tensor:
-    """Room for the partial sums of x: float32[N, parts, C]."""
+def parts_shape(x: Tensor, elements: int = tiles.SQUEEZE) -> tuple[int, int, int]:
+    """Of the partial sums of x: [N, parts, C]."""
     N, C, H, W = x.shape
     parts = tiles.reduction(N, C, H * W, 1, elements).parts if is_nhwc(x) else 1
-    return x.new_empty((N, parts, C), dtype=torch.float32)
+    return N, parts, C
 
 
-def plan_squeeze(x: Tensor, out: Tensor, divisor: int) -> Launch:
-    """Sums of x, in as many parts as out has, divided by ``divisor``."""
+def squeeze_launch(x: Tensor, divisor: int) -> Launch:
+    """(x, sums), which are in as many parts as :func:`parts_shape` says, divided."""
     N, C, H, W = x.shape
     HW = H * W
     if not is_nhwc(x):
         rows, block_p = tiles.planes(HW, tiles.SQUEEZE)
         meta = {"BLOCK_ROWS": rows, "BLOCK_P": block_p, **_REGISTERS}
-        args = [x, out, N * C, HW, float(divisor)]
-        return Launch(squeeze_nchw_kernel, (cdiv(N * C, rows),), args, meta)
+        fixed = (N * C, HW, float(divisor))
+        return Launch(squeeze_nchw_kernel, (cdiv(N * C, rows),), fixed, meta)
     tile = tiles.reduction(N, C, HW, tiles.vec_of(x), tiles.SQUEEZE)
-    args = [x, out, HW, C // tile.vec, *_packs(x, tile.vec), tile.pixels_per_part, tile.parts]
+    fixed = (HW, C // tile.vec, *_packs(x, tile.vec), tile.pixels_per_part, tile.parts)
     grid = (N * tile.parts * cdiv(C, tile.block_c),)
-    return Launch(squeeze_nhwc_kernel, grid, [*args, float(divisor)], _blocks(tile))
+    return Launch(squeeze_nhwc_kernel, grid, (*fixed, float(divisor)), _blocks(tile))
 
 
-def plan_finish(parts: Tensor, gate: Tensor | None, out: Tensor) -> Launch:
-    N, count, C = parts.shape
+def finish_launch(parts: tuple[int, int, int]) -> Launch:
+    """(parts, gate, out), of parts in this shape."""
+    N, count, C = parts
     grid = (N * cdiv(C, _FINISH_BLOCK),)
-    meta = {"BLOCK_C": _FINISH_BLOCK}
-    return Launch(squeeze_finish_kernel, grid, [parts, gate, out, C, count], meta)
+    return Launch(squeeze_finish_kernel, grid, (C, count), {"BLOCK_C": _FINISH_BLOCK})
 
 
-def plan_excite(
-    parts: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    out: Tensor,
-    mean: Tensor | None,
-    act: str,
-    sigmoid: bool,
-    divisor: int,
+def excite_launch(
+    parts: tuple[int, int, int], R: int, act: str, sigmoid: bool, divisor: int
 ) -> Launch:
-    """Both layers on the sums parts[N, parts, C] / divisor."""
-    N, count, C = parts.shape
-    R = weight1.shape[0]
+    """(parts, weight1, bias1, weight2, bias2, out, mean): both layers on the sums / divisor."""
+    N, count, C = parts
     block_r, block_c, splits = tiles.excite(N, C, R)
     c_per_program = cdiv(cdiv(C, splits), block_c) * block_c
     splits = cdiv(C, c_per_program)
-    args = [parts, weight1, bias1, weight2, bias2, out, mean, C, R, count, float(divisor)]
+    fixed = (C, R, count, float(divisor), splits, c_per_program)
     meta = {"ACT": act, "SIGMOID": sigmoid, "BLOCK_C": block_c, "BLOCK_R": block_r}
-    return Launch(excite_kernel, (N * splits,), [*args, splits, c_per_program], meta)
+    return Launch(excite_kernel, (N * splits,), fixed, meta)
 
 
-def plan_image(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    act: str,
-    residual: Tensor | None,
-    out_act: str,
-    out: Tensor,
-    gate: Tensor | None,
-    mean: Tensor | None,
+def image_launch(
+    x: Tensor, R: int, act: str, residual: Tensor | None, out_act: str, out: Tensor
 ) -> Launch:
-    """The whole block, one program for each image; x is NHWC."""
+    """(x, weight1, bias1, weight2, bias2, residual, out, gate, mean): a program for each image."""
     N, C, H, W = x.shape
-    R = weight1.shape[0]
     tile, block_r = tiles.image(C, H * W, R, tiles.vec_of(x, residual, out))
-    args = [x, weight1, bias1, weight2, bias2, residual, out, gate, mean, H * W, C // tile.vec, R]
+    fixed = (H * W, C // tile.vec, R)
     for part in (x, residual, out):
-        args += _packs(part, tile.vec)
+        fixed += _packs(part, tile.vec)
     meta = {"ACT": act, "OUT_ACT": out_act, "BLOCK_R": block_r, "num_warps": 8, **_blocks(tile)}
-    return Launch(squeeze_excite_image_nhwc_kernel, (N,), args, meta)
+    return Launch(squeeze_excite_image_nhwc_kernel, (N,), fixed, meta)
 
 
-def plan_se_scale(
-    x: Tensor, gate: Tensor, residual: Tensor | None, act: str, out: Tensor, shift: Tensor | None
-) -> Launch:
+def se_scale_launch(x: Tensor, residual: Tensor | None, act: str, out: Tensor) -> Launch:
+    """(x, gate, shift, residual, out)."""
     N, C, H, W = x.shape
     HW = H * W
-    tensors = [x, gate, shift, residual, out]
     if not is_nhwc(x):
         rows, block_p = tiles.planes(HW, 4096)
         meta = {"ACT": act, "BLOCK_ROWS": rows, "BLOCK_P": block_p, **_REGISTERS}
         grid = (cdiv(N * C, rows) * cdiv(HW, block_p),)
-        return Launch(se_scale_nchw_kernel, grid, [*tensors, N * C, HW], meta)
+        return Launch(se_scale_nchw_kernel, grid, (N * C, HW), meta)
     tile = tiles.elementwise(N, C, HW, tiles.vec_of(x, residual, out))
-    args = [*tensors, HW, C // tile.vec]
+    fixed = (HW, C // tile.vec)
     for part in (x, residual, out):
-        args += _packs(part, tile.vec)
+        fixed += _packs(part, tile.vec)
     grid = (N * cdiv(HW, tile.block_p) * cdiv(C, tile.block_c),)
-    return Launch(se_scale_nhwc_kernel, grid, args, {"ACT": act, **_blocks(tile)})
+    return Launch(se_scale_nhwc_kernel, grid, fixed, {"ACT": act, **_blocks(tile)})
 
 
-def plan_backward(
-    grad: Tensor,
-    x: Tensor,
-    gate: Tensor,
-    residual: Tensor | None,
-    out: Tensor | None,
-    dx: Tensor | None,
-    dz: Tensor | None,
-    parts: Tensor,
-    act: str,
+def backward_launch(
+    grad: Tensor, x: Tensor, residual: Tensor | None, out: Tensor | None, act: str
 ) -> Launch:
+    """(grad, x, gate, residual, out, dx, dz, parts)."""
     N, C, H, W = x.shape
     HW = H * W
-    tensors = [grad, x, gate, residual, out, dx, dz, parts]
     if not is_nhwc(x):
         rows, block_p = tiles.planes(HW, tiles.BACKWARD)
         meta = {"ACT": act, "BLOCK_ROWS": rows, "BLOCK_P": block_p, **_REGISTERS}
-        return Launch(se_scale_bwd_nchw_kernel, (cdiv(N * C, rows),), [*tensors, N * C, HW], meta)
+        return Launch(se_scale_bwd_nchw_kernel, (cdiv(N * C, rows),), (N * C, HW), meta)
     tile = tiles.reduction(N, C, HW, tiles.vec_of(grad, x, residual, out), tiles.BACKWARD)
-    args = [*tensors, HW, C // tile.vec]
+    fixed = (HW, C // tile.vec)
     for part in (grad, x, residual, out):
-        args += _packs(part, tile.vec)
-    args += [tile.pixels_per_part, tile.parts]
+        fixed += _packs(part, tile.vec)
     grid = (N * tile.parts * cdiv(C, tile.block_c),)
-    return Launch(se_scale_bwd_nhwc_kernel, grid, args, {"ACT": act, **_blocks(tile)})
+    fixed += (tile.pixels_per_part, tile.parts)
+    return Launch(se_scale_bwd_nhwc_kernel, grid, fixed, {"ACT": act, **_blocks(tile)})
+
+
+def _read(
+    x: Tensor | None, nhwc: bool
+) -> tuple[Tensor | None, Callable[[Tensor | None], Tensor | None]]:
+    """(x as the kernels read it, what makes that of a tensor with x's layout)."""
+    if x is None or fits(x, nhwc):
+        return x, lambda x: x
+    return fitting(x, nhwc), lambda x: fitting(x, nhwc)
 
 
 def _packs(x: Tensor | None, vec: int) -> tuple[int, int]:

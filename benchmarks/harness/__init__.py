@@ -1,0 +1,1 @@
+"""How every benchmark measures: cases, the machine, the check before the timing, the report."""

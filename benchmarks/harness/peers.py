@@ -1,0 +1,146 @@
+"""What other people would deploy a stock network with, each as a function of the stock network.
+
+A peer that is not installed raises :class:`PeerMissing` with the command that installs it.
+``example`` is the network's input, to which the peers may specialise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness.case import PeerMissing
+
+Network = Callable[[Tensor], Tensor]
+
+
+def compiled(model: nn.Module, example: Tensor) -> Network:
+    """torch.compile as most people call it, static in its shapes."""
+    return torch.compile(model, dynamic=False)
+
+
+def frozen(model: nn.Module, example: Tensor) -> Network:
+    """torch.compile that takes the parameters for constants, folds the norms and prepacks."""
+    # As an option too: else dynamo takes what it compiled of the same model without freezing.
+    function = torch.compile(model, dynamic=False, options={"freezing": True})
+    with torch._inductor.config.patch(freezing=True), torch.no_grad():
+        function(example)  # compiles here: later calls need no patch
+    return function
+
+
+def autotuned(model: nn.Module, example: Tensor) -> Network:
+    """torch.compile's longest search, with CUDA graphs."""
+    return torch.compile(model, dynamic=False, mode="max-autotune")
+
+
+def openvino(model: nn.Module, example: Tensor) -> Network:
+    """OpenVINO in float32 on as many threads as PyTorch, tuned for latency."""
+    _refuse_half("openvino", example)
+    package = _imported("openvino")
+    with _quiet():
+        converted = package.convert_model(model, example_input=example, input=list(example.shape))
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    request = package.compile_model(converted, "CPU", options).create_infer_request()
+
+    def call(x: Tensor) -> Tensor:
+        out = request.infer([x.numpy()], share_inputs=True, share_outputs=True)
+        return torch.from_numpy(out[0])
+
+    return call
+
+
+def onnxruntime(model: nn.Module, example: Tensor) -> Network:
+    """ONNX Runtime, every graph optimisation, on as many threads as PyTorch."""
+    _refuse_half("onnxruntime", example)
+    package = _imported("onnxruntime")
+    _imported("onnxscript")
+    with _quiet():
+        exported = torch.onnx.export(model, (example,), dynamo=True, verbose=False)
+    options = package.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # its own warnings about constants it folds
+    content = exported.model_proto.SerializeToString()
+    session = package.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def call(x: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+    return call
+
+
+def tensorrt(model: nn.Module, example: Tensor) -> Network:
+    """Torch-TensorRT in example's dtype."""
+    package = _imported("torch_tensorrt")
+    return package.compile(model, ir="dynamo", inputs=[example], enabled_precisions={example.dtype})
+
+
+@functools.cache
+def warm_up() -> None:
+    """Import what compiles, so that no variant's time to the first batch has that in it."""
+    torch.compile(lambda x: x + 1)(torch.ones(2))
+    for name in ("openvino", "onnxruntime", "onnxscript"):
+        with contextlib.suppress(PeerMissing):
+            _imported(name)
+
+
+def graphed(function: Network, example: Tensor) -> Network:
+    """``function`` in a CUDA graph; it takes the example's values whatever it is called with."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(stream):
+        for _ in range(3):  # what is allocated and tuned on first use must not be captured
+            function(example)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        out = function(example)
+
+    def call(x: Tensor) -> Tensor:
+        graph.replay()
+        return out
+
+    call.eager = function
+    return call
+
+
+def _imported(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise PeerMissing(
+            f"{name} is not installed; pip install 'cvkernels[bench]'"
+            if name != "torch_tensorrt"
+            else "torch_tensorrt is not installed; pip install torch-tensorrt"
+        ) from None
+
+
+def _refuse_half(name: str, example: Tensor) -> None:
+    if example.dtype != torch.float32:
+        raise PeerMissing(f"{name} is measured in float32, not in {example.dtype}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what exporters print and warn of on their way."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,147 @@
+"""The plots of one machine's results, as SVG beside them; needs matplotlib."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from benchmarks.harness.report import Rates, Row
+from benchmarks.output import results
+
+# The same output for the same input: no dates and random ids in a committed file.
+matplotlib.rcParams["svg.hashsalt"] = "cvkernels"
+METADATA = {"Date": None}
+DEPTH = {"densenet121": 121, "densenet169": 169, "densenet201": 201}
+
+
+def draw(folder: Path) -> list[Path]:
+    """Every plot that the folder has rows for."""
+    drawn = []
+    for kind, dtype, rates, rows in _kernels(folder):
+        drawn.append(
+            _save(roofline(rows, rates, f"{kind}, {dtype}"), folder, f"roofline-{kind}-{dtype}")
+        )
+    inference = [row for row in results.rows(folder, "models") if row.time_us]
+    training = results.rows(folder, "training")
+    if inference:
+        drawn.append(_save(network_bars(inference), folder, "networks"))
+        drawn.append(_save(first_batch(inference), folder, "first-batch"))
+    if any(row.op in DEPTH and row.saved_bytes for row in training):
+        drawn.append(_save(depth_memory(training), folder, "densenet-memory"))
+    return drawn
+
+
+def _kernels(folder: Path) -> list[tuple[str, str, Rates, list[Row]]]:
+    """(op, dtype, rates, rows) of each roofline: rows with a time, bytes and flops or bytes."""
+    found = []
+    for report in results.reports(folder, "kernels"):
+        groups = defaultdict(list)
+        for row in report.rows:
+            if row.time_us and row.bytes and row.part == "forward":
+                groups[row.op, row.dtype].append(row)
+        found += [(op, dtype, report.rates[dtype], rows) for (op, dtype), rows in groups.items()]
+    return found
+
+
+def roofline(rows: Sequence[Row], rates: Rates, title: str) -> plt.Figure:
+    """A point per row: what it reaches over its arithmetic intensity, under the measured rates.
+
+    An op without a flop count has no intensity; its points are GB/s over its bytes, under the copy
+    bandwidth.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    counted = all(row.flops for row in rows)
+
+    def x_of(row: Row) -> float:
+        return row.flops / row.bytes if counted else row.bytes / 1e6
+
+    xs = sorted(map(x_of, rows))
+    span = [xs[0] / 2, xs[-1] * 2]
+    if counted:
+        ridge = rates.matrix_tflop_per_s * 1e3 / rates.copy_gb_per_s
+        line = sorted({*span, min(max(ridge, span[0]), span[1])})
+        reach = [min(x * rates.copy_gb_per_s / 1e3, rates.matrix_tflop_per_s) for x in line]
+        axes.set(xlabel="flop per compulsory byte", ylabel="TFLOP/s")
+    else:
+        line, reach = span, [rates.copy_gb_per_s] * 2
+        axes.set(xlabel="compulsory MB", ylabel="GB/s")
+    label = f"measured copy bandwidth{' and matrix rate' if counted else ''}"
+    axes.loglog(line, reach, "k-", label=label)
+    for variant in dict.fromkeys(row.variant for row in rows):
+        chosen = [row for row in rows if row.variant == variant]
+        ys = [row.tflop_per_s if counted else row.gb_per_s for row in chosen]
+        marker = "o" if variant.startswith("cvkernels") else "x"
+        axes.loglog([x_of(row) for row in chosen], ys, marker, label=variant)
+    axes.set_title(title)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def network_bars(rows: Sequence[Row]) -> plt.Figure:
+    """Images per second of every variant; an axes per dtype and batch, a group per network."""
+    panels = list(dict.fromkeys((row.dtype, row.case) for row in rows))
+    figure, grid = plt.subplots(
+        len(panels), figsize=(10, 3.5 * len(panels)), squeeze=False, layout="constrained"
+    )
+    for axes, panel in zip(grid[:, 0], panels, strict=True):
+        chosen = [row for row in rows if (row.dtype, row.case) == panel]
+        _bars(axes, rows, chosen, lambda row: _images(row) / row.time_us * 1e6)
+        axes.set(title=f"{panel[1]}, {panel[0]}", ylabel="images per second")
+    grid[0, 0].legend(fontsize="small", ncols=2)
+    return figure
+
+
+def first_batch(rows: Sequence[Row]) -> plt.Figure:
+    """Seconds to the first result, a group per network at its smallest batch."""
+    smallest = min(map(_images, rows))
+    rows = [row for row in rows if _images(row) == smallest and row.first_batch_s]
+    figure, axes = plt.subplots(figsize=(10, 3.5), layout="constrained")
+    _bars(axes, rows, rows, lambda row: row.first_batch_s)
+    axes.set(title=f"time to the first batch of {smallest}", ylabel="seconds", yscale="log")
+    axes.legend(fontsize="small", ncols=2)
+    return figure
+
+
+def _bars(
+    axes: plt.Axes, rows: Sequence[Row], shown: Sequence[Row], height_of: Callable[[Row], float]
+) -> None:
+    """A group of bars per network and a bar per variant of ``rows``, for those that are shown."""
+    variants = list(dict.fromkeys(row.variant for row in rows))
+    networks = list(dict.fromkeys(row.op for row in rows))
+    for index, variant in enumerate(variants):
+        heights = {row.op: height_of(row) for row in shown if row.variant == variant}
+        offset = (index - (len(variants) - 1) / 2) * 0.8 / len(variants)
+        places = [networks.index(name) + offset for name in heights]
+        axes.bar(places, list(heights.values()), 0.8 / len(variants), label=variant)
+    axes.set_xticks(range(len(networks)), networks)
+
+
+def depth_memory(rows: Sequence[Row]) -> plt.Figure:
+    """Saved activations per image against DenseNet's depth, a line per variant."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    rows = [row for row in rows if row.op in DEPTH and row.saved_bytes]
+    for variant in dict.fromkeys(row.variant for row in rows):
+        points = sorted((DEPTH[r.op], r.saved_bytes / 1e6) for r in rows if r.variant == variant)
+        axes.plot(*zip(*points, strict=True), "o-", label=variant)
+    axes.set(xlabel="layers of DenseNet", ylabel="MB per image kept for backward")
+    axes.set_xticks(sorted({DEPTH[row.op] for row in rows}))
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return figure
+
+
+def _images(row: Row) -> int:
+    return int(row.case.removeprefix("batch "))
+
+
+def _save(figure: plt.Figure, folder: Path, name: str) -> Path:
+    path = folder / f"{name}.svg"
+    figure.savefig(path, metadata=METADATA)
+    plt.close(figure)
+    return path

@@ -1,0 +1,35 @@
+"""The ops of a frozen model's graph and of its plans: one class each, which is all there is of it.
+
+A graph has these; a plan has others too, which lowering puts in their place::
+
+    op                  inputs
+    input
+    conv                x, by ``roles`` residual and gate
+    affine, act         x
+    add, mul            a, b
+    cat                 parts, along the channels
+    part                x, of which it is some channels
+    max_pool, avg_pool  x
+    mean                x
+    se                  x, by ``roles`` residual
+    sums                a conv with ``squeeze``
+    excite              sums
+    linear, flatten     x
+    call                those that its arguments refer to
+"""
+
+from cvkernels.freeze.graph import Op
+from cvkernels.freeze.ops.convolution import Conv, ConvPool, Depthwise, PlannedConv, Scratch, Sums
+from cvkernels.freeze.ops.elementwise import Act, Add, Affine, Copy, Linear, Mul
+from cvkernels.freeze.ops.pooling import AvgPool, MaxPool, Mean
+from cvkernels.freeze.ops.squeeze_excite import Excite, Scale, SqueezeExcite
+from cvkernels.freeze.ops.structure import Buffer, Call, Cat, Concat, Flatten, Input, Part
+
+GRAPH_OPS: dict[str, type[Op]] = {
+    op.name: op
+    for op in (
+        Input, Conv, Affine, Act, Add, Mul, Cat, Part, MaxPool, AvgPool, Mean, SqueezeExcite, Sums,
+        Excite, Linear, Flatten, Call,
+    )
+}  # fmt: skip
+PLAN_OPS = (PlannedConv, Scratch, ConvPool, Depthwise, Scale, Copy, Concat, Buffer)

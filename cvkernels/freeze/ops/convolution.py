@@ -1,0 +1,271 @@
+"""Convolutions: in the graph, as a backend runs them, with their max pool, and depthwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cvkernels import functional
+from cvkernels.freeze.backends import Backend, Convolve, choose, without_prologue
+from cvkernels.freeze.graph import Node, Op, Run, Step, TensorSpec
+from cvkernels.freeze.ops.elementwise import Affine
+from cvkernels.freeze.ops.squeeze_excite import Scale
+from cvkernels.ops.common.activation import ACTIVATIONS
+from cvkernels.ops.common.norm import BatchNormParams
+from cvkernels.ops.common.traffic import Traffic
+from cvkernels.ops.conv_bn_act.problem import Problem
+from cvkernels.ops.depthwise_conv_bn_act import native as depthwise_native
+from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
+
+if TYPE_CHECKING:
+    from cvkernels.freeze.lower import Lowered
+    from cvkernels.freeze.memory import Memory
+    from cvkernels.freeze.steps import Site
+
+
+class Conv(Op, name="conv"):
+    """``act(conv(prologue(x)) * scale + shift + residual)``, as conv_bn_act computes it.
+
+    The prologue is ``input_affine`` with a ReLU, or a gate. With ``squeeze``, :class:`Sums` reads
+    the sums of the output over its pixels.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    roles: tuple[str, ...] = ("x",)
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    act: str = "none"
+    input_affine: tuple[Tensor, Tensor] | None = None
+    squeeze: bool = False
+
+    @property
+    def bn(self) -> BatchNormParams | None:
+        return None if self.scale is None else BatchNormParams(self.scale, self.shift)
+
+    @property
+    def input_bn(self) -> BatchNormParams | None:
+        return None if self.input_affine is None else BatchNormParams(*self.input_affine)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing follows the convolution yet."""
+        return self.act == "none" and "residual" not in self.roles
+
+    @property
+    def is_1x1(self) -> bool:
+        sizes = (*self.weight.shape[2:], *self.stride, self.groups)
+        return sizes == (1, 1, 1, 1, 1) and tuple(self.padding) == (0, 0)
+
+    @property
+    def is_depthwise(self) -> bool:
+        channels, inputs = self.weight.shape[:2]
+        return inputs == 1 and 1 < channels == self.groups
+
+    def problem(self, x: TensorSpec) -> Problem:
+        """The convolution on x, with all that the graph fused to it."""
+        K, _, R, S = self.weight.shape
+        return Problem(
+            *x.shape, K, R, S, tuple(self.stride), tuple(self.padding), tuple(self.dilation),
+            self.groups, x.dtype, self.act, has_bias=self.bias is not None,
+            has_bn=self.scale is not None, has_residual="residual" in self.roles,
+            has_input_bn=self.input_affine is not None, has_input_gate="gate" in self.roles,
+        )  # fmt: skip
+
+    def bare(self) -> Conv:
+        """The convolution without its prologue."""
+        roles = tuple(role for role in self.roles if role != "gate")
+        return replace(self, input_affine=None, roles=roles)
+
+    def planned(
+        self, x: TensorSpec, device: torch.device, table: Mapping[str, str]
+    ) -> PlannedConv | Depthwise:
+        """What runs the convolution on x, alone where its prologue has to be steps of its own."""
+        problem = self.problem(x)
+        if self.is_depthwise:
+            fields = {**vars(problem), "squeeze": self.squeeze}
+            names = DepthwiseProblem.__dataclass_fields__
+            depthwise = DepthwiseProblem(**{n: v for n, v in fields.items() if n in names})
+            reason = depthwise_native.why_not(depthwise, device.type)
+            if not reason or device.type != "cpu" or self.squeeze:
+                return Depthwise(self, depthwise, writes=not reason)
+        chosen = choose(problem, device, table)
+        if chosen.prologue or not problem.has_prologue:
+            return PlannedConv(self, problem, chosen)
+        return PlannedConv(self.bare(), without_prologue(problem), chosen)
+
+    def shape(self, node: Node, x: tuple, *others: tuple) -> tuple:
+        node.check(len(x) == 4, "[N, C, H, W]", x)
+        K, channels, *kernel = self.weight.shape
+        node.check(x[1] == channels * self.groups, f"{channels} channels", x)
+        axes = zip(x[2:], kernel, self.stride, self.padding, self.dilation, strict=True)
+        size = tuple((s + 2 * p - d * (k - 1) - 1) // stride + 1 for s, k, stride, p, d in axes)
+        node.check(min(size) > 0, f"a larger map than {x[2]}x{x[3]} for its kernel", x)
+        shape = (x[0], K, *size)
+        if "residual" in self.roles:
+            residual = others[self.roles.index("residual") - 1]
+            node.check(residual == shape, f"a shortcut {shape}", x)
+        return shape
+
+    def lower(self, node: Node, lowered: Lowered) -> Step:
+        planned = lowered.planned[node]
+        if isinstance(planned, Depthwise):
+            backend = "native" if planned.writes else "cvkernels"
+            return lowered.emit(planned, node, backend=backend)
+        inputs, x = lowered.inputs(node), lowered.values[node.inputs[0]]
+        if planned.conv is not self:
+            if self.input_affine is not None:
+                affine = Affine(*self.input_affine, relu=True)
+                inputs[0] = lowered.emit(affine, node, inputs[:1], x)
+            if "gate" in self.roles:
+                gate = inputs.pop(self.roles.index("gate"))
+                inputs[0] = lowered.emit(Scale(), gate, [inputs[0], gate], x)
+        if node in lowered.pooled:
+            value = lowered.values[node]
+            one = value._replace(shape=(1, *value.shape[1:]))
+            return lowered.emit(Scratch(planned), node, inputs, one, backend="native")
+        return lowered.emit(planned, node, inputs, backend=planned.implementation.name)
+
+
+class PlannedConv(Op, name="conv", kernel="conv_bn_act_native", placeable=True):
+    """A convolution of one shape, and the backend that runs it."""
+
+    conv: Conv
+    problem: Problem
+    implementation: Backend
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return self.conv.roles
+
+    @property
+    def writes(self) -> bool:
+        return self.implementation.writes
+
+    def traffic(self, step: Step, memory: Memory) -> Traffic:
+        kernels, extra, x = 1, 0, step.inputs[0]
+        if memory.in_arena(step) and not self.writes:
+            kernels, extra = kernels + 1, extra + step.nbytes
+        if step.backend == "onednn" and memory.slices(x):
+            # A slice is made contiguous first.
+            kernels, extra = kernels + 1, extra + x.nbytes
+        problem = self.problem
+        return Traffic(kernels, problem.bytes_read + extra, problem.bytes_written + extra)
+
+    def convolve(self, site: Site) -> Convolve:
+        return self.implementation.build(self.problem, self.conv, site.cache)
+
+    def build(self, site: Site) -> Run:
+        convolve, number, out = self.convolve(site), site.number, site.out
+        x, residual, gate = (site.role(name) for name in ("x", "residual", "gate"))
+        if out == site.none:
+
+            def run(env: list) -> None:
+                env[number] = convolve(env[x], env[residual], env[gate], None)
+        else:
+
+            def run(env: list) -> None:
+                convolve(env[x], env[residual], env[gate], env[out])
+
+        return run
+
+
+class Scratch(Op, name="scratch", writes=True):
+    """One image of the map between a convolution and its max pool (:class:`ConvPool`)."""
+
+    planned: PlannedConv
+
+    def pooled(self, window: tuple) -> ConvPool:
+        one = replace(self.planned.problem, N=1)
+        return ConvPool(replace(self.planned, problem=one), window)
+
+
+class ConvPool(Op, name="conv_pool", writes=True, placeable=True):
+    """A convolution and the max pool behind it, image by image.
+
+    The map between the two is then as large as one image's, and still in the cache.
+    """
+
+    planned: PlannedConv
+    window: tuple
+
+    def traffic(self, step: Step, memory: Memory) -> Traffic:
+        problem, images = self.planned.problem, step.value.shape[0]
+        between = problem.bytes_written
+        read = images * (problem.bytes_read + between)
+        return Traffic(2 * images, read, images * between + step.nbytes)
+
+    def build(self, site: Site) -> Run:
+        convolve, window, number = self.planned.convolve(site), self.window, site.number
+        x, image = site.inputs
+        pool = torch.ops.cvkernels.max_pool_out.default
+
+        def run(env: list) -> None:
+            between = env[image]
+            for source, out in zip(env[x].split(1), env[number].split(1), strict=True):
+                convolve(source, None, None, between)
+                pool(between, *window, out)
+
+        return run
+
+
+class Depthwise(Op, name="depthwise", kernel="depthwise_conv_bn_act_native", placeable=True):
+    """A depthwise convolution on its own kernels, which apply its norm for nothing."""
+
+    conv: Conv
+    problem: DepthwiseProblem
+    writes: bool
+
+    def traffic(self, step: Step, memory: Memory) -> Traffic:
+        return Traffic(1, self.problem.bytes_read, self.problem.bytes_written)
+
+    def build(self, site: Site) -> Run:
+        problem, conv, cache = self.problem, self.conv, site.cache
+        (x,), sums = site.inputs, site.reader(Sums)
+        if (convolve := site.kernel) is not None:
+            packed, vectors = cache.get(
+                "depthwise",
+                [conv.weight],
+                lambda: depthwise_native.pack(conv.weight, conv.bias, conv.bn),
+            )
+            act = ACTIVATIONS.index(problem.act)
+            options = (problem.R, problem.stride[0], *problem.padding, act)
+
+            def write(env: list, y: Tensor) -> None:
+                convolve(env[x], packed, vectors, *options, y.permute(0, 2, 3, 1), env[sums])
+
+            return site.written(write)
+
+        def compute(env: list) -> Tensor:
+            y = functional.depthwise_conv_bn_act(
+                env[x], conv.weight, conv.bias, conv.bn, stride=problem.stride,
+                padding=problem.padding, dilation=problem.dilation, act=problem.act,
+                squeeze=problem.squeeze, cache=cache,
+            )  # fmt: skip
+            if problem.squeeze:
+                y, env[sums] = y
+            return y
+
+        return site.computed(compute)
+
+
+class Sums(Op, name="sums"):
+    """The sums over pixels of a convolution with ``squeeze``, whose step computes them."""
+
+    writes: bool = False
+
+    def infer(self, node: Node, inputs: list[TensorSpec], device: torch.device) -> TensorSpec:
+        (x,) = inputs
+        return TensorSpec(x.shape[:2], torch.float32 if x.dtype.itemsize < 4 else x.dtype)
+
+    def lower(self, node: Node, lowered: Lowered) -> Step:
+        conv = lowered.of[node.inputs[0]]
+        return lowered.emit(Sums(conv.op.writes), node, backend=conv.backend)

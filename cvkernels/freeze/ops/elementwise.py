@@ -1,0 +1,90 @@
+"""Ops on every element, and the linear layer."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cvkernels import functional
+from cvkernels.freeze.graph import Node, Op, Run
+from cvkernels.ops.common.affine import NO_VECTORS
+from cvkernels.ops.common.norm import BatchNormParams
+
+if TYPE_CHECKING:
+    from cvkernels.freeze.steps import Site
+
+ACTS = {"relu": torch.relu, "relu6": F.relu6, "silu": F.silu, "sigmoid": torch.sigmoid}
+
+
+class Affine(Op, name="affine", kernel="dense_concat", writes=True, placeable=True):
+    """``x * scale + shift`` of each channel, and a ReLU."""
+
+    scale: Tensor
+    shift: Tensor
+    relu: bool = False
+
+    def build(self, site: Site) -> Run:
+        (x,), relu = site.inputs, self.relu
+        if (write := site.kernel) is not None:
+            vectors = (self.scale, self.shift, None, None, 0.0)
+            return site.written(lambda env, y: write(y, env[x], 0, *vectors, relu))
+        bn = BatchNormParams(self.scale, self.shift)
+        return site.written(lambda env, y: functional.dense_concat(y, env[x], 0, bn, relu))
+
+
+class Copy(Op, name="copy", kernel="dense_concat", writes=True, placeable=True):
+    """x in a slice that its producer cannot write into."""
+
+    def build(self, site: Site) -> Run:
+        (x,) = site.inputs
+        if (write := site.kernel) is not None:
+            return site.written(lambda env, y: write(y, env[x], 0, *NO_VECTORS, False))
+        return site.written(lambda env, y: y.copy_(env[x]))
+
+
+class Act(Op, name="act", placeable=True):
+    act: str
+
+    def build(self, site: Site) -> Run:
+        activate, (x,) = ACTS[self.act], site.inputs
+        return site.computed(lambda env: activate(env[x]))
+
+
+class _Broadcast(Op):
+    def shape(self, node: Node, a: tuple, b: tuple) -> tuple:
+        # torch.broadcast_shapes would import the symbolic shapes, which takes half a second.
+        sizes = list(itertools.zip_longest(reversed(a), reversed(b), fillvalue=1))
+        node.check(all(m == n or 1 in (m, n) for m, n in sizes), "maps of one shape", (a, b))
+        return tuple(n if m == 1 else m for m, n in reversed(sizes))
+
+
+class Add(_Broadcast, name="add", placeable=True):
+    def build(self, site: Site) -> Run:
+        a, b = site.inputs
+        return site.computed(lambda env: env[a] + env[b])
+
+
+class Mul(_Broadcast, name="mul"):
+    def build(self, site: Site) -> Run:
+        a, b = site.inputs
+        return site.computed(lambda env: env[a] * env[b])
+
+
+class Linear(Op, name="linear"):
+    """A fully connected layer on x, [N, C]."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def shape(self, node: Node, x: tuple) -> tuple:
+        features, channels = self.weight.shape
+        node.check(x[-1] == channels, f"{channels} features", x)
+        return (*x[:-1], features)
+
+    def build(self, site: Site) -> Run:
+        (x,), weight, bias = site.inputs, self.weight, self.bias
+        return site.computed(lambda env: F.linear(env[x], weight, bias))

@@ -1,0 +1,124 @@
+"""What moves nothing, or need not: input, concatenation, parts, flattening; and calls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cvkernels.freeze.graph import Node, Op, Run, Step, TensorSpec, fill, spec_of
+from cvkernels.ops.common.traffic import Traffic
+
+if TYPE_CHECKING:
+    from cvkernels.freeze.lower import Lowered
+    from cvkernels.freeze.memory import Memory
+    from cvkernels.freeze.steps import Site
+
+
+class Input(Op, name="input", roles=()):
+    """The images."""
+
+
+class Cat(Op, name="cat", writes=True):
+    """A concatenation along the channels: a buffer that its parts are written into."""
+
+    def shape(self, node: Node, *parts: tuple) -> tuple:
+        first = parts[0]
+        same = all((p[0], *p[2:]) == (first[0], *first[2:]) for p in parts)
+        node.check(same, "parts of one size", parts)
+        return (first[0], sum(part[1] for part in parts), *first[2:])
+
+    def lower(self, node: Node, lowered: Lowered) -> Step:
+        is_map = len(lowered.values[node].shape) == 4
+        return lowered.emit(self if is_map else Concat(), node)
+
+
+class Concat(Op, name="concat"):
+    """A concatenation of what are no maps, copied together."""
+
+    def build(self, site: Site) -> Run:
+        parts = site.inputs
+        return site.computed(lambda env: torch.cat([env[part] for part in parts], 1))
+
+
+class Buffer(Op, name="buffer", writes=True):
+    """Memory that several overlapping values are slices of; no step's value."""
+
+
+class Part(Op, name="part", views=True):
+    """``channels`` channels of x, from ``start``."""
+
+    start: int
+    channels: int
+
+    def shape(self, node: Node, x: tuple) -> tuple:
+        return (x[0], self.channels, *x[2:])
+
+    def traffic(self, step: Step, memory: Memory) -> Traffic:
+        return Traffic(0, 0, 0)
+
+    def build(self, site: Site) -> Run | None:
+        if site.memory.in_arena(site.step):
+            return None
+        number, (x,) = site.number, site.inputs
+        channels = slice(self.start, self.start + self.channels)
+
+        def run(env: list) -> None:
+            env[number] = env[x][:, channels]
+
+        return run
+
+
+class Flatten(Op, name="flatten", views=True):
+    """x as [N, C * H * W]."""
+
+    def shape(self, node: Node, x: tuple) -> tuple:
+        return (x[0], math.prod(x[1:]))
+
+    def traffic(self, step: Step, memory: Memory) -> Traffic:
+        moves = math.prod(step.inputs[0].value.shape[2:]) > 1
+        return Traffic(int(moves), step.nbytes * moves, step.nbytes * moves)
+
+    def build(self, site: Site) -> Run:
+        (x,) = site.inputs
+        return site.computed(lambda env: env[x].flatten(1))
+
+
+class Call(Op, name="call", views=True, reports=True):
+    """A function, method or module that is called as it is, on the inputs that args refer to."""
+
+    kind: str
+    target: Any
+    args: tuple
+    kwargs: dict
+    in_place: bool
+
+    def infer(self, node: Node, inputs: list, device: torch.device) -> Any:
+        zeros = [
+            torch.zeros(value.shape, dtype=value.dtype, device=device)
+            if isinstance(value, TensorSpec)
+            else value
+            for value in inputs
+        ]
+        return spec_of(self.function()(zeros))
+
+    def function(self) -> Callable[[list], Any]:
+        """A function of the inputs' values that makes the call."""
+        is_method, target, in_place = self.kind == "method", self.target, self.in_place
+        args, kwargs = self.args, self.kwargs
+
+        def run(values: list) -> Any:
+            if in_place:
+                values = [values[0].clone(), *values[1:]]
+            actual, named = fill(args, values), fill(kwargs, values)
+            if is_method:
+                return getattr(actual[0], target)(*actual[1:], **named)
+            return target(*actual, **named)
+
+        return run
+
+    def build(self, site: Site) -> Run:
+        inputs, function = site.inputs, self.function()
+        return site.computed(lambda env: function([env[source] for source in inputs]))

@@ -1,0 +1,202 @@
+"""The sizes of a call of se_scale or one of its parts, its checks, and which backend can run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cvkernels import backend as backends
+from cvkernels.ops.common import layout
+from cvkernels.ops.common.dispatch import Call, Implementation, Table, reference
+from cvkernels.ops.squeeze_excite import native, tiles
+
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LARGEST_MAP = 2**31 - 2**13
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+ACTS = ("relu", "silu")
+OUT_ACTS = ("none", "relu", "silu")
+
+
+class Problem(NamedTuple):
+    """What a backend is chosen by: the op, and the width of the hidden layer, 0 without one."""
+
+    op: str
+    R: int = 0
+
+
+def table_of(
+    triton: Callable[..., Callable],
+    compiled: Callable[..., Callable],
+    stock: Callable[..., Callable],
+) -> Table:
+    """The table of one of the ops, by what plans each implementation."""
+    return (
+        Implementation("triton", _why_not_triton, triton, "triton on cuda", "cuda"),
+        Implementation("native", _why_not_native, compiled, "native on cpu", "cpu"),
+        reference(stock),
+    )
+
+
+def _why_not_triton(problem: Problem, call: Call) -> str:
+    x = call.x
+    if x.dtype not in TRITON_DTYPES:
+        return f"Triton computes in float16, bfloat16 and float32, got {x.dtype}"
+    if problem.R > tiles.LARGEST_R:
+        return (
+            f"Triton keeps the hidden layer on chip, and R = {problem.R} is over {tiles.LARGEST_R}"
+        )
+    pixels = x.shape[2:].numel()
+    if pixels > LARGEST_MAP:
+        return f"Triton counts pixels in 32 bits, got {pixels}"
+    # A compiled graph asks when it runs; tracing cannot.
+    return "" if torch.compiler.is_compiling() else backends.lacks_triton(call.device)
+
+
+def _why_not_native(problem: Problem, call: Call) -> str:
+    if call.grad:
+        return f"a gradient is needed, and the native {problem.op} has none"
+    reason = native.why_not(call.x.dtype, call.device)
+    if not reason and call.automatic and torch.compiler.is_compiling():
+        return "torch.compile generates the op on CPU"
+    return reason
+
+
+def copies(x: Tensor, residual: Tensor | None, out: Tensor | None) -> int:
+    """How many maps are copied around the kernels, each of x's size."""
+    nhwc = layout.is_nhwc(x)
+    around = sum(t is not None and not layout.fits(t, nhwc) for t in (x, residual))
+    return around + (out is not None and bool(around or not layout.fits(out, nhwc)))
+
+
+def check_differentiable(op: str, out: Tensor | None, grad: bool) -> None:
+    if out is not None and (grad or (torch.is_grad_enabled() and out.requires_grad)):
+        raise ValueError(
+            f"{op}: out= is not differentiable, and an argument requires a gradient; "
+            f"call it under torch.no_grad(), or leave out= away"
+        )
+
+
+def check_map(op: str, x: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(
+            f"{op}: x must have shape [N, C, H, W], got {list(x.shape)}; "
+            f"give a single image a batch of one with x[None]"
+        )
+    if x.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: x must be float32, float16, bfloat16 or float64, got {x.dtype}; "
+            f"convert it with .to(torch.float32)"
+        )
+    _, C, H, W = x.shape
+    if C == 0 or H == 0 or W == 0:
+        raise ValueError(
+            f"{op}: x must have channels and pixels, got {list(x.shape)}: "
+            f"the mean of no pixel is not defined"
+        )
+
+
+def check_gate(op: str, gate: Tensor, x: Tensor) -> None:
+    if gate.shape != x.shape[:2]:
+        raise ValueError(
+            f"{op}: gate must have shape [N, C] = {list(x.shape[:2])} to match x "
+            f"{list(x.shape)}, got {list(gate.shape)}; squeeze the trailing 1x1 of a conv gate "
+            f"with gate.flatten(1)"
+        )
+    if gate.dtype != x.dtype and (gate.dtype != torch.float32 or x.dtype == torch.float64):
+        raise TypeError(
+            f"{op}: gate must have x's dtype, {x.dtype}, or float32, got {gate.dtype}; "
+            f"convert it with .to(x.dtype)"
+        )
+    _check_device(op, "gate", gate, x)
+
+
+def check_layers(
+    op: str,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    C: int,
+    like: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    """The two layers from C channels to R and back, on like's device, all in one of ``dtypes``."""
+    R, dtype, device = weight1.shape[0], weight1.dtype, like.device
+    if (
+        R > 0
+        and dtype in dtypes
+        and weight1.shape in ((R, C), (R, C, 1, 1))
+        and weight2.shape in ((C, R), (C, R, 1, 1))
+        and weight1.device == device
+        and (weight2.dtype, weight2.device) == (dtype, device)
+        and (bias1 is None or (bias1.shape, bias1.dtype, bias1.device) == ((R,), dtype, device))
+        and (bias2 is None or (bias2.shape, bias2.dtype, bias2.device) == ((C,), dtype, device))
+    ):
+        return
+    for name, weight in (("weight1", weight1), ("weight2", weight2)):
+        if weight.dim() not in (2, 4) or weight.shape[2:].numel() != 1:
+            raise ValueError(
+                f"{op}: {name} must be a matrix or the weight of a 1x1 convolution, "
+                f"got shape {list(weight.shape)}"
+            )
+    for name, tensor, shape in (
+        ("weight1", weight1, (R, C)),
+        ("bias1", bias1, (R,)),
+        ("weight2", weight2, (C, R)),
+        ("bias2", bias2, (C,)),
+    ):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape[:2]) != shape or R == 0:
+            letters = {"weight1": "[R, C]", "bias1": "[R]", "weight2": "[C, R]", "bias2": "[C]"}
+            raise ValueError(
+                f"{op}: {name} must have shape {letters[name]} = {list(shape)} with R > 0 and "
+                f"C = {C}, got {list(tensor.shape)}"
+            )
+        if tensor.dtype != weight1.dtype:
+            raise TypeError(
+                f"{op}: {name} must have weight1's dtype, {weight1.dtype}, got {tensor.dtype}"
+            )
+        _check_device(op, name, tensor, like)
+    if weight1.dtype not in dtypes:
+        raise TypeError(
+            f"{op}: weights and biases must be {' or '.join(map(str, dtypes))}, "
+            f"got {weight1.dtype}; convert them with .to()"
+        )
+
+
+def parameter_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """What weights may be beside maps of ``dtype``: the same, or float32 for the half dtypes."""
+    return (dtype,) if dtype.itemsize >= 4 else (dtype, torch.float32)
+
+
+def check_pooled(op: str, pooled: Tensor, count: int | None) -> None:
+    if pooled.dim() != 2 or pooled.shape[1] == 0:
+        raise ValueError(
+            f"{op}: pooled must have shape [N, C], got {list(pooled.shape)}; "
+            f"flatten a pooled map of 1x1 pixels with pooled.flatten(1)"
+        )
+    if pooled.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: pooled must be float32, float16, bfloat16 or float64, got {pooled.dtype}"
+        )
+    if count is None:
+        return
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"{op}: count must be a positive number of pixels, got {count!r}")
+    if pooled.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{op}: with count=, pooled holds sums and must be float32 or float64, got "
+            f"{pooled.dtype}: the sum of a map does not fit a half dtype"
+        )
+
+
+def _check_device(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{op}: {name} must be on the input's device, {like.device}, got {tensor.device}; "
+            f"move it with .to()"
+        )

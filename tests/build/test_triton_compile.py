@@ -1,0 +1,194 @@
+"""Every shipped Triton configuration compiled for real targets, and what the machine code needs.
+
+No GPU is involved: a subprocess without TRITON_INTERPRET compiles for sm_80, sm_90 and sm_100 with
+the arguments' types, alignments and constants that a launch would have.
+"""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from cvkernels.ops.conv_bn_act import tuning
+from tests.support.triton_compiled import compile_cases, compiled_once
+
+pytest.importorskip("triton")
+
+ARCHS = (80, 90, 100)
+REGISTERS = 65536  # of one SM
+SHARED = 228 * 1024  # of one SM of sm_90 and sm_100
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem, compiled for one target."""
+
+    name: str
+    arch: int
+    problem: dict = field(hash=False)
+    config: tuning.Config | None = None
+    precision: str = "ieee"
+    nchw: bool = False  # of x and weight
+
+    def __str__(self):
+        return f"{self.name}-sm{self.arch}"
+
+
+def problem(C, K, R, size, stride=1, batch=128, dtype="bfloat16", act="relu", **options):
+    geometry = {"stride": [stride] * 2, "padding": [R // 2] * 2, "dilation": [1, 1], "groups": 1}
+    shape = {"N": batch, "C": C, "H": size, "W": size, "K": K, "R": R, "S": R}
+    return shape | geometry | {"dtype": dtype, "act": act, "has_bn": True} | options
+
+
+# C, K, R, size, stride, has_residual: every convolution of ResNet-50 at 224 x 224
+RESNET50 = [
+    (3, 64, 7, 224, 2, False),
+    (64, 64, 1, 56, 1, False),
+    (64, 64, 3, 56, 1, False),
+    (64, 256, 1, 56, 1, True),
+    (64, 256, 1, 56, 1, False),
+    (256, 64, 1, 56, 1, False),
+    (256, 128, 1, 56, 1, False),
+    (128, 128, 3, 56, 2, False),
+    (128, 512, 1, 28, 1, True),
+    (256, 512, 1, 56, 2, False),
+    (512, 128, 1, 28, 1, False),
+    (128, 128, 3, 28, 1, False),
+    (512, 256, 1, 28, 1, False),
+    (256, 256, 3, 28, 2, False),
+    (256, 1024, 1, 14, 1, True),
+    (512, 1024, 1, 28, 2, False),
+    (1024, 256, 1, 14, 1, False),
+    (256, 256, 3, 14, 1, False),
+    (1024, 512, 1, 14, 1, False),
+    (512, 512, 3, 14, 2, False),
+    (512, 2048, 1, 7, 1, True),
+    (1024, 2048, 1, 14, 2, False),
+    (2048, 512, 1, 7, 1, False),
+    (512, 512, 3, 7, 1, False),
+]
+
+# one problem per kernel for the sweep over configurations; the prologues are DenseNet's and SENet's
+SWEEP = {
+    "1x1": problem(256, 1024, 1, 14, has_residual=True),
+    "spatial": problem(128, 128, 3, 28, has_residual=True),
+    "filter_row": problem(3, 64, 7, 224, stride=2),
+}
+OTHERS = {
+    "bn-prologue": problem(512, 128, 1, 28, has_input_bn=True),
+    "gate-prologue": problem(672, 112, 1, 14, act="none", has_input_gate=True),
+    "gate-prologue-112": problem(32, 16, 1, 112, act="none", has_input_gate=True),
+    "bn-prologue-3x3": problem(128, 32, 3, 28, has_input_bn=True),
+    "bn-prologue-n1": problem(512, 128, 1, 28, batch=1, has_input_bn=True),
+    "gate-prologue-n1": problem(672, 112, 1, 14, batch=1, act="none", has_input_gate=True),
+    "resnext-4": problem(128, 128, 3, 56, groups=32),
+    "resnext-64": problem(2048, 2048, 3, 7, groups=32),
+    "silu": problem(16, 96, 1, 112, act="silu"),
+    "fp16": problem(256, 1024, 1, 14, dtype="float16", has_residual=True),
+    "fp16-3x3": problem(128, 128, 3, 28, dtype="float16"),
+    "fp16-stem": problem(3, 64, 7, 224, 2, dtype="float16"),
+}
+
+# sizes and strides of 1 become constants, odd ones lose their alignment: these only must compile
+AWKWARD = {
+    "one-channel-in": problem(1, 24, 1, 9),
+    "one-channel-out": problem(40, 1, 1, 9, batch=1),
+    "one-to-one-3x3": problem(1, 1, 3, 9),
+    "one-pixel": problem(40, 17, 1, 1, batch=1, has_residual=True),
+    "odd": problem(17, 19, 3, 9, stride=2, has_residual=True, has_input_bn=True),
+    "depthwise": problem(24, 24, 3, 9, groups=24, has_input_gate=True),
+    "uneven-groups": problem(15, 21, 3, 9, groups=3),
+    "grouped-1x1": problem(24, 48, 1, 9, groups=4),
+}
+
+
+def awkward_cases():
+    return [
+        Case(f"{name}-{'nchw' if nchw else 'nhwc'}", 90, p | {"dtype": dtype}, nchw=nchw)
+        for name, p in AWKWARD.items()
+        for dtype, nchw in (("float16", False), ("float16", True), ("float32", True))
+    ]
+
+
+def all_cases():
+    cases = []
+    for arch in ARCHS:
+        for C, K, R, size, stride, residual in RESNET50:
+            for batch in (1, 128):
+                p = problem(C, K, R, size, stride, batch, has_residual=residual)
+                cases.append(Case(f"resnet50-{C}-{K}-{R}x{R}-{size}-n{batch}", arch, p))
+        for name, p in OTHERS.items():
+            cases.append(Case(name, arch, p))
+        cases.append(Case("stem-nchw", arch, problem(3, 64, 7, 224, 2), nchw=True))
+        for (kernel, itemsize), configs in tuning.CONFIGS.items():
+            for config in configs:
+                size = f"{config.block_m}x{config.block_n}x{config.block_k}-{config.num_stages}"
+                precisions = ("tf32", "ieee") if itemsize == 4 else ("ieee",)
+                for precision in precisions:
+                    dtype = "bfloat16" if itemsize == 2 else f"float32-{precision}"
+                    p = SWEEP[kernel] | {"dtype": dtype.partition("-")[0]}
+                    name = f"{kernel}-{size}-{dtype}"
+                    cases.append(Case(name, arch, p, config, precision))
+    return cases
+
+
+CASES = all_cases()
+
+
+def exact_float32(case):
+    return case.problem["dtype"] == "float32" and case.precision == "ieee"
+
+
+def prologue(case):
+    return case.problem.get("has_input_bn") or case.problem.get("has_input_gate")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Case -> what inspect_launch found."""
+    return dict(zip(CASES, compiled_once("conv_bn_act", CASES, tmp_path_factory), strict=True))
+
+
+def test_awkward_shapes_compile():
+    assert len(compile_cases("conv_bn_act", awkward_cases())) == 3 * len(AWKWARD)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_spills(case, compiled):
+    found = compiled[case]
+    assert (found["stack"], found["local"]) == (0, 0), found
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_tensor_cores(case, compiled):
+    """wgmma on Hopper and tcgen05 on Blackwell; float32 without TF32 has no tensor core."""
+    found = compiled[case]
+    if exact_float32(case):
+        assert found["mma"] == found["wgmma"] == found["tcgen05"] == 0
+    else:
+        assert found[{80: "mma", 90: "wgmma", 100: "tcgen05"}[case.arch]] > 0, found
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_accesses_are_16_bytes_wide(case, compiled):
+    found = compiled[case]
+    assert found["store_16"] == found["store"], found
+    if case.problem.get("has_residual"):
+        assert found["load_16"] > 0, found
+    if case.problem["C"] >= 16:
+        assert found["async_16"] > 0, found
+    # weights of several groups in a tile and the vectors of a prologue are narrow
+    if case.problem["C"] >= 16 and case.problem["groups"] == 1 and not prologue(case):
+        assert found["async_narrow"] == found["load_2"] == 0, found
+
+
+# mma.sync, and float32 without TF32, take more registers
+SHARED_SM = [case for case in CASES if case.arch >= 90 and not exact_float32(case)]
+
+
+@pytest.mark.parametrize("case", SHARED_SM, ids=str)
+def test_two_programs_fit_an_sm(case, compiled):
+    """So that one program's epilogue overlaps another's loop."""
+    found = compiled[case]
+    threads = 32 * found["meta"]["num_warps"]
+    assert 2 * threads * found["registers"] <= REGISTERS, found
+    assert 2 * (found["shared"] + 1024) <= SHARED, found

@@ -1,0 +1,214 @@
+"""Compile a Triton launch for a GPU that is not there, and read what the code needs and uses.
+
+Run as a script it reads cases of the op that its argument names from stdin, a JSON list, and prints
+the list of their results. Tests call it so, by triton_compiled, since a process that has
+TRITON_INTERPRET set cannot compile.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+
+from cvkernels.ops.common.norm import BatchNormParams
+from cvkernels.ops.conv_bn_act import triton_fold, triton_launch, tuning
+from cvkernels.ops.conv_bn_act.problem import Problem
+from cvkernels.ops.depthwise_conv_bn_act import triton_launch as depthwise_launches
+from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
+from cvkernels.ops.depthwise_conv_bn_act.tiling import tiling
+from cvkernels.ops.squeeze_excite import tiles
+from cvkernels.ops.squeeze_excite import triton_launch as se_scale_launches
+
+_CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+
+
+class Driver:
+    """Of a GPU that is not there: says what to compile for, and launches nothing."""
+
+    def __init__(self, arch: int) -> None:
+        # a device for each architecture, since Triton keeps a device's code
+        self.get_current_device = lambda: arch
+        self.get_current_stream = lambda device: 0
+        self.get_current_target = lambda: GPUTarget("cuda", arch, 32)
+
+
+def inspect_launch(launch, operands: tuple, arch: int) -> dict:
+    """Compile ``launch`` for ``sm_<arch>``; its resources and the instructions tests ask about.
+
+    Triton's own launcher says which arguments are constants, and which divisible by 16: tensors on
+    the meta device are aligned, as fresh ones are.
+    """
+    triton.runtime.driver.set_active(Driver(arch))
+    compiled = launch.warmup(*operands)
+    ptx = compiled.asm["ptx"]
+    return {
+        "kernel": launch.kernel.__name__,
+        "arch": arch,
+        "shared": compiled.metadata.shared,
+        **_resources(compiled.asm["cubin"]),
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "tcgen05": ptx.count("tcgen05.mma"),
+        "mma": ptx.count("mma.sync"),
+        "async_16": len(re.findall(r"cp\.async\.\w+\.shared\.global[^;]*, (?:0x10|16)\b", ptx)),
+        "async_narrow": len(
+            re.findall(r"cp\.async\.\w+\.shared\.global[^;]*, (?:0x[48]|4|8)\b", ptx)
+        ),
+        "load_16": len(re.findall(r"ld\.global[\w.:]*\.(?:v4\.b32|v2\.b64|v4\.f32)", ptx)),
+        "load_2": len(re.findall(r"ld\.global[\w.:]*\.b16", ptx)),
+        "store_16": len(re.findall(r"st\.global[\w.:]*\.(?:v4\.b32|v2\.b64|v4\.f32)", ptx)),
+        "store": ptx.count("st.global"),
+    }
+
+
+def _resources(cubin: bytes) -> dict:
+    """Registers, stack and spills per thread, from the cubin's own resource table."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_CUOBJDUMP, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name.lower(): int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": found["reg"], "stack": found["stack"], "local": found["local"]}
+
+
+def conv_launch(case: dict):
+    """Launch and operands of a case: ``problem`` with dtype as a word, ``arch``, and what differs
+    from NHWC.
+
+    Optional: ``config`` (the heuristic's), ``precision`` ("ieee"), ``nchw`` (False).
+    """
+    fields = dict(case["problem"], dtype=getattr(torch, case["problem"]["dtype"]))
+    for name in ("stride", "padding", "dilation"):
+        fields[name] = tuple(fields[name])
+    p = Problem(**fields)
+    capability = divmod(case["arch"], 10)
+    config = case.get("config")
+    config = tuning.Config(**config) if config else tuning.heuristic(p, capability)
+
+    def image(*shape, nchw=False):
+        layout = torch.contiguous_format if nchw else torch.channels_last
+        return torch.empty(shape, dtype=p.dtype, device="meta", memory_format=layout)
+
+    def bn(channels):
+        vector = torch.empty(channels, device="meta")
+        return BatchNormParams(vector, vector, vector, vector)
+
+    nchw = case.get("nchw", False)
+    x = image(p.N, p.C, p.H, p.W, nchw=nchw)
+    weight = image(p.K, p.C // p.groups, p.R, p.S, nchw=nchw)
+    bias = torch.empty(p.K, device="meta") if p.has_bias else None
+    norm, input_norm = bn(p.K) if p.has_bn else None, bn(p.C) if p.has_input_bn else None
+    residual = image(p.N, p.K, p.P, p.Q) if p.has_residual else None
+    gate = torch.empty(p.N, p.C, dtype=p.dtype, device="meta") if p.has_input_gate else None
+    out = image(p.N, p.K, p.P, p.Q)
+    planned = triton_launch.plan_launch(
+        p, x, weight, residual, gate, out, precision=case.get("precision", "ieee"), config=config
+    )
+    return planned.launch, planned.operands(x, weight, bias, norm, residual, input_norm, gate, out)
+
+
+def se_scale_launch(case: dict):
+    """Launch and operands of a case: ``kernel``, N, C, R, ``size`` = H = W, ``dtype`` (a word),
+    ``act``, ``residual`` and ``nchw``.
+
+    ``kernel`` is "squeeze", "finish", "excite", "image" (squeeze_excite in one launch),
+    "scale", "shift", "backward" or "reduce", which is the backward that writes no gradient of x.
+    """
+    N, C, R, size = case["N"], case["C"], case["R"], case["size"]
+    dtype, act = getattr(torch, case["dtype"]), case["act"]
+    layout = torch.contiguous_format if case["nchw"] else torch.channels_last
+
+    def image():
+        return torch.empty(N, C, size, size, dtype=dtype, device="meta", memory_format=layout)
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, gate = image(), empty(N, C, dtype=torch.float32)
+    residual = image() if case["residual"] else None
+    launches = se_scale_launches
+    if case["kernel"] == "squeeze":
+        sums = empty(*launches.parts_shape(x), dtype=torch.float32)
+        return launches.squeeze_launch(x, 1), (x, sums)
+    if case["kernel"] == "finish":
+        return launches.finish_launch((N, 4, C)), (
+            empty(N, 4, C, dtype=torch.float32), gate, gate,
+        )  # fmt: skip
+    layers = (empty(R, C), empty(R), empty(C, R), empty(C))
+    if case["kernel"] == "image":
+        launch = launches.image_launch(x, R, "relu", residual, act, image())
+        return launch, (x, *layers, residual, image(), gate, gate)
+    if case["kernel"] == "excite":
+        shape = launches.parts_shape(x)
+        launch = launches.excite_launch(shape, R, "relu", False, size * size)
+        return launch, (empty(*shape, dtype=torch.float32), *layers, gate, gate)
+    if case["kernel"] == "scale":
+        launch = launches.se_scale_launch(x, residual, act, image())
+        return launch, (x, gate, None, residual, image())
+    if case["kernel"] == "shift":
+        return launches.se_scale_launch(x, None, "none", image()), (x, gate, gate, None, image())
+    parts = empty(*launches.parts_shape(x, tiles.BACKWARD), dtype=torch.float32)
+    kept = (residual if act == "silu" else None, image() if act == "relu" else None)
+    made = (image() if case["kernel"] == "backward" else None, None if act == "none" else image())
+    launch = launches.backward_launch(image(), x, *kept, act)
+    return launch, (image(), x, gate, *kept, *made, parts)
+
+
+def depthwise_launch(case: dict):
+    """Launch and operands of a case: ``shape`` (C, H = W, kernel, stride), ``batch``, ``dtype``."""
+    dtype = getattr(torch, case["dtype"])
+    C, size, kernel, stride = case["shape"]
+    geometry = ((stride, stride), (kernel // 2, kernel // 2), (1, 1))
+    p = DepthwiseProblem(
+        case["batch"], C, size, size, C, kernel, kernel, *geometry, C, dtype, "silu", has_bn=True,
+        squeeze=True,
+    )  # fmt: skip
+    tiles = tiling(p, divmod(case["arch"], 10))
+
+    def image(height, width):
+        shape = (p.N, C, height, width)
+        return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+    weight = torch.empty(kernel, kernel, C, dtype=dtype, device="meta")
+    bn = BatchNormParams(*(torch.empty(C, device="meta") for _ in range(4)))
+    x, out, sums = image(size, size), image(p.P, p.Q), torch.empty(p.N, C, device="meta")
+    planned = depthwise_launches.plan_launch(p, x, weight, out, tiles)
+    return planned.launch, planned.operands(x, weight, None, bn, out, sums)
+
+
+def fold_launch(case: dict):
+    """Launch and operands of a case: ``shape`` of the weight, ``dtype`` (a word)."""
+    weight = torch.empty(*case["shape"], dtype=getattr(torch, case["dtype"]), device="meta")
+    vectors = [torch.empty(weight.shape[0], device="meta") for _ in range(4)]
+    norm = BatchNormParams(*vectors)
+    return triton_fold.plan_launch(weight), triton_fold.operands(weight, None, norm)
+
+
+LAUNCHES = {
+    "conv_bn_act": conv_launch,
+    "depthwise_conv_bn_act": depthwise_launch,
+    "fold": fold_launch,
+    "se_scale": se_scale_launch,
+}
+
+
+def main() -> None:
+    plan = LAUNCHES[sys.argv[1]]
+    results = []
+    for case in json.load(sys.stdin):
+        launch, operands = plan(case)
+        results.append(inspect_launch(launch, operands, case["arch"]) | {"meta": launch.meta})
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
