@@ -10,6 +10,7 @@
 
 #include "build_info.h"
 #include "common/direct_call.h"
+#include "common/guard.h"
 #include "common/recording.h"
 #include "common/sample.h"
 
@@ -111,6 +112,12 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
       "Call function(), in which the CPU ops check their arguments and do nothing, and return "
       "their work as a Program. It reads and writes the memory of the same tensors, which have "
       "to outlive it.");
+  py::class_<cvkernels::Guard>(
+      module, "Guard",
+      "Whether modules, their code and their tensors are still what a plan was made from.")
+      .def(py::init<py::sequence, py::sequence, py::sequence>(), py::arg("modules"),
+           py::arg("code"), py::arg("tensors"))
+      .def("holds", &cvkernels::Guard::holds);
   module.def("build_info", &build_info,
              "How the compiled part was built. cuda_archs and cuda_toolkit are empty without CUDA, "
              "git_revision is empty for a build outside a git checkout.");

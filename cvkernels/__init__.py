@@ -13,6 +13,7 @@ from cvkernels.freeze.frozen import freeze, load_frozen
 from cvkernels.freeze.tune import tune
 from cvkernels.info import info
 from cvkernels.models import create_model, list_models
+from cvkernels.nn.fused.module import refresh
 from cvkernels.patch import patch, restore
 from cvkernels.verify import verify
 
@@ -34,6 +35,7 @@ __all__ = [
     "models",
     "nn",
     "patch",
+    "refresh",
     "restore",
     "tune",
     "verify",

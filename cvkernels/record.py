@@ -119,8 +119,8 @@ def active() -> Recorder | None:
 
 
 @contextlib.contextmanager
-def unseen() -> Iterator[None]:
-    """Count nothing of what runs inside the block: it is kept, and no later call runs it again."""
+def paused() -> Iterator[None]:
+    """Do not record what runs inside the block: one-time work whose result is cached."""
     if (recorder := active()) is None:
         yield
         return

@@ -18,7 +18,7 @@ from torch.fx.node import map_aggregate
 from cvkernels.freeze.convert import CALLABLES, Converter, convert_module
 from cvkernels.freeze.graph import Graph, Node, Op, Ref
 from cvkernels.freeze.ops import Call, Input
-from cvkernels.nn.fused.match import has_hooks
+from cvkernels.nn.fused.watched import has_hooks
 
 # What torch.fx would trace into, and the graph knows as one op or as none.
 WHOLE = {

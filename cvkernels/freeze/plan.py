@@ -22,7 +22,6 @@ from cvkernels.freeze.programs import Env, Segment, recordable
 from cvkernels.freeze.progress import progress
 from cvkernels.freeze.steps import Site
 from cvkernels.functional import DerivedWeights
-from cvkernels.ops.common.traffic import Traffic
 from cvkernels.ops.conv_bn_act.problem import Problem
 
 # Arenas that a plan keeps for later calls; more calls at once than this allocate theirs.

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from cvkernels.functional import avg_pool
 from cvkernels.models.registry import model_builder
 from cvkernels.nn.dense import DenseBlock, DenseLayer, Transition
-from cvkernels.nn.fused.match import why_not_affine, why_not_called, why_not_in_place
-from cvkernels.nn.fused.module import FusedModule, affine_of, run_group
+from cvkernels.nn.fused.match import why_not_affine, why_not_in_place
+from cvkernels.nn.fused.module import FusedModule, Step, affine_of, run_step
+from cvkernels.nn.fused.watched import why_altered
 from cvkernels.nn.sequential import FusedSequential
 
 # The names that code written for torchvision imports.
@@ -89,7 +90,7 @@ class DenseNet(FusedModule):
             *layers, norm = self.features
             x = self.features.run(x, layers)
             bn, size = affine_of(norm), x.shape[2:]
-            x = run_group(norm, "", lambda: avg_pool(x, tuple(size), input_bn=bn), None)
+            x = run_step(Step(norm, "", lambda x: avg_pool(x, tuple(size), input_bn=bn)), x)
             return self.classifier(torch.flatten(x, 1))
         x = self.features(x)
         x = F.relu(x, inplace=True)
@@ -104,7 +105,7 @@ class DenseNet(FusedModule):
         if type(self.features).forward is not FusedSequential.forward or not len(self.features):
             return "features is no plain sequence"
         norm = self.features[-1]
-        return why_not_affine(norm) or why_not_called(x, self.features, norm)
+        return why_not_affine(norm) or why_altered(self.features, norm)
 
 
 @model_builder("DenseNet121_Weights")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cvkernels.models.timm_builder import timm_model_builder
 from cvkernels.models.timm_classifier import STAGES, TimmClassifier
 from cvkernels.nn.conv_bn_act import ConvBNAct
-from cvkernels.nn.fused.match import why_not_called
+from cvkernels.nn.fused.watched import why_not_called
 from cvkernels.nn.se_residual import SEBasicBlock, SEBottleneck
 from cvkernels.nn.stochastic_depth import DropPath
 

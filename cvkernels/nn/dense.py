@@ -16,17 +16,18 @@ from torch.utils.checkpoint import checkpoint
 
 from cvkernels import record
 from cvkernels.functional import avg_pool, dense_concat
-from cvkernels.nn.fused.growing import Verdict
 from cvkernels.nn.fused.match import (
+    fused_act,
     pooled_shape,
-    why_not_called,
-    why_not_conv_bn_act,
     why_not_in_place,
+    why_not_layer,
     why_not_norm_relu,
     why_not_same_map,
 )
-from cvkernels.nn.fused.module import FusedModule, affine_of, run_group
-from cvkernels.nn.sequential import FusedSequential, GrowingBlock
+from cvkernels.nn.fused.module import FusedModule, Step, affine_of, run_step
+from cvkernels.nn.fused.plan_cache import guard_of
+from cvkernels.nn.fused.watched import why_altered, why_not_called
+from cvkernels.nn.sequential import ConcatBlock, ConcatBuffer, FusedSequential
 from cvkernels.nn.training.batch_norm import Statistics
 from cvkernels.nn.training.dense_block import run_block
 from cvkernels.nn.training.match import (
@@ -37,10 +38,9 @@ from cvkernels.nn.training.match import (
 from cvkernels.nn.training.norm_relu_pool import norm_relu_avg_pool
 from cvkernels.ops.common.layout import channels_last_view
 from cvkernels.ops.conv_bn_act.op import fuses_prologue
-from cvkernels.ops.dense_concat.op import appender
 
 
-class GrowingLayer(FusedModule):
+class AppendingLayer(FusedModule):
     """A dense layer that can read a prefix of its block's buffer and write the channels behind it.
 
     Its parts are norm1, relu1, conv1, norm2, relu2 and conv2; the ReLUs may be inside the norms.
@@ -51,23 +51,16 @@ class GrowingLayer(FusedModule):
         names = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
         return tuple(modules.get(name) for name in names)
 
-    def why_not_grow(self, x: Tensor) -> str:
-        """Why the layer has to be called; empty where :meth:`grow` computes the same."""
-        return self._verdict().why_not(self, lambda: self._why_not_grow(x))
-
-    def _verdict(self) -> Verdict:
-        derived = self.__dict__.setdefault("_derived", {})
-        return derived.get(Verdict) or derived.setdefault(Verdict, Verdict())
-
-    def _why_not_grow(self, x: Tensor) -> str:
+    def why_not_append(self) -> str:
+        """Why the layer has to be called; empty where :meth:`append` computes the same."""
         norm1, relu1, conv1, norm2, relu2, conv2 = self.parts()
         if self.training and self.drop_rate > 0:
             return "dropout is active"
         return (
-            why_not_called(x, self)
-            or why_not_norm_relu(x, norm1, relu1)
-            or why_not_conv_bn_act(x, conv1, norm2, relu2)
-            or why_not_conv_bn_act(x, conv2, None, None)
+            why_altered(self)
+            or why_not_norm_relu(norm1, relu1)
+            or why_not_layer(conv1, norm2, fused_act(norm2, relu2)[0])
+            or why_not_layer(conv2, None, None)
             or why_not_same_map(conv1)
             or why_not_same_map(conv2)
         )
@@ -97,51 +90,41 @@ class GrowingLayer(FusedModule):
         """Whether conv1's output is to be computed again in the backward pass."""
         return self.memory_efficient
 
-    def grow(self, buffer: Tensor, channels: int, scratch: Tensor | None) -> int:
-        """Write the layer's output behind the ``channels`` that there are; how many there are now.
+    def append(
+        self, buffer: Tensor, channels: int, scratch: Tensor | None, lasting: bool
+    ) -> Callable[[Tensor, Tensor | None], object] | None:
+        """Write the layer's output behind the ``channels`` that there are.
 
         Where no kernel normalises a convolution's input, ``scratch`` takes the normalised prefix.
-        :meth:`why_not_grow` has been asked.
+        Returns, for ``lasting``, what does the same to other buffers like this one; None where that
+        has no plan. For layers that :meth:`why_not_append` has nothing against.
         """
         norm1, relu1, conv1, norm2, relu2, conv2 = self.parts()
-        features, stop = buffer[:, :channels], channels + conv2.out_channels
-        out = buffer[:, channels:stop]
-        verdict = self._verdict()
-        if (run := verdict.recall(buffer)) is not None:
-            run(features, out, scratch)
-            return stop
+        stop = channels + conv2.out_channels
+        features, out = buffer[:, :channels], buffer[:, channels:stop]
         if scratch is None:
-            bottleneck = self.fused(features, conv1, norm2, relu2, input_bn=(norm1, relu1))
+            u, normalise = features, None
+            reduce = self.layer_step(
+                u, conv1, norm2, relu2, input_bn=(norm1, relu1), lasting=lasting
+            )
         else:
-            u = channels_last_view(scratch, features.shape)
-            bn = affine_of(norm1)
-            run_group(norm1, "", lambda: dense_concat(u, features, 0, bn, relu=True), None)
-            bottleneck = self.fused(u, conv1, norm2, relu2)
-        self.fused(bottleneck, conv2, out=out)
-        verdict.keep(buffer, lambda: self._prepared_like(features, bottleneck, scratch))
-        return stop
-
-    def _prepared_like(
-        self, features: Tensor, bottleneck: Tensor, scratch: Tensor | None
-    ) -> Callable[[Tensor, Tensor, Tensor | None], object] | None:
-        """What grows others like features, while the modules stay as they are; or None."""
-        norm1, _, conv1, norm2, relu2, conv2 = self.parts()
-        extend = self.prepared(bottleneck, conv2)
-        if scratch is None:
-            reduce = self.prepared(features, conv1, norm2, relu2, input_bn=norm1)
-            if reduce is None or extend is None:
-                return None
-            return lambda features, out, _: extend(reduce(features), None, out)
-        u = channels_last_view(scratch, features.shape)
-        normalise = appender(u, affine_of(norm1), relu=True)
-        reduce = self.prepared(u, conv1, norm2, relu2)
-        if normalise is None or reduce is None or extend is None:
+            u, bn = channels_last_view(scratch, features.shape), affine_of(norm1)
+            normalise = dense_concat.plan(u, features, 0, bn, relu=True).run if lasting else None
+            run_step(Step(norm1, "", lambda: dense_concat(u, features, 0, bn, relu=True)))
+            reduce = self.layer_step(u, conv1, norm2, relu2, lasting=lasting)
+        bottleneck = run_step(reduce, u)
+        extend = self.layer_step(bottleneck, conv2, None, None, out=out, lasting=lasting)
+        run_step(extend, bottleneck, None, None, out)
+        if not (reduce.lasting and extend.lasting):
             return None
+        shape, reduce, extend = features.shape, reduce.run, extend.run
 
-        def run(features: Tensor, out: Tensor, scratch: Tensor) -> None:
-            u = channels_last_view(scratch, features.shape)
-            normalise(u, features)
-            extend(reduce(u), None, out)
+        def run(buffer: Tensor, scratch: Tensor | None) -> None:
+            u = features = buffer[:, :channels]
+            if scratch is not None:
+                u = channels_last_view(scratch, shape)
+                normalise(u, features)
+            extend(reduce(u), None, None, buffer[:, channels:stop])
 
         return run
 
@@ -160,7 +143,7 @@ def _untracked(norm: nn.Module) -> Iterator[None]:
         norm.momentum, norm.num_batches_tracked = kept
 
 
-class DenseLayer(GrowingLayer):
+class DenseLayer(AppendingLayer):
     """``conv2(relu2(norm2(conv1(relu1(norm1(cat(inputs)))))))``: ``growth_rate`` new channels.
 
     In eval conv1 (1x1) runs with norm2 and relu2 as one op, and with norm1 and relu1 too where a
@@ -238,7 +221,7 @@ class DenseLayer(GrowingLayer):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class DenseBlock(nn.ModuleDict, GrowingBlock):
+class DenseBlock(nn.ModuleDict, ConcatBlock):
     """``num_layers`` dense layers; each takes the block's input and the outputs of all before it.
 
     Returns them concatenated: ``num_input_features + num_layers * growth_rate`` channels. In eval
@@ -273,16 +256,17 @@ class DenseBlock(nn.ModuleDict, GrowingBlock):
             )
 
     def forward(self, init_features: Tensor) -> Tensor:
-        reason = self.why_not_grow(init_features)
-        if not reason:
-            buffer = self.buffer_for(init_features, init_features.shape)
-            channels = init_features.shape[1]
-            return self.grow(dense_concat(buffer, init_features, 0), channels)
+        buffer = self.concat_buffer(init_features, init_features.shape)
+        if buffer is not None:
+            dense_concat(buffer.tensor, init_features, 0)
+            return buffer.fill()
+        reason = self._why_not_append(init_features)
         if self._normalises_batches():
             reason = self.why_not_train(init_features)
             if not reason:
-                out = self.train_grow(init_features)[0]
-                # A hook may write what it is given, autograd may not find it written.
+                out = self.train_append(init_features)[0]
+                # Forward hooks may modify the output in place; autograd has saved it, so they get a
+                # copy.
                 return out.clone() if self._forward_hooks else out
         features = [init_features]
         for layer in self.values():
@@ -305,45 +289,59 @@ class DenseBlock(nn.ModuleDict, GrowingBlock):
             return reason
         channels = x.shape[1]
         for layer in self.values():
-            if not isinstance(layer, GrowingLayer):
+            if not isinstance(layer, AppendingLayer):
                 return f"{type(layer).__name__} is no dense layer of cvkernels"
             if reason := layer.why_not_train(x, channels):
                 return reason
             channels += layer.conv2.out_channels
         return ""
 
-    def train_grow(self, x: Tensor) -> tuple[Tensor, Statistics]:
+    def train_append(self, x: Tensor) -> tuple[Tensor, Statistics]:
         """The output in training and its statistics; :meth:`why_not_train` has been asked."""
         layers = list(self.values())
         parts = [(layer.norm1, layer.conv1, layer.norm2, layer.conv2) for layer in layers]
         return run_block(x, parts, [layer.recomputes() for layer in layers])
 
-    def with_consumer(self, x: Tensor, layers: list[nn.Module]) -> tuple[Tensor] | None:
+    def with_consumer(self, x: Tensor, layers: list[nn.Module]) -> Tensor | None:
         consumer = layers[0] if layers else None
         if not isinstance(consumer, Transition) or not self._normalises_batches():
             return None
         if why_not_called(x, self) or self.why_not_train(x):
             return None
         layers.pop(0)
-        features, statistics = self.train_grow(x)
+        features, statistics = self.train_append(x)
         if why_not_called(features, consumer) or consumer.why_not_train(features):
-            return (consumer(features),)
-        return (consumer.train_forward(features, statistics),)
+            return consumer(features)
+        return consumer.train_forward(features, statistics)
 
-    def why_not_grow(self, x: Tensor) -> str:
+    def _why_not_append(self, x: Tensor) -> str:
         """Why the layers have to be called one by one on x; empty where they share a buffer."""
         if reason := why_not_in_place(x, self):
             return reason
         for layer in self.values():
-            if not isinstance(layer, GrowingLayer):
+            if not isinstance(layer, AppendingLayer):
                 return f"{type(layer).__name__} is no dense layer of cvkernels"
-            if reason := layer.why_not_grow(x):
+            if reason := layer.why_not_append():
                 return reason
         return ""
 
-    def buffer_for(self, x: Tensor, shape: Sequence[int]) -> Tensor | None:
-        if self.why_not_grow(x):
+    def concat_buffer(self, x: Tensor, shape: Sequence[int]) -> ConcatBuffer | None:
+        plans, key = self.plans_of(x, self), (tuple(shape),)
+        if plans is not None and (plan := plans.get(x, key)) is not None:
+            return ConcatBuffer(self._new_buffer(x, shape), shape[1], plan)
+        if self._why_not_append(x):
             return None
+        guard = None if plans is None else guard_of(x, list(self.modules()))
+
+        def fill(buffer: Tensor) -> Tensor:
+            repeat = self._append(buffer, shape[1], guard is not None)
+            if repeat is not None:
+                plans.keep(guard, repeat, x, key)
+            return buffer
+
+        return ConcatBuffer(self._new_buffer(x, shape), shape[1], fill)
+
+    def _new_buffer(self, x: Tensor, shape: Sequence[int]) -> Tensor:
         N, channels, H, W = shape
         channels += sum(layer.conv2.out_channels for layer in self.values())
         return torch.empty(
@@ -353,14 +351,26 @@ class DenseBlock(nn.ModuleDict, GrowingBlock):
             memory_format=torch.channels_last,
         )
 
-    def grow(self, buffer: Tensor, channels: int) -> Tensor:
-        scratch = None
-        if not fuses_prologue(buffer):
-            N, total, H, W = buffer.shape
-            scratch = buffer.new_empty(N * total * H * W)
+    def _append(
+        self, buffer: Tensor, channels: int, lasting: bool
+    ) -> Callable[[Tensor], Tensor] | None:
+        """Let all layers append to the buffer; what repeats that, where it lasts."""
+        needs_scratch, count = not fuses_prologue(buffer), buffer.numel()
+        scratch = buffer.new_empty(count) if needs_scratch else None
+        repeats = []
         for layer in self.values():
-            channels = layer.grow(buffer, channels, scratch)
-        return buffer
+            repeats.append(layer.append(buffer, channels, scratch, lasting))
+            channels += layer.conv2.out_channels
+        if None in repeats:
+            return None
+
+        def run(buffer: Tensor) -> Tensor:
+            scratch = buffer.new_empty(count) if needs_scratch else None
+            for repeat in repeats:
+                repeat(buffer, scratch)
+            return buffer
+
+        return run
 
 
 class Transition(FusedSequential):
@@ -412,7 +422,7 @@ class Transition(FusedSequential):
     def write(self, x: Tensor, out: Tensor | None) -> Tensor:
         pool, bn = self.pool, affine_of(self.norm)
         window = (pool.kernel_size, pool.stride, 0, pool.ceil_mode)
-        pooled = run_group(self.norm, "", lambda: avg_pool(x, *window, input_bn=bn), None)
+        pooled = run_step(Step(self.norm, "", lambda: avg_pool(x, *window, input_bn=bn)))
         return self.fused(pooled, self.conv, out=out)
 
     def _why_not_pool_first(self, x: Tensor) -> str:
@@ -422,10 +432,10 @@ class Transition(FusedSequential):
             self._modules.get(name) for name in ("norm", "relu", "conv", "pool")
         )
         return (
-            why_not_norm_relu(x, norm, relu)
-            or why_not_conv_bn_act(x, conv, None, None)
+            why_not_norm_relu(norm, relu)
+            or why_not_layer(conv, None, None)
             or why_not_same_map(conv)
-            or why_not_called(x, pool)
+            or why_altered(pool)
         )
 
     def _why_not_norm_conv_pool(self) -> str:

@@ -14,23 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvkernels import backend, record
-from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act, dense_concat
-from cvkernels.nn.fused.growing import Verdict
+from cvkernels.functional import BatchNormParams, dense_concat, max_pool
 from cvkernels.nn.fused.match import (
     relu_,
-    why_not_called,
-    why_not_conv_bn_act,
     why_not_in_place,
+    why_not_layer,
     why_not_max_pool,
     why_not_same_map,
 )
-from cvkernels.nn.fused.module import FusedModule, affine_of, run_group
+from cvkernels.nn.fused.module import FusedModule, Step, affine_of, conv_step, run_step
+from cvkernels.nn.fused.plan_cache import guard_of
+from cvkernels.nn.fused.watched import why_altered, why_not_called
 from cvkernels.nn.sequential import FusedSequential
 from cvkernels.nn.training.concat_and_pool import concatenated
 from cvkernels.nn.training.conv_bn_act import siblings
 from cvkernels.nn.training.match import why_not_train_conv_bn_act
+from cvkernels.ops.common.layout import new_channels_last
 from cvkernels.ops.conv_bn_act.op import IMPLEMENTATIONS, fuses_prologue
-from cvkernels.ops.conv_bn_act.prepared import prepared
 
 SEQUENCES = (nn.Sequential.forward, FusedSequential.forward)
 
@@ -61,10 +61,10 @@ class Inception(FusedModule):
            +- 1x1 ch5x5red - 3x3 - ch5x5     -+- cat
            +- max pool 3x3 - 1x1 - pool_proj -+
 
-    The three 1x1 that read x run as one convolution, in eval and in training. In eval without
-    gradients every branch writes its channels of the output in place. Where the kernels write
-    channel slices (on CUDA, and in float32 on CPU) the output is a slice of a channels_last buffer,
-    which the maps between the convolutions share.
+    The three 1x1 that read x run as one convolution, in training and in eval on the CPU. In eval
+    without gradients every branch writes its channels of the output in place. Where the kernels
+    write channel slices (on CUDA, and in float32 on CPU) the output is a slice of a channels_last
+    buffer, which the maps between the convolutions share.
 
     Args:
         in_channels: of x.
@@ -128,106 +128,149 @@ class Inception(FusedModule):
         return _why_not_one_convolution([block.conv for block in blocks])
 
     def forward(self, x: Tensor) -> Tensor:
-        reason = why_not_in_place(x, self) or self._verdict().why_not(
-            self, lambda: self._why_not_in_place(x)
-        )
-        if not reason and not x.is_cpu and not _shares_buffers(x):
-            requested = backend.requested("auto", IMPLEMENTATIONS)
-            reason = "" if requested == "reference" else "no backend here writes channel slices"
+        plans = self.plans_of(x, self)
+        if plans is not None and (plan := plans.get(x)) is not None:
+            return plan(x)
+        reason = why_not_in_place(x, self) or self._why_not_in_place(x)
         if not reason:
-            return self._in_place(x)
+            guard = None if plans is None else guard_of(x, list(self.modules()))
+            branches = _InPlace(self, x, lasting=guard is not None)
+            y = branches(x)
+            if branches.lasting:
+                plans.keep(guard, branches, x)
+            return y
         branches = self._branches(x)
         if (recorder := record.active()) is None:
             return concatenated(branches)
         with recorder.fallback(reason):
             return torch.cat(branches, 1)
 
-    def _verdict(self) -> Verdict:
-        derived = self.__dict__.setdefault("_derived", {})
-        return derived.get(Verdict) or derived.setdefault(Verdict, Verdict())
-
     def _why_not_in_place(self, x: Tensor) -> str:
         """Why the branches have to be called, one by one."""
         branches = (self.branch1, self.branch2, self.branch3, self.branch4)
-        if reason := why_not_called(x, *branches):
+        if reason := why_altered(*branches) or _why_not_pairs(branches[1:]):
             return reason
-        if reason := _why_not_pairs(branches[1:]):
-            return reason
-        convolutions = [branches[0], *branches[1], *branches[2], branches[3][1]]
-        for block in convolutions:
+        for block in (branches[0], *branches[1], *branches[2], branches[3][1]):
             if type(block).forward is not BasicConv2d.forward:
                 return f"{type(block).__name__} is no convolution block of cvkernels"
-            reason = why_not_called(x, block) or why_not_conv_bn_act(x, block.conv, block.bn, relu_)
+            reason = why_altered(block) or why_not_layer(block.conv, block.bn, relu_)
             if reason := reason or why_not_same_map(block.conv):
                 return reason
         pool = branches[3][0]
         if reason := why_not_max_pool(x, pool) or why_not_same_map(pool):
             return reason
-        return _why_not_siblings([branches[0], branches[1][0], branches[2][0]])
+        if reason := _why_not_siblings([branches[0], branches[1][0], branches[2][0]]):
+            return reason
+        requested = backend.requested("auto", IMPLEMENTATIONS)
+        if x.is_cpu or fuses_prologue(x) or requested == "reference":
+            return ""
+        return "no backend here writes channel slices"
 
-    def _in_place(self, x: Tensor) -> Tensor:
-        one, (reduce3, conv3), (reduce5, conv5) = self.branch1, self.branch2, self.branch3
-        pool, projection = self.branch4
-        reduced3 = reduce3.conv.out_channels
-        reduced = reduced3 + reduce5.conv.out_channels
-        width = one.conv.out_channels
-        following = (conv3, conv5, projection)
-        total = width + sum(block.conv.out_channels for block in following)
-        # In this order the first branch's output ends the siblings' and begins the block's.
-        siblings = (reduce3, reduce5, one)
-        if not _shares_buffers(x):
-            merged = self._merged(x, siblings)
-            buffer = _channels_last(x, total)
-            dense_concat(buffer, merged[:, reduced:], 0)
-        else:
-            shared = _channels_last(x, reduced + total)
-            merged = self._merged(x, siblings, out=shared[:, : reduced + width])
-            buffer = shared[:, reduced:]
-        inputs = (merged[:, :reduced3], merged[:, reduced3:reduced], self.pooled(x, pool))
-        for features, block in zip(inputs, following, strict=True):
-            stop = width + block.conv.out_channels
-            block.fused(features, block.conv, block.bn, relu_, out=buffer[:, width:stop])
-            width = stop
-        return buffer
-
-    def _merged(
-        self, x: Tensor, blocks: tuple[BasicConv2d, ...], out: Tensor | None = None
-    ) -> Tensor:
-        """The outputs of 1x1 convolution blocks on one input, side by side, as one convolution."""
-        verdict = self._verdict()
-        if (run := verdict.recall(x)) is not None:
-            return run(x, None, out)
-        derived = self.__dict__["_derived"]
-        merged, packed = derived.setdefault("siblings", (DerivedWeights(), DerivedWeights()))
+    def merged(self, blocks: Sequence[BasicConv2d]) -> tuple[Tensor, None, BatchNormParams]:
+        """Weight, bias and norm of the one convolution that 1x1 blocks on one input are."""
         norms = [affine_of(block.bn) for block in blocks]
         sources = [block.conv.weight for block in blocks] + [v for bn in norms for v in bn[:4]]
 
         def merge() -> tuple[Tensor, BatchNormParams]:
-            with torch.no_grad(), record.unseen():
+            with torch.no_grad(), record.paused():
                 weight = torch.cat([block.conv.weight for block in blocks])
                 vectors = [torch.cat(parts) for parts in list(zip(*norms, strict=True))[:4]]
             return weight, BatchNormParams(*vectors, norms[0].eps)
 
-        weight, bn = merged.get("merged", sources, merge)
-
-        def as_op() -> Tensor:
-            return conv_bn_act(x, weight, None, bn, act="relu", out=out, cache=packed)
-
-        y = run_group(blocks[-1].conv, "", as_op, None)
-        geometry = ((1, 1), (0, 0), (1, 1), 1)
-        verdict.keep(x, lambda: prepared(x, weight, None, bn, geometry, "relu", None, packed))
-        return y
+        weight, bn = self.weights_of(self).get("merged", sources, merge)
+        return weight, None, bn
 
 
-def _shares_buffers(x: Tensor) -> bool:
-    """Whether convolutions read and write channel slices; oneDNN's and cuDNN's do not."""
-    return fuses_prologue(x)
+class _InPlace:
+    """The branches of an Inception block for maps like x, each writing its part of the output.
 
+    In this order the first branch's output ends that of the convolutions on x and begins the
+    block's: where kernels write channel slices, both are slices of one buffer.
+    """
 
-def _channels_last(x: Tensor, channels: int) -> Tensor:
-    """An empty map as large as x, with ``channels`` channels."""
-    shape = (x.shape[0], channels, *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    def __init__(self, block: Inception, x: Tensor, lasting: bool) -> None:
+        one, (reduce3, conv3), (reduce5, conv5) = block.branch1, block.branch2, block.branch3
+        self.block, self.lasting = block, lasting
+        self.pool, projection = block.branch4
+        self.siblings = (reduce3, reduce5, one)
+        self.following = (conv3, conv5, projection)
+        self.shares = fuses_prologue(x)  # oneDNN and cuDNN write no channel slices
+        self.reduced3 = reduce3.conv.out_channels
+        self.reduced = self.reduced3 + reduce5.conv.out_channels
+        self.first = one.conv.out_channels
+        widths = [block.conv.out_channels for block in self.following]
+        starts = [self.first + sum(widths[:index]) for index in range(len(widths))]
+        self.slices = [(a, a + width) for a, width in zip(starts, widths, strict=True)]
+        self.total = self.first + sum(widths)
+        self.runs: dict[object, Callable[..., Tensor]] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        end = self.reduced + self.first
+        if self.shares:
+            shared = self._new(x, self.reduced + self.total)
+            merged, buffer = shared[:, :end], shared[:, self.reduced :]
+            self._siblings(x, merged)
+        else:
+            merged, buffer = self._siblings(x, None), self._new(x, self.total)
+            dense_concat(buffer, merged[:, self.reduced :], 0)
+        inputs = (
+            merged[:, : self.reduced3],
+            merged[:, self.reduced3 : self.reduced],
+            self._pooled(x),
+        )
+        for features, block, (start, stop) in zip(inputs, self.following, self.slices, strict=True):
+            self._convolved(features, block, buffer[:, start:stop])
+        return buffer
+
+    def _new(self, x: Tensor, channels: int) -> Tensor:
+        return new_channels_last(x, (x.shape[0], channels, *x.shape[2:]))
+
+    def _run(self, key: object, step: Callable[[], Step], *data: Tensor | None) -> Tensor:
+        """What was kept for ``key``, or the step, on data; a lasting one is kept."""
+        if (run := self.runs.get(key)) is not None:
+            return run(*data)
+        chosen = step()
+        self.lasting = self.lasting and chosen.lasting
+        if self.lasting:
+            self.runs[key] = chosen.run
+        return run_step(chosen, *data)
+
+    def _siblings(self, x: Tensor, out: Tensor | None) -> Tensor:
+        """The outputs of the 1x1 convolutions on x side by side, on the CPU as one convolution."""
+        if not x.is_cpu:
+            out = self._new(x, self.reduced + self.first) if out is None else out
+            start = 0
+            for block in self.siblings:
+                stop = start + block.conv.out_channels
+                self._convolved(x, block, out[:, start:stop])
+                start = stop
+            return out
+
+        def merged() -> Step:
+            tensors, owner = self.block.merged(self.siblings), self.siblings[-1].conv
+            options = {"act": "relu", "cache": self.block.weights_of(self.block)}
+            return conv_step(x, owner, tensors, options, (None, None, out), self.lasting)
+
+        return self._run("siblings", merged, x, None, None, out)
+
+    def _convolved(self, x: Tensor, block: BasicConv2d, out: Tensor) -> Tensor:
+        def step() -> Step:
+            return self.block.layer_step(
+                x, block.conv, block.bn, relu_, out=out, lasting=self.lasting
+            )
+
+        return self._run(block, step, x, None, None, out)
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        def step() -> Step:
+            p = self.pool
+            window = (p.kernel_size, p.stride, p.padding, p.dilation, p.ceil_mode)
+            if not self.lasting:
+                return Step(p, "", lambda x: max_pool(x, *window))
+            plan = max_pool.plan(x, *window)
+            return Step(p, "", plan.run, plan.backend != "reference")
+
+        return self._run("pool", step, x)
 
 
 def _why_not_pairs(branches: Sequence[nn.Module]) -> str:

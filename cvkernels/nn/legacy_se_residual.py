@@ -8,37 +8,20 @@ basic block applies its ReLU before the squeeze.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import nn
 
-from cvkernels.nn.fused.match import why_not_conv_bn_act
-from cvkernels.nn.fused.module import FusedModule
-from cvkernels.nn.se_residual import Layer, prepared_branch
-from cvkernels.nn.squeeze_excite import LegacySEModule, SqueezeExcite
+from cvkernels.nn.fused.branch import Branch, FusedBlock, Layer
+from cvkernels.nn.squeeze_excite import LegacySEModule
 
 
-class _LegacySEResidual(FusedModule):
+class _LegacySEResidual(FusedBlock):
     """What the blocks share: the end of the branch."""
 
-    def _prepared_branch(self, x: Tensor, *layers: Layer) -> Callable[[Tensor], Tensor] | None:
-        return prepared_branch(self, x, layers, self.se_module, self.downsample, self.relu)
-
-    def _joined(
-        self, x: Tensor, shortcut: Tensor, conv: nn.Module, bn: nn.Module, act: nn.Module | None
-    ) -> Tensor:
-        """``relu(se_module(act(bn(conv(x)))) + downsample(shortcut))``: two ops."""
-        fresh = not why_not_conv_bn_act(x, conv, bn, act)
-        out = self.fused(x, conv, bn, act)
-        if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
-
-        def as_modules() -> Tensor:
-            return self.relu(self.se_module(out) + shortcut)
-
-        if not isinstance(self.se_module, SqueezeExcite):
-            return as_modules()
-        return self.se_module.added(out, shortcut, self.relu, as_modules, fresh)
+    def _joined(self, *layers: Layer) -> Branch:
+        """``relu(se_module(layers(x)) + downsample(x))``."""
+        steps = (*layers, self.se_module)
+        return Branch(steps, True, self.downsample, act=self.relu, in_place=False)
 
 
 class LegacySEBasicBlock(_LegacySEResidual):
@@ -65,16 +48,10 @@ class LegacySEBasicBlock(_LegacySEResidual):
         self.downsample = downsample
         self.stride = stride
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.recalled(x, self._computed, self._prepared_like)
-
-    def _computed(self, x: Tensor) -> Tensor:
-        y = self.fused(x, self.conv1, self.bn1, self.relu)
-        return self._joined(y, x, self.conv2, self.bn2, self.relu)
-
-    def _prepared_like(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-        first = (self.conv1, self.bn1, self.relu)
-        return self._prepared_branch(x, first, (self.conv2, self.bn2, self.relu))
+    def branch(self) -> Branch:
+        return self._joined(
+            Layer(self.conv1, self.bn1, self.relu), Layer(self.conv2, self.bn2, self.relu)
+        )
 
 
 class _LegacyBottleneck(_LegacySEResidual):
@@ -109,18 +86,12 @@ class _LegacyBottleneck(_LegacySEResidual):
         self.downsample = downsample
         self.stride = max(strides)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.recalled(x, self._computed, self._prepared_like)
-
-    def _computed(self, x: Tensor) -> Tensor:
-        y = self.fused(x, self.conv1, self.bn1, self.relu)
-        y = self.fused(y, self.conv2, self.bn2, self.relu)
-        return self._joined(y, x, self.conv3, self.bn3, None)
-
-    def _prepared_like(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-        first = (self.conv1, self.bn1, self.relu)
-        second = (self.conv2, self.bn2, self.relu)
-        return self._prepared_branch(x, first, second, (self.conv3, self.bn3, None))
+    def branch(self) -> Branch:
+        return self._joined(
+            Layer(self.conv1, self.bn1, self.relu),
+            Layer(self.conv2, self.bn2, self.relu),
+            Layer(self.conv3, self.bn3),
+        )
 
 
 class LegacySEBottleneck(_LegacyBottleneck):

@@ -7,21 +7,14 @@ arXiv:1905.11946; the fused block Tan and Le 2021, arXiv:2104.00298.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
 
-from torch import Tensor, nn
+from torch import nn
 
 from cvkernels.nn.conv_bn_act import ConvBNAct, split_conv_bn_act
-from cvkernels.nn.fused.match import (
-    fused_act,
-    runs_depthwise,
-    why_not_called,
-    why_not_conv_bn_act,
-)
-from cvkernels.nn.fused.module import FusedModule
+from cvkernels.nn.fused.branch import Branch, FusedBlock, Layer
 from cvkernels.nn.fused.plan_cache import OPTIONS
 from cvkernels.nn.squeeze_excite import SqueezeExcitation, SqueezeExcite, divisible
 from cvkernels.nn.stochastic_depth import StochasticDepth
@@ -94,7 +87,7 @@ class FusedMBConvConfig(InvertedResidualConfig):
         )
 
 
-class _InvertedResidual(FusedModule):
+class _InvertedResidual(FusedBlock):
     """``block`` and, where its shape allows, ``stochastic_depth(block(x)) + x``.
 
     The shortcut is added in the op of the last convolution, where no activation follows that one
@@ -110,33 +103,27 @@ class _InvertedResidual(FusedModule):
         self.stochastic_depth = StochasticDepth(stochastic_depth_prob, "row")
         self.out_channels = cnf.out_channels
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.use_res_connect:
-            return self.block(x)
-        if self._shortcut_is_separate(x):
-            y = self.stochastic_depth(self.block(x))
-            y += x
-            return y
-        *layers, project = self.block
-        y = x
-        for layer in layers:
-            y = layer(y)
-        conv, bn, _ = split_conv_bn_act(list(project))
-        return project.fused(y, conv, bn, residual=x)
+    def branch(self) -> Branch:
+        return Branch(
+            tuple(self._steps()), self.use_res_connect, drop=self.stochastic_depth, body=self.block
+        )
 
-    def _shortcut_is_separate(self, x: Tensor) -> bool:
-        """Whether the block's modules must be called, or something stands before the shortcut."""
-        if self.stochastic_depth.training and self.stochastic_depth.p > 0.0:
-            return True
-        if type(self.block) is not nn.Sequential or not len(self.block):
-            return True
-        project = self.block[-1]
-        if getattr(type(project), "forward", None) is not ConvBNAct.forward:
-            return True
-        conv, _, act = split_conv_bn_act(list(project))
-        if conv is None or act is not None:
-            return True
-        return bool(why_not_called(x, self.block, project, self.stochastic_depth))
+    def _steps(self) -> Sequence[Layer | nn.Module]:
+        """The block's children, as far as they are stock's; none if they are not."""
+        if type(self.block) is not nn.Sequential:
+            return ()
+        steps: list[Layer | nn.Module] = []
+        for module in self.block:
+            if getattr(type(module), "forward", None) is ConvBNAct.forward:
+                conv, norm, act = split_conv_bn_act(list(module))
+                if conv is None:
+                    return ()
+                steps.append(Layer(conv, norm, act, owner=module))
+            elif isinstance(module, SqueezeExcite):
+                steps.append(module)
+            else:
+                return ()
+        return steps
 
 
 def _check_stride(cnf: InvertedResidualConfig) -> None:
@@ -170,116 +157,6 @@ class MBConv(_InvertedResidual):
         layers.append(conv(expanded, cnf.out_channels, kernel_size=1, activation_layer=None))
         super().__init__(cnf, layers, stochastic_depth_prob)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.recalled(x, self._computed, self._prepared_like)
-
-    def _computed(self, x: Tensor) -> Tensor:
-        if not self._is_stock(x):
-            return super().forward(x)
-        *expand, depthwise, excitation, project = self.block
-        y = x
-        for layer in expand:
-            y = layer(y)
-        residual = x if self.use_res_connect else None
-        if sums_and_gates(y, excitation, depthwise, project) and not why_not_called(y, depthwise):
-            y, sums = depthwise.squeezed(y, *depthwise)
-            gate = excitation.gate_of_sums(sums, y.shape[2] * y.shape[3])
-        else:
-            y, gate = excitation(depthwise(y)), None
-        return project.fused(y, *project, residual=residual, input_gate=gate)
-
-    def _prepared_like(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """What runs the block on others like x, while its modules stay as they are; or None."""
-        if not self._is_stock(x):
-            return None
-        *expand, depthwise, excitation, project = self.block
-        return prepared_branch(
-            x,
-            [(layer, *split_conv_bn_act(list(layer))) for layer in expand],
-            (depthwise, *depthwise),
-            excitation,
-            (project, *project),
-            self.use_res_connect,
-        )
-
-    def _is_stock(self, x: Tensor) -> bool:
-        """Whether the block has stock's parts, trains none of them, and nobody watches a join."""
-        block = self.block
-        if type(block) is not nn.Sequential or len(block) not in (3, 4):
-            return False
-        *expand, depthwise, excitation, project = block
-        convs = (*expand, depthwise, project)
-        if any(getattr(type(conv), "forward", None) is not ConvBNAct.forward for conv in convs):
-            return False
-        if getattr(type(excitation), "forward", None) is not SqueezeExcite.forward:
-            return False
-        if (len(depthwise), len(project)) != (3, 2):
-            return False
-        if self.stochastic_depth.training and self.stochastic_depth.p > 0.0:
-            return False
-        return not why_not_called(x, block, project, self.stochastic_depth)
-
-
-def sums_and_gates(
-    x: Tensor, excitation: nn.Module, depthwise: Iterable, project: Iterable
-) -> bool:
-    """Whether the depthwise op sums its output, so that the projection takes the gate.
-
-    The depthwise map is then written once and read once. ``depthwise`` is (conv, norm, activation),
-    ``project`` (conv, norm).
-    """
-    conv, bn, act = depthwise
-    return (
-        getattr(type(excitation), "forward", None) is SqueezeExcite.forward
-        and not why_not_called(x, excitation)
-        and not why_not_conv_bn_act(x, conv, bn, act)
-        and not why_not_conv_bn_act(x, *project, None)
-        and not excitation.why_not_op(x)
-        and runs_depthwise(x, conv)
-    )
-
-
-def prepared_branch(
-    x: Tensor,
-    expand: list[tuple],
-    depthwise: tuple,
-    excitation: SqueezeExcite,
-    project: tuple,
-    adds: bool,
-) -> Callable[[Tensor], Tensor] | None:
-    """What runs an MBConv on others like x, while its modules stay as they are; or None.
-
-    Layers are (the module that fuses them, conv, norm, activation), ``project`` without the last.
-    """
-    expands = []
-    y = x
-    for owner, *parts in expand:
-        inner_act, clash = fused_act(*parts[1:])
-        reason = clash or why_not_conv_bn_act(y, *parts[:2], inner_act)
-        if reason or (run := owner.prepared(y, *parts)) is None:
-            return None
-        expands.append(run)
-        y = run(y, None)
-    owner, *parts = depthwise
-    if not sums_and_gates(y, excitation, parts, project[1:]):
-        return None
-    if (convolve := owner.prepared_squeezed(y, *parts)) is None:
-        return None
-    y, sums = convolve(y)
-    scale = excitation.prepared_gate(y, sums)
-    reduce = project[0].prepared(y, *project[1:], residual=x if adds else None)
-    if scale is None or reduce is None:
-        return None
-
-    def run_branch(x: Tensor) -> Tensor:
-        y = x
-        for run in expands:
-            y = run(y, None)
-        y, sums = convolve(y)
-        return reduce(scale(y, sums), x if adds else None)
-
-    return run_branch
-
 
 class FusedMBConv(_InvertedResidual):
     """Expand k x k and project 1x1, or one k x k where nothing expands; no squeeze-and-excitation.
@@ -307,6 +184,6 @@ class FusedMBConv(_InvertedResidual):
         super().__init__(cnf, layers, stochastic_depth_prob)
 
 
-OPTIONS[MBConv] = itemgetter("training", "use_res_connect")
-OPTIONS[ConvBNAct] = itemgetter("training")
-OPTIONS[StochasticDepth] = itemgetter("training", "p")
+OPTIONS[MBConv] = OPTIONS[FusedMBConv] = ("training", "use_res_connect")
+OPTIONS[ConvBNAct] = ("training",)
+OPTIONS[StochasticDepth] = ("training", "p")

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import nn
 
-from cvkernels.nn.fused.module import FusedModule
+from cvkernels.nn.fused.branch import Branch, FusedBlock, Layer
 
 
 def conv3x3(
@@ -25,7 +25,7 @@ def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, out_planes, 1, stride, bias=False)
 
 
-class BasicBlock(FusedModule):
+class BasicBlock(FusedBlock):
     """Two 3x3 convolutions and a shortcut: ``relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))``.
 
     Two ops in eval, three with a downsampling shortcut. He et al. 2016, arXiv:1512.03385, figure 5
@@ -62,13 +62,12 @@ class BasicBlock(FusedModule):
         self.downsample = downsample
         self.stride = stride
 
-    def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
-        out = self.fused(x, self.conv1, self.bn1, self.relu)
-        return self.fused(out, self.conv2, self.bn2, self.relu, residual=identity)
+    def branch(self) -> Branch:
+        steps = Layer(self.conv1, self.bn1, self.relu), Layer(self.conv2, self.bn2)
+        return Branch(steps, adds=True, downsample=self.downsample, act=self.relu)
 
 
-class Bottleneck(FusedModule):
+class Bottleneck(FusedBlock):
     """1x1 to ``width``, 3x3, 1x1 to ``4 * planes``, and a shortcut; the stride sits in the 3x3.
 
     Three ops in eval, four with a downsampling shortcut. He et al. 2016, arXiv:1512.03385, figure 5
@@ -102,8 +101,10 @@ class Bottleneck(FusedModule):
         self.downsample = downsample
         self.stride = stride
 
-    def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
-        out = self.fused(x, self.conv1, self.bn1, self.relu)
-        out = self.fused(out, self.conv2, self.bn2, self.relu)
-        return self.fused(out, self.conv3, self.bn3, self.relu, residual=identity)
+    def branch(self) -> Branch:
+        steps = (
+            Layer(self.conv1, self.bn1, self.relu),
+            Layer(self.conv2, self.bn2, self.relu),
+            Layer(self.conv3, self.bn3),
+        )
+        return Branch(steps, adds=True, downsample=self.downsample, act=self.relu)

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cvkernels.nn.fused.match import (
-    ACTIVATIONS,
-    pooled_shape,
-    why_not_called,
-    why_not_max_pool,
-)
+from cvkernels.nn.fused.match import ACTIVATIONS, pooled_shape, why_not_max_pool
 from cvkernels.nn.fused.module import FusedModule
+from cvkernels.nn.fused.watched import why_not_called
 
 ACTIVATION_MODULES = tuple(kind for kind in ACTIVATIONS if isinstance(kind, type))
 
 
-class GrowingBlock(FusedModule):
-    """A block whose output begins with its input, in one buffer where nobody watches it.
+class ConcatBuffer(NamedTuple):
+    """Room for a block's output, which begins with the ``channels`` channels of its input.
 
-    Whoever computes the input can write it there, so that nothing is copied.
+    Once the input is in :attr:`input`, :meth:`fill` computes the rest.
     """
 
-    def buffer_for(self, x: Tensor, shape: Sequence[int]) -> Tensor | None:
+    tensor: Tensor
+    channels: int
+    append: Callable[[Tensor], Tensor]
+
+    @property
+    def input(self) -> Tensor:
+        return self.tensor[:, : self.channels]
+
+    def fill(self) -> Tensor:
+        return self.append(self.tensor)
+
+
+class ConcatBlock(FusedModule):
+    """A block whose output begins with its input, in one buffer where nothing watches it.
+
+    What computes the input can write it there, so that nothing is copied.
+    """
+
+    def concat_buffer(self, x: Tensor, shape: Sequence[int]) -> ConcatBuffer | None:
         """Room for the output on an input of ``shape``, x's dtype and device; None to call it."""
         raise NotImplementedError
 
-    def grow(self, buffer: Tensor, channels: int) -> Tensor:
-        """The output, given that ``buffer[:, :channels]`` holds the input."""
-        raise NotImplementedError
-
-    def with_consumer(self, x: Tensor, layers: list[nn.Module]) -> tuple[Tensor] | None:
+    def with_consumer(self, x: Tensor, layers: list[nn.Module]) -> Tensor | None:
         """``layers.pop(0)(self(x))``, where that uses what this block knows of its output."""
         return None
 
@@ -42,7 +53,7 @@ class FusedSequential(nn.Sequential, FusedModule):
 
     A convolution runs with the norm and activation that follow it and, where a kernel can, with the
     norm and ReLU before it; a max pool runs without indices, and like another FusedSequential
-    writes into the buffer of a GrowingBlock behind it. All other children are called.
+    writes into the buffer of a ConcatBlock behind it. All other children are called.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,11 +72,8 @@ class FusedSequential(nn.Sequential, FusedModule):
         planar = type(x) is Tensor and x.is_contiguous()
         while layers:
             first = layers.pop(0)
-            if isinstance(first, GrowingBlock) and (shared := first.with_consumer(x, layers)):
-                x = shared[0]
-            elif _next_are(layers, GrowingBlock) and (grown := self._grown(x, first, layers[0])):
-                layers.pop(0)
-                x = grown[0]
+            if (y := self._with_next(x, first, layers)) is not None:
+                x = y
             elif isinstance(first, _BatchNorm) and _next_are(layers, nn.ReLU, nn.Conv2d):
                 relu, conv = layers.pop(0), layers.pop(0)
                 x = self.fused(x, conv, *_norm_and_act(layers), input_bn=(first, relu))
@@ -76,14 +84,25 @@ class FusedSequential(nn.Sequential, FusedModule):
                 x = self.fused(x, first, *_norm_and_act(layers))
             elif isinstance(first, nn.MaxPool2d):
                 x = self.pooled(x, first)
-                if planar and _next_are(layers, GrowingBlock) and layers[0].training:
+                if planar and _next_are(layers, ConcatBlock) and layers[0].training:
                     # Dropout draws its numbers in memory order: in this layout it draws stock's.
                     x = x.contiguous()
             else:
                 x = first(x)
         return x
 
-    def _grown(self, x: Tensor, producer: nn.Module, block: GrowingBlock) -> tuple[Tensor] | None:
+    def _with_next(self, x: Tensor, first: nn.Module, layers: list[nn.Module]) -> Tensor | None:
+        """``layers.pop(0)(first(x))`` where the one uses memory or statistics of the other."""
+        if isinstance(first, ConcatBlock):
+            if (y := first.with_consumer(x, layers)) is not None:
+                return y
+        if not _next_are(layers, ConcatBlock):
+            return None
+        if (y := self._appended(x, first, layers[0])) is not None:
+            layers.pop(0)
+        return y
+
+    def _appended(self, x: Tensor, producer: nn.Module, block: ConcatBlock) -> Tensor | None:
         """``block(producer(x))`` without a copy between the two, where both can."""
         pools = isinstance(producer, nn.MaxPool2d)
         if pools:
@@ -92,11 +111,10 @@ class FusedSequential(nn.Sequential, FusedModule):
             shape = producer.output_shape(x)
         else:
             shape = None
-        if shape is None or (buffer := block.buffer_for(x, shape)) is None:
+        if shape is None or (buffer := block.concat_buffer(x, shape)) is None:
             return None
-        out = buffer[:, : shape[1]]
-        self.pooled(x, producer, out) if pools else producer.write(x, out)
-        return (block.grow(buffer, shape[1]),)
+        self.pooled(x, producer, buffer.input) if pools else producer.write(x, buffer.input)
+        return buffer.fill()
 
 
 def _norm_and_act(layers: list[nn.Module]) -> tuple[nn.Module | None, nn.Module | None]:

@@ -8,19 +8,20 @@ one op, with the shortcut and the activation that follow it in a residual block.
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
 
 from cvkernels import backend, record
-from cvkernels.functional import excite, squeeze_excite
-from cvkernels.nn.fused.match import why_not_called
-from cvkernels.nn.fused.module import FusedModule, run_group
-from cvkernels.nn.fused.plan_cache import OPTIONS
+from cvkernels.functional import excite, se_scale, squeeze_excite
+from cvkernels.nn.fused.branch import Layer
+from cvkernels.nn.fused.match import fused_act, runs_depthwise, why_not_layer
+from cvkernels.nn.fused.module import FusedModule, Step, run_step
+from cvkernels.nn.fused.plan_cache import OPTIONS, guard_of
+from cvkernels.nn.fused.watched import why_altered, why_not_called
 from cvkernels.nn.training import squeeze_excite as in_training
 from cvkernels.nn.training.recompute import recompute_of
-from cvkernels.ops.squeeze_excite.prepared import Run, prepared, prepared_gate
+from cvkernels.ops.conv_bn_act.op import fuses_prologue
 
 
 def divisible(value: float, divisor: int, least: int | None = None, share: float = 0.9) -> int:
@@ -48,16 +49,20 @@ class SqueezeExcite(FusedModule):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.recalled(x, self._computed, self._prepared_like)
-
-    def _computed(self, x: Tensor) -> Tensor:
-        reason = self.why_not_op(x)
-        if not reason:
+        plans = self.plans_of(x, self)
+        if plans is not None and (run := plans.get(x)) is not None:
+            return run(x)
+        if reason := self.why_not_op(x):
+            if (recorder := record.active()) is None:
+                return self.as_modules(x)
+            with recorder.fallback(reason):
+                return self.as_modules(x)
+        if plans is None or (guard := guard_of(x, list(self.modules()))) is None:
             return self.as_op(x)
-        if (recorder := record.active()) is None:
-            return self.as_modules(x)
-        with recorder.fallback(reason):
-            return self.as_modules(x)
+        plan = squeeze_excite.plan(x, *self._layers())
+        if plan.backend != "reference":
+            plans.keep(guard, plan.run, x)
+        return plan.run(x)
 
     def as_modules(self, x: Tensor) -> Tensor:
         """The stock forward: every part called as a module, in the stock order."""
@@ -79,70 +84,113 @@ class SqueezeExcite(FusedModule):
             return in_training.squeeze_excite(x, recompute, self._layers(), residual, out_act)
         return squeeze_excite(x, *self._layers(), residual, out_act, out=out)
 
-    def _prepared_like(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """What runs :meth:`forward` on others like x, unchecked, while the modules stay the same.
+    def takes_sums(self, x: Tensor, depthwise: Layer, project: Layer) -> bool:
+        """Whether the depthwise op sums its output for this module, and the projection takes it
+        with its gates: the depthwise map is then written once and read once."""
+        act, clash = fused_act(depthwise.norm, depthwise.act)
+        return (
+            getattr(type(self), "forward", None) is SqueezeExcite.forward
+            and not (clash or why_altered(self))
+            and None not in (depthwise.norm, act)
+            and not why_not_layer(depthwise.conv, depthwise.norm, act)
+            and not why_not_layer(project.conv, project.norm, None)
+            and not self.why_not_op(x)
+            and runs_depthwise(x, depthwise.conv)
+        )
 
-        None where that is not the native op.
+    def run_gated(
+        self,
+        block: FusedModule,
+        x: Tensor,
+        depthwise: Layer,
+        project: Layer,
+        residual: Tensor | None,
+        lasting: bool,
+    ) -> tuple[Tensor, Step]:
+        """``project(forward(depthwise(x)))``, ended by the residual, and what repeats it.
+
+        For what :meth:`takes_sums` lets pass. On CUDA the gates are the projection's prologue; on
+        CPU multiplying them in first is faster.
         """
-        if self.why_not_op(x):
-            return None
-        return prepared(x, *self._layers(), None, "none")
+        conv, norm = depthwise.conv, depthwise.norm
+        first = block.squeezed_step(x, conv, norm, fused_act(norm, depthwise.act)[0], lasting)
+        y, sums = run_step(first, x)
+        prologue = not y.is_cpu and fuses_prologue(y)
+        gate = self._gate_step(y, sums, prologue, lasting)
+        gates = run_step(gate, y, sums)
+        y, gates = (y, gates) if prologue else (gates, None)
+        last = block.layer_step(
+            y, project.conv, project.norm, project.act, residual, input_gate=gates, lasting=lasting
+        )
 
-    def gate_of_sums(self, sums: Tensor, count: int) -> Tensor:
-        """The gates [N, C] from the channels' sums over ``count`` pixels, as one op."""
+        def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            y, sums = first.run(x)
+            if prologue:
+                return last.run(y, residual, gate.run(y, sums))
+            return last.run(gate.run(y, sums), residual)
 
-        def as_op() -> Tensor:
-            return excite(sums, *self._layers(), sigmoid=True, count=count)
+        out = run_step(last, y, residual, gates)
+        lasts = first.lasting and gate.lasting and last.lasting
+        return out, Step(conv, last.reason, run, lasts)
 
-        if (recorder := record.active()) is None:
-            return as_op()
-        with recorder.group(self, ""):
-            return as_op()
+    def _gate_step(self, y: Tensor, sums: Tensor, prologue: bool, lasting: bool) -> Step:
+        """From a map and its sums to the gates [N, C], or (no prologue) to the map times these."""
+        layers, count = self._layers(), y.shape[2] * y.shape[3]
+        if not lasting:
 
-    def prepared_gate(self, x: Tensor, sums: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """What scales maps like x in place by the gates of their sums, unchecked.
+            def gated(y: Tensor, sums: Tensor) -> Tensor:
+                gate = excite(sums, *layers, sigmoid=True, count=count)
+                if prologue:
+                    return gate
+                gate = gate[:, :, None, None].to(y.dtype)
+                return y * gate if torch.is_grad_enabled() else y.mul_(gate)
 
-        None where x is not channels_last either.
-        """
-        return prepared_gate(x, sums, *self._layers())
+            return Step(self, "", gated)
+        excitation = excite.plan(sums, *layers, sigmoid=prologue, count=count)
+        if prologue:
+            run, lasts = lambda y, sums: excitation.run(sums), True
+        else:
+            scale = se_scale.plan(y, y.new_empty(y.shape[:2]), out=y)
+            run = lambda y, sums: scale.run(y, excitation.run(sums), None, y)  # noqa: E731
+            lasts = scale.backend != "reference"
+        return Step(self, "", run, lasts and excitation.backend != "reference")
 
     def _layers(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, str]:
         _, fc1, between, fc2, _ = self.parts()
         return fc1.weight, fc1.bias, fc2.weight, fc2.bias, _ACTS[type(between[-1])]
 
-    def added(
-        self,
-        x: Tensor,
-        shortcut: Tensor,
-        act: nn.Module,
-        as_modules: Callable[[], Tensor],
-        fresh: bool = False,
-    ) -> Tensor:
-        """``act(forward(x) + shortcut)`` as one op, or ``as_modules()``, which computes the same.
+    def added_step(
+        self, x: Tensor, shortcut: Tensor, act: nn.Module, fresh: bool, lasting: bool
+    ) -> Step:
+        """What computes ``act(forward(x) + shortcut)``, for an x that :meth:`why_not_added` lets
+        pass.
 
-        ``fresh``: nobody else has x, and without a gradient the result may be written over it.
+        ``fresh``: nothing else holds x, and without a gradient the result may be written over it.
         """
-
-        def as_op() -> Tensor:
-            in_place = fresh and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            return self.as_op(x, shortcut, _ACTS[type(act)], x if in_place else None)
-
-        reason = self.why_not_added(x, act)
-        if not reason and (shortcut.shape, shortcut.dtype) != (x.shape, x.dtype):
+        if (shortcut.shape, shortcut.dtype) != (x.shape, x.dtype):
             reason = f"the shortcut is {shortcut.dtype} with shape {list(shortcut.shape)}"
-        return run_group(self, reason, as_op, as_modules)
+            return Step(self, reason, lambda x, shortcut: act(self(x) + shortcut))
+        out_act = _ACTS[type(act)]
+        in_place = fresh and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if not lasting:
 
-    def prepared_added(self, x: Tensor, act: nn.Module) -> Run | None:
-        """What runs :meth:`added` on others like x, unchecked, while the modules stay the same.
+            def run(x: Tensor, shortcut: Tensor) -> Tensor:
+                return self.as_op(x, shortcut, out_act, x if in_place else None)
 
-        None where :meth:`added` calls modules, or that is not the native op.
-        """
-        if self.why_not_added(x, act):
-            return None
-        return prepared(x, *self._layers(), x, _ACTS[type(act)])
+            return Step(self, "", run)
+        plan = squeeze_excite.plan(
+            x, *self._layers(), residual=shortcut, out_act=out_act, out=x if in_place else None
+        )
+        compute = plan.run
+        return Step(
+            self,
+            "",
+            lambda x, shortcut: compute(x, shortcut, x if in_place else None),
+            plan.backend != "reference",
+        )
 
     def why_not_added(self, x: Tensor, act: nn.Module) -> str:
-        """Why :meth:`added` calls modules, as far as it does not depend on the shortcut."""
+        """Why forward, shortcut and act are called one by one; empty where they are one op."""
         if type(self).forward is not SqueezeExcite.forward:
             return f"{type(self).__name__} has a forward of its own"
         if reason := why_not_called(x, self, act):
@@ -293,5 +341,5 @@ class LegacySEModule(SqueezeExcite):
 
 
 OPTIONS.update(
-    dict.fromkeys((SqueezeExcitation, SEModule, LegacySEModule, _Sigmoid), itemgetter("training"))
+    dict.fromkeys((SqueezeExcitation, SEModule, LegacySEModule, _Sigmoid), ("training",))
 )

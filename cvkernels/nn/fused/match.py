@@ -10,11 +10,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensor
-from torch.nn.modules import module as torch_module
+from torch import Tensor, nn
 
-from cvkernels import record
+from cvkernels.nn.fused.watched import has_hooks, why_altered, why_not_called, why_watched
 from cvkernels.ops.common.autograd import operand_dtype
 from cvkernels.ops.common.pool import checked, window_of
 from cvkernels.ops.conv_bn_act.op import fuses_prologue
@@ -55,22 +53,30 @@ def fused_act(
     bn: nn.Module | None, act: nn.Module | Callable | None = None, residual: Tensor | None = None
 ) -> tuple[nn.Module | Callable | None, str]:
     """The activation behind bn, which may carry it inside, and why its place forbids fusing."""
-    if type(bn) is nn.BatchNorm2d or not _is_norm_act(bn) or type(bn.act) is nn.Identity:
+    if type(bn) is nn.BatchNorm2d or not is_norm_act(bn) or type(bn.act) is nn.Identity:
         return act, ""
     if act is not None:
         return act, "an activation follows a norm that has one inside"
     return bn.act, "" if residual is None else "the activation stands before the shortcut"
 
 
-def _is_norm_act(bn: nn.Module | None) -> bool:
+def is_norm_act(bn: nn.Module | None) -> bool:
+    """Whether bn is timm's BatchNormAct2d, with the forward that timm gave it."""
     kind = type(bn)
-    return kind.__name__ == "BatchNormAct2d" and kind.__module__ == "timm.layers.norm_act"
+    if kind.__name__ != "BatchNormAct2d" or kind.__module__ != "timm.layers.norm_act":
+        return False
+    return kind.forward.__module__ == kind.__module__
 
 
 def why_not_conv_bn_act(
     x: Tensor, conv: nn.Module, bn: nn.Module | None, act: nn.Module | Callable | None
 ) -> str:
     """Why the modules have to be called one by one; empty where conv_bn_act computes the same."""
+    return why_not_layer(conv, bn, act) or why_watched(x)
+
+
+def why_not_layer(conv: nn.Module, bn: nn.Module | None, act: nn.Module | Callable | None) -> str:
+    """:func:`why_not_conv_bn_act` but for what surrounds the call."""
     if type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__} is not exactly nn.Conv2d"
     if bn is not None and (reason := why_not_affine(bn)):
@@ -79,25 +85,25 @@ def why_not_conv_bn_act(
         return f"{type(act).__name__} is not one of the fused activations"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"padding={conv.padding!r} with padding_mode={conv.padding_mode!r} is not fused"
-    return why_not_called(x, conv, bn, act if isinstance(act, nn.Module) else None)
+    return why_altered(conv, bn, act if isinstance(act, nn.Module) else None)
 
 
 def why_not_input_bn(x: Tensor, norm: nn.Module, relu: nn.Module | None, groups: int) -> str:
     """Why norm and relu have to be called first; empty where they are the op's prologue."""
-    if reason := why_not_norm_relu(x, norm, relu):
+    if reason := why_not_norm_relu(norm, relu):
         return reason
     return "" if fuses_prologue(x, groups) else "no backend here normalises a convolution's input"
 
 
-def why_not_norm_relu(x: Tensor, norm: nn.Module, relu: nn.Module | None) -> str:
+def why_not_norm_relu(norm: nn.Module, relu: nn.Module | None) -> str:
     """Why norm and relu are no multiply-add and ReLU that an op can do to its input."""
     if reason := why_not_affine(norm):
         return reason
-    if relu is None and _is_norm_act(norm):
+    if relu is None and is_norm_act(norm):
         relu = norm.act
     if type(relu) is not nn.ReLU:
         return f"{type(relu).__name__} is not exactly nn.ReLU"
-    return why_not_called(x, norm, relu)
+    return why_altered(norm, relu)
 
 
 def why_not_same_map(module: nn.Conv2d | nn.MaxPool2d) -> str:
@@ -144,9 +150,9 @@ def why_not_batch_norm(bn: nn.Module) -> str:
     """Why bn, but for its activation and mode, is no batch norm; empty where it is."""
     if type(bn) is nn.BatchNorm2d:
         return ""
-    if not _is_norm_act(bn):
+    if not is_norm_act(bn):
         return f"{type(bn).__name__} is not exactly nn.BatchNorm2d"
-    if type(bn.drop) is not nn.Identity or _has_hooks(bn.drop) or _has_hooks(bn.act):
+    if type(bn.drop) is not nn.Identity or has_hooks(bn.drop) or has_hooks(bn.act):
         return "BatchNormAct2d drops something, or a part of it has a hook"
     return ""
 
@@ -168,60 +174,3 @@ def pooled_shape(x: Tensor, pool: nn.MaxPool2d | nn.AvgPool2d) -> tuple[int, int
         "pool", pool.kernel_size, pool.stride, pool.padding, dilation, pool.ceil_mode
     )
     return (*x.shape[:2], *checked("pool", x, window, None))
-
-
-def why_not_called(x: Tensor, *modules: nn.Module | None) -> str:
-    """Why the modules' own ``__call__`` must happen: somebody watches it, or it is being traced."""
-    if isinstance(x, fx.Proxy):
-        return "torch.fx is tracing"
-    if not _is_plain(x):
-        return f"the input is a {type(x).__name__}"
-    for module in modules:
-        if module is None:
-            continue
-        if _has_hooks(module):
-            return f"{type(module).__name__} has a hook"
-        if "forward" in module.__dict__:
-            return f"{type(module).__name__} has a forward of its own"
-        for parameter in module._parameters.values():
-            if parameter is not None and not _is_plain(parameter):
-                return f"a parameter is a {type(parameter).__name__}"
-    if _has_global_hooks():
-        return "a global module hook is registered"
-    if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting():
-            return "torch.export is tracing"
-        return "inductor fuses it" if x.device.type == "cpu" else ""
-    if torch.jit.is_tracing():
-        return "torch.jit is tracing"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a torch.func transform is active"
-    return ""
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """No subclass with a meaning of its own (DTensor, a quantised tensor, ...)."""
-    return type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, FakeTensor)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def _has_global_hooks() -> bool:
-    """Hooks on every module's call, but for those that a running ``explain`` registers."""
-    hooks = (
-        *torch_module._global_backward_hooks.values(),
-        *torch_module._global_backward_pre_hooks.values(),
-        *torch_module._global_forward_hooks.values(),
-        *torch_module._global_forward_pre_hooks.values(),
-    )
-    if not hooks:
-        return False
-    recorder = record.active()
-    return recorder is None or not all(recorder.owns(hook) for hook in hooks)

@@ -1,144 +1,116 @@
-"""What a block remembers of a fused call, so that checking it again costs a few microseconds.
-
-A batch of one spends as long in Python as in a small convolution: the checks of modules, parameters
-and arguments, all of which came out the same a moment ago.
-"""
+"""The plans of a block's calls, kept while all that they were made from stays the same."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from operator import itemgetter
+import importlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
-from cvkernels import backend, record
+from cvkernels import extension
+from cvkernels.nn.fused.watched import (
+    SHADOWS,
+    STOCK_CODE,
+    forbids_kept,
+    why_replaced,
+    why_written_unseen,
+)
+from cvkernels.ops.common.contents import Contents
 
-# Per block or convolution, as many as a convolution keeps folded weights for.
+# Shapes of data per cache, as many as a convolution keeps folded weights for.
 CAPACITY = 4
 # What modules compute by, but for their tensors and children.
-OPTIONS: dict[type[nn.Module], Callable[[dict], Any]] = {
-    nn.Conv2d: itemgetter("stride", "padding", "dilation", "groups", "padding_mode"),
-    nn.BatchNorm2d: itemgetter("training", "eps"),
-    nn.AdaptiveAvgPool2d: itemgetter("output_size"),
-    nn.Identity: itemgetter("training"),
-    **dict.fromkeys((nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Sequential), itemgetter("training")),
-}
-# In other modules every option counts: these by value, all others by identity.
-BY_VALUE = (bool, int, float, str, tuple, type(None))
+OPTIONS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.BatchNorm2d: ("training", "eps"),
+    nn.AdaptiveAvgPool2d: ("output_size",),
+    nn.MaxPool2d: (
+        "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices",
+    ),
+    **dict.fromkeys(
+        (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Sigmoid, nn.Identity, nn.Sequential), ("training",)
+    ),
+}  # fmt: skip
+# An activation may stand in a block as a function, which has no options.
+Part = nn.Module | Callable | None
 
 
-class Recall:
-    """The fused calls of a few modules on CPU, by the shape and dtype of their data.
+class Guard:
+    """Whether modules are what they were when this was made.
 
-    A call comes back while nothing that the checks looked at has changed: the modules and their
-    classes, options, hooks and modes, the parameters' memory and versions, and what surrounds it
-    (autograd, autocast, tracing, ``explain``, a requested backend). ``parts`` are modules, each
-    with all that is below it, functions, and None where there is none.
+    What counts is each module's class, options, hooks and children, the code of PyTorch's that an
+    op stands for, and each floating tensor: the object, its memory and version and, on CPU, a
+    sample of its contents (:mod:`cvkernels.ops.common.contents`).
     """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        tensors = {
+            id(t): t
+            for module in modules
+            for t in (*module._parameters.values(), *module._buffers.values())
+            if t is not None and t.is_floating_point()
+        }
+        # Keeps the memory alive: no other tensor comes to its address.
+        self._held = [t.detach() for t in tensors.values()]
+        entries = [(module, _options_of(module), SHADOWS) for module in modules]
+        code = [(owner, name) for owner, name, _ in STOCK_CODE]
+        code += [(kind, "forward") for kind in {type(module) for module in modules}]
+        native = importlib.import_module("cvkernels._C")
+        self._same = native.Guard(entries, code, list(tensors.values())).holds
+        self._digest, self._kept = None, None
+        if all(t.is_cpu for t in self._held):
+            self._digest = Contents(self._held).digest
+            self._kept = self._digest()
+
+    def holds(self) -> bool:
+        return self._same() and (self._digest is None or self._digest() == self._kept)
+
+
+def guard_of(x: Tensor, modules: Sequence[nn.Module]) -> Guard | None:
+    """A guard of the modules that a plan for x bypasses; None where no plan may be kept."""
+    if type(x) is not Tensor or forbids_kept(x) or not extension.has("cpu"):
+        return None
+    if why_replaced() or why_written_unseen(modules):
+        return None
+    return Guard(modules)
+
+
+def _options_of(module: nn.Module) -> tuple[str, ...]:
+    names = OPTIONS.get(type(module))
+    return names or tuple(name for name in module.__dict__ if name[0] != "_")
+
+
+class PlanCache:
+    """Plans by the modules, shapes, strides and dtypes of their calls, each with its guard."""
 
     def __init__(self) -> None:
-        self._calls: dict[tuple, Any] = {}
-        self._stamp: tuple | None = None
-        # Keeps the parameters' memory alive: no other tensor can come to its address.
-        self._held: list[Tensor] = []
+        self._kept: dict[tuple, tuple[Guard, Any]] = {}
 
-    def get(self, x: Tensor, parts: tuple, residual: Tensor | None = None) -> Any:
-        """What runs this call, if it is remembered and still the same."""
-        # Read before the calls: another thread's keep() clears them before it writes a new one.
-        stamp = self._stamp
-        run = self._calls.get(_data(x, residual))
-        if run is None or _watched(x) or stamp != stamp_of(*parts):
+    def get(self, x: Tensor, parts: tuple = (), *others: Tensor | None) -> Any:
+        """The plan for data like x and the others, if it may run this call; else None.
+
+        ``parts`` are what else a plan depends on: modules, which its guard keeps alive, activation
+        functions, sizes.
+        """
+        kept = self._kept.get(_key(x, parts, others)) if self._kept else None
+        if kept is None or forbids_kept(x) or not kept[0].holds():
             return None
-        return run
+        return kept[1]
 
     def keep(
-        self, x: Tensor, parts: tuple, residual: Tensor | None, prepare: Callable[[], Any]
+        self, guard: Guard, plan: Any, x: Tensor, parts: tuple = (), *others: Tensor | None
     ) -> None:
-        """Remember a call that was checked and ran; ``prepare`` gives what runs it, or None."""
-        if _watched(x) or (stamp := stamp_of(*parts)) is None:
-            return
-        if stamp != self._stamp:
-            self._calls.clear()
-            self._stamp = stamp
-            modules = [part for part in parts if isinstance(part, nn.Module)]
-            self._held = [
-                t.detach() for module in modules for t in (*module.parameters(), *module.buffers())
-            ]
-        data = _data(x, residual)
-        if data not in self._calls:
-            if len(self._calls) >= CAPACITY:
-                self._calls.pop(next(iter(self._calls)))
-            plain = residual is None or type(residual) is Tensor
-            self._calls[data] = prepare() if plain else None
+        """Keep a plan for data like x and the others; ``guard`` is older than the plan."""
+        key = _key(x, parts, others)
+        if key not in self._kept:
+            while len(self._kept) >= CAPACITY:
+                self._kept.pop(next(iter(self._kept)), None)
+        self._kept[key] = (guard, plan)
 
 
-def stamp_of(*parts: nn.Module | Callable | None) -> tuple | None:
-    """What changes when the parts do, or modules or tensors below them; None where it is unknown.
-
-    What counts is each module's class, hooks and options, and each tensor's memory and version. A
-    hook on a module, or a tensor without a version, makes it unknown.
-    """
-    stamp: list[object] = [torch._C._get_mkldnn_enabled()]
-    waiting = list(parts)
-    while waiting:
-        current = waiting.pop()
-        if not isinstance(current, nn.Module):
-            stamp.append(current)
-            continue
-        attributes, kind = current.__dict__, type(current)
-        if (
-            attributes["_forward_hooks"]
-            or attributes["_forward_pre_hooks"]
-            or attributes["_backward_hooks"]
-            or attributes["_backward_pre_hooks"]
-        ):
-            return None
-        stamp.append((kind, OPTIONS.get(kind, _public)(attributes)))
-        for tensors in (attributes["_parameters"], attributes["_buffers"]):
-            for tensor in tensors.values():
-                if tensor is None:
-                    stamp.append(None)
-                elif tensor.is_inference():
-                    return None
-                else:
-                    stamp.append((id(tensor), tensor.data_ptr(), tensor._version))
-        if attributes["_modules"]:
-            waiting += attributes["_modules"].values()
-    return tuple(stamp)
-
-
-def _public(attributes: dict) -> tuple:
-    """Every option of a module that is not in OPTIONS."""
-    return tuple(
-        value if type(value) in BY_VALUE else id(value)
-        for name, value in attributes.items()
-        if name[0] != "_"
-    )
-
-
-def _data(x: Tensor, residual: Tensor | None) -> tuple:
-    """What distinguishes calls of the same modules."""
-    if residual is None:
-        return type(x), x.device, x.dtype, x.shape
-    kinds = (type(residual), residual.device, residual.dtype, residual.shape)
-    return type(x), x.device, x.dtype, x.shape, kinds
-
-
-def _watched(x: Tensor) -> bool:
-    """Whether somebody needs to see the call, or it is not to run as it did."""
-    return bool(
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cpu")
-        or record.active() is not None
-        or backend.requested("auto", backend.NAMES) != "auto"
-        or torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-    )
+def _key(x: Tensor, parts: tuple, others: tuple[Tensor | None, ...]) -> tuple:
+    if not others:
+        return type(x), x.device, x.dtype, x.shape, x.stride(), parts
+    kinds = [t if t is None else (type(t), t.device, t.dtype, t.shape, t.stride()) for t in others]
+    return type(x), x.device, x.dtype, x.shape, x.stride(), parts, *kinds

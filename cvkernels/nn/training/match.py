@@ -17,10 +17,10 @@ from cvkernels.nn.fused.match import (
     fused_act,
     relu_,
     why_not_batch_norm,
-    why_not_called,
     why_not_conv_bn_act,
     why_not_same_map,
 )
+from cvkernels.nn.fused.watched import why_not_called
 from cvkernels.ops.common.autograd import operand_dtype
 from cvkernels.ops.common.pool import DTYPES
 

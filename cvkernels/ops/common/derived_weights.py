@@ -3,53 +3,72 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from cvkernels.ops.common.contents import Contents
+
+
+class _Entry(NamedTuple):
+    # Keeps the memory of the tensors alive: no other comes to its address.
+    held: list[Tensor]
+    stamp: tuple
+    contents: Contents | None
+    digest: int
+    value: Any
 
 
 class DerivedWeights:
     """Weights that backends derive from one convolution's parameters: folded, cast or prepacked.
 
-    An entry is valid while every tensor it came from is the same memory at the same version, so an
-    optimiser step, ``load_state_dict``, ``.to()`` or ``copy_`` drops it. Writes through ``.data``
-    do not change a version: call :meth:`clear` after them (``module.train()`` does). Holds at most
-    ``capacity`` entries, the least recently used goes first. Entries carry no gradient.
+    An entry is used while every tensor that it came from is the same memory at the same version
+    and, on CPU, holds the same: a sample of the contents, which touches every filter, every input
+    channel and all of a norm's vectors, is compared each time. So a change of a filter, a channel
+    or a norm is seen however it was made; single weights of a filter that are written past the
+    version counter (through ``.data``, say) need :meth:`clear`. Nothing is kept of tensors in
+    shared memory or of inference mode. On CUDA, where a sample would wait for the GPU, memory and
+    version count alone. Holds at most ``capacity`` entries, the least recently used goes first.
+    Entries carry no gradient.
 
     While a CUDA graph is captured nothing is kept or given from here: a graph derives again at each
-    replay, from the parameters as they are then. ``constant`` says that they never change; what was
-    derived before is the graph's then.
+    replay, from the parameters as they are then. ``constant`` says that they never change: contents
+    are not compared, and what was derived before is the graph's.
     """
 
     def __init__(self, capacity: int = 4, *, constant: bool = False) -> None:
         self._capacity = capacity
         self._constant = constant
-        self._entries: OrderedDict[Any, tuple[list[Tensor], tuple, Any]] = OrderedDict()
+        self._entries: OrderedDict[Any, _Entry] = OrderedDict()
 
-    def get(self, key: Any, sources: list[Tensor | None], build: Callable[[], Any]) -> Any:
+    def get(self, key: Any, sources: Sequence[Tensor | None], build: Callable[[], Any]) -> Any:
         """What ``build()`` gives for ``sources``, from the cache where it is still valid."""
         tensors = [t for t in sources if t is not None]
         if any(t.is_inference() or t.is_meta for t in tensors):
-            # Neither has a version or memory of its own to recognise a change by.
+            return build()
+        if not self._constant and any(t.is_cpu and t.is_shared() for t in tensors):
             return build()
         gpu = next((t.device for t in tensors if t.is_cuda), None)
         captured = gpu is not None and torch.cuda.is_current_stream_capturing()
         if captured and not self._constant:
             return build()
-        stamp = tuple([(t.data_ptr(), t._version, t.dtype, t.shape) for t in tensors])
+        stamp = tuple([(t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in tensors])
         entry = self._entries.get(key)
-        if entry is not None and entry[1] == stamp:
-            self._entries.move_to_end(key)
-            return entry[2]
-        # The detached sources keep their memory alive: no other tensor can come to its address.
+        if entry is not None and entry.stamp == stamp:
+            if entry.contents is None or entry.contents.digest() == entry.digest:
+                self._entries.move_to_end(key)
+                return entry.value
+        compared = not self._constant and all(t.is_cpu for t in tensors)
+        contents = Contents(tensors) if compared else None
+        digest = contents.digest() if compared else 0
         value = build()
         if captured:
             return value
-        if gpu is not None:  # for whoever takes it on another stream
+        if gpu is not None:  # for use on another stream
             torch.cuda.current_stream(gpu).synchronize()
-        self._entries[key] = ([t.detach() for t in tensors], stamp, value)
+        self._entries[key] = _Entry([t.detach() for t in tensors], stamp, contents, digest, value)
         while len(self._entries) > self._capacity:
             self._entries.popitem(last=False)
         return value

@@ -49,7 +49,7 @@ class Implementation(NamedTuple):
         """``plan(*arguments)``; what it derives is kept, so ``explain`` does not count it."""
         if record.active() is None:
             return self.plan(*arguments)
-        with record.unseen():
+        with record.paused():
             return self.plan(*arguments)
 
 

@@ -1,4 +1,4 @@
-"""A fused call that comes again is checked quickly, and never runs when something has changed."""
+"""A kept plan is verified at every call, and never runs when something has changed."""
 
 import copy
 from functools import partial
@@ -9,7 +9,7 @@ from torch import nn
 
 import cvkernels
 from cvkernels.nn import ConvBNAct
-from cvkernels.nn.fused.plan_cache import CAPACITY, Recall
+from cvkernels.nn.fused.plan_cache import CAPACITY, PlanCache
 from cvkernels.nn.legacy_se_residual import LegacySEBottleneck
 from cvkernels.nn.mbconv import MBConv, MBConvConfig
 from cvkernels.nn.se_residual import SEBottleneck
@@ -38,17 +38,17 @@ def x():
 
 
 @pytest.fixture
-def recalled(monkeypatch):
-    """How many calls were recalled."""
+def found(monkeypatch):
+    """Whether each look for a plan found one that may run."""
     runs = []
-    get = Recall.get
+    get = PlanCache.get
 
     def counted(self, *args):
         run = get(self, *args)
         runs.append(run is not None)
         return run
 
-    monkeypatch.setattr(Recall, "get", counted)
+    monkeypatch.setattr(PlanCache, "get", counted)
     return runs
 
 
@@ -58,20 +58,20 @@ def agrees(block, x):
     return torch.allclose(block(x), expected, atol=1e-4)
 
 
-def test_the_same_call_is_recalled(block, x, recalled):
+def test_the_same_call_is_found(block, x, found):
     first, second = block(x), block(x + 1)
-    assert recalled == [True, True]
+    assert found == [True, True]
     assert agrees(block, x) and torch.equal(block(x), first) and not torch.equal(first, second)
     assert block(x).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_with_a_residual(x, recalled):
+def test_with_a_residual(x, found):
     torch.manual_seed(0)
     block = ConvBNAct(8, 8, 3).eval()
     for shortcut in (torch.randn(2, 8, 6, 5), torch.randn(2, 8, 6, 5)):
         y = block.fused(x, block[0], block[1], block[2], residual=shortcut)
         assert torch.allclose(y, torch.relu(block[1](block[0](x)) + shortcut), atol=1e-4)
-    assert recalled == [False, True]
+    assert found == [False, True]
 
 
 CHANGES = {
@@ -94,16 +94,16 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_a_changed_module_is_noticed(change, block, x, recalled):
+def test_a_changed_module_is_noticed(change, block, x, found):
     block(x)
-    assert recalled == [True]
+    assert found == [True]
     change(block)
     twin = copy.deepcopy(block)
     if isinstance(block[1], nn.SyncBatchNorm):
         twin[1].__class__ = nn.BatchNorm2d
     expected = nn.Sequential(*twin)(x)
     assert torch.allclose(block(x), expected, atol=1e-4)
-    assert recalled == [True, False]
+    assert found == [True, False]
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -128,7 +128,7 @@ def test_a_global_hook_is_called(block, x):
     assert seen == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, ConvBNAct]
 
 
-def test_modes_around_the_call_are_noticed(block, x, recalled):
+def test_modes_around_the_call_are_noticed(block, x, found):
     block(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert block(x).dtype == torch.bfloat16
@@ -142,12 +142,12 @@ def test_modes_around_the_call_are_noticed(block, x, recalled):
     torch.jit.trace(block, x, check_trace=False)
     with torch.backends.mkldnn.flags(enabled=False):
         block(x)
-    assert recalled[0] and not any(recalled[1:])
+    assert found[0] and not any(found[1:])
     block(x), block(x)
-    assert recalled[-1]
+    assert found[-1]
 
 
-def test_other_data_is_checked_anew(block, recalled):
+def test_other_data_is_checked_anew(block, found):
     for shape in ((1, 8, 6, 5), (2, 8, 7, 5)):
         block(torch.randn(shape))
     assert agrees(block, torch.randn(1, 8, 6, 5))
@@ -155,22 +155,22 @@ def test_other_data_is_checked_anew(block, recalled):
         block(torch.randn(2, 8, 6, 5, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="9"):
         block(torch.randn(2, 9, 6, 5))
-    assert recalled[:2] == [False, False] and not any(recalled[-2:])
+    assert found[:2] == [False, False] and not any(found[-2:])
 
 
 def test_few_shapes_are_kept(block):
     for width in range(5, 5 + 3 * CAPACITY):
         block(torch.randn(2, 8, 6, width))
     (derived,) = block.__dict__["_derived"].values()
-    assert len(derived.recall._calls) == CAPACITY
+    assert len(derived.plans._kept) == CAPACITY
 
 
-def test_nan_in_an_image_comes_through_a_recalled_call(recalled):
+def test_nan_in_an_image_comes_through_a_found_call(found):
     block = ConvBNAct(3, 8, 3).eval()
     x = torch.randn(1, 3, 6, 6)
     block(x), block(x)
     x[0, 0, 0, 0] = torch.nan
-    assert block(x).isnan().any() and recalled[-1]
+    assert block(x).isnan().any() and found[-1]
 
 
 def seed_statistics(model):
@@ -193,7 +193,7 @@ def timm_inverted_residual():
     return block
 
 
-# name -> (block, changes of its parts that a remembered call must notice)
+# name -> (block, changes of its parts that a kept call must notice)
 BLOCKS = {
     "SqueezeExcitation": (
         lambda: SqueezeExcitation(16, 4),
@@ -258,19 +258,19 @@ BLOCK_CHANGES = [
 
 
 @pytest.mark.parametrize(("make", "change"), BLOCK_CHANGES)
-def test_a_block_is_recalled_until_a_part_changes(make, change, recalled):
+def test_a_block_is_found_until_a_part_changes(make, change, found):
     torch.manual_seed(0)
     block = make().eval()
     seed_statistics(block)
     x = torch.randn(2, 16, 6, 5).contiguous(memory_format=torch.channels_last)
     kept = x.clone()
     block(x)
-    recalled.clear()
-    assert agrees(block, x) and recalled == [False] * (len(recalled) - 1) + [True]
+    found.clear()
+    assert agrees(block, x) and found == [False] * (len(found) - 1) + [True]
     assert torch.equal(block(x.contiguous()), block(x)) and torch.equal(x, kept)
     change(block)
-    recalled.clear()
-    assert agrees(block, x) and not recalled[0]
+    found.clear()
+    assert agrees(block, x) and not found[0]
 
 
 @pytest.mark.parametrize("make", [make for make, _ in BLOCKS.values()], ids=BLOCKS.keys())
@@ -287,11 +287,11 @@ def test_every_hook_in_a_block_is_called(make):
     assert all(any(m is found for found in seen) for m in leaves)
 
 
-def test_a_block_in_training_draws_its_stochastic_depth(recalled):
+def test_a_block_in_training_draws_its_stochastic_depth(found):
     block = mbconv().eval()
     x = torch.randn(2, 16, 6, 5)
     block(x), block(x)
-    assert recalled[-1]
+    assert found[-1]
     block.stochastic_depth.train()
     torch.manual_seed(0)
     first = torch.get_rng_state()
