@@ -171,7 +171,7 @@ def test_a_variance_beyond_the_numbers_is_infinite(host_library):
 def all_on_host(host_library, capfd):
     with contextlib.ExitStack() as stack:
         for source in cuda_on_host.SOURCES:
-            stack.enter_context(host_library(source.stem).in_place_of_the_cpu_ops())
+            stack.enter_context(host_library(source.parent.name).in_place_of_the_cpu_ops())
         yield
     assert "runtime error" not in capfd.readouterr().err
 

@@ -15,9 +15,12 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import torch
 
+from cvkernels.ops.common import native
+from cvkernels.ops.common.plan import PlanTable
 from tests.support.made_once import made_once
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,7 +124,10 @@ class HostLibrary:
         for name, kernel in self._kernels.items():
             override.impl(name, kernel, "CPU", allow_override=True)
         self._reverse(reverse)
+        # No plan from before, and none that does an op's work past the dispatcher.
+        unkept = mock.patch.object(PlanTable, "key", lambda *_: None)
         try:
-            yield
+            with unkept, mock.patch.object(native, "directs", lambda _: False):
+                yield
         finally:
             override._destroy()
