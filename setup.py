@@ -218,7 +218,7 @@ def ninja_file(
 ) -> str:
     """The build of ``outputs``: _C, then _C_cuda if there is a toolkit."""
     target = f"-DTORCH_TARGET_VERSION=0x{TORCH_MIN[0]:02x}{TORCH_MIN[1]:02x}000000000000"
-    common = [target, "-std=c++20", "-O3", f"-I{_shell(temp)}"]
+    common = [target, "-std=c++20", "-O3", f"-I{_shell(temp)}", f"-I{_shell(ROOT / 'csrc')}"]
     # No object names a folder of the machine that built it.
     prefixes = {ROOT: ".", inputs.torch_include: "torch", inputs.pybind11_include: "pybind11"}
     prefix_maps = [f"-ffile-prefix-map={_shell(path)}={name}" for path, name in prefixes.items()]
@@ -333,8 +333,12 @@ if MODE == "cuda" and isinstance(TOOLKIT, str):
 
 extensions = []
 if MODE != "none":
-    extensions.append(Extension("cvkernels._C", sources("*.cpp"), depends=sources("*.h")))
+    extensions.append(
+        Extension("cvkernels._C", sources("*.cpp"), depends=sources("*.h") + sources("*.cuh"))
+    )
 if isinstance(TOOLKIT, Toolkit):
-    extensions.append(Extension("cvkernels._C_cuda", sources("*.cu"), depends=sources("*.h")))
+    extensions.append(
+        Extension("cvkernels._C_cuda", sources("*.cu"), depends=sources("*.h") + sources("*.cuh"))
+    )
 
 setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild, "sdist": SourceDist})

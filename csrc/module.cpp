@@ -10,9 +10,9 @@
 
 #include "build_info.h"
 #include "common/direct_call.h"
+#include "common/guard.h"
+#include "common/recording.h"
 #include "common/sample.h"
-#include "guard.h"
-#include "recording.h"
 
 namespace py = pybind11;
 

@@ -3,7 +3,7 @@
 
 #include <Python.h>
 
-#include "../recording.h"
+#include "recording.h"
 
 namespace cvkernels {
 

@@ -59,7 +59,7 @@ class Op:
     name: ClassVar[str]
     # What each input is to the op.
     roles: ClassVar[tuple[str, ...]] = ("x",)
-    # The registered op that is its native implementation; csrc/recording.h can keep its work.
+    # The registered op that is its native implementation; csrc/common/recording.h keeps its work.
     kernel: ClassVar[str] = ""
     # Its step writes the value into memory that it is given: the arena.
     writes: ClassVar[bool] = False

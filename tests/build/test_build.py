@@ -211,7 +211,8 @@ def test_source_distribution_carries_the_native_sources(source):
     assert result.returncode == 0, result.stderr
     (archive,) = (source / "dist").glob("*.zip")
     names = {name.split("/", 1)[1] for name in zipfile.ZipFile(archive).namelist()}
-    assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} <= names
+    sources = (path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    assert {str(path.relative_to(ROOT)) for path in sources} <= names
     assert {"setup.py", "pyproject.toml", "LICENSE"} <= names
 
 
@@ -284,7 +285,7 @@ def test_cuda_kernels_keep_to_registers():
     cuobjdump = shutil.which("cuobjdump") or triton_cuobjdump()
     usage = tool(cuobjdump, "--dump-resource-usage", path)
     kernels = re.findall(r"Function (\w+):\s*\n?.*?REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
-    ops = {stem.stem for stem in (ROOT / "csrc").glob("*.cu")}
+    ops = {path.parent.name for path in (ROOT / "csrc").rglob("*.cu")}
     names = " ".join(name for name, *_ in kernels)
     assert all(re.search(rf"{op}_\w*kernel", names) for op in ops)
     # The stack holds what the call of a 64-bit division or of a root saves, and no element.

@@ -30,7 +30,7 @@ def host_library(tmp_path_factory):
 
     def library(name: str) -> HostLibrary:
         if name not in LIBRARIES:
-            (source,) = (path for path in cuda_on_host.SOURCES if path.stem == name)
+            (source,) = (path for path in cuda_on_host.SOURCES if path.parent.name == name)
             LIBRARIES[name] = HostLibrary(source, folder)
         return LIBRARIES[name]
 
@@ -171,7 +171,7 @@ def test_a_variance_beyond_the_numbers_is_infinite(host_library):
 def all_on_host(host_library, capfd):
     with contextlib.ExitStack() as stack:
         for source in cuda_on_host.SOURCES:
-            stack.enter_context(host_library(source.stem).in_place_of_the_cpu_ops())
+            stack.enter_context(host_library(source.parent.name).in_place_of_the_cpu_ops())
         yield
     assert "runtime error" not in capfd.readouterr().err
 
@@ -200,7 +200,7 @@ def test_residual_blocks_train(unit, dtype, device, all_on_host):
     )
 
 
-@pytest.mark.parametrize("source", cuda_on_host.SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", cuda_on_host.SOURCES, ids=lambda path: path.parent.name)
 def test_every_launch_is_translated(source):
     text = source.read_text()
     translated = cuda_on_host.translate(text, "some")
@@ -209,19 +209,20 @@ def test_every_launch_is_translated(source):
 
 def test_finds_a_missing_barrier_and_a_misaligned_access(tmp_path, capfd):
     """The looking itself: a file that holds such errors is found to."""
+    folder = tmp_path / "batch_norm_act"
+    folder.mkdir()
     for name, right, wrong in (
         (
-            "batch_norm_act_pixels.h",
+            "pixels.cuh",
             "    __syncthreads();\n    if (place.row",
             "    if (place.row",
         ),
-        ("batch_norm_act.cu", "return C % LANES == 0", "return true; false"),
-        ("batch_norm_act_kernels.h", "", ""),  # beside them, so that it includes the first
+        ("cuda.cu", "return C % LANES == 0", "return true; false"),
     ):
-        text = (cuda_on_host.ROOT / "csrc" / name).read_text()
+        text = (cuda_on_host.ROOT / "csrc/batch_norm_act" / name).read_text()
         assert right in text
-        (tmp_path / name).write_text(text.replace(right, wrong))
-    library = HostLibrary(tmp_path / "batch_norm_act.cu", tmp_path, "broken")
+        (folder / name).write_text(text.replace(right, wrong))
+    library = HostLibrary(folder / "cuda.cu", tmp_path, "broken")
     x, sums = channels_last(2, 72, 20, 21), []
     for reverse in (False, True):
         with library.in_place_of_the_cpu_ops(reverse):

@@ -1,6 +1,7 @@
 """The repository's shape: one home per op, layers that import only downwards, short functions."""
 
 import ast
+import re
 import subprocess
 from pathlib import Path
 
@@ -34,7 +35,6 @@ PRIVATE_IMPORTS = {
     "cvkernels/freeze/shapes.py::_count",
     "cvkernels/models/__init__.py::_GoogLeNetOutputs",  # a public name of torchvision's module
 }
-UNNAMED_NAMESPACES = {"batch_norm_act_rows.h", "se_scale_maps.h"}
 
 
 def named(path):
@@ -66,11 +66,25 @@ def test_op_is_public_under_its_name(op):
 
 
 def test_native_sources_belong_to_ops():
-    """csrc/<op>/ or csrc/<op>.*; the scale is an op of the squeeze_excite folder."""
-    folders = {p.name for p in (ROOT / "csrc").iterdir() if p.is_dir()}
-    files = {p.stem for p in (ROOT / "csrc").iterdir() if p.suffix in (".cpp", ".cu")}
-    assert folders - {"common"} <= {*OPS, "se_scale"}
-    assert files - {"module"} <= {*OPS, "se_scale"}
+    folders = {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()} - {"common"}
+    assert folders <= set(OPS)
+    for folder in folders:
+        files = {path.name for path in (ROOT / "csrc" / folder).iterdir()}
+        assert "cpu.cpp" in files and ("cuda.cu" in files) == ("kernels.cuh" in files)
+    assert {path.name for path in (ROOT / "csrc").iterdir() if path.is_file()} == {"module.cpp"}
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in HEADERS if p.suffix == ".cuh" or p.name == "problem.h"], ids=named
+)
+def test_device_headers_need_no_torch(path):
+    def included(header):
+        for name in re.findall(r'#include "(.+)"', header.read_text()):
+            found = next(p for p in (header.parent / name, ROOT / "csrc" / name) if p.is_file())
+            yield from (found, *included(found))
+
+    for header in (path, *included(path)):
+        assert "#include <torch" not in header.read_text(), header
 
 
 def test_tests_of_ops_are_named_after_ops():
@@ -164,4 +178,4 @@ def test_functions_stay_short(path):
 @pytest.mark.parametrize("path", HEADERS, ids=named)
 def test_headers_have_no_unnamed_namespace(path):
     """Each source that includes one would have functions of its own, unused ones warned about."""
-    assert path.name in UNNAMED_NAMESPACES or "namespace {" not in path.read_text()
+    assert "namespace {" not in path.read_text()

@@ -221,8 +221,8 @@ def test_forward_leaves_vectors_and_running_statistics(absent, dtype, kind, devi
     expected = reference.rows_of(*reference.statistics_reference(x.double()), weight, bias)
     for row, value in zip(own, expected, strict=True):
         torch.testing.assert_close(row, value.to(wide), rtol=tolerance, atol=tolerance)
-    again = torch.empty_like(out)
-    assert torch.equal(passes.again(x, own, 1e-3, "relu", None, again), out)
+    recomputed = torch.empty_like(out)
+    assert torch.equal(passes.recompute(x, own, 1e-3, "relu", None, recomputed), out)
     if "running" in absent:
         assert torch.equal(norm.running_mean, before)
         return
@@ -334,7 +334,7 @@ def test_opcheck(device):
             ops.batch_norm_act_forward.default,
             (x, weight, bias, *running, 0.1, *ending, vectors_of, out),
         )
-        opcheck(ops.batch_norm_act_again.default, (x, vectors_of, *ending, out))
+        opcheck(ops.batch_norm_act_recompute.default, (x, vectors_of, *ending, out))
     for join in ((None, None), (x, total)):
         arguments = (grad, x, vectors_of, 1e-5, 1, *join, results, out)
         opcheck(ops.batch_norm_act_backward.default, arguments)
@@ -381,7 +381,7 @@ def test_unknown_act_and_direct_calls_are_refused():
     refused = {
         "act must be 0, 1 or 3": (vectors_of, 0.0, 2, None, None, vectors_of, None),
         "belong together": (vectors_of, 0.0, 1, x, None, vectors_of, None),
-        "joined goes with ReLU": (vectors_of, 0.0, 0, x, x, vectors_of, None),
+        "output goes with ReLU": (vectors_of, 0.0, 0, x, x, vectors_of, None),
         r"vectors must have shape \[4, 4\]": (vectors_of[:3], 0.0, 1, None, None, vectors_of, None),
         "results must have dense rows": (vectors_of, 0.0, 1, None, None, vectors_of.t(), None),
     }
@@ -389,6 +389,6 @@ def test_unknown_act_and_direct_calls_are_refused():
         with pytest.raises(RuntimeError, match=message):
             torch.ops.cvkernels.batch_norm_act_backward(x, x, *arguments)
     with pytest.raises(RuntimeError, match="SiLU does not go with a residual"):
-        torch.ops.cvkernels.batch_norm_act_again(x, vectors_of, 0.0, 3, x, x)
+        torch.ops.cvkernels.batch_norm_act_recompute(x, vectors_of, 0.0, 3, x, x)
     with pytest.raises(RuntimeError, match="channel slice"):
         torch.ops.cvkernels.batch_norm_act_statistics(x.contiguous(), mean, var)

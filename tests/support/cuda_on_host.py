@@ -1,4 +1,4 @@
-"""The CUDA ops compiled for the CPU: csrc/*.cu with cuda_headers in place of CUDA's headers.
+"""The CUDA ops compiled for the CPU: csrc/<op>/cuda.cu with cuda_headers for CUDA's headers.
 
 Everything in a .cu file runs but for the GPU's own instructions: which kernel is chosen and with
 which grid, the indices, shared memory and its barriers. Undefined behaviour is looked for: a
@@ -15,14 +15,17 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import torch
 
+from cvkernels.ops.common import native
+from cvkernels.ops.common.plan import PlanTable
 from tests.support.made_once import made_once
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADERS = Path(__file__).parent / "cuda_headers"
-SOURCES = tuple(sorted((ROOT / "csrc").glob("*.cu")))
+SOURCES = tuple(sorted((ROOT / "csrc").rglob("*.cu")))
 # Torch's headers come before __CUDACC__, which would have them ask for the toolkit.
 _PRELUDE = """
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -30,7 +33,7 @@ _PRELUDE = """
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include "number.h"
+#include "common/number.h"
 #define __CUDACC__ 1
 """
 _LAUNCH = re.compile(r"(\w+(?:<[^;{}()]*>)?)\s*<<<(.*?)>>>\s*(\(.*?\));", re.DOTALL)
@@ -86,7 +89,8 @@ def _compile(source: Path, namespace: str, target: Path) -> None:
     translated.write_text(translate(source.read_text(), namespace))
     torch_folder = Path(torch.__file__).parent
     command = [_compiler(), *_FLAGS, "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    command += [f"-I{HEADERS}", f"-I{ROOT / 'csrc'}", "-isystem", str(torch_folder / "include")]
+    includes = (HEADERS, source.parents[1], ROOT / "csrc")
+    command += [*(f"-I{folder}" for folder in includes), "-isystem", str(torch_folder / "include")]
     command += [str(translated), "-o", str(target)]
     command += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -97,11 +101,12 @@ class HostLibrary:
     """The ops of one .cu file on CPU tensors, compiled in folder."""
 
     def __init__(self, source: Path, folder: Path, namespace: str = "") -> None:
-        namespace = namespace or f"cuda_on_host_{source.stem}"
-        texts = (source, *(ROOT / "csrc").glob(f"{source.stem}_*.h"))
+        op = source.parent.name
+        namespace = namespace or f"cuda_on_host_{op}"
+        texts = (ROOT / "csrc" / op).iterdir()
         names = re.findall(r'library\.impl\(\s*"(\w+)"', "".join(p.read_text() for p in texts))
         assert names
-        target = folder / f"{source.stem}.so"
+        target = folder / f"{op}.so"
         path = str(made_once(target, lambda part: _compile(source, namespace, part)))
         self._schemas = torch.library.Library(namespace, "FRAGMENT")
         for name in names:
@@ -119,7 +124,10 @@ class HostLibrary:
         for name, kernel in self._kernels.items():
             override.impl(name, kernel, "CPU", allow_override=True)
         self._reverse(reverse)
+        # No plan from before, and none that does an op's work past the dispatcher.
+        unkept = mock.patch.object(PlanTable, "key", lambda *_: None)
         try:
-            yield
+            with unkept, mock.patch.object(native, "directs", lambda _: False):
+                yield
         finally:
             override._destroy()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,9 +15,12 @@ from cvkernels.ops.batch_norm_act import passes
 from cvkernels.ops.batch_norm_act.reference import batch_norm_act_reference
 from cvkernels.ops.common import autograd, native
 from cvkernels.ops.common.arguments import check_residual, check_vector
+from cvkernels.ops.common.plan import Plan, PlanTable, planned_by
+from cvkernels.ops.common.traffic import Traffic, nbytes
 
 ACTS = tuple(passes.ACTS)
 DTYPES = native.DTYPES["cpu"]
+_plans = PlanTable()
 
 
 class BatchNormAct(NamedTuple):
@@ -26,6 +31,41 @@ class BatchNormAct(NamedTuple):
     var: Tensor
 
 
+def plan(
+    x_like: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    act: str = "none",
+    residual: Tensor | None = None,
+    backend: Backend = "auto",
+    once: bool = False,
+) -> Plan:
+    """A call of :func:`batch_norm_act`, as ``plan(x, weight, bias, residual)``, all of them like
+    the examples here. ``once``: this call alone, for which nothing is prepared.
+    """
+    tensors = (x_like, weight, bias, residual)
+    choice = _checked_choice(x_like, weight, bias, act, residual, backend)
+    if choice.backend == "reference":
+
+        def run(x, weight, bias, residual):
+            return BatchNormAct(*batch_norm_act_reference(x, weight, bias, eps, act, residual))
+
+    else:
+        compute = _plan_native(*tensors, eps, act, once)
+        if autograd.needs_grad(tensors):
+            compute = functools.partial(_BatchNormAct.apply, compute, eps, act)
+
+        def run(x, weight, bias, residual):
+            out, vectors = compute(x, weight, bias, residual)
+            return BatchNormAct(out, vectors[0], vectors[1])
+
+    traffic = Traffic(1, nbytes(x_like, x_like, residual), nbytes(x_like))
+    return Plan("batch_norm_act_forward", *choice, run, lambda: traffic)
+
+
+@planned_by(plan)
 def batch_norm_act(
     x: Tensor,
     weight: Tensor | None = None,
@@ -71,32 +111,15 @@ def batch_norm_act(
     behind a residual they keep the output.
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167; the shortcut He et al. 2016, arXiv:1512.03385.
     """
-    choice = _checked_choice(x, weight, bias, act, residual, backend)
-    if choice.backend == "reference":
-        return BatchNormAct(*batch_norm_act_reference(x, weight, bias, eps, act, residual))
-    if residual is not None and not passes.is_pixel_matrix(residual):
-        residual = residual.contiguous(memory_format=torch.channels_last)
-    arguments = (x, weight, bias, residual, eps, act)
-    run = _BatchNormAct.apply if autograd.needs_grad((x, weight, bias, residual)) else _forward
-    out, vectors = run(*arguments)
-    return BatchNormAct(out, *vectors[:2].detach().unbind())
+    tensors = (x, weight, bias, residual)
+    key = None if torch.compiler.is_compiling() else _plans.key(backend, tensors, eps, act)
+    if (planned := _plans.get(key)) is None:
+        options = {"eps": eps, "act": act, "residual": residual, "backend": backend}
+        planned = _plans.keep(key, plan(x, weight, bias, once=key is None, **options), *tensors)
+    return planned(*tensors)
 
 
-def choose(
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    eps: float = 1e-5,
-    act: str = "none",
-    residual: Tensor | None = None,
-    backend: Backend = "auto",
-) -> Choice:
-    """The backend that :func:`batch_norm_act` runs for these arguments, and the rule behind it."""
-    return _checked_choice(x, weight, bias, act, residual, backend)
-
-
-backends.answers("batch_norm_act", choose)
+backends.answers("batch_norm_act", plan)
 
 
 def refuse_create_graph(name: str) -> None:
@@ -135,22 +158,48 @@ def _checked_choice(x, weight, bias, act, residual, backend) -> Choice:
     return passes.select(x, requested)
 
 
-def _forward(x, weight, bias, residual, eps, act) -> tuple[Tensor, Tensor]:
-    vectors = x.new_empty(4, x.shape[1], dtype=passes.wide_dtype(x))
-    out = torch.empty_like(x, memory_format=torch.channels_last)
-    weight, bias = (t if t is None else t.detach().contiguous() for t in (weight, bias))
-    passes.forward(x, weight, bias, None, eps, act, residual, vectors, out)
-    return out, vectors
+def _plan_native(x, weight, bias, residual, eps, act, once) -> Callable[..., tuple[Tensor, Tensor]]:
+    """(out, vectors) as a function of (x, weight, bias, residual)."""
+    if residual is not None and not passes.is_pixel_matrix(residual):
+        once = True  # it is copied
+
+    def compute(x, weight, bias, residual):
+        vectors = x.new_empty(4, x.shape[1], dtype=passes.wide_dtype(x))
+        out = torch.empty_like(x, memory_format=torch.channels_last)
+        weight, bias = (t if t is None else t.detach().contiguous() for t in (weight, bias))
+        if residual is not None and not passes.is_pixel_matrix(residual):
+            residual = residual.contiguous(memory_format=torch.channels_last)
+        passes.forward(x, weight, bias, None, eps, act, residual, vectors, out)
+        return out, vectors
+
+    dense = all(t is None or t.is_contiguous() for t in (weight, bias))
+    if once or not dense or not x.is_cpu or autograd.observed():
+        return compute
+    work = native.direct(lambda: compute(x, weight, bias, residual))
+    rows = native.template(x.new_empty(4, x.shape[1], dtype=passes.wide_dtype(x)))
+    like = native.template(torch.empty_like(x, memory_format=torch.channels_last).detach())
+    fresh = torch.empty_like
+
+    def compute_directly(x, weight, bias, residual):
+        out, vectors = fresh(like), fresh(rows)
+        work(
+            x.data_ptr(), 0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(), 0, 0,
+            0 if residual is None else residual.data_ptr(), vectors.data_ptr(), out.data_ptr(),
+        )  # fmt: skip
+        return out, vectors
+
+    return compute_directly
 
 
 class _BatchNormAct(torch.autograd.Function):
     """Saves x and the vectors, and out where it tells what a ReLU let pass."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, eps, act):
-        out, vectors = _forward(x, weight, bias, residual, eps, act)
-        joins = residual is not None and act == "relu"
-        ctx.save_for_backward(x, vectors, *((out,) if joins else ()))
+    def forward(ctx, compute, eps, act, x, weight, bias, residual):
+        out, vectors = compute(x, weight, bias, residual)
+        of_output = residual is not None and act == "relu"
+        ctx.save_for_backward(x, vectors, *((out,) if of_output else ()))
         ctx.mark_non_differentiable(vectors)
         ctx.eps, ctx.act = eps, act
         ctx.dtypes = [t if t is None else t.dtype for t in (weight, bias)]
@@ -159,15 +208,15 @@ class _BatchNormAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         refuse_create_graph("batch_norm_act")
-        x, vectors, *joined = ctx.saved_tensors
-        needs_x, *needs_vectors, needs_residual, _, _ = ctx.needs_input_grad
+        x, vectors, *output = ctx.saved_tensors
+        _, _, _, needs_x, *needs_vectors, needs_residual = ctx.needs_input_grad
         out = torch.empty_like(x, memory_format=torch.channels_last) if needs_x else None
-        d_vectors, d_residual = norm_backward(grad, x, vectors, ctx.eps, ctx.act, out, *joined)
+        d_vectors, d_residual = norm_backward(grad, x, vectors, ctx.eps, ctx.act, out, *output)
         grads = (
             d.to(dtype) if need else None
             for d, dtype, need in zip(d_vectors, ctx.dtypes, needs_vectors, strict=False)
         )
-        return out, *grads, d_residual if needs_residual else None, None, None
+        return None, None, None, out, *grads, d_residual if needs_residual else None
 
 
 def norm_backward(
@@ -177,18 +226,19 @@ def norm_backward(
     eps: float,
     act: str,
     out: Tensor | None,
-    joined: Tensor | None = None,
+    output: Tensor | None = None,
+    may_overwrite: bool = False,
     spent: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``act(batch_norm(x) + residual)``: as :func:`passes.backward`, and the
-    residual's. ``joined`` is the result, which "relu" behind a residual needs; the residual's
-    gradient is written over it where nobody else needs it, ``spent``.
+    residual's. ``output`` is the result, which "relu" behind a residual needs; where
+    ``may_overwrite``, the residual's gradient is written over it.
     """
     grad = grad.to(x.dtype)
     if not passes.is_pixel_matrix(grad):
         grad = grad.contiguous(memory_format=torch.channels_last)
-    if joined is None:
+    if output is None:
         return passes.backward(grad, x, vectors, eps, act, None, out), grad
-    joined = joined.contiguous(memory_format=torch.channels_last)
-    masked = joined if spent else torch.empty_like(joined)
-    return passes.backward(grad, x, vectors, eps, act, (joined, masked), out), masked
+    output = output.contiguous(memory_format=torch.channels_last)
+    d_residual = output if may_overwrite or spent else torch.empty_like(output)
+    return passes.backward(grad, x, vectors, eps, act, (output, d_residual), out), d_residual

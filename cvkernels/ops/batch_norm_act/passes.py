@@ -10,8 +10,8 @@ With n pixels and, per channel, ``scale = weight / sqrt(var + eps)``:
 ``act`` is "none", "relu" or "silu". Where a shortcut ends, ``y = act(z + residual)`` with "none" or
 "relu", ``dy = grad where y > 0, else 0`` is the residual's gradient too.
 
-:func:`forward`, :func:`again` and :func:`backward` are of one norm and its vectors [4, C]: mean,
-var, weight and bias in the dtype that x is computed in, which forward fills.
+:func:`forward`, :func:`recompute` and :func:`backward` are of one norm and its vectors [4, C]:
+mean, var, weight and bias in the dtype that x is computed in, which forward fills.
 
 Several norms of one x share its mean and var, and the last two terms of dx are linear in what is
 summed: after :func:`statistics` and each norm's :func:`apply`, :func:`reduce` adds ``dy * scale``,
@@ -50,13 +50,13 @@ for _schema in (
     "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, float factor, float eps, int act, Tensor? residual, "
     "Tensor(c!) vectors, Tensor(d!) out)",
-    "again(Tensor x, Tensor vectors, float eps, int act, Tensor? residual, Tensor(a!) out)",
-    "backward(Tensor grad, Tensor x, Tensor vectors, float eps, int act, Tensor? joined, "
-    "Tensor(a!)? masked, Tensor(b!) results, Tensor(c!)? out)",
+    "recompute(Tensor x, Tensor vectors, float eps, int act, Tensor? residual, Tensor(a!) out)",
+    "backward(Tensor grad, Tensor x, Tensor vectors, float eps, int act, Tensor? output, "
+    "Tensor(a!)? grad_residual, Tensor(b!) results, Tensor(c!)? out)",
 ):
     library.define(f"batch_norm_act_{_schema} -> ()")
 _ops = torch.ops.cvkernels
-# As csrc/act.h counts them.
+# As csrc/common/act.h counts them.
 ACTS = {"none": 0, "relu": 1, "silu": 3}
 
 
@@ -112,19 +112,19 @@ def forward(
     return out
 
 
-def again(
+def recompute(
     x: Tensor, vectors: Tensor, eps: float, act: str, residual: Tensor | None, out: Tensor
 ) -> Tensor:
     """Write ``act(z + residual)`` to out as :func:`forward` did; returns it."""
 
     def run() -> None:
-        _ops.batch_norm_act_again.default(x, vectors, eps, ACTS[act], residual, out)
+        _ops.batch_norm_act_recompute.default(x, vectors, eps, ACTS[act], residual, out)
 
     def as_reference() -> None:
         out.copy_(reference.apply_reference(x, params_of(vectors, eps), act, residual))
 
     read = (x,) if residual is None else (x, residual)
-    _run("again", x, read, (out,), run, as_reference)
+    _run("recompute", x, read, (out,), run, as_reference)
     return out
 
 
@@ -134,35 +134,35 @@ def backward(
     vectors: Tensor,
     eps: float,
     act: str,
-    join: tuple[Tensor, Tensor] | None,
+    of_output: tuple[Tensor, Tensor] | None,
     out: Tensor | None,
 ) -> Tensor:
     """Write dx to out where that is given; returns d_weight, d_bias, slope and offset as [4, C].
 
-    ``join`` is, for "relu" behind a residual, what :func:`forward` gave and the map that dy is
-    written to, the residual's gradient, both as x; they may be one.
+    ``of_output`` is, for "relu" behind a residual, what :func:`forward` gave and the map that dy
+    is written to, the residual's gradient, both as x; they may be one.
     """
-    joined, masked = join or (None, None)
+    output, grad_residual = of_output or (None, None)
     results = x.new_empty(4, x.shape[1], dtype=wide_dtype(x))
 
     def run() -> None:
         _ops.batch_norm_act_backward.default(
-            grad, x, vectors, eps, ACTS[act], joined, masked, results, out
+            grad, x, vectors, eps, ACTS[act], output, grad_residual, results, out
         )
 
     def as_reference() -> None:
         bn = params_of(vectors, eps)
-        dy, _, *values = reference.reduce_reference(grad, x, bn, act, joined)
+        dy, _, *values = reference.reduce_reference(grad, x, bn, act, output)
         for row, value in zip(results, values, strict=True):
             row.copy_(value)
-        if masked is not None:
-            masked.copy_(dy)
+        if grad_residual is not None:
+            grad_residual.copy_(dy)
         if out is not None:
             through = reference.through_statistics_reference(x, bn.mean, *results[2:])
             out.copy_(dy * reference.column(reference.scale_of(bn)) + through)
 
-    read = [t for t in (grad, x, joined, *((x, grad) if out is not None else ())) if t is not None]
-    written = [t for t in (masked, out) if t is not None]
+    read = [t for t in (grad, x, output, *((x, grad) if out is not None else ())) if t is not None]
+    written = [t for t in (grad_residual, out) if t is not None]
     _run("backward", x, read, written, run, as_reference)
     return results
 
@@ -323,5 +323,16 @@ def _writes(*_) -> None:
     """What every op does to a fake: nothing that its shape shows."""
 
 
-for _name in ("statistics", "apply", "reduce", "input_gradient", "forward", "again", "backward"):
+for _name in (
+    "statistics",
+    "apply",
+    "reduce",
+    "input_gradient",
+    "forward",
+    "recompute",
+    "backward",
+):
     torch.library.register_fake(f"cvkernels::batch_norm_act_{_name}", _writes, lib=library)
+
+
+again = recompute

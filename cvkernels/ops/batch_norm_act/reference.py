@@ -56,10 +56,10 @@ def apply_reference(
 
 
 def reduce_reference(
-    grad: Tensor, x: Tensor, bn: BatchNormParams, act: str, joined: Tensor | None = None
+    grad: Tensor, x: Tensor, bn: BatchNormParams, act: str, output: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """(dy, what is added to the total, d_weight, d_bias, slope, offset)."""
-    dy = _before_act(grad, normalized_reference(x, bn) if joined is None else wide(joined), act)
+    dy = _before_act(grad, normalized_reference(x, bn) if output is None else wide(output), act)
     scale, inverse_std = scale_of(bn), torch.rsqrt(bn.var + bn.eps)
     pixels = x.numel() // x.shape[1]
     d_bias = dy.sum((0, 2, 3))

@@ -1,4 +1,4 @@
-"""The compiled conv_bn_act: csrc/conv_bn_act.cpp, on the CPU.
+"""The compiled conv_bn_act: csrc/conv_bn_act/cpu.cpp, on the CPU.
 
 A 3x3 convolution of stride 1 runs by Winograd's minimal filtering where that saves time; all others
 multiply a block of pixels by panels of weights. Each reads and writes channels_last tensors and
@@ -43,7 +43,7 @@ def _(x, weight, shift, out, residual, input_affine, input_gate, *geometry):
 
 
 # Winograd's G by the side of a tile of outputs: a filter of 3 taps at the points 0, 1, -1 and
-# infinity, or 0, +-sqrt(1/2), +-sqrt(2) and infinity. csrc/conv_bn_act_winograd.h has the rest.
+# infinity, or 0, +-sqrt(1/2), +-sqrt(2) and infinity. csrc/conv_bn_act/winograd.h has the rest.
 FILTER_POINTS = {
     2: [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]],
     4: [[1, 0, 0]]

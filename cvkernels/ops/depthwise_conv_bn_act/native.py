@@ -1,4 +1,4 @@
-"""The compiled depthwise_conv_bn_act: csrc/depthwise_conv_bn_act.cpp, on the CPU."""
+"""The compiled depthwise_conv_bn_act: csrc/depthwise_conv_bn_act/cpu.cpp, on the CPU."""
 
 from __future__ import annotations
 

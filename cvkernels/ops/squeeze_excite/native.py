@@ -1,6 +1,6 @@
-"""The compiled se_scale and its parts: csrc/se_scale.cpp, on the CPU.
+"""The compiled se_scale and its parts: csrc/squeeze_excite/cpu.cpp, on the CPU.
 
-Activations are passed as their place in ``ACTS``, and matrices without the 1x1 of a convolution.
+Activations are passed as their number in ``ACTS``, and matrices without the 1x1 of a convolution.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cvkernels.ops.common.dispatch import Call
 from cvkernels.ops.common.layout import fits, fitting, is_nhwc, new_like
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ACTS = {"none": 0, "relu": 1, "silu": 2}
+ACTS = {"none": 0, "relu": 1, "silu": 3}  # as csrc/common/act.h counts them
 _LAYERS = "Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, int act"
 
 library = torch.library.Library("cvkernels", "FRAGMENT")

@@ -1,7 +1,7 @@
 // See cuda_runtime.h.
 #pragma once
 
-#include "number.h"
+#include "common/number.h"
 
 struct __half2 {
   cvkernels::float16 x, y;

@@ -144,5 +144,4 @@ struct NoGuard {
 }  // namespace torch::stable::accelerator
 #define DeviceGuard NoGuard
 
-#undef CVK_CHECK_CUDA
-#define CVK_CHECK_CUDA CVK_CHECK_CPU
+#define is_cuda is_cpu

@@ -1,0 +1,173 @@
+// conv_bn_act on the CPU. Schema: cvkernels/ops/conv_bn_act/native.py.
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "common/arguments.h"
+#include "common/cpu.h"
+#include "common/layout.h"
+#include "conv_bn_act/problem.h"
+
+namespace cvkernels::conv_bn_act {
+namespace {
+
+constexpr const char* OP = "conv_bn_act";
+
+#define CVK_SOURCE "conv_bn_act/winograd.h"
+#include "common/isa.h"
+
+// A thread's scratch memory: kept between calls, since fresh pages cost more than the arithmetic.
+float* scratch(int64_t floats) {
+  struct Free {
+    void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
+  };
+  thread_local std::unique_ptr<float[], Free> memory;
+  thread_local int64_t size = 0;
+  if (floats > size) {
+    memory.reset();
+    size = 0;
+    memory.reset(
+        static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t(64))));
+    size = floats;
+  }
+  return memory.get();
+}
+
+// Floats of a task's operand that stay in the second cache beside the weights in use.
+constexpr int64_t CACHED = 48 << 10;
+
+template <typename Convolve>
+void run_direct(const Problem& problem, const Data& data, Convolve convolve) {
+  const int64_t C = problem.C, taps = problem.taps();
+  const int64_t pixel = problem.gathers() ? taps * C : C;
+  const bool by_panels = !problem.gathers() && problem.K * taps > problem.pixels();
+  const Cut cut(problem.pixels(), std::clamp<int64_t>(CACHED / pixel, 56, 240), problem.panels(),
+                torch::stable::get_num_threads(), by_panels);
+  const int64_t gathered = problem.gathers() ? cut.block() * taps * C : 0;
+  const int64_t pointers = divide_up(sizeof(float*), sizeof(float)) * cut.block() * taps;
+  parallel_for(0, cut.tasks(), 1, [&](int64_t first, int64_t last) {
+    const int64_t widest = divide_up(problem.S * C, 16) * 16;  // a tap, or a row of them
+    float* zeros = scratch(widest + divide_up(pointers, 16) * 16 + gathered);
+    std::fill_n(zeros, problem.S * C, 0.0f);
+    float* indirect = zeros + widest;
+    float* operand = indirect + divide_up(pointers, 16) * 16;
+    for (int64_t task = first; task < last; ++task)
+      convolve(problem, data, cut.rows_of(task), cut.panels_of(task), zeros, operand,
+               reinterpret_cast<const float**>(indirect));
+  });
+}
+
+template <int MH, int MW, typename Points, typename Convolve>
+void run_winograd(const Problem& problem, const Data& data, Convolve convolve) {
+  constexpr int64_t POINTS = (MH + 2) * (MW + 2);
+  const Tiling tiling(problem, MH, MW);
+  const int64_t most = std::clamp<int64_t>(2 * CACHED / (POINTS * problem.C), 48, 96);
+  // With the panels split, every thread transforms the input.
+  const bool by_panels = problem.K > 8 * tiling.tiles;
+  const Cut cut(tiling.tiles, most, problem.panels(), torch::stable::get_num_threads(), by_panels);
+  const Points points(problem, cut.block(), cut.split());
+  const int64_t zero = divide_up(problem.C, 16) * 16;
+  parallel_for(0, cut.tasks(), 1, [&](int64_t first, int64_t last) {
+    float* zeros = scratch(zero + POINTS * (points.operand_stride + points.product_stride));
+    std::fill_n(zeros, problem.C, 0.0f);
+    float* operand = zeros + zero;
+    float* products = operand + POINTS * points.operand_stride;
+    for (int64_t task = first; task < last; ++task)
+      convolve(problem, data, tiling, cut.rows_of(task), cut.panels_of(task), zeros, points,
+               operand, products);
+  });
+}
+
+#define CVK_RUN(isa)                                                                     \
+  do {                                                                                   \
+    if (tile == 4)                                                                       \
+      return run_winograd<2, 4, isa::Points>(problem, data, &isa::convolve_tiles<2, 4>); \
+    if (tile == 2)                                                                       \
+      return run_winograd<2, 2, isa::Points>(problem, data, &isa::convolve_tiles<2, 2>); \
+    return run_direct(problem, data, &isa::convolve);                                    \
+  } while (false)
+
+void run(const Problem& problem, const Data& data, int64_t tile) { CVK_BEST_ISA(CVK_RUN); }
+#undef CVK_RUN
+
+void conv_bn_act_native(const Tensor& x, const Tensor& weight, const Tensor& shift,
+                        const Tensor& out, const Maybe& residual, const Maybe& input_affine,
+                        const Maybe& input_gate, int64_t kernel_h, int64_t kernel_w,
+                        int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w,
+                        int64_t dilation_h, int64_t dilation_w, int64_t act, int64_t tile) {
+  CVK_CHECK_CPU(OP, x);
+  CVK_CHECK_DIM(OP, x, 4);
+  CVK_CHECK_DIM(OP, out, 4);
+  CVK_CHECK(OP, x.scalar_type() == ScalarType::Float, "x must be float32, got ",
+            torch::headeronly::toString(x.scalar_type()));
+  CVK_CHECK_SAME(OP, out, x);
+  CVK_CHECK(OP,
+            kernel_h > 0 && kernel_w > 0 && stride_h > 0 && stride_w > 0 && dilation_h > 0 &&
+                dilation_w > 0 && padding_h >= 0 && padding_w >= 0,
+            "kernel, stride and dilation must be positive, and padding not negative");
+  CVK_CHECK(OP, act >= 0 && act <= 3, "act must be between 0 and 3, got ", act);
+  CVK_CHECK(OP, tile == 0 || tile == 2 || tile == 4, "tile must be 0, 2 or 4, got ", tile);
+  CVK_CHECK(OP, x.size(1) > 0, "x must have channels, got shape ", shape_of(x));
+  Problem problem{x.size(0), x.size(1), x.size(2), x.size(3), out.size(1)};
+  problem.R = kernel_h;
+  problem.S = kernel_w;
+  problem.stride_h = stride_h;
+  problem.stride_w = stride_w;
+  problem.padding_h = padding_h;
+  problem.padding_w = padding_w;
+  problem.dilation_h = dilation_h;
+  problem.dilation_w = dilation_w;
+  const int64_t room_h = problem.H + 2 * padding_h - dilation_h * (kernel_h - 1) - 1;
+  const int64_t room_w = problem.W + 2 * padding_w - dilation_w * (kernel_w - 1) - 1;
+  CVK_CHECK(OP, room_h >= 0 && room_w >= 0, "no window fits x of shape ", shape_of(x));
+  problem.P = room_h / stride_h + 1;
+  problem.Q = room_w / stride_w + 1;
+  problem.act = static_cast<Act>(act);
+  problem.x_stride_n = x.stride(0);
+  problem.x_stride_c = problem.C > 1 ? x.stride(1) : 1;
+  problem.x_stride_h = x.stride(2);
+  problem.x_stride_w = x.stride(3);
+  problem.has_prologue = input_affine.has_value() || input_gate.has_value();
+  const auto fits = [&](const Tensor& tensor) {
+    return tensor.dim() == 4 && tensor.size(0) == problem.N && tensor.size(1) == problem.K &&
+           tensor.size(2) == problem.P && tensor.size(3) == problem.Q;
+  };
+  CVK_CHECK(OP, fits(out), "out must have shape [", problem.N, ", ", problem.K, ", ", problem.P,
+            ", ", problem.Q, "], got ", shape_of(out));
+  CVK_CHECK(OP,
+            tile == 0 || (kernel_h == 3 && kernel_w == 3 && stride_h == 1 && stride_w == 1 &&
+                          dilation_h == 1 && dilation_w == 1 && !problem.has_prologue &&
+                          problem.x_stride_c == 1),
+            "Winograd's tiles need a 3x3 kernel of stride 1, and x with its channels together");
+  const int64_t filter = tile == 0 ? problem.taps() : 4 * (tile + 2);
+  const void* weights =
+      floats_of(OP, "weight", weight, problem.panels() * PANEL * filter * problem.C);
+  const void* shifts = floats_of(OP, "shift", shift, problem.panels() * PANEL);
+  const void* affine = floats_of(OP, "input_affine", input_affine, 2 * problem.C);
+  const void* gate = floats_of(OP, "input_gate", input_gate, problem.N * problem.C);
+  problem.out_stride = pixel_stride(OP, "out", out);
+  if (residual) {
+    CVK_CHECK_SAME(OP, *residual, x);
+    CVK_CHECK(OP, fits(*residual), "residual must have out's shape, got ", shape_of(*residual));
+    problem.residual_stride = pixel_stride(OP, "residual", *residual);
+  }
+  if (problem.pixels() == 0 || problem.K == 0) return;
+  perform({x.const_data_ptr(), weights, shifts, out.mutable_data_ptr(), address_of(residual),
+           affine, gate},
+          [=](void* const* at) {
+            const auto floats = [at](int i) { return static_cast<float*>(at[i]); };
+            const float* scale = floats(5);
+            const Data data{floats(0), floats(1), floats(2),
+                            floats(4), scale,     scale == nullptr ? nullptr : scale + problem.C,
+                            floats(6), floats(3)};
+            run(problem, data, tile);
+          });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cvkernels, CPU, library) {
+  library.impl("conv_bn_act_native", TORCH_BOX(&conv_bn_act_native));
+}
+
+}  // namespace
+}  // namespace cvkernels::conv_bn_act

@@ -1,0 +1,369 @@
+// The products of conv_bn_act, included once for each instruction set: see isa.h.
+
+// Vectors of output channels that a tile holds, and the pixels: its sums fill the registers.
+#if LANES == 16
+constexpr int WIDEST = 4;
+#else
+constexpr int WIDEST = 2;
+#endif
+constexpr int HIGHEST = 6;
+
+// Products that a sum takes before it is added to a total: the error of a long sum grows with it.
+constexpr int64_t SUMMED = 256;
+
+// sums[ROW, v] += rows[ROW][c] * b[v]. By recursion: an array that a loop indexes would not live in
+// registers.
+template <int HEIGHT, int WIDTH, int ROW = 0>
+CVK_INLINE void add_products(V* sums, const float* const* rows, int64_t c, const V* b) {
+  if constexpr (ROW < HEIGHT) {
+    const float a = rows[ROW][c];
+    sums[ROW * WIDTH] += b[0] * a;
+    if constexpr (WIDTH > 1) sums[ROW * WIDTH + 1] += b[1] * a;
+    if constexpr (WIDTH > 2) sums[ROW * WIDTH + 2] += b[2] * a;
+    if constexpr (WIDTH > 3) sums[ROW * WIDTH + 3] += b[3] * a;
+    add_products<HEIGHT, WIDTH, ROW + 1>(sums, rows, c, b);
+  }
+}
+
+template <int COUNT, int INDEX = 0>
+CVK_INLINE void clear_sums(V* sums) {
+  if constexpr (INDEX < COUNT) {
+    sums[INDEX] = V{};
+    clear_sums<COUNT, INDEX + 1>(sums);
+  }
+}
+
+// totals[i] += sums[i], both ways: into memory, the sums then starting anew, and back at the end.
+template <int COUNT, int INDEX = 0>
+CVK_INLINE void move_to_totals(V* sums, float* totals) {
+  if constexpr (INDEX < COUNT) {
+    store(totals + INDEX * LANES, load(totals + INDEX * LANES) + sums[INDEX]);
+    sums[INDEX] = V{};
+    move_to_totals<COUNT, INDEX + 1>(sums, totals);
+  }
+}
+
+template <int COUNT, int INDEX = 0>
+CVK_INLINE void add_totals(V* sums, const float* totals) {
+  if constexpr (INDEX < COUNT) {
+    sums[INDEX] += load(totals + INDEX * LANES);
+    add_totals<COUNT, INDEX + 1>(sums, totals);
+  }
+}
+
+template <int WIDTH, int INDEX = 0>
+CVK_INLINE void load_weights(V* b, const float* weight, int64_t panel_size) {
+  if constexpr (INDEX < WIDTH) {
+    constexpr int column = INDEX * LANES;
+    b[INDEX] = load(weight + column / PANEL * panel_size + column % PANEL);
+    load_weights<WIDTH, INDEX + 1>(b, weight, panel_size);
+  }
+}
+
+template <int HEIGHT, int WIDTH, int INDEX = 0>
+CVK_INLINE void store_sums(const V* sums, float* to, int64_t stride) {
+  if constexpr (INDEX < HEIGHT * WIDTH) {
+    store(to + INDEX / WIDTH * stride + INDEX % WIDTH * LANES, sums[INDEX]);
+    store_sums<HEIGHT, WIDTH, INDEX + 1>(sums, to, stride);
+  }
+}
+
+template <int HEIGHT, int ROW = 0>
+CVK_INLINE void load_rows(const float** rows, const float* const* from) {
+  if constexpr (ROW < HEIGHT) {
+    rows[ROW] = from[ROW];
+    load_rows<HEIGHT, ROW + 1>(rows, from);
+  }
+}
+
+// What becomes of the sums: to[row, column] = clamp(sums + shift + residual), or without a shift
+// the sums themselves.
+struct Epilogue {
+  float* to;
+  int64_t to_stride;
+  const float* shift;
+  const float* residual;
+  int64_t residual_stride;
+  float low, high;
+};
+
+template <int HEIGHT, int WIDTH, int INDEX = 0>
+CVK_INLINE void finish_sums(const V* sums, const Epilogue& epilogue, const V* shift, V low,
+                            V high) {
+  if constexpr (INDEX < HEIGHT * WIDTH) {
+    constexpr int row = INDEX / WIDTH, column = INDEX % WIDTH * LANES;
+    V y = sums[INDEX] + shift[INDEX % WIDTH];
+    if (epilogue.residual != nullptr)
+      y += load(epilogue.residual + row * epilogue.residual_stride + column);
+    y = y < low ? low : y;  // a NaN stays one
+    y = y > high ? high : y;
+    store(epilogue.to + row * epilogue.to_stride + column, y);
+    finish_sums<HEIGHT, WIDTH, INDEX + 1>(sums, epilogue, shift, low, high);
+  }
+}
+
+// The sums over taps and channels of operand[tap * stride + row][c] * weight[tap, c, column], for a
+// tile of HEIGHT rows and WIDTH vectors of columns. operand holds pointers to the first of `depth`
+// channels.
+template <int HEIGHT, int WIDTH>
+CVK_TARGET static void multiply(const float* const* operand, int64_t stride, int64_t taps,
+                                int64_t depth, const float* weight, int64_t panel_size,
+                                const Epilogue& epilogue) {
+  V sums[HEIGHT * WIDTH];
+  clear_sums<HEIGHT * WIDTH>(sums);
+  const bool has_totals = taps * depth > SUMMED;
+  alignas(64) float totals[HEIGHT * WIDTH * LANES];
+  if (has_totals) std::fill_n(totals, HEIGHT * WIDTH * LANES, 0.0f);
+  int64_t summed = 0;
+  for (int64_t tap = 0; tap < taps; ++tap, operand += stride) {
+    const float* rows[HEIGHT];
+    load_rows<HEIGHT>(rows, operand);
+    for (int64_t c = 0, end = 0; c < depth;) {
+      end = std::min(depth, c + SUMMED - summed);
+      summed += end - c;
+#pragma GCC unroll 4
+      for (; c < end; ++c, weight += PANEL) {
+        V b[WIDTH];
+        load_weights<WIDTH>(b, weight, panel_size);
+        add_products<HEIGHT, WIDTH>(sums, rows, c, b);
+      }
+      if (summed < SUMMED || !has_totals) continue;
+      move_to_totals<HEIGHT * WIDTH>(sums, totals);
+      summed = 0;
+    }
+  }
+  if (has_totals) add_totals<HEIGHT * WIDTH>(sums, totals);
+  if (epilogue.shift == nullptr) {
+    store_sums<HEIGHT, WIDTH>(sums, epilogue.to, epilogue.to_stride);
+    return;
+  }
+  V shift[WIDTH];
+  for (int v = 0; v < WIDTH; ++v) shift[v] = load(epilogue.shift + v * LANES);
+  finish_sums<HEIGHT, WIDTH>(sums, epilogue, shift, V{} + epilogue.low, V{} + epilogue.high);
+}
+
+using Multiply = void (*)(const float* const*, int64_t, int64_t, int64_t, const float*, int64_t,
+                          const Epilogue&);
+
+template <int WIDTH>
+CVK_TARGET static Multiply multiply_of_height(int64_t height) {
+  static constexpr Multiply heights[HIGHEST] = {&multiply<1, WIDTH>, &multiply<2, WIDTH>,
+                                                &multiply<3, WIDTH>, &multiply<4, WIDTH>,
+                                                &multiply<5, WIDTH>, &multiply<6, WIDTH>};
+  return heights[height - 1];
+}
+
+// The widest tile for `columns` columns that are left, and its width in columns.
+CVK_TARGET static Multiply tile_of(int64_t height, int64_t columns, int64_t* width) {
+  if constexpr (WIDEST == 4)
+    if (columns >= 4 * LANES) return *width = 4 * LANES, multiply_of_height<4>(height);
+  if (columns > LANES) return *width = 2 * LANES, multiply_of_height<2>(height);
+  return *width = LANES, multiply_of_height<1>(height);
+}
+
+// out = act(sums + shift + residual) for `height` pixels and the `kept` first of `columns`.
+template <Act ACT>
+CVK_TARGET static void finish(const Problem& problem, const float* sums, int64_t sums_stride,
+                              int64_t height, int64_t columns, int64_t kept, const float* shift,
+                              const float* residual, float* out) {
+  for (int64_t row = 0; row < height; ++row, sums += sums_stride, out += problem.out_stride) {
+    for (int64_t c = 0; c < columns && c < kept; c += LANES) {
+      V y = load(sums + c) + load(shift + c);
+      if (c + LANES <= kept) {
+        if (residual != nullptr) y += load(residual + c);
+        store(out + c, activate<ACT>(y));
+        continue;
+      }
+      float lanes[LANES] = {};
+      if (residual != nullptr) {
+        for (int64_t i = c; i < kept; ++i) lanes[i - c] = residual[i];
+        y += load(lanes);
+      }
+      store(lanes, activate<ACT>(y));
+      for (int64_t i = c; i < kept; ++i) out[i] = lanes[i - c];
+    }
+    if (residual != nullptr) residual += problem.residual_stride;
+  }
+}
+
+CVK_TARGET static void finish_tile(const Problem& problem, const float* sums, int64_t sums_stride,
+                                   int64_t height, int64_t columns, int64_t kept,
+                                   const float* shift, const float* residual, float* out) {
+  switch (problem.act) {
+    case Act::NONE:
+      return finish<Act::NONE>(problem, sums, sums_stride, height, columns, kept, shift, residual,
+                               out);
+    case Act::RELU:
+      return finish<Act::RELU>(problem, sums, sums_stride, height, columns, kept, shift, residual,
+                               out);
+    case Act::RELU6:
+      return finish<Act::RELU6>(problem, sums, sums_stride, height, columns, kept, shift, residual,
+                                out);
+    case Act::SILU:
+      return finish<Act::SILU>(problem, sums, sums_stride, height, columns, kept, shift, residual,
+                               out);
+  }
+}
+
+// Sums whose SiLU is taken together: an exponential takes a hundred cycles, in which those of
+// others are under way; and they are still in the nearest cache.
+constexpr int64_t TOGETHER = 1024;
+
+CVK_TARGET static void apply_silu(float* out, int64_t stride, int64_t rows, int64_t width) {
+  for (int64_t row = 0; row < rows; ++row, out += stride)
+    for (int64_t c = 0; c < width; c += LANES) store(out + c, activate<Act::SILU>(load(out + c)));
+}
+
+// Where a tap of an output pixel lies in x: its offset, or -1 in the padding.
+CVK_INLINE int64_t offset_of(const Problem& problem, int64_t n, int64_t h, int64_t w) {
+  if (h < 0 || h >= problem.H || w < 0 || w >= problem.W) return -1;
+  return n * problem.x_stride_n + h * problem.x_stride_h + w * problem.x_stride_w;
+}
+
+// The C channels of one tap of one pixel as the convolution multiplies them.
+CVK_TARGET static void gather_tap(const Problem& problem, const Data& data, int64_t n,
+                                  int64_t offset, float* to) {
+  const int64_t C = problem.C, stride = problem.x_stride_c;
+  if (offset < 0) {
+    std::fill_n(to, C, 0.0f);
+    return;
+  }
+  const float* x = data.x + offset;
+  int64_t c = 0;
+  if (stride == 1 && C >= LANES) {
+    const float* gate = data.gate == nullptr ? nullptr : data.gate + n * C;
+    for (; c + LANES <= C; c += LANES) {
+      V u = load(x + c);
+      if (data.input_scale != nullptr)
+        u = activate<Act::RELU>(u * load(data.input_scale + c) + load(data.input_shift + c));
+      if (gate != nullptr) u = u * load(gate + c);
+      store(to + c, u);
+    }
+  }
+  for (; c < C; ++c) {
+    float u = x[c * stride];
+    if (data.input_scale != nullptr) {
+      u = u * data.input_scale[c] + data.input_shift[c];
+      u = u < 0.0f ? 0.0f : u;
+    }
+    if (data.gate != nullptr) u *= data.gate[n * C + c];
+    to[c] = u;
+  }
+}
+
+// A row of taps whose channels lie together in x; w is the first tap's column.
+CVK_TARGET static void gather_row(const Problem& problem, const Data& data, int64_t n, int64_t h,
+                                  int64_t w, float* to) {
+  const int64_t C = problem.C, S = problem.S;
+  const int64_t first = std::clamp<int64_t>(-w, 0, S);
+  const int64_t last = std::clamp<int64_t>(problem.W - w, first, S);
+  std::fill_n(to, first * C, 0.0f);
+  if (first < last)
+    std::copy_n(data.x + offset_of(problem, n, h, w + first), (last - first) * C, to + first * C);
+  std::fill(to + last * C, to + S * C, 0.0f);
+}
+
+// Pointers to the operand of a block of pixels, [taps][rows]; `gathered` is [rows, taps * C] where
+// the problem gathers, `zeros` the S * C channels of a row of padding.
+CVK_TARGET static void find_operand(const Problem& problem, const Data& data, Range rows,
+                                    const float* zeros, float* gathered, const float** operand) {
+  const int64_t count = rows.size(), C = problem.C, R = problem.R, S = problem.S;
+  const bool gathers = problem.gathers(), rows_as_taps = problem.rows_as_taps();
+  int64_t q = rows.begin % problem.Q, p = rows.begin / problem.Q % problem.P;
+  int64_t n = rows.begin / problem.Q / problem.P;
+  for (int64_t row = 0; row < count; ++row) {
+    float* to = gathered + row * R * S * C;
+    if (gathers && !rows_as_taps) operand[row] = to;
+    const int64_t top = p * problem.stride_h - problem.padding_h;
+    const int64_t left = q * problem.stride_w - problem.padding_w;
+    for (int64_t r = 0; r < R; ++r) {
+      const int64_t h = top + r * problem.dilation_h;
+      if (rows_as_taps) {
+        const float*& tap = operand[r * count + row];
+        if (h < 0 || h >= problem.H) {
+          tap = zeros;
+        } else if (left >= 0 && left + S <= problem.W) {
+          tap = data.x + offset_of(problem, n, h, left);
+        } else {
+          gather_row(problem, data, n, h, left, to + r * S * C);
+          tap = to + r * S * C;
+        }
+        continue;
+      }
+      for (int64_t s = 0; s < S; ++s) {
+        const int64_t offset = offset_of(problem, n, h, left + s * problem.dilation_w);
+        if (gathers)
+          gather_tap(problem, data, n, offset, to + (r * S + s) * C);
+        else
+          operand[(r * S + s) * count + row] = offset < 0 ? zeros : data.x + offset;
+      }
+    }
+    if (++q < problem.Q) continue;
+    q = 0;
+    if (++p < problem.P) continue;
+    p = 0;
+    ++n;
+  }
+}
+
+// Floats of weights that stay in the first cache. Then a strip of pixels gets all its channels
+// before the next: each cache line of out is written once.
+constexpr int64_t IN_FIRST_CACHE = 6 << 10;
+
+// A strip of pixels times a range of panels; the operand's taps are `stride` pointers apart.
+CVK_TARGET static void multiply_strip(const Problem& problem, const Data& data, Range rows,
+                                      Range panels, const float* const* operand, int64_t stride) {
+  const int64_t count = rows.size(), tiles = divide_up(count, HIGHEST);
+  const int64_t taps = problem.rows_as_taps() ? problem.R : problem.gathers() ? 1 : problem.taps();
+  const int64_t depth = problem.taps() * problem.C / taps;
+  const int64_t panel_size = problem.taps() * problem.C * PANEL;
+  const float infinity = std::numeric_limits<float>::infinity();
+  const bool clamps = problem.act == Act::RELU || problem.act == Act::RELU6;
+  const float low = clamps ? 0.0f : -infinity;
+  const float high = problem.act == Act::RELU6 ? 6.0f : infinity;
+  alignas(64) float sums[HIGHEST * WIDEST * LANES];
+  int64_t width = 0;
+  for (int64_t column = panels.begin * PANEL; column < panels.end * PANEL; column += width) {
+    const float* weight = data.weight + column / PANEL * panel_size + column % PANEL;
+    const float* shift = data.shift + column;
+    const int64_t kept = std::min(problem.K, panels.end * PANEL) - column;
+    if (kept <= 0) break;
+    int64_t activated = 0;
+    for (int64_t number = 0; number < tiles; ++number) {
+      const auto [row, end] = part_of(count, tiles, number);
+      const int64_t height = end - row;
+      const Multiply tile = tile_of(height, kept, &width);
+      const int64_t pixel = rows.begin + row;
+      float* out = data.out + pixel * problem.out_stride + column;
+      const float* residual = data.residual;
+      if (residual != nullptr) residual += pixel * problem.residual_stride + column;
+      if (width <= kept) {
+        tile(operand + row, stride, taps, depth, weight, panel_size,
+             {out, problem.out_stride, shift, residual, problem.residual_stride, low, high});
+        const int64_t pending = end - activated;
+        if (problem.act == Act::SILU && (pending * width >= TOGETHER || end == count)) {
+          apply_silu(out + (height - pending) * problem.out_stride, problem.out_stride, pending,
+                     width);
+          activated = end;
+        }
+        continue;
+      }
+      tile(operand + row, stride, taps, depth, weight, panel_size,
+           {sums, WIDEST * LANES, nullptr, nullptr, 0, low, high});
+      finish_tile(problem, sums, WIDEST * LANES, height, width, kept, shift, residual, out);
+    }
+  }
+}
+
+// One task of a direct convolution: a block of pixels times a range of panels.
+CVK_TARGET static void convolve(const Problem& problem, const Data& data, Range rows, Range panels,
+                                const float* zeros, float* gathered, const float** operand) {
+  find_operand(problem, data, rows, zeros, gathered, operand);
+  const bool few_weights = panels.size() * PANEL * problem.taps() * problem.C <= IN_FIRST_CACHE;
+  const int64_t count = rows.size(), strips = few_weights ? divide_up(count, 4 * HIGHEST) : 1;
+  for (int64_t number = 0; number < strips; ++number) {
+    const auto [begin, end] = part_of(count, strips, number);
+    multiply_strip(problem, data, {rows.begin + begin, rows.begin + end}, panels, operand + begin,
+                   count);
+  }
+}

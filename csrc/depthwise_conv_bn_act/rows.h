@@ -1,0 +1,192 @@
+// The inner loops of depthwise_conv_bn_act, included once for each instruction set: see isa.h.
+
+// BLOCK channels as floats.
+template <typename T>
+CVK_INLINE void load_block(const T* from, float* to) {
+  if constexpr (sizeof(*from) == sizeof(float))
+    for (int c = 0; c < BLOCK; c += LANES) store(to + c, load(from + c));
+  else
+    for (int c = 0; c < BLOCK; ++c) to[c] = Number<T>::widen(from[c]);
+}
+
+// One row of x into scratch[blocks][scratch width][BLOCK], as floats; the padding stays as it is.
+template <typename T>
+CVK_TARGET static void load_row(const Problem& problem, const Task& task, const T* x,
+                                float* scratch) {
+  const int64_t block_size = problem.scratch_width() * BLOCK;
+  const int64_t W = problem.W, stride_w = problem.x_stride_w, stride_c = problem.x_stride_c;
+  x += task.block_begin * BLOCK * stride_c;
+  scratch += problem.padding_w * BLOCK;
+  const int64_t channels = std::min(task.block_end * BLOCK, problem.C) - task.block_begin * BLOCK;
+  const int64_t whole = stride_c == 1 ? channels / BLOCK : 0;
+  for (int64_t iw = 0; iw < W; ++iw) {
+    const auto* from = x + iw * stride_w;
+    float* to = scratch + iw * BLOCK;
+    for (int64_t b = 0; b < whole; ++b, from += BLOCK, to += block_size) load_block<T>(from, to);
+  }
+  for (int64_t c = whole * BLOCK; c < channels; ++c) {
+    const auto* from = x + c * stride_c;
+    float* to = scratch + c / BLOCK * block_size + c % BLOCK;
+    for (int64_t iw = 0; iw < W; ++iw) to[iw * BLOCK] = Number<T>::widen(from[iw * stride_w]);
+  }
+}
+
+// What follows is unrolled by recursion: an array that a loop indexes would not live in registers.
+
+// acc[i] += x[j] * w[s] for the taps s of input column J, which output column i = (J - s) / STRIDE
+// reads.
+template <int K, int STRIDE, int COLUMNS, int J, int TAP = 0>
+CVK_INLINE void add_taps(V* acc, V x, const V* w) {
+  if constexpr (TAP < K) {
+    constexpr int ahead = J - TAP;
+    if constexpr (ahead >= 0 && ahead % STRIDE == 0 && ahead / STRIDE < COLUMNS)
+      acc[ahead / STRIDE] += x * w[TAP];
+    add_taps<K, STRIDE, COLUMNS, J, TAP + 1>(acc, x, w);
+  }
+}
+
+template <int K, int STRIDE, int COLUMNS, int J = 0>
+CVK_INLINE void add_filter_row(V* acc, const float* x, const V* w) {
+  if constexpr (J < (COLUMNS - 1) * STRIDE + K) {
+    add_taps<K, STRIDE, COLUMNS, J>(acc, load(x + J * BLOCK), w);
+    add_filter_row<K, STRIDE, COLUMNS, J + 1>(acc, x, w);
+  }
+}
+
+template <int COUNT, int INDEX = 0>
+CVK_INLINE void clear_each(V* values) {
+  if constexpr (INDEX < COUNT) {
+    values[INDEX] = V{};
+    clear_each<COUNT, INDEX + 1>(values);
+  }
+}
+
+template <int COUNT, int INDEX = 0>
+CVK_INLINE void load_blocks(V* values, const float* from) {
+  if constexpr (INDEX < COUNT) {
+    values[INDEX] = load(from + INDEX * BLOCK);
+    load_blocks<COUNT, INDEX + 1>(values, from);
+  }
+}
+
+template <int COUNT, int INDEX = 0>
+CVK_INLINE void store_each(const V* values, float* to) {
+  if constexpr (INDEX < COUNT) {
+    store(to + INDEX * LANES, values[INDEX]);
+    store_each<COUNT, INDEX + 1>(values, to);
+  }
+}
+
+// out = act(row * scale + shift) for the first `kept` channels of a row's pixels; returns their
+// sum. A loop of its own, so that act's constants stay in registers.
+template <typename T, Act ACT>
+CVK_INLINE V finish_row(const float* row, V scale, V shift, int64_t Q, int64_t kept, T* out,
+                        int64_t C) {
+  V sum = V{};
+  for (int64_t q = 0; q < Q; ++q, row += LANES, out += C) {
+    const V y = activate<ACT>(load(row) * scale + shift);
+    sum += y;
+    if constexpr (sizeof(*out) == sizeof(float)) {
+      if (kept == LANES) {
+        store(out, y);
+        continue;
+      }
+    }
+    float lanes[LANES];
+    store(lanes, y);
+    if (kept == LANES)
+      for (int c = 0; c < LANES; ++c) out[c] = Number<T>::narrow(lanes[c]);
+    else
+      for (int c = 0; c < kept; ++c) out[c] = Number<T>::narrow(lanes[c]);
+  }
+  return sum;
+}
+
+// One row of out for one block of channels, COLUMNS pixels at a time in registers; adds it to sums.
+// unfinished[padded Q, LANES] holds the row before its activation.
+template <typename T, int K, int STRIDE, int COLUMNS>
+CVK_TARGET static void make_row(const Problem& problem, int64_t block, const float* const* rows,
+                                const float* weight, const float* scale, const float* shift, T* out,
+                                float* unfinished, float* sums) {
+  const int64_t count = std::min(BLOCK, problem.C - block * BLOCK), Q = problem.Q, C = problem.C;
+  for (int64_t lane = 0; lane < count; lane += LANES) {
+    for (int64_t q = 0; q < Q; q += COLUMNS) {
+      V acc[COLUMNS], w[K];
+      clear_each<COLUMNS>(acc);
+#pragma GCC unroll 1
+      for (int r = 0; r < K; ++r) {
+        load_blocks<K>(w, weight + r * K * BLOCK + lane);
+        add_filter_row<K, STRIDE, COLUMNS>(acc, rows[r] + q * STRIDE * BLOCK + lane, w);
+      }
+      store_each<COLUMNS>(acc, unfinished + q * LANES);
+    }
+    const int64_t kept = std::min<int64_t>(LANES, count - lane);
+    const V s = load(scale + lane), b = load(shift + lane);
+    V sum = load(sums + lane);
+    switch (problem.act) {
+      case Act::NONE:
+        sum += finish_row<T, Act::NONE>(unfinished, s, b, Q, kept, out + lane, C);
+        break;
+      case Act::RELU:
+        sum += finish_row<T, Act::RELU>(unfinished, s, b, Q, kept, out + lane, C);
+        break;
+      case Act::RELU6:
+        sum += finish_row<T, Act::RELU6>(unfinished, s, b, Q, kept, out + lane, C);
+        break;
+      case Act::SILU:
+        sum += finish_row<T, Act::SILU>(unfinished, s, b, Q, kept, out + lane, C);
+        break;
+    }
+    store(sums + lane, sum);
+  }
+}
+
+// One task: its band of output rows, from a ring of K rows of x in scratch. scratch holds K + 1
+// rows, zero but for what load_row writes; the last is a row of padding. sums[blocks][BLOCK] of the
+// task.
+template <typename T, int K, int STRIDE, int COLUMNS>
+CVK_TARGET static void make_band(const Problem& problem, const Task& task, const void* x_data,
+                                 const float* weight, const float* affine, void* out_data,
+                                 float* scratch, float* unfinished, float* sums) {
+  const int64_t block_size = problem.scratch_width() * BLOCK;
+  const int64_t row_size = problem.group() * block_size;
+  const T* x = static_cast<const T*>(x_data) + task.n * problem.x_stride_n;
+  T* out = static_cast<T*>(out_data) + task.n * problem.P * problem.Q * problem.C;
+  const int64_t first = task.band * Problem::BAND;
+  const int64_t last = std::min(problem.P, first + Problem::BAND);
+  int64_t next = 0;  // the first row of x that the ring has not had
+  for (int64_t p = first; p < last; ++p) {
+    const float* ring[K];
+    for (int r = 0; r < K; ++r) {
+      const int64_t ih = p * STRIDE - problem.padding_h + r;
+      const bool inside = ih >= 0 && ih < problem.H;
+      float* row = scratch + (inside ? ih % K : K) * row_size;
+      if (inside && ih >= next) {
+        load_row<T>(problem, task, x + ih * problem.x_stride_h, row);
+        next = ih + 1;
+      }
+      ring[r] = row;
+    }
+    for (int64_t b = task.block_begin; b < task.block_end; ++b) {
+      const int64_t local = b - task.block_begin;
+      const float* rows[K];
+      for (int r = 0; r < K; ++r) rows[r] = ring[r] + local * block_size;
+      make_row<T, K, STRIDE, COLUMNS>(problem, b, rows, weight + b * K * K * BLOCK,
+                                      affine + b * BLOCK, affine + (problem.blocks() + b) * BLOCK,
+                                      out + p * problem.Q * problem.C + b * BLOCK, unfinished,
+                                      sums + local * BLOCK);
+    }
+  }
+}
+
+template <typename T>
+auto select(const Problem& problem) {
+  const auto columns = problem.columns();
+#define CVK_COLUMNS(K, STRIDE)                  \
+  (columns == 8   ? &make_band<T, K, STRIDE, 8> \
+   : columns == 7 ? &make_band<T, K, STRIDE, 7> \
+                  : &make_band<T, K, STRIDE, 6>)
+  if (problem.kernel == 3) return problem.stride == 1 ? CVK_COLUMNS(3, 1) : CVK_COLUMNS(3, 2);
+  return problem.stride == 1 ? CVK_COLUMNS(5, 1) : CVK_COLUMNS(5, 2);
+#undef CVK_COLUMNS
+}
