@@ -326,8 +326,8 @@ class DenseBlock(nn.ModuleDict, ConcatBlock):
         return ""
 
     def concat_buffer(self, x: Tensor, shape: Sequence[int]) -> ConcatBuffer | None:
-        plans, key = self.plans_of(x, self), (tuple(shape),)
-        if plans is not None and (plan := plans.get(x, key)) is not None:
+        plans = self.plans_of(x, self)
+        if plans is not None and (plan := plans.get(x, (tuple(shape),))) is not None:
             return ConcatBuffer(self._new_buffer(x, shape), shape[1], plan)
         if self._why_not_append(x):
             return None
@@ -336,7 +336,7 @@ class DenseBlock(nn.ModuleDict, ConcatBlock):
         def fill(buffer: Tensor) -> Tensor:
             repeat = self._append(buffer, shape[1], guard is not None)
             if repeat is not None:
-                plans.keep(guard, repeat, x, key)
+                plans.keep(guard, repeat, x, (tuple(shape),))
             return buffer
 
         return ConcatBuffer(self._new_buffer(x, shape), shape[1], fill)

@@ -80,7 +80,7 @@ class Unit(FusedModule):
         y = self.fused(x, self.conv, self.bn)
         if not self.adds:
             return self.se(y)
-        return self.se.added(y, shortcut, self.act, lambda: self.act(self.se(y) + shortcut))
+        return self.se.added_step(y, shortcut, self.act, False, False).run(y, shortcut)
 
 
 UNITS = {
