@@ -208,13 +208,13 @@ def _plan_triton(
     problem: Problem, call: Call, parameters: Parameters, like: tuple, cache: DerivedWeights | None
 ) -> Run:
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
-    from cvkernels.ops.conv_bn_act import triton_launch
+    from cvkernels.ops.conv_bn_act import triton
 
     weight, bias, bn, input_bn = parameters
     weight, (residual, gate, out) = _nhwc(weight, cache), like
     if out is None:
         out = new_output(problem, torch.device("meta"))
-    launch = triton_launch.plan_launch(
+    launch = triton.plan_launch(
         problem, call.x, weight, residual, gate, out, precision=_fp32_precision()
     )
 

@@ -160,12 +160,12 @@ def _plan_triton(
     problem: DepthwiseProblem, call: Call, parameters: Parameters, cache: DerivedWeights | None
 ) -> Run:
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
-    from cvkernels.ops.depthwise_conv_bn_act import triton_launch
+    from cvkernels.ops.depthwise_conv_bn_act import triton
 
     _, bias, bn, _ = parameters
     weight = _rsc(parameters.weight, cache)
     out, _ = new_outputs(problem, torch.device("meta"))
-    launch = triton_launch.plan_launch(problem, call.x, weight, out)
+    launch = triton.plan_launch(problem, call.x, weight, out)
 
     def run(x):
         out, sums = new_outputs(problem, x.device)
