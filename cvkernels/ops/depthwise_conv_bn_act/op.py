@@ -65,7 +65,8 @@ def plan(
 ) -> Plan:
     """A call of :func:`depthwise_conv_bn_act`, as ``plan(x)``, which gives (out, sums or None).
 
-    ``x_like`` is an example; ``once`` says that the plan is called once.
+    ``x_like`` is an example; ``once`` says that the plan is called once. The native op's plan for
+    once also writes into memory that it is given, as ``plan(x, out, sums)``.
     """
     tensors = (x_like, weight, bias, bn)
     autocast = autocast_dtype(x_like)
