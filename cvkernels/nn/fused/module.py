@@ -101,7 +101,8 @@ class FusedModule(nn.Module):
         """
         if input_bn is not None:
             norm, relu = input_bn
-            if reason := why_not_input_bn(x, norm, relu, getattr(conv, "groups", 1)):
+            reason = why_watched(x) or why_not_input_bn(x, norm, relu, getattr(conv, "groups", 1))
+            if reason:
                 x = run_step(Step(norm, reason, lambda u: _normalised(u, norm, relu)), x)
                 input_bn = None
         plans = self.plans_of(x, conv) if input_bn is None else None
