@@ -60,15 +60,15 @@ class Site:
             return self.like(self.memory.index[whole])[:, start : start + step.value.shape[1]]
         return step.value.empty(self.memory.lowered.device)
 
-    def plan(self, make: Callable[..., Plan], *like: Any, count: int = 1, **options: Any) -> Any:
+    def plan(self, make: Callable[..., Plan], *like: Any, times: int = 1, **options: Any) -> Any:
         """What ``make``, the plan function of a public op, plans for tensors like these.
 
-        ``count`` is how often the step runs it. Its work stays PyTorch's dispatcher's, where it can
+        ``times`` is how often the step runs it. Its work stays PyTorch's dispatcher's, where it can
         be recorded and watched.
         """
         backend = "native" if self.step.backend.startswith("native") else "auto"
         plan = make(*like, **options, backend=backend, once=True)
-        self.plans += [plan] * count
+        self.plans += [plan] * times
         return plan if self.step.reports else plan.run
 
     @property

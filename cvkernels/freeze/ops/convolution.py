@@ -163,12 +163,12 @@ class PlannedConv(Op, name="conv", runs_plans=True, placeable=True):
         residual: Tensor | None,
         gate: Tensor | None,
         out: Tensor | None,
-        count: int = 1,
+        times: int = 1,
     ) -> Callable[..., Tensor]:
         """What convolves tensors like these, in the order of conv_bn_act's plan."""
         return site.plan(
             conv_bn_act.plan, x, **self.conv.arguments, residual=residual, input_gate=gate, out=out,
-            cache=site.cache, implementation=self.chosen.implementation, count=count,
+            cache=site.cache, implementation=self.chosen.implementation, times=times,
         )  # fmt: skip
 
     def build(self, site: Site) -> Run:
@@ -205,9 +205,9 @@ class ConvPool(Op, name="conv_pool", writes=True, placeable=True):
     def build(self, site: Site) -> Run:
         (x, image), number = site.inputs, site.number
         images, between, pooled = site.like(x), site.like(image), site.like(number)
-        count = len(images)
-        convolve = self.planned.plan(site, images[:1], None, None, between, count=count)
-        pool = site.plan(max_pool.plan, between, *self.window, out=pooled[:1], count=count)
+        times = len(images)
+        convolve = self.planned.plan(site, images[:1], None, None, between, times=times)
+        pool = site.plan(max_pool.plan, between, *self.window, out=pooled[:1], times=times)
 
         def run(env: list) -> None:
             between = env[image]
