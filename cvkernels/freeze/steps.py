@@ -108,20 +108,14 @@ class Site:
 
     def computed(self, compute: Callable[[list], Tensor]) -> Run:
         """A step whose value is a tensor of its own, copied where it has a place."""
-        number, value = self.number, self.step.value
-        if self.out != self.none:
+        number, value, placed = self.number, self.step.value, self.out != self.none
+        is_map = isinstance(value, TensorSpec) and len(value.shape) == 4
 
-            def run(env: list) -> None:
-                env[number].copy_(compute(env))
-
-        elif isinstance(value, TensorSpec) and len(value.shape) == 4:
-
-            def run(env: list) -> None:
-                env[number] = compute(env).contiguous(memory_format=torch.channels_last)
-
-        else:
-
-            def run(env: list) -> None:
-                env[number] = compute(env)
+        def run(env: list) -> None:
+            y = compute(env)
+            if placed:
+                env[number].copy_(y)
+            else:
+                env[number] = y.contiguous(memory_format=torch.channels_last) if is_map else y
 
         return run

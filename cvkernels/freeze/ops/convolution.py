@@ -18,7 +18,6 @@ from cvkernels.ops.conv_bn_act import op as conv_bn_act
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.depthwise_conv_bn_act import native as depthwise_native
 from cvkernels.ops.depthwise_conv_bn_act import op as depthwise
-from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
 from cvkernels.ops.max_pool import op as max_pool
 
 if TYPE_CHECKING:
@@ -99,10 +98,7 @@ class Conv(Op, name="conv"):
         """What runs the convolution on x, alone where its prologue has to be steps of its own."""
         problem = self.problem(x)
         if self.is_depthwise:
-            fields = {**vars(problem), "squeeze": self.squeeze}
-            names = DepthwiseProblem.__dataclass_fields__
-            kind = DepthwiseProblem(**{n: v for n, v in fields.items() if n in names})
-            reason = depthwise_native.why_not(kind, device.type)
+            reason = depthwise_native.why_not(problem, device.type)
             if not reason or device.type != "cpu" or self.squeeze:
                 return Depthwise(self, writes=not reason)
         chosen = choose(problem, device, table)
@@ -175,14 +171,9 @@ class PlannedConv(Op, name="conv", runs_plans=True, placeable=True):
         x, residual, gate = numbers = [site.role(name) for name in ("x", "residual", "gate")]
         number, out = site.number, site.out
         convolve = self.plan(site, *map(site.like, (*numbers, out)))
-        if out == site.none:
 
-            def run(env: list) -> None:
-                env[number] = convolve(env[x], env[residual], env[gate], None)
-        else:
-
-            def run(env: list) -> None:
-                convolve(env[x], env[residual], env[gate], env[out])
+        def run(env: list) -> None:
+            env[number] = convolve(env[x], env[residual], env[gate], env[out])
 
         return run
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,23 +55,25 @@ class Act(Op, name="act", placeable=True):
 
 
 class _Broadcast(Op):
+    function: ClassVar[Callable[[Tensor, Tensor], Tensor]]
+
     def shape(self, node: Node, a: tuple, b: tuple) -> tuple:
         # torch.broadcast_shapes would import the symbolic shapes, which takes half a second.
         sizes = list(itertools.zip_longest(reversed(a), reversed(b), fillvalue=1))
         node.check(all(m == n or 1 in (m, n) for m, n in sizes), "maps of one shape", (a, b))
         return tuple(n if m == 1 else m for m, n in reversed(sizes))
 
-
-class Add(_Broadcast, name="add", placeable=True):
     def build(self, site: Site) -> Run:
-        a, b = site.inputs
-        return site.computed(lambda env: env[a] + env[b])
+        (a, b), function = site.inputs, self.function
+        return site.computed(lambda env: function(env[a], env[b]))
 
 
-class Mul(_Broadcast, name="mul"):
-    def build(self, site: Site) -> Run:
-        a, b = site.inputs
-        return site.computed(lambda env: env[a] * env[b])
+class Add(_Broadcast, name="add", placeable=True, function=operator.add):
+    """a + b."""
+
+
+class Mul(_Broadcast, name="mul", function=operator.mul):
+    """a * b."""
 
 
 class Linear(Op, name="linear"):

@@ -14,7 +14,7 @@ from cvkernels.ops.common.activation import code
 from cvkernels.ops.common.derived_weights import DerivedWeights
 from cvkernels.ops.common.dispatch import Call
 from cvkernels.ops.common.norm import BatchNormParams, scale_shift, sources_of
-from cvkernels.ops.conv_bn_act.problem import Parameters
+from cvkernels.ops.conv_bn_act.problem import Parameters, Problem
 from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,7 +35,7 @@ def _(x, weight, affine, kernel, stride, padding_h, padding_w, act, out, sums):
     return None
 
 
-def why_not(problem: DepthwiseProblem, device: str) -> str:
+def why_not(problem: DepthwiseProblem | Problem, device: str) -> str:
     """Why the compiled op cannot run ``problem`` on ``device``; empty where it can."""
     if device != "cpu":
         return f"the native implementation needs CPU tensors, got {device}"
