@@ -5,7 +5,8 @@ import torch
 
 from cvkernels import backend
 from cvkernels.functional import excite, se_scale, squeeze, squeeze_excite
-from cvkernels.ops.squeeze_excite import tiles, triton_launch
+from cvkernels.ops.squeeze_excite import tiles
+from cvkernels.ops.squeeze_excite import triton as se_launches
 from cvkernels.ops.squeeze_excite.reference import (
     excite_reference,
     se_scale_reference,
@@ -120,9 +121,9 @@ def test_an_image_that_fits_is_one_launch(dtype, residual, device, monkeypatch):
     arguments = (x, *make_layers(SEVERAL, dtype, device), "silu", added, "relu")
     monkeypatch.setattr(tiles, "IMAGES", 3)
     launched = []
-    launch = triton_launch.Launch.__call__
+    launch = se_launches.Launch.__call__
     monkeypatch.setattr(
-        triton_launch.Launch, "__call__", lambda self, *t: launched.append(self) or launch(self, *t)
+        se_launches.Launch, "__call__", lambda self, *t: launched.append(self) or launch(self, *t)
     )
     assert_matches(squeeze_excite, squeeze_excite_reference, arguments)
     assert [launch.kernel.__name__ for launch in launched] == ["squeeze_excite_image_nhwc_kernel"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -66,11 +67,12 @@ def plan(
     cache: DerivedWeights | None = None,
     backend: Backend = "auto",
     once: bool = False,
+    implementation: Implementation | None = None,
 ) -> Plan:
     """A call of :func:`conv_bn_act`, as ``plan(x, residual=None, input_gate=None, out=None)``.
 
     ``x_like``, ``residual``, ``input_gate`` and ``out`` are examples; ``once`` says that the plan
-    is called once.
+    is called once. ``implementation``, one of ``TABLE`` that can run the call, is not chosen then.
     """
     autocast = autocast_dtype(x_like)
     problem = problem_of(
@@ -85,7 +87,7 @@ def plan(
             "call it under torch.no_grad(), or leave out= away"
         )
     parameters = Parameters(weight, bias, bn, input_bn)
-    return _plan(problem, call, parameters, (residual, input_gate, out), cache)
+    return _plan(problem, call, parameters, (residual, input_gate, out), cache, implementation)
 
 
 @planned_by(plan)
@@ -208,13 +210,13 @@ def _plan_triton(
     problem: Problem, call: Call, parameters: Parameters, like: tuple, cache: DerivedWeights | None
 ) -> Run:
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
-    from cvkernels.ops.conv_bn_act import triton_launch
+    from cvkernels.ops.conv_bn_act import triton
 
     weight, bias, bn, input_bn = parameters
     weight, (residual, gate, out) = _nhwc(weight, cache), like
     if out is None:
         out = new_output(problem, torch.device("meta"))
-    launch = triton_launch.plan_launch(
+    launch = triton.plan_launch(
         problem, call.x, weight, residual, gate, out, precision=_fp32_precision()
     )
 
@@ -244,12 +246,25 @@ def _plan_reference(
     return run
 
 
+def _native_by(name: str, tile: int) -> Implementation:
+    """One algorithm of the native convolution, where there are several to choose from."""
+
+    def refuses(problem: Problem, call: Call) -> str:
+        reason, others = _on_cpu(native.why_not)(problem, call), native.tiles(problem)
+        return reason or ("" if len(others) > 1 and tile in others else "there is no such choice")
+
+    return Implementation(name, refuses, functools.partial(native.plan, tile=tile), device=None)
+
+
 TABLE = Table(
     Implementation("cudnn", _why_not_cudnn, cudnn.plan, _why_cudnn, "cuda"),
     Implementation(
         "triton", _why_not_triton, _plan_triton, "Triton is preferred for this shape", "cuda"
     ),
     Implementation("native", _on_cpu(native.why_not), native.plan, "compiled for CPU", "cpu"),
+    _native_by("native direct", 0),
+    _native_by("native F(2x2)", 2),
+    _native_by("native F(2x4)", 4),
     Implementation("onednn", _on_cpu(onednn.why_not), onednn.plan, "fused on CPU", "cpu"),
     reference(_plan_reference),
 )
@@ -262,9 +277,13 @@ def _plan(
     parameters: Parameters,
     like: tuple,
     cache: DerivedWeights | None = None,
+    implementation: Implementation | None = None,
 ) -> Plan:
     """The plan of a checked call; ``like`` are examples of residual, input_gate and out."""
-    implementation, (name, reason) = choose(OP, TABLE, problem, call)
+    reason = "requested"
+    if implementation is None:
+        implementation, (_, reason) = choose(OP, TABLE, problem, call)
+    name = implementation.name
     if call.once:
 
         def traffic() -> Traffic:
@@ -379,7 +398,7 @@ def _traffic(
 ) -> Callable[[], Traffic]:
     """The one kernel's, and each pass around it, which reads and writes as many bytes."""
     passes: list[int] = []
-    if name == "native":
+    if name.startswith("native"):
         passes = [nbytes(x)] * native.converts(x)
         passes += [nbytes(t) for t in (residual, out) if t is not None and not is_pixel_matrix(t)]
     elif name in ("cudnn", "onednn"):

@@ -211,10 +211,10 @@ def _triton(
 ) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
     """(x, layers, residual, out) -> (out, the means where they are kept, the logits)."""
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
-    from cvkernels.ops.squeeze_excite import triton_launch
+    from cvkernels.ops.squeeze_excite import triton
 
     whole = tiles.one_launch(x, R)
-    return triton_launch.plan_squeeze_excite(x, R, act, residual, out_act, out, keep_mean, whole)
+    return triton.plan_squeeze_excite(x, R, act, residual, out_act, out, keep_mean, whole)
 
 
 def _plan_reference(

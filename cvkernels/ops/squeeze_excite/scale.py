@@ -148,10 +148,10 @@ def _plan_triton(
     if call.x.is_meta:
         return lambda x, gate, residual=None, out=None: new_like(x) if out is None else out
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
-    from cvkernels.ops.squeeze_excite import triton_launch
+    from cvkernels.ops.squeeze_excite import triton
 
     fitted = not copies(call.x, residual, out)
-    launch = triton_launch.plan_se_scale(call.x, residual, act, out if fitted else None)
+    launch = triton.plan_se_scale(call.x, residual, act, out if fitted else None)
 
     def run(x, gate, residual=None, out=None):
         return launch(x, gate, residual, out)
@@ -228,9 +228,9 @@ def _se_scale_backward(grad, x, gate, residual, out, act, input_grad, backend):
     arguments = (grad, x, gate, residual, out, act, input_grad)
     name = _backend_of(x, backend)
     if name == "triton":
-        from cvkernels.ops.squeeze_excite import triton_launch
+        from cvkernels.ops.squeeze_excite import triton
 
-        dx, d_gate, dz = triton_launch.se_scale_backward(*arguments)
+        dx, d_gate, dz = triton.se_scale_backward(*arguments)
     elif name == "native" and native.has_gradient(x, act):
         dx, d_gate, dz = native.backward(grad, x, gate, out, act, input_grad)
     else:
@@ -243,9 +243,9 @@ def _se_scale_backward(grad, x, gate, residual, out, act, input_grad, backend):
 def _se_scale_shifted(x, gate, shift, backend):
     name = _backend_of(x, backend)
     if name == "triton":
-        from cvkernels.ops.squeeze_excite import triton_launch
+        from cvkernels.ops.squeeze_excite import triton
 
-        y = triton_launch.se_scale(x, gate, None, "none", shift=shift.contiguous())
+        y = triton.se_scale(x, gate, None, "none", shift=shift.contiguous())
     elif name == "native" and native.has_gradient(x, "none"):
         y = native.scale_shifted(x, torch.sigmoid(gate.float()), shift.float())
     else:

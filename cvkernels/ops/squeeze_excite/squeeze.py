@@ -67,9 +67,9 @@ def _plan_triton(problem: Problem, call: Call) -> Callable[..., Tensor]:
     if call.x.is_meta:
         return lambda x: x.new_empty(x.shape[:2])
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
-    from cvkernels.ops.squeeze_excite import triton_launch
+    from cvkernels.ops.squeeze_excite import triton
 
-    return triton_launch.plan_squeeze(call.x)
+    return triton.plan_squeeze(call.x)
 
 
 def _plan_reference(problem: Problem, call: Call) -> Callable[..., Tensor]:
