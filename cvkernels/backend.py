@@ -72,7 +72,7 @@ def requested(backend: str, implementations: tuple[str, ...]) -> str:
     return used if used == "reference" or used in implementations else "auto"
 
 
-def chosen(op: str, *args, **kwargs) -> str:
+def chosen(op: str, *args: Any, **kwargs: Any) -> str:
     """The backend that ``cvkernels.functional.<op>(*args, **kwargs)`` would run.
 
     Raises:

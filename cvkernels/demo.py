@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -166,7 +166,7 @@ def stock_and_ours(
     network: str, weights: str | None, images: Tensor
 ) -> tuple[nn.Module, nn.Module]:
     """(stock, ours) with the same weights, on the photographs' device, in eval."""
-    kwargs = {}
+    kwargs: dict[str, Any] = {}
     if weights is None and network == "googlenet":
         kwargs = {"init_weights": False}
     elif weights is None and network == "seresnet50":
@@ -190,7 +190,7 @@ def stock_and_ours(
     if weights is None:
         _take_statistics(ours, images.cpu())
     stock.load_state_dict(ours.state_dict())
-    stock = stock.to(images.device, memory_format=torch.channels_last)
+    stock = stock.to(images.device).to(memory_format=torch.channels_last)
     return stock.eval(), ours.to(images.device).eval()
 
 

@@ -25,10 +25,10 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) - before
     if not Path("/proc/self/clear_refs").exists():
         return math.nan
-    before = resident_memory(device)
+    resident = resident_memory(device)
     Path("/proc/self/clear_refs").write_text("5")
     call()
-    return _status_bytes("VmHWM") - before
+    return _status_bytes("VmHWM") - resident
 
 
 def resident_memory(device: torch.device) -> float:

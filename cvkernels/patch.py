@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import jit, nn
 
@@ -97,7 +98,7 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, _Patched):
             module.drop_derived_weights()
-            module.__class__ = module.stock_class
+            module.__class__ = module.stock_class  # type: ignore[assignment]
     return model
 
 
@@ -105,8 +106,9 @@ class _Patched:
     """Marks a class that :func:`patch` gives to instances of ``stock_class``."""
 
     stock_class: type[nn.Module]
+    drop_derived_weights: Callable[[], None]
 
-    def __prepare_scriptable__(self) -> nn.Module:
+    def __prepare_scriptable__(self: Any) -> nn.Module:
         # TorchScript compiles the stock forward, and puts prepared children into the tree it gets.
         return _stock_copy(self, {})
 

@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 
 class Call(NamedTuple):
@@ -50,10 +51,10 @@ class Recorder:
         """A module's forward begins: what follows belongs to it (a global forward pre-hook)."""
         self.layer = self.names.get(id(module), self.layer)
 
-    def leave_module(self, module: object, args: object, output: object) -> None:
+    def leave_module(self, module: nn.Module, args: object, output: object) -> None:
         """A module's forward ended with ``output`` (a global forward hook)."""
 
-    def observe(self, module: object, output: object) -> None:
+    def observe(self, module: object, output: Tensor) -> None:
         """The group of modules that ``module`` leads computed ``output``."""
 
     def owns(self, hook: object) -> bool:

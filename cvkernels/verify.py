@@ -186,7 +186,7 @@ def _layer_error(name: str, ours: Tensor, stock: Sequence[Tensor], exact: Tensor
 def rounding(result: Tensor) -> float:
     """One rounding of ``result``, relative: that of TF32 where convolutions may compute in it."""
     may = result.is_cuda and result.dtype == torch.float32
-    if may and torch.backends.cudnn.conv.fp32_precision == "tf32":
+    if may and torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
         return 2.0**-10
     return torch.finfo(result.dtype).eps
 

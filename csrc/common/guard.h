@@ -89,7 +89,9 @@ class Guard {
     return owned(PyObject_GetAttr(of, name.ptr()));
   }
 
-  static Object attribute(PyObject* of, PyObject* name) { return owned(PyObject_GetAttr(of, name)); }
+  static Object attribute(PyObject* of, PyObject* name) {
+    return owned(PyObject_GetAttr(of, name));
+  }
 
   static Object called(PyObject* of, const Object& name) {
     return owned(PyObject_CallMethodNoArgs(of, name.ptr()));
@@ -183,7 +185,8 @@ class Guard {
   // As kept(), but for what may lead back to the module, whose plans hold this guard: a model that
   // nothing refers to any more has to go at once, as it would without plans.
   PyObject* kept_unless_cyclic(const Object& object) {
-    const bool plain = object && (!PyObject_GC_IsTracked(object.ptr()) || PyType_Check(object.ptr()));
+    const bool plain =
+        object && (!PyObject_GC_IsTracked(object.ptr()) || PyType_Check(object.ptr()));
     return plain ? kept(object) : object.ptr();
   }
 
@@ -205,15 +208,17 @@ class Guard {
   Module module_of(const Object& module, const pybind11::sequence& names,
                    const pybind11::sequence& shadows) {
     const Object attributes = module.attr("__dict__");
-    Module result{module.ptr(), Py_TYPE(module.ptr()), {}, {},
+    Module result{module.ptr(),
+                  Py_TYPE(module.ptr()),
+                  {},
+                  {},
                   values_of("_parameters", attributes, true),
                   values_of("_buffers", attributes, true),
                   values_of("_modules", attributes, false)};
     kept(pybind11::type::of(module));
     for (const auto& name : names) {
       const Object key = interned(name);
-      result.options.emplace_back(kept(key),
-                                  kept_unless_cyclic(at(attributes.ptr(), key.ptr())));
+      result.options.emplace_back(kept(key), kept_unless_cyclic(at(attributes.ptr(), key.ptr())));
     }
     for (const auto& name : shadows) result.absent.push_back(kept(interned(name)));
     return result;

@@ -31,6 +31,9 @@ _avg_pool = torch.ops.cvkernels.avg_pool.default
 _avg_pool_out = torch.ops.cvkernels.avg_pool_out.default
 _plans = PlanTable()
 
+Pair = tuple[int, int]
+Options = tuple[Pair, Pair, Pair, bool, bool, int | None]
+
 
 def plan(
     x_like: Tensor,
@@ -163,7 +166,7 @@ def _why_not_native(problem: None, call: Call) -> str:
 
 
 def _plan_native(
-    call: Call, options: tuple, input_bn: BatchNormParams | None, out: Tensor | None
+    call: Call, options: Options, input_bn: BatchNormParams | None, out: Tensor | None
 ) -> Callable[..., Tensor]:
     vectors = norm.vectors_of(input_bn, call.x) or norm.NO_VECTORS
     return plan_native(
@@ -176,7 +179,7 @@ def _plan_native(
 
 
 def _plan_reference(
-    call: Call, options: tuple, input_bn: BatchNormParams | None, out: Tensor | None
+    call: Call, options: Options, input_bn: BatchNormParams | None, out: Tensor | None
 ) -> Callable[..., Tensor]:
     bn = norm.vectors_of(input_bn, call.x)
 

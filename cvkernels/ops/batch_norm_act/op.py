@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def plan(
 
     else:
         compute = _plan_native(*tensors, eps, act, once)
-        if autograd.needs_grad(tensors):
+        if autograd.needs_grad(*tensors):
             compute = functools.partial(_BatchNormAct.apply, compute, eps, act)
 
         def run(x, weight, bias, residual):
@@ -114,7 +114,7 @@ def batch_norm_act(
     tensors = (x, weight, bias, residual)
     key = None if torch.compiler.is_compiling() else _plans.key(backend, tensors, eps, act)
     if (planned := _plans.get(key)) is None:
-        options = {"eps": eps, "act": act, "residual": residual, "backend": backend}
+        options: Any = {"eps": eps, "act": act, "residual": residual, "backend": backend}
         planned = _plans.keep(key, plan(x, weight, bias, once=key is None, **options), *tensors)
     return planned(*tensors)
 
@@ -131,7 +131,14 @@ def refuse_create_graph(name: str) -> None:
         )
 
 
-def _checked_choice(x, weight, bias, act, residual, backend) -> Choice:
+def _checked_choice(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    act: str,
+    residual: Tensor | None,
+    backend: Backend,
+) -> Choice:
     if x.dim() != 4 or x.numel() <= x.shape[1]:
         raise ValueError(
             f"batch_norm_act: x must have shape [N, C, H, W] with more than one element per "
@@ -158,7 +165,15 @@ def _checked_choice(x, weight, bias, act, residual, backend) -> Choice:
     return passes.select(x, requested)
 
 
-def _plan_native(x, weight, bias, residual, eps, act, once) -> Callable[..., tuple[Tensor, Tensor]]:
+def _plan_native(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    act: str,
+    once: bool,
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """(out, vectors) as a function of (x, weight, bias, residual)."""
     if residual is not None and not passes.is_pixel_matrix(residual):
         once = True  # it is copied

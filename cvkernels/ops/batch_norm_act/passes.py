@@ -24,7 +24,7 @@ dtype. Nothing is checked here beyond what the native op checks, and nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -106,9 +106,9 @@ def forward(
 
     read = (x, x) if residual is None else (x, x, residual)
     _run("forward", x, read, (out,), run, as_reference)
-    if running and not torch.compiler.is_compiling() and not running_mean.is_inference():
+    if running and not torch.compiler.is_compiling() and not running.mean.is_inference():
         # Who derives weights from them has to hear of it.
-        torch.autograd.graph.increment_version((running_mean, running_var))
+        torch.autograd.graph.increment_version((running.mean, running.var))
     return out
 
 
@@ -158,6 +158,7 @@ def backward(
         if grad_residual is not None:
             grad_residual.copy_(dy)
         if out is not None:
+            assert bn.mean is not None
             through = reference.through_statistics_reference(x, bn.mean, *results[2:])
             out.copy_(dy * reference.column(reference.scale_of(bn)) + through)
 
@@ -247,6 +248,7 @@ def input_gradient(
 
 def vectors_of(bn: BatchNormParams, x: Tensor) -> Tensor:
     """What :func:`forward` fills, of a norm of x whose statistics are there."""
+    assert bn.mean is not None and bn.var is not None
     rows = reference.rows_of(bn.mean, bn.var, bn.weight, bn.bias)
     return torch.stack([row.to(wide_dtype(x)) for row in rows])
 
@@ -293,7 +295,14 @@ def is_pixel_matrix(x: Tensor) -> bool:
     return step >= C
 
 
-def _run(name: str, x: Tensor, read: Sequence, written: Sequence, run, as_reference) -> None:
+def _run(
+    name: str,
+    x: Tensor,
+    read: Sequence,
+    written: Sequence,
+    run: Callable[[], None],
+    as_reference: Callable[[], None],
+) -> None:
     if _at_once(x):
         return run()
     choice = select(x)
@@ -319,7 +328,7 @@ def _at_once(x: Tensor) -> bool:
     )
 
 
-def _writes(*_) -> None:
+def _writes(*_: object) -> None:
     """What every op does to a fake: nothing that its shape shows."""
 
 

@@ -44,6 +44,7 @@ def rows_of(
 
 def normalized_reference(x: Tensor, bn: BatchNormParams) -> Tensor:
     """``(x - mean) * scale + bias`` in the dtype that x is computed in."""
+    assert bn.mean is not None
     y = (wide(x) - column(bn.mean)) * column(scale_of(bn))
     return y if bn.bias is None else y + column(wide(bn.bias))
 
@@ -59,6 +60,7 @@ def reduce_reference(
     grad: Tensor, x: Tensor, bn: BatchNormParams, act: str, output: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """(dy, what is added to the total, d_weight, d_bias, slope, offset)."""
+    assert bn.mean is not None and bn.var is not None
     dy = _before_act(grad, normalized_reference(x, bn) if output is None else wide(output), act)
     scale, inverse_std = scale_of(bn), torch.rsqrt(bn.var + bn.eps)
     pixels = x.numel() // x.shape[1]
@@ -73,6 +75,7 @@ def through_statistics_reference(x: Tensor, mean: Tensor, slope: Tensor, offset:
 
 
 def scale_of(bn: BatchNormParams) -> Tensor:
+    assert bn.mean is not None
     scale = torch.ones_like(bn.mean) if bn.weight is None else wide(bn.weight)
     return scale if bn.var is None else scale * torch.rsqrt(bn.var + bn.eps)
 

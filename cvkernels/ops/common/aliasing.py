@@ -38,7 +38,7 @@ def overlap(a: Tensor, b: Tensor) -> bool:
     stops = [start + t.shape[1] for start, t in zip(starts, (a, b), strict=True)]
     if max(stops) > pixel:
         return True
-    return starts[0] < stops[1] and starts[1] < stops[0]
+    return bool(starts[0] < stops[1] and starts[1] < stops[0])
 
 
 def _span(t: Tensor) -> int:

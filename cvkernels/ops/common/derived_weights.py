@@ -62,7 +62,7 @@ class DerivedWeights:
                 return entry.value
         compared = not self._constant and all(t.is_cpu for t in tensors)
         contents = Contents(tensors) if compared else None
-        digest = contents.digest() if compared else 0
+        digest = 0 if contents is None else contents.digest()
         value = build()
         if captured:
             return value

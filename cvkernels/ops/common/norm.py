@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -49,16 +49,18 @@ class BatchNormParams(NamedTuple):
         return cls(module.weight, module.bias, module.running_mean, module.running_var, module.eps)
 
 
-def vectors_of(bn: BatchNormParams | None, x: Tensor) -> BatchNormParams | None:
+OptionalNorm = TypeVar("OptionalNorm", BatchNormParams, BatchNormParams | None)
+
+
+def vectors_of(bn: OptionalNorm, x: Tensor) -> OptionalNorm:
     """bn with vectors of one dtype, x's or the one that x is computed in, contiguous."""
     if bn is None:
-        return None
+        return bn
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     kinds = {vector.dtype for vector in bn[:4] if vector is not None}
     kind = x.dtype if kinds == {x.dtype} else wide
-    return BatchNormParams(
-        *(None if vector is None else vector.to(kind).contiguous() for vector in bn[:4]), bn.eps
-    )
+    weight, bias, mean, var = (v if v is None else v.to(kind).contiguous() for v in bn[:4])
+    return BatchNormParams(weight, bias, mean, var, bn.eps)
 
 
 def sources_of(weight: Tensor, bias: Tensor | None, bn: BatchNormParams | None) -> list:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,9 @@ class Window(NamedTuple):
     ceil_mode: bool
 
 
-def window_of(op, kernel_size, stride, padding, dilation, ceil_mode) -> Window:
+def window_of(
+    op: str, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+) -> Window:
     """The checked options of a call of ``op``."""
     kernel_size = _pair(op, kernel_size, "kernel_size", 1)
     return Window(
@@ -41,7 +43,7 @@ def window_of(op, kernel_size, stride, padding, dilation, ceil_mode) -> Window:
     )
 
 
-def _pair(op: str, value, name: str, least: int) -> tuple[int, int]:
+def _pair(op: str, value: Any, name: str, least: int) -> tuple[int, int]:
     if isinstance(value, int):
         if value < least:
             raise ValueError(f"{op}: {name} must be at least {least}, got {value!r}")
@@ -148,5 +150,5 @@ def plan_native(
         work(x.data_ptr(), *between, y.data_ptr())
         return y
 
-    run_directly.held = vectors  # the memory at their addresses
+    run_directly.held = vectors  # type: ignore[attr-defined]  # the memory at their addresses
     return run_directly

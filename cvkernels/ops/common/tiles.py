@@ -17,4 +17,5 @@ def power_of_two(value: int) -> int:
 
 
 def sm_count(capability: tuple[int, int]) -> int:
-    return SM_COUNT.get(tuple(capability), 108)
+    major, minor = capability
+    return SM_COUNT.get((major, minor), 108)

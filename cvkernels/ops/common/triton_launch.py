@@ -61,7 +61,7 @@ class Launch:
         constants = tuple(meta[name] for name in kernel.arg_names if name in meta)
         self._last = (*fixed, *constants)
         # The interpreter's kernels have no such cache.
-        self._device_caches = getattr(kernel, "device_caches", None)
+        self._device_caches: Any = getattr(kernel, "device_caches", None)
         self._compiled: dict[tuple, _Compiled | None] = {}
 
     def warmup(self, *operands: Tensor | float | None) -> Any:
@@ -74,7 +74,7 @@ class Launch:
         if self._device_caches is None:
             self._by_triton(operands)
             return
-        device = operands[0].get_device()
+        device = operands[0].get_device()  # type: ignore[union-attr]
         if device == driver.active.get_current_device():
             self._launch(device, operands)
         else:
@@ -118,10 +118,11 @@ class Launch:
 
 def _known(compiled: Any, device_cache: Any) -> _Compiled:
     """What to launch the kernel with that Triton returned, by the names its launcher gives."""
-    function, packed, metadata, launch_metadata, run = (
+    parts: list[Any] = [
         getattr(compiled, name, None)
         for name in ("function", "packed_metadata", "metadata", "launch_metadata", "run")
-    )
+    ]
+    function, packed, metadata, launch_metadata, run = parts
     # Kernels for other targets are specialised on more than alignment.
     if run is not None and metadata.target.backend == "cuda":
         *names, last = inspect.signature(run).parameters

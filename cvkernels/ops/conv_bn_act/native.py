@@ -139,7 +139,9 @@ def plan(
     return _direct(run, problem, call.x, like, (packed, shift, affine))
 
 
-def _direct(run: Callable[..., Tensor], problem: Problem, x: Tensor, like: tuple, held: tuple):
+def _direct(
+    run: Callable[..., Tensor], problem: Problem, x: Tensor, like: tuple, held: tuple
+) -> Callable[..., Tensor]:
     """``run`` past the dispatcher, for tensors like these; run itself where it would copy some."""
     residual, gate, out = like
     if not all(t is None or is_pixel_matrix(t) for t in (residual, out)):
@@ -166,7 +168,7 @@ def _direct(run: Callable[..., Tensor], problem: Problem, x: Tensor, like: tuple
         )  # fmt: skip
         return y
 
-    run_directly.held = held  # the memory at its addresses
+    run_directly.held = held  # type: ignore[attr-defined]  # the memory at its addresses
     return run_directly
 
 

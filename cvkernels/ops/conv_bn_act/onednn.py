@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ POST_OPS = {
     "silu": ("swish", []),
 }
 
-IN_PLACE = {
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
     "relu": torch.ops.aten.relu_,
     "relu6": lambda y: torch.ops.aten.hardtanh_(y, 0.0, 6.0),
@@ -84,9 +85,8 @@ def plan(
         folded, shift = fold(weight, bias, bn)
         with torch.no_grad():
             # In oneDNN's best layout for this input size; without the size it repacks every call.
-            packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
-                folded.contiguous().to_mkldnn(), *geometry, size
-            )
+            reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub lacks the size
+            packed = reorder(folded.contiguous().to_mkldnn(), *geometry, size)
         return packed, shift
 
     if cache is None:

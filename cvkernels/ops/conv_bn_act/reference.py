@@ -12,6 +12,8 @@ gives du and dW_raw together.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,7 +49,9 @@ def conv_bn_act_reference(
     return activate(y, act)
 
 
-def prologue(x: Tensor, bn: BatchNormParams | None, gate: Tensor | None, dtype: torch.dtype):
+def prologue(
+    x: Tensor, bn: BatchNormParams | None, gate: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Any, Any]:
     """u, and what its gradient needs: u before the gate, the norm's scale, and v > 0."""
     if bn is None:
         before_gate, scale, positive = x, None, None
@@ -60,7 +64,16 @@ def prologue(x: Tensor, bn: BatchNormParams | None, gate: Tensor | None, dtype: 
     return u, before_gate, scale, positive
 
 
-def prologue_backward(du: Tensor, x: Tensor, bn, gate, before_gate, scale, positive, dtype):
+def prologue_backward(
+    du: Tensor,
+    x: Tensor,
+    bn: BatchNormParams | None,
+    gate: Tensor | None,
+    before_gate: Tensor,
+    scale: Any,
+    positive: Any,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, d weight and d bias of input_bn, d gate)."""
     d_gate = d_weight = d_bias = None
     if gate is not None:
@@ -88,6 +101,7 @@ def activation_backward(
     if act == "relu6":
         return torch.ops.aten.hardtanh_backward(grad, out, 0.0, 6.0)
     if act == "silu":
+        assert pre_activation is not None
         sigmoid = torch.sigmoid(pre_activation)
         return grad * (sigmoid * (1 + pre_activation * (1 - sigmoid)))
     return grad

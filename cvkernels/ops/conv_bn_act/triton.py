@@ -147,7 +147,7 @@ def _plan(
     }
     even = p.groups == 1 and p.C % config.block_k == 0
     if name == "1x1":
-        sizes = (pixels, p.C, p.K, p.P, p.Q)
+        sizes: tuple[int, ...] = (pixels, p.C, p.K, p.P, p.Q)
         weight_strides = weight_strides[:2]
         uniform = p.has_input_gate and p.P * p.Q % config.block_m == 0
         flat_x = p.stride == (1, 1) and _flat(x_strides, p.H, p.W)

@@ -7,6 +7,7 @@ replay and a compiled model at each call.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -86,9 +87,7 @@ def _plan(shape: torch.Size, strides: tuple[int, ...]) -> Launch:
     return Launch(fold_kernel, grid, (C, S, size, *strides), {"BLOCK": _BLOCK})
 
 
-def operands(
-    weight: Tensor, bias: Tensor | None, bn: BatchNormParams
-) -> tuple[Tensor | float | None, ...]:
+def operands(weight: Tensor, bias: Tensor | None, bn: BatchNormParams) -> tuple[Any, ...]:
     """The arguments of the launch; the last two are the results."""
     vectors = [None if v is None else v.contiguous() for v in (bias, *bn[:4])]
     folded = torch.empty_like(weight, memory_format=torch.channels_last)

@@ -131,7 +131,7 @@ def _plan_native(
         work(buffer.data_ptr(), src.data_ptr(), *held)
         return buffer
 
-    run_directly.held = vectors  # the memory at their addresses
+    run_directly.held = vectors  # type: ignore[attr-defined]  # the memory at their addresses
     return run_directly
 
 

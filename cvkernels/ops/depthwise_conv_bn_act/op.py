@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -347,11 +348,15 @@ def _registered(
     return op(x, weight, bias, *(bn or BatchNormParams()), *geometry, act, name)
 
 
-def _unflatten(flat: tuple) -> tuple[tuple, tuple, str, str]:
+def _unflatten(
+    flat: tuple,
+) -> tuple[tuple[Any, Any, Any, Any], tuple[Any, Any, Any], str, str]:
     """(tensors, geometry, act, backend) of a registered op's arguments."""
+    x, weight, bias = flat[:3]
     bn = BatchNormParams(*flat[3:8])
-    tensors = (*flat[:3], None if bn[:4] == (None,) * 4 else bn)
-    return tensors, tuple(tuple(pair) for pair in flat[8:11]), flat[11], flat[12]
+    tensors = (x, weight, bias, None if bn[:4] == (None,) * 4 else bn)
+    stride, padding, dilation = (tuple(pair) for pair in flat[8:11])
+    return tensors, (stride, padding, dilation), flat[11], flat[12]
 
 
 def _compute(flat: tuple, squeeze: bool) -> tuple[Tensor, Tensor | None]:
@@ -362,11 +367,11 @@ def _compute(flat: tuple, squeeze: bool) -> tuple[Tensor, Tensor | None]:
     return in_format(out, torch.channels_last), sums
 
 
-def _depthwise_conv_bn_act(*flat) -> Tensor:
+def _depthwise_conv_bn_act(*flat: Any) -> Tensor:
     return _compute(flat, False)[0]
 
 
-def _depthwise_conv_bn_act_squeeze(*flat) -> tuple[Tensor, Tensor]:
+def _depthwise_conv_bn_act_squeeze(*flat: Any) -> tuple[Tensor, Tensor | None]:
     return _compute(flat, True)
 
 
@@ -375,7 +380,7 @@ for key in ("CPU", "CUDA"):
     library.impl("depthwise_conv_bn_act_squeeze", _depthwise_conv_bn_act_squeeze, key)
 
 
-def _fake(*flat) -> Tensor:
+def _fake(*flat: Any) -> Tensor:
     x, weight = flat[:2]
     P, Q = (
         (size + 2 * p - d * (taps - 1) - 1) // s + 1
@@ -385,7 +390,7 @@ def _fake(*flat) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _fake_squeeze(*flat) -> tuple[Tensor, Tensor]:
+def _fake_squeeze(*flat: Any) -> tuple[Tensor, Tensor]:
     x = flat[0]
     return _fake(*flat), torch.empty(x.shape[:2], dtype=sums_dtype(x.dtype), device=x.device)
 

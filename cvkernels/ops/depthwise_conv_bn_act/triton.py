@@ -40,7 +40,7 @@ class Planned(NamedTuple):
         bn: BatchNormParams | None,
         out: Tensor,
         sums: Tensor | None,
-    ) -> tuple[Tensor | float | None, ...]:
+    ) -> tuple[Any, ...]:
         """The arguments in the order of the kernel's first parameters, with room for sums."""
         parts = sums
         if sums is not None and self.bands is not None:
@@ -107,7 +107,7 @@ def _plan(
     out_n, out_c, out_h, out_w = out_strides
     steps = x_n | x_h | x_w | weight_r | weight_s | out_n | out_h | out_w
     vec = 1 if (p.C | steps) % 8 else 8
-    fixed = (p.C // vec, p.H, p.W, p.P, p.Q, tiles.bands, tiles.band_rows)
+    fixed: tuple[int, ...] = (p.C // vec, p.H, p.W, p.P, p.Q, tiles.bands, tiles.band_rows)
     fixed += (x_n // vec, x_c, x_h // vec, x_w // vec)
     fixed += (weight_c, weight_r // vec, weight_s // vec)
     fixed += (out_n // vec, out_c, out_h // vec, out_w // vec)

@@ -6,6 +6,7 @@ Activations are passed as their number in ``ACTS``, and matrices without the 1x1
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ se_scale_out = torch.ops.cvkernels.se_scale_native_out.default
 squeeze_excite_out = torch.ops.cvkernels.squeeze_excite_native_out.default
 
 Layers = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
 _fresh = torch.empty_like
 
 
@@ -70,7 +72,7 @@ def matrices(
     return _dense(weight1), _dense(bias1), _dense(weight2), _dense(bias2)
 
 
-def _dense(t: Tensor | None) -> Tensor | None:
+def _dense(t: OptionalTensor) -> OptionalTensor:
     return t if t is None or t.is_contiguous() else t.contiguous()
 
 
@@ -107,7 +109,7 @@ def plan_excite(
     dense = all(t is None or t.is_contiguous() for t in (x, *layers))
     if not native.directs(call) or not dense or not x.shape[0]:
         return run
-    weights = tuple([t if t is None else t.detach() for t in layers])
+    weights: Any = tuple([t if t is None else t.detach() for t in layers])
     out = x.new_empty(x.shape, dtype=x.dtype if count is None else layers[0].dtype)
     work = native.direct(lambda: excite_of(x, *matrices(*weights), *options))
     like, fresh = native.template(out), _fresh
@@ -180,7 +182,7 @@ def plan_squeeze_excite(
     if not native.directs(call) or not fitted or not dense or not call.x.shape[0]:
         return writing(run, fitted)
     x, y = call.x, new_like(call.x) if out is None else out
-    weights = tuple([t if t is None else t.detach() for t in layers])
+    weights: Any = tuple([t if t is None else t.detach() for t in layers])
     work = native.direct(lambda: run(weights, x, residual, y))
     like, fresh = native.template(y), _fresh
 
@@ -225,16 +227,17 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`.reference.se_scale_backward`, of channels_last maps."""
     grad = fitting(grad, True)
-    masks = act == "relu"
-    masked = new_like(x) if masks else None
+    masked = None
+    if act == "relu":
+        assert out is not None
+        out, masked = fitting(out, True), new_like(x)
     sums = torch.empty(gate.shape, dtype=torch.float32)
-    torch.ops.cvkernels.se_scale_native_sums.default(
-        grad, x, fitting(out, True) if masks else None, masked, sums
-    )
+    read = None if masked is None else out
+    torch.ops.cvkernels.se_scale_native_sums.default(grad, x, read, masked, sums)
     s = torch.sigmoid(gate.float())
-    dz = masked if masks else grad
+    dz = grad if masked is None else masked
     dx = scale_shifted(dz, s, torch.zeros_like(s)) if input_grad else x.new_empty(0)
-    return dx, (sums * (s * (1 - s))).to(gate.dtype), masked if masks else x.new_empty(0)
+    return dx, (sums * (s * (1 - s))).to(gate.dtype), x.new_empty(0) if masked is None else masked
 
 
 def scale_shifted(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

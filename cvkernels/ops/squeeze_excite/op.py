@@ -226,7 +226,9 @@ def _plan_reference(
     out_act: str,
     out: Tensor | None,
 ) -> Callable[..., Tensor]:
-    def run(layers, x, residual=None, out=None):
+    def run(
+        layers: Layers, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         y = squeeze_excite_reference(x, *layers, act, residual, out_act)
         return y if out is None else out.copy_(y)
 

@@ -10,8 +10,6 @@ and through the block, with d mean from the two layers, dx = dz * s + d mean / H
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,6 +71,7 @@ def activation_grad(grad: Tensor, act: str, z: Tensor | None, out: Tensor | None
     if act == "relu":
         return torch.ops.aten.threshold_backward(grad, out, 0)
     if act == "silu":
+        assert z is not None
         s = torch.sigmoid(z)
         return grad * (s * (1 + z * (1 - s)))
     return grad
@@ -133,7 +132,7 @@ def excite_backward(
 def squeeze_excite_backward(
     grad: Tensor,
     x: Tensor,
-    layers: Sequence[Tensor | None],
+    layers: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
     mean: Tensor,
     gate: Tensor,
     residual: Tensor | None,

@@ -80,7 +80,10 @@ def excite(N: int, C: int, R: int) -> tuple[int, int, int]:
 def vec_of(*maps: Tensor | None) -> int:
     """8 where channels and strides are multiples of it, so that accesses are 16 bytes; else 1."""
     for x in maps:
-        if x is not None and any(s % 8 for s in (x.shape[1], x.stride(0), pixel_stride(x))):
+        if x is None:
+            continue
+        steps = (x.shape[1], x.stride(0), pixel_stride(x))
+        if any(step is None or step % 8 for step in steps):
             return 1
     return 8
 

@@ -256,7 +256,8 @@ def plan_se_scale_backward(
     """((grad, x, residual, out), gate) -> what :func:`se_scale_backward` returns."""
     nhwc = is_nhwc(x)
     maps, readers = zip(*(_read(t, nhwc) for t in (grad, x, residual, out)), strict=True)
-    launch, size = backward_launch(*maps, act), parts_shape(maps[1], tiles.BACKWARD)
+    launch = backward_launch(maps[0], maps[1], maps[2], maps[3], act)
+    size = parts_shape(maps[1], tiles.BACKWARD)
     finish = finish_launch(size)
     shape, strides = x.shape, new_like(maps[1]).stride()
 
@@ -292,9 +293,9 @@ def squeeze_launch(x: Tensor, divisor: int) -> Launch:
         fixed = (N * C, HW, float(divisor))
         return Launch(squeeze_nchw_kernel, (cdiv(N * C, rows),), fixed, meta)
     tile = tiles.reduction(N, C, HW, tiles.vec_of(x), tiles.SQUEEZE)
-    fixed = (HW, C // tile.vec, *_packs(x, tile.vec), tile.pixels_per_part, tile.parts)
+    sizes = (HW, C // tile.vec, *_packs(x, tile.vec), tile.pixels_per_part, tile.parts)
     grid = (N * tile.parts * cdiv(C, tile.block_c),)
-    return Launch(squeeze_nhwc_kernel, grid, (*fixed, float(divisor)), _blocks(tile))
+    return Launch(squeeze_nhwc_kernel, grid, (*sizes, float(divisor)), _blocks(tile))
 
 
 def finish_launch(parts: tuple[int, int, int]) -> Launch:
@@ -323,7 +324,7 @@ def image_launch(
     """(x, weight1, bias1, weight2, bias2, residual, out, gate, mean): a program for each image."""
     N, C, H, W = x.shape
     tile, block_r = tiles.image(C, H * W, R, tiles.vec_of(x, residual, out))
-    fixed = (H * W, C // tile.vec, R)
+    fixed: tuple[int, ...] = (H * W, C // tile.vec, R)
     for part in (x, residual, out):
         fixed += _packs(part, tile.vec)
     meta = {"ACT": act, "OUT_ACT": out_act, "BLOCK_R": block_r, "num_warps": 8, **_blocks(tile)}
@@ -340,7 +341,7 @@ def se_scale_launch(x: Tensor, residual: Tensor | None, act: str, out: Tensor) -
         grid = (cdiv(N * C, rows) * cdiv(HW, block_p),)
         return Launch(se_scale_nchw_kernel, grid, (N * C, HW), meta)
     tile = tiles.elementwise(N, C, HW, tiles.vec_of(x, residual, out))
-    fixed = (HW, C // tile.vec)
+    fixed: tuple[int, ...] = (HW, C // tile.vec)
     for part in (x, residual, out):
         fixed += _packs(part, tile.vec)
     grid = (N * cdiv(HW, tile.block_p) * cdiv(C, tile.block_c),)
@@ -358,7 +359,7 @@ def backward_launch(
         meta = {"ACT": act, "BLOCK_ROWS": rows, "BLOCK_P": block_p, **_REGISTERS}
         return Launch(se_scale_bwd_nchw_kernel, (cdiv(N * C, rows),), (N * C, HW), meta)
     tile = tiles.reduction(N, C, HW, tiles.vec_of(grad, x, residual, out), tiles.BACKWARD)
-    fixed = (HW, C // tile.vec)
+    fixed: tuple[int, ...] = (HW, C // tile.vec)
     for part in (grad, x, residual, out):
         fixed += _packs(part, tile.vec)
     grid = (N * tile.parts * cdiv(C, tile.block_c),)
@@ -366,9 +367,7 @@ def backward_launch(
     return Launch(se_scale_bwd_nhwc_kernel, grid, fixed, {"ACT": act, **_blocks(tile)})
 
 
-def _read(
-    x: Tensor | None, nhwc: bool
-) -> tuple[Tensor | None, Callable[[Tensor | None], Tensor | None]]:
+def _read(x: Tensor | None, nhwc: bool) -> tuple[Any, Callable[[Any], Any]]:
     """(x as the kernels read it, what makes that of a tensor with x's layout)."""
     if x is None or fits(x, nhwc):
         return x, lambda x: x
@@ -377,7 +376,11 @@ def _read(
 
 def _packs(x: Tensor | None, vec: int) -> tuple[int, int]:
     """(stride of images, stride of pixels) in packs."""
-    return (0, 0) if x is None else (x.stride(0) // vec, pixel_stride(x) // vec)
+    if x is None:
+        return 0, 0
+    step = pixel_stride(x)
+    assert step is not None, "the maps fit"
+    return x.stride(0) // vec, step // vec
 
 
 def _blocks(tile: tiles.Tile) -> dict[str, int]:
