@@ -20,7 +20,6 @@ import torch
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from cvkernels.ops.conv_bn_act.checks import problem_of  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.driver import CudaLauncher  # noqa: E402
 
@@ -29,6 +28,7 @@ from cvkernels.ops.common.norm import BatchNormParams  # noqa: E402
 from cvkernels.ops.common.triton_launch import Launch  # noqa: E402
 from cvkernels.ops.conv_bn_act import triton_launch as conv_launches  # noqa: E402
 from cvkernels.ops.conv_bn_act import tuning  # noqa: E402
+from cvkernels.ops.conv_bn_act.problem import problem_of  # noqa: E402
 from cvkernels.ops.depthwise_conv_bn_act import triton_launch as depthwise_launches  # noqa: E402
 from cvkernels.ops.depthwise_conv_bn_act.problem import problem_of as depthwise_problem  # noqa: E402
 from cvkernels.ops.squeeze_excite import triton_launch as se_launches  # noqa: E402

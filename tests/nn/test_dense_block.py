@@ -42,7 +42,7 @@ def test_block_matches_stock(shape, dtype, memory_format, device):
     ours, stock = (block.to(device, dtype) for block in blocks())
     x = torch.randn(shape).to(device, dtype).contiguous(memory_format=memory_format)
     before = x.clone()
-    for _ in range(3):  # the first call, the one that prepares, and one that is recalled
+    for _ in range(3):  # the first call, the one that plans, and one by a kept plan
         assert_matches_module(ours, stock, x, grad=False)
     assert torch.equal(x, before)
     assert not concatenates(ours, x)[0]
