@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cvkernels import backend, extension, functional, record
+from cvkernels import backend, functional, record
 from cvkernels.functional import (
     BatchNormParams,
     DerivedWeights,
@@ -20,15 +20,11 @@ from cvkernels.functional import (
 )
 from tests.support.cases.squeeze_excite import SMALL, Map, make_layers, make_map
 
+pytestmark = pytest.mark.usefixtures("native")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 OPS = sorted(set(functional.__all__) - {"BatchNormParams", "DerivedWeights"})
 PLANNED = sorted(set(OPS) - {"batch_norm_act"})
-
-
-@pytest.fixture(autouse=True)
-def native():
-    if not extension.has("cpu"):
-        pytest.skip(extension.status()["cpu"].reason)
 
 
 class Call:

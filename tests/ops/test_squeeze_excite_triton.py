@@ -21,6 +21,7 @@ from tests.support.cases.squeeze_excite import (
     make_map,
     of_flat_layers,
 )
+from tests.support.cases.views import STRIDED
 from tests.support.numerics import assert_matches, assert_matches_grad
 
 pytest.importorskip("triton")
@@ -140,18 +141,9 @@ def test_gradients_of_images_in_one_launch(device, monkeypatch):
     assert_matches_grad(ours, stock, (x, layers, "silu", None, "relu"))
 
 
-STRIDED = {
-    "channel-slice": lambda x: x[:, 8:40],
-    "unaligned-channel-slice": lambda x: x[:, 3:36],
-    "every-second-channel": lambda x: x[:, ::2],
-    "transposed": lambda x: x.transpose(2, 3),
-    "expanded-batch": lambda x: x[:1].expand(3, -1, -1, -1),
-}
-
-
 @pytest.mark.parametrize("view", STRIDED.values(), ids=STRIDED.keys())
 def test_any_strides(view, memory_format, device):
-    whole = make_map(Map(2, 48, 4, 6, 7), torch.float32, memory_format, device)
+    whole = make_map(Map(2, 48, 4, 9, 8), torch.float32, memory_format, device)
     x, added = view(whole), view(whole + 1)
     layers = make_layers(Map(*x.shape[:2], 6, *x.shape[2:]), torch.float32, device)
     for residual in (added, added.contiguous()):
