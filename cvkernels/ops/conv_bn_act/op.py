@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -85,7 +86,10 @@ def plan(
             "call it under torch.no_grad(), or leave out= away"
         )
     parameters = Parameters(weight, bias, bn, input_bn)
-    return _plan(problem, call, parameters, (residual, input_gate, out), cache)
+    planned = _plan(problem, call, parameters, (residual, input_gate, out), cache)
+    return planned.expecting(
+        call, parameters, x=x_like, residual=residual, input_gate=input_gate, out=out
+    )
 
 
 @planned_by(plan)
@@ -167,7 +171,7 @@ def conv_bn_act(
     )  # fmt: skip
     if out is not None:
         check_overlap(out, x, weight, residual)
-    return planned(x, residual, input_gate, out)
+    return planned.recorded(x, residual, input_gate, out)
 
 
 backends.answers(OP, plan)
@@ -245,6 +249,7 @@ def _plan_reference(
 
 
 TABLE = Table(
+    OP,
     Implementation("cudnn", _why_not_cudnn, cudnn.plan, _why_cudnn, "cuda"),
     Implementation(
         "triton", _why_not_triton, _plan_triton, "Triton is preferred for this shape", "cuda"
@@ -264,14 +269,7 @@ def _plan(
     cache: DerivedWeights | None = None,
 ) -> Plan:
     """The plan of a checked call; ``like`` are examples of residual, input_gate and out."""
-    implementation, (name, reason) = choose(OP, TABLE, problem, call)
-    if call.once:
-
-        def traffic() -> Traffic:
-            return _traffic(problem, name, call.x, *like)()
-
-    else:  # which does not hold the examples
-        traffic = _traffic(problem, name, call.x, *like)
+    implementation, (name, reason) = choose(TABLE, problem, call)
     if name == "reference":
         run = implementation.build(problem, call, parameters, like, cache)
     elif call.grad:
@@ -282,11 +280,13 @@ def _plan(
         run = implementation.build(problem, call, parameters, like, cache)
     else:
         run = _casting(implementation, problem, call, parameters, like, cache)
-    planned = Plan(OP, name, reason, run, traffic)
+    moves = functools.partial(_traffic, problem, name, call.x, *like)
+    # Kept plans do not hold the examples.
+    planned = Plan(OP, name, reason, run, moves if call.once else moves())
     if name != "onednn" or problem.C > 4:
         return planned
     run = _plan_reference(problem, call, parameters, like, cache)
-    return ImagePlan(planned, Plan(OP, "reference", BAD_IMAGE, run, traffic), call.automatic)
+    return ImagePlan(planned, Plan(OP, "reference", BAD_IMAGE, run, moves), call.automatic)
 
 
 BAD_IMAGE = "the image holds NaN or infinity, which oneDNN's relu would hide"
@@ -295,19 +295,24 @@ BAD_IMAGE = "the image holds NaN or infinity, which oneDNN's relu would hide"
 class ImagePlan(Plan):
     """oneDNN's relu turns NaN into 0: a bad image must not come out as plausible logits."""
 
-    __slots__ = ("automatic", "otherwise")
+    __slots__ = ("_chosen",)
 
-    def __init__(self, planned: Plan, otherwise: Plan, automatic: bool) -> None:
-        super().__init__(OP, planned.backend, planned.reason, planned.run, lambda: planned.traffic)
-        self.otherwise = otherwise
-        self.automatic = automatic
+    def __init__(self, fused: Plan, stock: Plan, automatic: bool) -> None:
+        def chosen(x: Tensor) -> Plan:
+            if math.isfinite(x.sum().item()):
+                return fused
+            if automatic:
+                return stock
+            raise BackendError(refusal(OP, fused.backend, BAD_IMAGE))
 
-    def __call__(self, x: Tensor, *data: Tensor | None) -> Tensor:
-        if math.isfinite(x.sum().item()):
-            return super().__call__(x, *data)
-        if self.automatic:
-            return self.otherwise(x, *data)
-        raise BackendError(refusal(OP, self.backend, BAD_IMAGE))
+        def run(x, *data):
+            return chosen(x).run(x, *data)
+
+        super().__init__(OP, fused.backend, fused.reason, run, fused._traffic)
+        self._chosen = chosen
+
+    def recorded(self, x: Tensor, *data: Tensor | None) -> Tensor:
+        return self._chosen(x).recorded(x, *data)
 
 
 def _allocating(problem: Problem) -> Run:
@@ -376,7 +381,7 @@ def _traffic(
     residual: Tensor | None,
     input_gate: Tensor | None,
     out: Tensor | None,
-) -> Callable[[], Traffic]:
+) -> Traffic:
     """The one kernel's, and each pass around it, which reads and writes as many bytes."""
     passes: list[int] = []
     if name == "native":
@@ -387,9 +392,7 @@ def _traffic(
         copies = onednn.extra_passes(problem) if name == "onednn" else 0
         passes += [problem.bytes_written] * (copies + (out is not None))
     around = sum(passes)
-    return lambda: Traffic(
-        1 + len(passes), problem.bytes_read + around, problem.bytes_written + around
-    )
+    return Traffic(1 + len(passes), problem.bytes_read + around, problem.bytes_written + around)
 
 
 def new_output(problem: Problem, device: torch.device) -> Tensor:

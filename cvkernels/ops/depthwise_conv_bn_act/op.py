@@ -71,7 +71,8 @@ def plan(
     autocast = autocast_dtype(x_like)
     problem = problem_of(*tensors, stride, padding, dilation, act, squeeze, autocast)
     call = call_of(x_like, tensors, TABLE, backend, once, autocast)
-    return _plan(problem, call, Parameters(weight, bias, bn), cache)
+    parameters = Parameters(weight, bias, bn)
+    return _plan(problem, call, parameters, cache).expecting(call, parameters, x=x_like)
 
 
 @planned_by(plan)
@@ -135,7 +136,7 @@ def depthwise_conv_bn_act(
         x, weight, bias, bn, stride=stride, padding=padding, dilation=dilation, act=act,
         squeeze=squeeze, cache=cache, backend=backend, once=True,
     )  # fmt: skip
-    out, sums = planned(x)
+    out, sums = planned.recorded(x)
     return (out, sums) if squeeze else out
 
 
@@ -195,6 +196,7 @@ def _absent(name: str) -> Implementation:
 
 
 TABLE = Table(
+    OP,
     Implementation("triton", _why_not_triton, _plan_triton, "fused on cuda", "cuda"),
     Implementation("native", _why_not_native, native.plan, "fused on cpu", "cpu"),
     _absent("cudnn"),
@@ -211,7 +213,7 @@ def _plan(
     cache: DerivedWeights | None = None,
 ) -> Plan:
     """The plan of a checked call."""
-    implementation, (name, reason) = choose(OP, TABLE, problem, call)
+    implementation, (name, reason) = choose(TABLE, problem, call)
     if name == "reference":
         run = implementation.build(problem, call, parameters, cache)
     elif call.grad:
@@ -357,7 +359,7 @@ def _compute(flat: tuple, squeeze: bool) -> tuple[Tensor, Tensor | None]:
     tensors, geometry, act, backend = _unflatten(flat)
     problem = problem_of(*tensors, *geometry, act, squeeze)
     call = Call(tensors[0], backends.device_type(tensors[0]), backend, once=True)
-    out, sums = _plan(problem, call, Parameters(*tensors[1:]))(tensors[0])
+    out, sums = _plan(problem, call, Parameters(*tensors[1:])).run(tensors[0])
     return in_format(out, torch.channels_last), sums
 
 
