@@ -48,7 +48,10 @@ class DerivedWeights:
         tensors = [t for t in sources if t is not None]
         if any(t.is_inference() or t.is_meta for t in tensors):
             return build()
-        if not self._constant and any(t.is_cpu and t.is_shared() for t in tensors):
+        # by the storage: Tensor.is_shared takes four times as long
+        if not self._constant and any(
+            t.is_cpu and t.untyped_storage().is_shared() for t in tensors
+        ):
             return build()
         gpu = next((t.device for t in tensors if t.is_cuda), None)
         captured = gpu is not None and torch.cuda.is_current_stream_capturing()

@@ -30,9 +30,7 @@ extension.load()
 convolve = torch.ops.cvkernels.depthwise_conv_bn_act_native.default
 
 
-@torch.library.register_fake("cvkernels::depthwise_conv_bn_act_native", lib=library)
-def _(x, weight, affine, kernel, stride, padding_h, padding_w, act, out, sums):
-    return None
+native.writes(library, "depthwise_conv_bn_act_native")
 
 
 def why_not(problem: DepthwiseProblem, device: str) -> str:
@@ -52,7 +50,11 @@ def why_not(problem: DepthwiseProblem, device: str) -> str:
 
 
 def plan(
-    problem: DepthwiseProblem, call: Call, parameters: Parameters, cache: DerivedWeights | None
+    problem: DepthwiseProblem,
+    call: Call,
+    parameters: Parameters,
+    like: tuple,
+    cache: DerivedWeights | None,
 ) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
     """What runs the problem, as x -> (out, sums or None)."""
     weight, bias, bn, _ = parameters
