@@ -411,3 +411,46 @@ class TestDataAreWhatThePlanWasMadeFor:
             torch.func.vmap(lambda _: planned(self.x))(torch.ones(2))
         with torch.profiler.profile():
             assert torch.equal(planned(self.x), max_pool(self.x, 2))
+
+
+class TestAPlanThatACacheKeeps:
+    """The convolutions' functional calls keep their plans with the weights they derive."""
+
+    @pytest.mark.parametrize("depthwise", [False, True], ids=["dense", "depthwise"])
+    def test_is_made_anew_where_anything_changed(self, depthwise):
+        op = depthwise_conv_bn_act if depthwise else conv_bn_act
+        x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+        weight, cache = torch.randn(8, 1 if depthwise else 8, 3, 3), DerivedWeights()
+        bn = norm(8)
+
+        def check(x, bn, **options):
+            for _ in range(2):
+                ours = op(x, weight, None, bn, cache=cache, **options)
+                assert torch.equal(ours, op(x, weight, None, bn, **options))
+
+        with torch.no_grad():
+            check(x, bn)
+            for other in (x[:1], x[:, :, :4], x.contiguous()):
+                check(other, bn)
+            check(x, bn, stride=2)
+            check(x, bn, padding=(1, 1), act="silu")
+            check(x, bn, padding=[1, 1])
+            check(x, bn._replace(eps=0.5))
+            check(x, None)
+            weight.mul_(2)
+            check(x, bn)
+            weight.data[0, 0].add_(1)
+            check(x, bn)
+            bn.var.mul_(2)
+            check(x, bn)
+            with pytest.raises(ValueError, match="stride must be an int or two, got 2.0"):
+                op(x, weight, None, bn, cache=cache, stride=2.0)
+            with pytest.raises(TypeError, match="bn must be BatchNormParams"):
+                op(x, weight, None, tuple(bn), cache=cache)
+            with backend.use("reference"), record.recording(record.Recorder()) as recorder:
+                op(x, weight, None, bn, cache=cache)
+            assert recorder.calls == []
+        learning = weight.clone().requires_grad_()
+        with torch.no_grad():
+            op(x, learning, None, bn, cache=cache)
+        assert op(x, learning, None, bn, cache=cache).grad_fn is not None

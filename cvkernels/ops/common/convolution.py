@@ -12,12 +12,17 @@ from cvkernels import backend as backends
 from cvkernels.ops.common.activation import ACTIVATIONS
 from cvkernels.ops.common.arguments import pair
 from cvkernels.ops.common.autograd import to_dtype
+from cvkernels.ops.common.derived_weights import DerivedWeights
 from cvkernels.ops.common.dispatch import Call, Table
+from cvkernels.ops.common.norm import BatchNormParams
+from cvkernels.ops.common.plan import Plan, PlanTable
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TRITON_DTYPES = DTYPES[:3]
 # A norm's place in the schema of a registered op.
 BN = "Tensor? bn_weight, Tensor? bn_bias, Tensor? bn_mean, Tensor? bn_var, float bn_eps"
+_grad_enabled = torch.is_grad_enabled
+_EXACT = {int, tuple}
 GEOMETRY = ("stride", "padding", "dilation")
 
 
@@ -72,6 +77,42 @@ def traced(table: Table, backend: str, x: Tensor) -> str:
     """The backend of a call on x under torch.compile: on CPU, inductor fuses the reference."""
     requested = backends.requested(backend, table.names)
     return "reference" if requested == "auto" and x.device.type == "cpu" else requested
+
+
+def kept_plan(
+    cache: DerivedWeights | None,
+    backend: str,
+    data: tuple,
+    parameters: tuple,
+    options: tuple,
+    make: Callable[[], Plan],
+) -> Plan | None:
+    """The cache's plan of a call of this kind, made where there is none or its weights changed.
+
+    ``options`` are the geometry and what else is planned by.
+    None where none is kept: on CUDA, where a gradient could be needed, and under autocast.
+    """
+    x, (weight, bias, *norms) = data[0], parameters
+    if cache is None or _grad_enabled() or not x.is_cpu or weight.is_inference():
+        return None
+    if not _EXACT.issuperset(map(type, options[0])):  # 2.0 would be taken for 2
+        return None
+    if torch.is_autocast_enabled("cpu") or backend not in ("auto", "native"):
+        return None
+    sources, eps = [weight, bias], []
+    for norm in norms:
+        if type(norm) is BatchNormParams:
+            sources += norm[:4]
+            eps.append(norm.eps)
+        elif norm is None:
+            eps.append(None)
+        else:
+            return None
+    if (key := PlanTable.key(backend, data, *options, *eps)) is None:
+        return None
+    planned = cache.plan(key, sources, make)
+    # What chooses the others depends on more.
+    return planned if planned.backend == "native" else None
 
 
 def fused(

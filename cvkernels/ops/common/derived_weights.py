@@ -11,6 +11,8 @@ from torch import Tensor
 
 from cvkernels.ops.common.contents import Contents
 
+PLANS = 8  # kinds of calls whose plans a cache keeps
+
 
 class _Entry(NamedTuple):
     # Keeps the memory of the tensors alive: no other comes to its address.
@@ -42,6 +44,7 @@ class DerivedWeights:
         self._capacity = capacity
         self._constant = constant
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
+        self._plans: DerivedWeights | None = None
 
     def get(self, key: Any, sources: Sequence[Tensor | None], build: Callable[[], Any]) -> Any:
         """What ``build()`` gives for ``sources``, from the cache where it is still valid."""
@@ -76,8 +79,15 @@ class DerivedWeights:
             self._entries.popitem(last=False)
         return value
 
+    def plan(self, key: Any, sources: Sequence[Tensor | None], build: Callable[[], Any]) -> Any:
+        """:meth:`get` of a plan that holds what was derived; plans have room of their own."""
+        if self._plans is None:
+            self._plans = DerivedWeights(PLANS, constant=self._constant)
+        return self._plans.get(key, sources, build)
+
     def clear(self) -> None:
         self._entries.clear()
+        self._plans = None
 
     def __len__(self) -> int:
         return len(self._entries)

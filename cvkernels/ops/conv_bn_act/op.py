@@ -147,9 +147,19 @@ def conv_bn_act(
     geometry = (stride, padding, dilation, groups)
     if torch.compiler.is_compiling():
         return _traced(tensors, geometry, act, out, backend)
-    problem, call = _checked(tensors, geometry, act, out, backend, True)
-    like = (residual, input_gate, out)
-    planned = _plan(problem, call, Parameters(weight, bias, bn, input_bn), like, cache)
+    parameters, like = (weight, bias, bn, input_bn), (residual, input_gate, out)
+
+    def make(once: bool = False) -> Plan:
+        problem, call = _checked(tensors, geometry, act, out, backend, once)
+        return _plan(problem, call, Parameters(*parameters), like, cache)
+
+    planned = None
+    if groups == 1 and x.dtype == torch.float32:
+        planned = convolution.kept_plan(
+            cache, backend, (x, *like), parameters, (geometry, act), make
+        )
+    if planned is None:
+        planned = make(once=True)
     if out is not None:
         check_overlap(out, x, weight, residual)
     return planned.recorded(x, *like)

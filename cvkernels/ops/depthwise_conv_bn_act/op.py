@@ -129,8 +129,14 @@ def depthwise_conv_bn_act(
     tensors, geometry = (x, weight, bias, bn), (stride, padding, dilation)
     if torch.compiler.is_compiling():
         return _traced(tensors, geometry, act, squeeze, backend)
-    problem, call = _checked(tensors, geometry, act, squeeze, backend, True)
-    out, sums = _plan(problem, call, tensors, cache).recorded(x)
+
+    def make(once: bool = False) -> Plan:
+        problem, call = _checked(tensors, geometry, act, squeeze, backend, once)
+        return _plan(problem, call, tensors, cache)
+
+    options = (geometry, act, squeeze)
+    planned = convolution.kept_plan(cache, backend, (x,), tensors[1:], options, make)
+    out, sums = (planned or make(once=True)).recorded(x)
     return (out, sums) if squeeze else out
 
 
