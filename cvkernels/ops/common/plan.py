@@ -16,7 +16,7 @@ from cvkernels import record
 from cvkernels.backend import in_force
 from cvkernels.ops.common import autograd
 from cvkernels.ops.common.autograd import observed, tensors_of
-from cvkernels.ops.common.dispatch import Call, Table, choose
+from cvkernels.ops.common.dispatch import Call, Implementation, Table, choose
 from cvkernels.ops.common.traffic import Traffic
 
 _recorder = record.current
@@ -204,14 +204,18 @@ def plan_of(
     operands: tuple,
     traffic: Callable[[str], Traffic],
     registered: Callable[[str], Callable[..., Any]] | None = None,
+    implementation: Implementation | None = None,
 ) -> Plan:
-    """The plan of a checked call, by the table.
+    """The plan of a checked call, by the table, or by one implementation of it that is given.
 
     ``traffic`` is of the implementation's name. ``registered`` gives the function that calls the
     registered op, for an implementation by name: it runs where a gradient is needed, and in a graph
     under torch.compile, which chooses when it runs.
     """
-    implementation, (name, reason) = choose(table, problem, call)
+    reason = "requested"
+    if implementation is None:
+        implementation, (_, reason) = choose(table, problem, call)
+    name = implementation.name
     compiling = torch.compiler.is_compiling()
     if registered is not None and name != "reference" and (call.grad or compiling):
         run = registered(call.requested if compiling else name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -58,17 +59,19 @@ def plan(
     cache: DerivedWeights | None = None,
     backend: Backend = "auto",
     once: bool = False,
+    implementation: Implementation | None = None,
 ) -> Plan:
     """A call of :func:`conv_bn_act`, as ``plan(x, residual=None, input_gate=None, out=None)``.
 
     ``x_like``, ``residual``, ``input_gate`` and ``out`` are examples; ``once`` says that the plan
-    is called once.
+    is called once. ``implementation``, one of ``TABLE`` that can run the call, is not chosen then.
     """
     tensors = (x_like, weight, bias, bn, residual, input_bn, input_gate)
     geometry = (stride, padding, dilation, groups)
     problem, call = _checked(tensors, geometry, act, out, backend, once)
     parameters = Parameters(weight, bias, bn, input_bn)
-    planned = _plan(problem, call, parameters, (residual, input_gate, out), cache)
+    like = (residual, input_gate, out)
+    planned = _plan(problem, call, parameters, like, cache, implementation)
     return planned.expecting(
         call, parameters, x=x_like, residual=residual, input_gate=input_gate, out=out
     )
@@ -220,13 +223,13 @@ def _plan_triton(
     problem: Problem, call: Call, parameters: Parameters, like: tuple, cache: DerivedWeights | None
 ) -> Run:
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
-    from cvkernels.ops.conv_bn_act import triton_launch
+    from cvkernels.ops.conv_bn_act import triton
 
     weight, bias, bn, input_bn = parameters
     weight, (residual, gate, out) = _nhwc(weight, cache), like
     if out is None:
         out = new_output(problem, torch.device("meta"))
-    launch = triton_launch.plan_launch(
+    launch = triton.plan_launch(
         problem, call.x, weight, residual, gate, out, precision=_fp32_precision()
     )
 
@@ -266,6 +269,17 @@ def _fused(plan: Callable[..., Run]) -> Callable[..., Run]:
     return convolution.fused(plan, new_output)
 
 
+def _native_by(name: str, tile: int) -> Implementation:
+    """One algorithm of the native convolution, where there are several to choose from."""
+
+    def refuses(problem: Problem, call: Call) -> str:
+        reason, others = _on_cpu(native.why_not)(problem, call), native.tiles(problem)
+        return reason or ("" if len(others) > 1 and tile in others else "there is no such choice")
+
+    plan = _fused(functools.partial(native.plan, tile=tile))
+    return Implementation(name, refuses, plan, device=None)
+
+
 TABLE = Table(
     OP,
     Implementation("cudnn", _why_not_cudnn, _fused(cudnn.plan), _why_cudnn, "cuda"),
@@ -276,6 +290,9 @@ TABLE = Table(
     Implementation(
         "native", _on_cpu(native.why_not), _fused(native.plan), "compiled for CPU", "cpu"
     ),
+    _native_by("native direct", 0),
+    _native_by("native F(2x2)", 2),
+    _native_by("native F(2x4)", 4),
     Implementation("onednn", _on_cpu(onednn.why_not), _fused(onednn.plan), "fused on CPU", "cpu"),
     reference(_plan_reference),
 )  # fmt: skip
@@ -288,6 +305,7 @@ def _plan(
     parameters: Parameters,
     like: tuple,
     cache: DerivedWeights | None = None,
+    implementation: Implementation | None = None,
 ) -> Plan:
     """The plan of a checked call; ``like`` are examples of residual, input_gate and out."""
     weight, bias, bn, input_bn = parameters
@@ -305,7 +323,7 @@ def _plan(
         return run
 
     operands = (parameters, like, cache)
-    planned = plan_of(TABLE, problem, call, operands, traffic, registered)
+    planned = plan_of(TABLE, problem, call, operands, traffic, registered, implementation)
     if planned.backend != "onednn" or problem.C > 4:
         return planned
     run = _plan_reference(problem, call, *operands)
@@ -365,7 +383,7 @@ def _traffic(
 ) -> Traffic:
     """The one kernel's, and each pass around it, which reads and writes as many bytes."""
     passes: list[int] = []
-    if name == "native":
+    if name.startswith("native"):
         passes = [nbytes(x)] * native.converts(x)
         passes += [nbytes(t) for t in (residual, out) if t is not None and not is_pixel_matrix(t)]
     elif name in ("cudnn", "onednn"):

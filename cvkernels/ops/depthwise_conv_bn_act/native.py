@@ -14,7 +14,7 @@ from cvkernels.ops.common.activation import code
 from cvkernels.ops.common.derived_weights import DerivedWeights
 from cvkernels.ops.common.dispatch import Call
 from cvkernels.ops.common.norm import BatchNormParams, scale_shift, sources_of
-from cvkernels.ops.conv_bn_act.problem import Parameters
+from cvkernels.ops.conv_bn_act.problem import Parameters, Problem
 from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -33,7 +33,7 @@ convolve = torch.ops.cvkernels.depthwise_conv_bn_act_native.default
 native.writes(library, "depthwise_conv_bn_act_native")
 
 
-def why_not(problem: DepthwiseProblem, device: str) -> str:
+def why_not(problem: DepthwiseProblem | Problem, device: str) -> str:
     """Why the compiled op cannot run ``problem`` on ``device``; empty where it can."""
     if device != "cpu":
         return f"the native implementation needs CPU tensors, got {device}"
@@ -55,19 +55,20 @@ def plan(
     parameters: Parameters,
     like: tuple,
     cache: DerivedWeights | None,
-) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
-    """What runs the problem, as x -> (out, sums or None)."""
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """What runs the problem, as x -> (out, sums or None); ``once``, they may be given after x."""
     weight, bias, bn, _ = parameters
     taps, affine = packed(weight, bias, bn, cache)
     options = (problem.R, problem.stride[0], *problem.padding, code(problem.act))
     size = (problem.N, problem.P, problem.Q, problem.C)
     squeeze = problem.squeeze
 
-    def run(x):
-        out = x.new_empty(size)
-        sums = x.new_empty((size[0], size[3]), dtype=torch.float32) if squeeze else None
-        convolve(x, taps, affine, *options, out, sums)
-        return out.permute(0, 3, 1, 2), sums
+    def run(x, out=None, sums=None):
+        out = x.new_empty(size).permute(0, 3, 1, 2) if out is None else out
+        if squeeze and sums is None:
+            sums = x.new_empty((size[0], size[3]), dtype=torch.float32)
+        convolve(x, taps, affine, *options, out.permute(0, 2, 3, 1), sums)
+        return out, sums
 
     if not native.directs(call):
         return run

@@ -64,7 +64,8 @@ def plan(
 ) -> Plan:
     """A call of :func:`depthwise_conv_bn_act`, as ``plan(x)``, which gives (out, sums or None).
 
-    ``x_like`` is an example; ``once`` says that the plan is called once.
+    ``x_like`` is an example; ``once`` says that the plan is called once. The native op's plan for
+    once also writes into memory that it is given, as ``plan(x, out, sums)``.
     """
     tensors, geometry = (x_like, weight, bias, bn), (stride, padding, dilation)
     problem, call = _checked(tensors, geometry, act, squeeze, backend, once)
@@ -171,12 +172,12 @@ def _plan_triton(
     cache: DerivedWeights | None,
 ) -> Run:  # fmt: skip
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
-    from cvkernels.ops.depthwise_conv_bn_act import triton_launch
+    from cvkernels.ops.depthwise_conv_bn_act import triton
 
     _, bias, bn, _ = parameters
     weight = _rsc(parameters.weight, cache)
     out, _ = new_outputs(problem, torch.device("meta"))
-    launch = triton_launch.plan_launch(problem, call.x, weight, out)
+    launch = triton.plan_launch(problem, call.x, weight, out)
 
     def run(x):
         out, sums = new_outputs(problem, x.device)

@@ -141,9 +141,9 @@ def _plan_triton(
         dtype = call.x.dtype if count is None else layers[0].dtype
         return lambda layers, pooled: pooled.new_empty(pooled.shape, dtype=dtype)
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
-    from cvkernels.ops.squeeze_excite import triton_launch
+    from cvkernels.ops.squeeze_excite import triton
 
-    launch = triton_launch.plan_excite(call.x, layers[0], act, sigmoid, count)
+    launch = triton.plan_excite(call.x, layers[0], act, sigmoid, count)
     return lambda layers, pooled: launch(pooled, layers)
 
 
