@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
-from itertools import chain, repeat
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -64,9 +63,10 @@ class Plan:
         A plan for one call is called with its examples, by the op.
         """
         if not call.once:
-            kinds = {name: _kind(t) for name, t in examples.items()}
-            learns = not call.grad and any(t.requires_grad for t in tensors_of(*held))
-            self._expected = _Expected(kinds, call.grad, learns, autograd.transformed())
+            kinds = [_kind(t) for t in examples.values()]
+            learns = any(t.requires_grad for t in tensors_of(*held))
+            transformed = autograd.transformed()
+            self._expected = _Expected(tuple(examples), kinds, call.grad, learns, transformed)
         return self
 
     def __call__(self, *data: Any) -> Any:
@@ -85,19 +85,21 @@ class Plan:
             return self.run(*data)
 
     def _check(self, expected: _Expected, data: tuple) -> None:
-        op = self.op.removesuffix("_forward")
-        if len(data) > len(expected.kinds):
-            raise TypeError(f"{op}: the plan takes {', '.join(expected.kinds)}, got {len(data)}")
-        present = chain(data, repeat(None))
-        for (name, kind), t in zip(expected.kinds.items(), present, strict=False):
-            if (given := _kind(t)) != kind:
-                raise ValueError(
-                    f"{op}: the plan is for {name} = {_shown(kind)}, got {_shown(given)}; "
-                    f"make a plan for it with {op}.plan"
-                )
+        op, given = self.op.removesuffix("_forward"), [_kind(t) for t in data]
+        given += [None] * (len(expected.kinds) - len(given))
+        if given != expected.kinds:
+            names = expected.names
+            if len(given) > len(names):
+                raise TypeError(f"{op}: the plan takes {', '.join(names)}, got {len(given)}")
+            for name, kind, other in zip(names, expected.kinds, given, strict=True):
+                if kind != other:
+                    raise ValueError(
+                        f"{op}: the plan is for {name} = {_shown(kind)}, got {_shown(other)}; "
+                        f"make a plan for it with {op}.plan"
+                    )
         if self.backend == "reference" or expected.grad:
             return
-        if _grad_enabled() and (expected.learns or any(t.requires_grad for t in tensors_of(*data))):
+        if (expected.learns and _grad_enabled()) or autograd.needs_grad(*data):
             raise ValueError(
                 f"{op}: the plan was made where no gradient was needed, and one is; make a plan "
                 f"for it with {op}.plan, or call this one under torch.no_grad()"
@@ -120,9 +122,10 @@ class Plan:
 class _Expected(NamedTuple):
     """What a plan was made for."""
 
-    kinds: dict[str, tuple | None]
+    names: tuple[str, ...]
+    kinds: list[tuple | None]
     grad: bool
-    learns: bool  # whether a parameter requires a gradient that the plan gives none
+    learns: bool  # whether a parameter requires a gradient
     transformed: bool
 
 

@@ -30,11 +30,7 @@ def why_not(problem: Problem) -> str:
 
 
 def plan(
-    problem: Problem,
-    call: Call,
-    parameters: Parameters,
-    like: tuple,
-    cache: DerivedWeights | None,
+    problem: Problem, call: Call, parameters: Parameters, like: tuple, cache: DerivedWeights | None
 ) -> Callable[..., Tensor]:
     """What runs the problem, as (x, residual=None)."""
     weight, bias, bn, _ = parameters

@@ -70,11 +70,7 @@ def why_not(problem: Problem) -> str:
 
 
 def plan(
-    problem: Problem,
-    call: Call,
-    parameters: Parameters,
-    like: tuple,
-    cache: DerivedWeights | None,
+    problem: Problem, call: Call, parameters: Parameters, like: tuple, cache: DerivedWeights | None
 ) -> Callable[..., Tensor]:
     """What runs the problem, as (x, residual=None, input_gate=None, out=None)."""
     weight, bias, bn, _ = parameters

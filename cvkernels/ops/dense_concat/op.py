@@ -151,10 +151,7 @@ def _plan_reference(
 TABLE = Table(
     OP,
     Implementation(
-        "native",
-        lambda problem, call: native.lacks(OP, call),
-        _plan_native,
-        native.compiled_for,
+        "native", lambda problem, call: native.lacks(OP, call), _plan_native, native.compiled_for
     ),
     reference(_plan_reference),
 )

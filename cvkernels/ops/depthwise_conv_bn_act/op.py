@@ -22,12 +22,7 @@ from cvkernels.ops.common.traffic import Traffic
 from cvkernels.ops.conv_bn_act.problem import Parameters
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_backward
 from cvkernels.ops.depthwise_conv_bn_act import native
-from cvkernels.ops.depthwise_conv_bn_act.problem import (
-    OP,
-    DepthwiseProblem,
-    problem_of,
-    sums_dtype,
-)
+from cvkernels.ops.depthwise_conv_bn_act.problem import OP, DepthwiseProblem, problem_of, sums_dtype
 from cvkernels.ops.depthwise_conv_bn_act.reference import depthwise_conv_bn_act_reference
 from cvkernels.ops.depthwise_conv_bn_act.tiling import tiling
 

@@ -92,9 +92,7 @@ def plan_squeeze(problem: object, call: Call) -> Callable[..., Tensor]:
     return run_directly
 
 
-def plan_excite(
-    problem: object, call: Call, layers: Layers, act: str, sigmoid: bool, count: int | None
-) -> Callable[..., Tensor]:
+def plan_excite(problem: object, call: Call, layers, act, sigmoid, count) -> Callable[..., Tensor]:
     """What runs layers like these, as (layers, pooled)."""
     options = (ACTS[act], sigmoid, count or 0)
 
@@ -118,14 +116,7 @@ def plan_excite(
     return run_directly
 
 
-def plan_se_scale(
-    problem: object,
-    call: Call,
-    gate: Tensor,
-    residual: Tensor | None,
-    act: str,
-    out: Tensor | None,
-) -> Callable[..., Tensor]:
+def plan_se_scale(problem: object, call: Call, gate, residual, act, out) -> Callable[..., Tensor]:
     """What scales maps like x, as (x, gate, residual, out)."""
     code = ACTS[act]
 
@@ -154,13 +145,7 @@ def plan_se_scale(
 
 
 def plan_squeeze_excite(
-    problem: object,
-    call: Call,
-    layers: Layers,
-    act: str,
-    residual: Tensor | None,
-    out_act: str,
-    out: Tensor | None,
+    problem: object, call: Call, layers, act, residual, out_act, out
 ) -> Callable[..., Tensor]:
     """What runs the block on maps like x, as (layers, x, residual, out)."""
     code, out_code = ACTS[act], ACTS[out_act]

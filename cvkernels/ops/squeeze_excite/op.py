@@ -183,13 +183,7 @@ def _checked(
 
 
 def _plan_triton(
-    problem: Problem,
-    call: Call,
-    layers: Layers,
-    act: str,
-    residual: Tensor | None,
-    out_act: str,
-    out: Tensor | None,
+    problem: Problem, call: Call, layers, act, residual, out_act, out
 ) -> Callable[..., Tensor]:
     if call.x.is_meta:
         return lambda layers, x, residual=None, out=None: new_like(x) if out is None else out
@@ -203,13 +197,7 @@ def _plan_triton(
 
 
 def _triton(
-    x: Tensor,
-    R: int,
-    act: str,
-    residual: Tensor | None,
-    out_act: str,
-    out: Tensor | None,
-    keep_mean: bool,
+    x: Tensor, R, act, residual, out_act, out, keep_mean
 ) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
     """(x, layers, residual, out) -> (out, the means where they are kept, the logits)."""
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
@@ -220,13 +208,7 @@ def _triton(
 
 
 def _plan_reference(
-    problem: Problem,
-    call: Call,
-    layers: Layers,
-    act: str,
-    residual: Tensor | None,
-    out_act: str,
-    out: Tensor | None,
+    problem: Problem, call: Call, layers, act, residual, out_act, out
 ) -> Callable[..., Tensor]:
     def run(
         layers: Layers, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
@@ -241,12 +223,7 @@ TABLE = table_of(OP, _plan_triton, native.plan_squeeze_excite, _plan_reference)
 
 
 def _plan(
-    call: Call,
-    layers: Layers,
-    act: str,
-    residual: Tensor | None,
-    out_act: str,
-    out: Tensor | None,
+    call: Call, layers: Layers, act: str, residual: Tensor | None, out_act: str, out: Tensor | None
 ) -> Plan:
     """The plan of a checked call, as (layers, x, residual, out)."""
     x, problem = call.x, Problem(OP, layers[0].shape[0])
