@@ -153,12 +153,12 @@ def test_weights_from_a_file_or_a_state_dict(name, tmp_path):
 @pytest.fixture
 def published(monkeypatch):
     """timm's pretrained networks without the network: seed 9 for every name; what was asked for."""
-    asked = []
+    asked, create = [], timm.create_model
 
     def pretend(name, pretrained=False, **kwargs):
         asked.append(name)
         assert pretrained
-        return build(builders(name.partition(".")[0])[1], seed=9, **kwargs)
+        return build(create, model_name=name.partition(".")[0], seed=9, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", pretend)
     return asked
@@ -174,7 +174,8 @@ def published(monkeypatch):
     ],
 )
 def test_weights_by_timms_names(name, kwargs, full_name, published):
-    expected = build(builders(name)[1], seed=9)
+    expected = build(builders(name)[1], seed=9, pretrained=True)
+    published.clear()
     ours = cvkernels.create_model(name, **kwargs)
     assert_same_state(ours, expected)
     assert published == [full_name]

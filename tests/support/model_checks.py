@@ -1,6 +1,7 @@
 """What tests ask of a network beside its stock counterpart."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -20,11 +21,12 @@ def build(builder, seed=0, **kwargs):
 
 
 def builders(name):
-    """Ours and torchvision's of that name, or timm's."""
+    """Ours and torchvision's of that name, or by it timm's ``create_model``, which drops Nones."""
     stock = pytest.importorskip("torchvision").models
-    if not hasattr(stock, name):
-        stock = pytest.importorskip("timm").models
-    return getattr(cvkernels.models, name), getattr(stock, name)
+    if hasattr(stock, name):
+        return getattr(cvkernels.models, name), getattr(stock, name)
+    timm = pytest.importorskip("timm")
+    return tuple(functools.partial(library.create_model, name) for library in (cvkernels, timm))
 
 
 def fresh_twins(name, **kwargs):
