@@ -259,7 +259,7 @@ void squeeze_excite_out(const Tensor& x, const Tensor& weight1, const Maybe& bia
   });
 }
 
-// The same into new maps, for arguments that nobody has checked.
+// The same into new maps; the arguments are checked here.
 
 Tensor se_scale(const Tensor& x, const Tensor& gate, const Maybe& residual, int64_t act) {
   CVK_CHECK_DIM("se_scale", x, 4);

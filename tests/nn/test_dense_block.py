@@ -1,4 +1,4 @@
-"""Dense blocks and transitions in one buffer: equal to stock, and stock where somebody looks."""
+"""Dense blocks and transitions in one buffer: equal to stock, and stock where something watches."""
 
 import copy
 import functools

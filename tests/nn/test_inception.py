@@ -1,4 +1,4 @@
-"""Inception blocks in one buffer: equal to stock, and stock where somebody looks."""
+"""Inception blocks in one buffer: equal to stock, and stock where something watches."""
 
 import copy
 import functools
