@@ -44,7 +44,8 @@ from benchmarks.harness.report import summarize
 from cvkernels import backend as backends
 from cvkernels.demo import NETWORKS
 from cvkernels.functional import BatchNormParams, DerivedWeights
-from cvkernels.ops.conv_bn_act import cudnn, triton_launch, tuning
+from cvkernels.ops.conv_bn_act import cudnn, tuning
+from cvkernels.ops.conv_bn_act import triton as conv_launches
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
 from cvkernels.ops.conv_bn_act.tuning import Config
@@ -57,7 +58,7 @@ SETTINGS = Settings(rounds=12, seconds=0.4, least=6)
 
 
 class Operands(NamedTuple):
-    """The tensors of a call, as triton_launch takes them, and the reference's keywords for them."""
+    """The tensors of a call, as triton.py takes them, and the reference's keywords for them."""
 
     x: Tensor
     weight: Tensor
@@ -152,7 +153,7 @@ def runner(problem: Problem, config: Config, given: Operands) -> Callable[[], Te
         return lambda: cudnn.run(problem, *given[:5], cache)
 
     def run() -> Tensor:
-        triton_launch.run(problem, *given, precision="ieee", config=config)
+        conv_launches.run(problem, *given, precision="ieee", config=config)
         return given.out
 
     return run
@@ -221,7 +222,7 @@ def compile_candidates(problem: Problem, device: str) -> None:
     with torch.cuda.device(device):
         for config in candidates(problem, torch.cuda.get_device_capability()):
             if config.backend == "triton":
-                planned = triton_launch.plan_launch(
+                planned = conv_launches.plan_launch(
                     problem, given.x, given.weight, given.residual, given.gate, given.out,
                     precision="ieee", config=config,
                 )  # fmt: skip

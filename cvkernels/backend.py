@@ -94,10 +94,10 @@ def answers(op: str, plan: Callable[..., Any]) -> None:
 
 def device_type(x: Tensor) -> str:
     """The device type a call on ``x`` is planned for: CUDA for meta tensors under ``explain``."""
-    recorder = record.active()
-    if x.device.type == "meta" and recorder is not None:
+    device = x.device.type
+    if device == "meta" and (recorder := record.active()) is not None:
         return recorder.meta_device
-    return x.device.type
+    return device
 
 
 def gpu(x: Tensor) -> tuple[str, tuple[int, int]]:

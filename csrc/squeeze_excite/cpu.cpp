@@ -126,14 +126,6 @@ Tensor new_matrix(const Tensor& like, int64_t rows, int64_t columns, ScalarType 
   return torch::stable::empty({rows, columns}, dtype, std::nullopt, like.device());
 }
 
-// An uninitialised map in the layout that results for x have.
-Tensor new_map(const Tensor& x) {
-  using torch::headeronly::MemoryFormat;
-  const auto format = is_nhwc(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-  return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
-                              format);
-}
-
 // The means of every image of the maps, to means[N, C].
 template <typename T>
 void squeeze_images(const Maps<T>& maps, void* means) {
@@ -259,33 +251,6 @@ void squeeze_excite_out(const Tensor& x, const Tensor& weight1, const Maybe& bia
   });
 }
 
-// The same into new maps; the arguments are checked here.
-
-Tensor se_scale(const Tensor& x, const Tensor& gate, const Maybe& residual, int64_t act) {
-  CVK_CHECK_DIM("se_scale", x, 4);
-  const ScalarType dtype = gate.scalar_type();
-  CVK_CHECK("se_scale", dtype == x.scalar_type() || dtype == ScalarType::Float,
-            "gate must have x's dtype or float32");
-  const Tensor out = new_map(x);
-  se_scale_out(x, gate, residual, act, out);
-  return out;
-}
-
-Tensor squeeze_excite(const Tensor& x, const Tensor& weight1, const Maybe& bias1,
-                      const Tensor& weight2, const Maybe& bias2, int64_t act, const Maybe& residual,
-                      int64_t out_act) {
-  CVK_CHECK_DIM("squeeze_excite", x, 4);
-  const ScalarType dtype = weight1.scalar_type();
-  CVK_CHECK("squeeze_excite", dtype == x.scalar_type() || dtype == ScalarType::Float,
-            "weights must have x's dtype or float32");
-  CVK_CHECK("squeeze_excite",
-            act == static_cast<int64_t>(Act::RELU) || act == static_cast<int64_t>(Act::SILU),
-            "act must be relu or silu");
-  const Tensor out = new_map(x);
-  squeeze_excite_out(x, weight1, bias1, weight2, bias2, act, residual, out_act, out);
-  return out;
-}
-
 // A float32 matrix [N, C], dense.
 float* matrix_of(const char* op, const char* name, const Tensor& matrix, const Map& map) {
   CVK_CHECK_CPU(op, matrix);
@@ -374,9 +339,7 @@ STABLE_TORCH_LIBRARY_IMPL(cvkernels, CPU, library) {
   library.impl("squeeze_native", TORCH_BOX(&squeeze));
   library.impl("squeeze_native_out", TORCH_BOX(&squeeze_out));
   library.impl("excite_native", TORCH_BOX(&excite));
-  library.impl("se_scale_native", TORCH_BOX(&se_scale));
   library.impl("se_scale_native_out", TORCH_BOX(&se_scale_out));
-  library.impl("squeeze_excite_native", TORCH_BOX(&squeeze_excite));
   library.impl("squeeze_excite_native_out", TORCH_BOX(&squeeze_excite_out));
   library.impl("se_scale_native_sums", TORCH_BOX(&sum_gradients));
   library.impl("se_scale_native_shifted", TORCH_BOX(&scale_shifted));

@@ -1,117 +1,37 @@
 """Which implementation runs a convolution of a frozen model: the one place that decides.
 
-Each is a :class:`Backend`; the first of the list that can run a convolution does, unless a table of
-measured choices (:func:`cvkernels.tune`) names another.
+The first that can run it does, unless a table of measured choices (:func:`cvkernels.tune`) names
+another.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from cvkernels.backend import lacks_triton
-from cvkernels.functional import conv_bn_act
-from cvkernels.ops.common.derived_weights import DerivedWeights
-from cvkernels.ops.common.dispatch import Call
-from cvkernels.ops.conv_bn_act import native, onednn
-from cvkernels.ops.conv_bn_act.problem import Parameters, Problem
-
-if TYPE_CHECKING:
-    from cvkernels.freeze.ops.convolution import Conv
-
-# convolve(x, residual, gate, out): the result, in out where that is not None
-Convolve = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
+from cvkernels.ops.common.dispatch import Call, Implementation
+from cvkernels.ops.conv_bn_act import native
+from cvkernels.ops.conv_bn_act.op import TABLE
+from cvkernels.ops.conv_bn_act.problem import OP, Problem
 
 
 class Backend(NamedTuple):
-    """One implementation of conv_bn_act.
+    """What runs a convolution: an implementation of conv_bn_act, or the op by its own rule.
 
-    ``why_not(problem, device)`` is the reason why it cannot run a convolution, or empty;
-    ``automatic`` says whether it is chosen without a table. ``writes``: it writes channel slices of
-    a buffer itself; others are copied there. ``prologue``: it takes ``input_affine`` and the gates
-    along, which are steps of their own before others.
+    ``writes``: it writes channel slices of a buffer itself; others are copied there. ``prologue``:
+    it takes ``input_affine`` and the gates along, which are steps of their own before others.
     """
 
     name: str
-    why_not: Callable[[Problem, torch.device], str]
-    automatic: bool
-    build: Callable[[Problem, Conv, DerivedWeights], Convolve]
-    writes: bool
-    prologue: bool
-
-
-# Steps are recorded, which only PyTorch's dispatcher lets their ops be.
-_DISPATCHED = Call(torch.empty(0), "cpu", "auto", once=True)
-
-
-def _native_why_not(problem: Problem, device: torch.device) -> str:
-    return native.why_not(problem) if device.type == "cpu" else "it needs CPU tensors"
-
-
-def _native(
-    problem: Problem, conv: Conv, cache: DerivedWeights, tile: int | None = None
-) -> Convolve:
-    parameters = Parameters(conv.weight, conv.bias, conv.bn, conv.input_bn)
-    return native.plan(problem, _DISPATCHED, parameters, (), cache, tile)
-
-
-def _winograd_why_not(tile: int) -> Callable[[Problem, torch.device], str]:
-    def why_not(problem: Problem, device: torch.device) -> str:
-        reason = _native_why_not(problem, device)
-        tiles = native.tiles(problem)
-        return reason or ("" if tile in tiles and len(tiles) > 1 else "there is no such choice")
-
-    return why_not
-
-
-def _onednn_why_not(problem: Problem, device: torch.device) -> str:
-    return onednn.why_not(problem) if device.type == "cpu" else "oneDNN needs CPU tensors"
-
-
-def _onednn(problem: Problem, conv: Conv, cache: DerivedWeights) -> Convolve:
-    parameters = Parameters(conv.weight, conv.bias, conv.bn)
-    return onednn.plan(problem, _DISPATCHED, parameters, (), cache)
-
-
-def _ops(problem: Problem, conv: Conv, cache: DerivedWeights) -> Convolve:
-    call = functools.partial(
-        conv_bn_act, weight=conv.weight, bias=conv.bias, bn=conv.bn, stride=problem.stride,
-        padding=problem.padding, dilation=problem.dilation, groups=problem.groups, act=problem.act,
-        input_bn=conv.input_bn, cache=cache,
-    )  # fmt: skip
-
-    def run(x: Tensor, residual: Tensor | None, gate: Tensor | None, out: Tensor | None) -> Tensor:
-        return call(x, residual=residual, input_gate=gate, out=out)
-
-    return run
-
-
-BACKENDS = (
-    # First the default algorithm; the rest are chosen only by a table.
-    Backend("native", _native_why_not, True, _native, writes=True, prologue=True),
-    *(
-        Backend(
-            f"native F(2x{tile})" if tile else "native direct",
-            _winograd_why_not(tile),
-            False,
-            functools.partial(_native, tile=tile),
-            writes=True,
-            prologue=True,
-        )
-        for tile in (0, 2, 4)
-    ),
-    Backend("onednn", _onednn_why_not, True, _onednn, writes=False, prologue=False),
-    # The public op, by its own rule: Triton or cuDNN on CUDA, the reference for what nothing above
-    # runs.
-    Backend("conv_bn_act", lambda problem, device: "", True, _ops, writes=True, prologue=True),
-)
+    implementation: Implementation | None
+    writes: bool = True
+    prologue: bool = True
 
 
 def writes_slices(dtype: torch.dtype, device: torch.device) -> bool:
@@ -127,24 +47,28 @@ def without_prologue(problem: Problem) -> Problem:
 
 
 def possible(problem: Problem, device: torch.device) -> list[Backend]:
-    """The backends that can run the convolution, with its prologue or, if they have none, after."""
-    bare = without_prologue(problem)
-    backends = [b for b in BACKENDS if not b.why_not(problem if b.prologue else bare, device)]
-    last = backends[-1]
-    if device.type == "cuda" and lacks_triton("cuda"):
-        return [last._replace(prologue=False)]
-    # The reference is for what nothing else computes.
-    return backends[:-1] or [last]
+    """The backends that can run the convolution, with its prologue or, if they have none, after.
+
+    The first is the one without a table. The reference is for what nothing else computes.
+    """
+    if device.type != "cpu":
+        prologue = device.type != "cuda" or not lacks_triton("cuda")
+        return [Backend(OP, None, prologue=prologue)]
+    call, bare = Call(torch.empty(0), "cpu", "auto", once=True), without_prologue(problem)
+    backends = []
+    for implementation in TABLE.implementations:
+        name, fuses = implementation.name, implementation.name != "onednn"
+        if implementation.device in ("cpu", None):
+            if not implementation.why_not(problem if fuses else bare, call):
+                backends.append(Backend(name, implementation, fuses, fuses))
+    return backends or [Backend(OP, None)]
 
 
 def choose(problem: Problem, device: torch.device, table: Mapping[str, str]) -> Backend:
-    """The backend for a convolution: the table's, or the first that is automatic."""
+    """The backend for a convolution: the table's, or the first."""
     backends = possible(problem, device)
     named = table.get(key(problem))
-    for backend in backends:
-        if backend.name == named:
-            return backend
-    return next(b for b in backends if b.automatic)
+    return next((b for b in backends if b.name == named), backends[0])
 
 
 def key(problem: Problem) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cvkernels import backend, record
 from cvkernels.freeze import saving
 from cvkernels.freeze.backends import read_table, writes_slices
 from cvkernels.freeze.capture import capture
@@ -86,7 +87,7 @@ def freeze(
     _check_model(model, example, dtype)
     dtype = _dtype_of(model, example, dtype)
     choices = read_table(table)
-    with _planning(), torch.inference_mode(False), torch.no_grad():
+    with _planning(example.device):
         graph = capture(model)
         for node in graph.nodes:
             if isinstance(node.op, Call) and isinstance(node.op.target, nn.Module):
@@ -148,10 +149,16 @@ def _dtype_of(model: nn.Module, example: Tensor, dtype: torch.dtype | None) -> t
 
 
 @contextlib.contextmanager
-def _planning() -> Iterator[None]:
-    """Out of memory is one error, of Python's allocator and of PyTorch's."""
+def _planning(device: torch.device) -> Iterator[None]:
+    """Whatever the caller's modes; out of memory is one error, of Python's allocator and PyTorch's.
+
+    What backends derive from the weights is no part of the call that a plan is made in.
+    """
+    whole = torch.autocast(device.type, enabled=False)
     try:
-        yield
+        with torch.inference_mode(False), torch.no_grad(), whole, backend.use("auto"):
+            with record.paused():
+                yield
     except (MemoryError, RuntimeError) as error:
         text = str(error)
         out = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
@@ -172,8 +179,8 @@ class Frozen(nn.Module):
     that the network takes, any strides. It returns what the model returns, in tensors of its own.
     Several threads may call it at once, with equal results. It can be pickled and deep-copied; what
     is derived from the weights is derived again. It has no parameters: ``state_dict`` is empty. It
-    computes in its dtype, under torch.autocast too. On CPU an image that holds NaN or infinity
-    gives NaN.
+    computes in its dtype, under torch.autocast too, and by the backends of its plans, whatever
+    :func:`cvkernels.backend.use` asks for. On CPU an image that holds NaN or infinity gives NaN.
     """
 
     def __init__(
@@ -245,7 +252,7 @@ class Frozen(nn.Module):
         with self._lock:
             if x.shape not in self._plans:
                 self._make_room()
-                with _planning(), torch.inference_mode(False), torch.no_grad():
+                with _planning(self.device):
                     spec = TensorSpec(tuple(x.shape), self.dtype)
                     plan = Plan(self.graph, spec, self.device, self._caches, self.table)
                     self._plans[x.shape] = self._captured(plan) if x.is_cuda else plan

@@ -19,7 +19,6 @@ from cvkernels.ops.common.traffic import Traffic
 
 if TYPE_CHECKING:
     from cvkernels.freeze.lower import Lowered
-    from cvkernels.freeze.memory import Memory
     from cvkernels.freeze.steps import Site
 
 # Runs one step of a plan on ``env``, the values of one call.
@@ -43,6 +42,11 @@ class TensorSpec(NamedTuple):
             count *= size
         return count
 
+    def empty(self, device: torch.device) -> Tensor:
+        """A tensor like it, a map channels_last."""
+        layout = torch.channels_last if len(self.shape) == 4 else torch.contiguous_format
+        return torch.empty(self.shape, dtype=self.dtype, device=device, memory_format=layout)
+
 
 def spec_of(value: Any) -> Any:
     """A tensor's :class:`TensorSpec`; any other value as it is."""
@@ -59,8 +63,8 @@ class Op:
     name: ClassVar[str]
     # What each input is to the op.
     roles: ClassVar[tuple[str, ...]] = ("x",)
-    # The registered op that is its native implementation; csrc/common/recording.h keeps its work.
-    kernel: ClassVar[str] = ""
+    # Its step runs plans of the public ops.
+    runs_plans: ClassVar[bool] = False
     # Its step writes the value into memory that it is given: the arena.
     writes: ClassVar[bool] = False
     # It may write the value over its first input, element by element.
@@ -91,10 +95,9 @@ class Op:
         """Emit the steps that compute the node; the one that has its value."""
         return lowered.emit(self, node)
 
-    def traffic(self, step: Step, memory: Memory) -> Traffic:
-        """What the step costs: every input, parameter and output once, if not said otherwise."""
-        tensors = [*vars(self).values(), *(getattr(self, "input_affine", None) or ())]
-        parameters = sum(t.nbytes for t in tensors if isinstance(t, Tensor))
+    def traffic(self, step: Step) -> Traffic:
+        """What a step without plans costs: every input, parameter and output once."""
+        parameters = sum(t.nbytes for t in vars(self).values() if isinstance(t, Tensor))
         return Traffic(1, parameters + sum(x.nbytes for x in step.inputs), step.nbytes)
 
     def build(self, site: Site) -> Run | None:

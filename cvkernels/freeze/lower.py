@@ -63,7 +63,7 @@ class Lowered:
 
     def backend(self, op: Op, dtype: torch.dtype) -> str:
         """What runs an op where nothing else is said."""
-        if not op.kernel:
+        if not op.runs_plans:
             return "torch"
         native = self.device.type == "cpu" and dtype in DTYPES["cpu"][:3] and extension.has("cpu")
         return "native" if native else "cvkernels"

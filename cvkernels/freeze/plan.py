@@ -22,6 +22,7 @@ from cvkernels.freeze.programs import Env, Segment, recordable
 from cvkernels.freeze.progress import progress
 from cvkernels.freeze.steps import Site
 from cvkernels.functional import DerivedWeights
+from cvkernels.ops.common.traffic import Traffic
 from cvkernels.ops.conv_bn_act.problem import Problem
 
 # Arenas that a plan keeps for later calls; more calls at once than this allocate theirs.
@@ -44,21 +45,28 @@ class Plan:
         self.output = graph.output
         self.lowered = Lowered(graph, graph.infer(x, device), device, table)
         self.memory = Memory(self.lowered)
-        self.steps: list[tuple[Step, Run | None]] = []
-        with progress("freeze", len(self.memory.steps)) as advance:
-            for step in self.memory.steps:
-                self.steps.append((step, step.op.build(Site(self.memory, step, caches))))
-                advance()
-        self.recorded = recordable(self.memory)
-        self.run_order = self._run_order()
         index = self.memory.index
+        self.fixed = frozenset(index[step] for step in index if self.memory.in_arena(step))
+        self._idle: deque[Env] = deque()
+        # Here rather than in the first call, so that too little memory is an error of planning.
+        self._idle.append(self._new_env())
+        self.steps: list[tuple[Step, Run | None]] = []
+        self.traffic: dict[Step, Traffic] = {}
+        native = set()
+        with progress("freeze", len(index)) as advance:
+            for step in index:
+                site = Site(self.memory, step, caches, self._idle[0])
+                self.steps.append((step, step.op.build(site)))
+                self.traffic[step] = site.traffic
+                if site.recordable:
+                    native.add(step)
+                advance()
+        self.recorded = recordable(self.memory, native)
+        self.run_order = self._run_order()
         self.results = [(index[step], self._needs_copy(step)) for step in self.lowered.results]
         self.single = isinstance(self.output, Ref)
         self.returned = [0, *(n for n, _ in self.results if n not in self.fixed)]
         self.hides_nan = any(step.backend == "onednn" for step in self.memory.steps)
-        self._idle: deque[Env] = deque()
-        # Here rather than in the first call, so that too little memory is an error of planning.
-        self._idle.append(self._new_env())
 
     def __call__(self, x: Tensor) -> Any:
         # A graph's arena is memory of its own, that no other call gets.
@@ -122,7 +130,7 @@ class Plan:
 
         One more, the last, is always None: it stands for what a step does not have.
         """
-        env = Env([None] * (len(self.memory.index) + 1), self.segments)
+        env = Env([None] * (len(self.memory.index) + 1))
         # Memory of inference mode could not be written outside of it.
         with torch.inference_mode(False):
             arena = new_arena(self.memory.nbytes, self.device)
@@ -136,7 +144,6 @@ class Plan:
         Steps that can be recorded together are one function, and their tensors are kept.
         """
         index = self.memory.index
-        self.fixed = frozenset(index[step] for step in index if self.memory.in_arena(step))
         dying: dict[int, list[int]] = {}
         for step, last in self.memory.last.items():
             kept = index[step] in self.fixed or step in self.recorded
@@ -144,12 +151,10 @@ class Plan:
                 dying.setdefault(last, []).append(index[step])
         order: list[Run] = []
         together: list[Run] = []
-        self.segments = 0
 
         def end_segment() -> None:
             if together:
-                order.append(Segment(list(together), self.segments))
-                self.segments += 1
+                order.append(Segment(list(together)))
                 together.clear()
 
         for number, (step, run) in enumerate(self.steps):
@@ -172,7 +177,7 @@ class Plan:
 
     def _run_watched(self, env: Env) -> None:
         """Step by step, for ``explain`` or a profiler to see."""
-        env.programs = [None] * self.segments  # the steps make their tensors anew
+        env.programs.clear()  # the steps make their tensors anew
         recorder = record.active()
         for step, run in self.steps:
             if run is None:
@@ -184,8 +189,8 @@ class Plan:
             if step.reports:
                 run(env)
                 continue
-            traffic = step.op.traffic(step, self.memory)
-            with recorder.call(step.op.name, step.backend, self.reason(step), *traffic):
+            about = (step.op.name, step.backend, self.reason(step))
+            with recorder.call(*about, *self.traffic[step]):
                 run(env)
 
     def reason(self, step: Step) -> str:

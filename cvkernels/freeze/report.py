@@ -68,8 +68,7 @@ def report(plan: Plan, shape: tuple[int, ...], seconds: float) -> Report:
     for step, run in plan.steps:
         if run is not None:
             note = plan.reason(step).removeprefix("frozen").removeprefix("; ")
-            traffic = step.op.traffic(step, plan.memory)
-            rows.append(Row(step.layer, step.op.name, step.backend, *traffic, note))
+            rows.append(Row(step.layer, step.op.name, step.backend, *plan.traffic[step], note))
     if plan.hides_nan:
         x = plan.memory.steps[0].value
         rows.append(Row("", "sum", "aten", 1, x.nbytes, x.dtype.itemsize, ""))

@@ -8,6 +8,7 @@ puts a tensor of its own into its place.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,19 +16,26 @@ from torch import Tensor
 from cvkernels.freeze.graph import Node, Op, Run, Step, TensorSpec
 from cvkernels.freeze.memory import Memory
 from cvkernels.functional import DerivedWeights
+from cvkernels.ops.common.plan import Plan
+from cvkernels.ops.common.traffic import Traffic
 
 
 class Site:
     """One step's numbers in ``env``: its value's, its inputs', and ``none`` of what is always None.
 
     ``out`` is the number of the memory that the value is written to, ``none`` where the step
-    allocates it. ``caches`` keeps what backends derive from a node's weights.
+    allocates it. ``env`` holds the memory of an arena, ``caches`` keeps what backends derive from a
+    node's weights. ``plans`` are those that the step runs in a call, each as often as it does.
     """
 
-    def __init__(self, memory: Memory, step: Step, caches: dict[Node, DerivedWeights]) -> None:
+    def __init__(
+        self, memory: Memory, step: Step, caches: dict[Node, DerivedWeights], env: list
+    ) -> None:
         self.memory = memory
         self.step = step
+        self.plans: list[Plan] = []
         self._caches = caches
+        self._env = env
         self.none = len(memory.index)
         self.number = memory.index[step]
         self.inputs = [memory.index[source] for source in step.inputs]
@@ -42,12 +50,39 @@ class Site:
         cache = DerivedWeights(capacity=8, constant=True)
         return self._caches.setdefault(self.step.source, cache)
 
+    def like(self, number: int) -> Tensor | None:
+        """A tensor like the value of that number in every call."""
+        if number == self.none or self._env[number] is not None:
+            return self._env[number]
+        step = self.memory.steps[number]
+        if step in self.memory.place:  # channels of a tensor that its step makes
+            whole, start = self.memory.place[step]
+            return self.like(self.memory.index[whole])[:, start : start + step.value.shape[1]]
+        return step.value.empty(self.memory.lowered.device)
+
+    def plan(self, make: Callable[..., Plan], *like: Any, times: int = 1, **options: Any) -> Any:
+        """What ``make``, the plan function of a public op, plans for tensors like these.
+
+        ``times`` is how often the step runs it. Its work stays PyTorch's dispatcher's, where it can
+        be recorded and watched.
+        """
+        backend = "native" if self.step.backend.startswith("native") else "auto"
+        plan = make(*like, **options, backend=backend, once=True)
+        self.plans += [plan] * times
+        return plan if self.step.reports else plan.run
+
     @property
-    def kernel(self) -> Callable | None:
-        """The op's native implementation, where that runs the step."""
-        if self.step.backend != "native":
-            return None
-        return getattr(torch.ops.cvkernels, self.step.op.kernel).default
+    def traffic(self) -> Traffic:
+        """What the step costs. (A plan that was asked holds no tensor that it was made for.)"""
+        if not self.plans:
+            return self.step.op.traffic(self.step)
+        return Traffic(*map(sum, zip(*(plan.traffic for plan in self.plans), strict=True)))
+
+    @property
+    def recordable(self) -> bool:
+        """Whether compiled ops that record their work, and no copies, are all that runs."""
+        every = [plan.backend.startswith("native") for plan in self.plans]
+        return bool(every) and all(every) and self.traffic.kernels == len(every)
 
     def role(self, name: str) -> int:
         source = self.step.role(name)
@@ -73,20 +108,14 @@ class Site:
 
     def computed(self, compute: Callable[[list], Tensor]) -> Run:
         """A step whose value is a tensor of its own, copied where it has a place."""
-        number, value = self.number, self.step.value
-        if self.out != self.none:
+        number, value, placed = self.number, self.step.value, self.out != self.none
+        is_map = isinstance(value, TensorSpec) and len(value.shape) == 4
 
-            def run(env: list) -> None:
-                env[number].copy_(compute(env))
-
-        elif isinstance(value, TensorSpec) and len(value.shape) == 4:
-
-            def run(env: list) -> None:
-                env[number] = compute(env).contiguous(memory_format=torch.channels_last)
-
-        else:
-
-            def run(env: list) -> None:
-                env[number] = compute(env)
+        def run(env: list) -> None:
+            y = compute(env)
+            if placed:
+                env[number].copy_(y)
+            else:
+                env[number] = y.contiguous(memory_format=torch.channels_last) if is_map else y
 
         return run

@@ -16,6 +16,7 @@ from cvkernels.freeze.frozen import Frozen, freeze
 from cvkernels.freeze.ops import Conv
 from cvkernels.freeze.progress import progress
 from cvkernels.functional import DerivedWeights, dense_concat, se_scale
+from cvkernels.ops.conv_bn_act import op as conv_bn_act
 from cvkernels.ops.conv_bn_act.problem import Problem
 
 # Each candidate is timed in turns, until it has run so often and so long.
@@ -101,11 +102,13 @@ def _runner(
     gate = drawn(problem.N, problem.C) if problem.has_input_gate else None
     shape = (problem.N, problem.K, problem.P, problem.Q)
     residual = drawn(*shape) if problem.has_residual else None
-    if backend.prologue or not problem.has_prologue:
-        convolve = backend.build(problem, conv, DerivedWeights())
-        return lambda: convolve(x, residual, gate, None)
-    bare = backends.without_prologue(problem)
-    convolve = backend.build(bare, conv.bare(), DerivedWeights())
+    alone = problem.has_prologue and not backend.prologue
+    convolve = conv_bn_act.plan(
+        x, **(conv.bare() if alone else conv).arguments, residual=residual, cache=DerivedWeights(),
+        input_gate=None if alone else gate, implementation=backend.implementation, once=True,
+    ).run  # fmt: skip
+    if not alone:
+        return lambda: convolve(x, residual, gate)
     before = torch.empty_like(x)
 
     def run() -> None:
@@ -113,6 +116,6 @@ def _runner(
             dense_concat(before, x, 0, conv.input_bn, relu=True)
         else:
             se_scale(x, gate, out=before)
-        convolve(before, residual, None, None)
+        convolve(before, residual)
 
     return run

@@ -71,7 +71,7 @@ class AppendingLayer(FusedModule):
         if self.training and self.drop_rate > 0:
             return "dropout is active"
         return (
-            why_not_called(x, self)
+            why_altered(self)
             or why_not_train_norm_relu(x, channels, norm1, relu1)
             or why_not_train_conv(x, channels, conv1)
             or why_not_train_norm_relu(x, conv1.out_channels, norm2, relu2)
@@ -406,7 +406,7 @@ class Transition(FusedSequential):
         return (
             why_not_train_norm_relu(x, x.shape[1], norm, relu)
             or why_not_train_conv(x, x.shape[1], conv)
-            or why_not_called(x, pool)
+            or why_altered(pool)
         )
 
     def train_forward(self, x: Tensor, statistics: Statistics | None = None) -> Tensor:

@@ -121,7 +121,7 @@ class Inception(FusedModule):
         for block in blocks:
             if type(block).forward is not BasicConv2d.forward:
                 return f"{type(block).__name__} is no convolution block of cvkernels"
-            reason = why_not_called(x, block)
+            reason = why_altered(block)
             reason = reason or why_not_train_conv_bn_act(x, block.conv, block.bn, relu_)
             if reason := reason or why_not_same_map(block.conv):
                 return reason

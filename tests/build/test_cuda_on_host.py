@@ -8,7 +8,13 @@ import torch
 from cvkernels import extension
 from cvkernels.functional import avg_pool, dense_concat, max_pool
 from cvkernels.ops.batch_norm_act import passes
-from tests.ops import test_avg_pool, test_batch_norm_act, test_dense_concat, test_max_pool
+from tests.ops import (
+    test_avg_pool,
+    test_batch_norm_act,
+    test_dense_concat,
+    test_max_pool,
+    test_pools,
+)
 from tests.support import cuda_on_host
 from tests.support.cuda_on_host import HostLibrary
 from tests.support.made_once import shared_folder
@@ -67,8 +73,12 @@ class TestMaxPool:
     test_infinities = staticmethod(test_max_pool.test_every_bit_pattern_of_infinities_and_nan)
     test_every_16_bit_number = staticmethod(test_max_pool.test_every_16_bit_number)
     test_any_strides = staticmethod(test_max_pool.test_any_strides)
-    test_out = staticmethod(test_max_pool.test_out_is_a_channel_slice)
-    test_out_beside_x = staticmethod(test_max_pool.test_out_beside_x_in_one_buffer)
+    test_out = staticmethod(test_pools.test_out_is_a_channel_slice)
+    test_out_beside_x = staticmethod(test_pools.test_out_beside_x_in_one_buffer)
+
+    @pytest.fixture
+    def pool(self):
+        return max_pool
 
 
 @pytest.mark.usefixtures("on_host")
@@ -77,8 +87,12 @@ class TestAvgPool:
     test_calls = staticmethod(test_avg_pool.test_matches_avg_pool2d)
     test_infinities = staticmethod(test_avg_pool.test_nan_and_infinity_stay_where_their_windows_are)
     test_any_strides = staticmethod(test_avg_pool.test_any_strides)
-    test_out = staticmethod(test_avg_pool.test_out_is_a_channel_slice)
-    test_out_beside_x = staticmethod(test_avg_pool.test_out_beside_x_in_one_buffer)
+    test_out = staticmethod(test_pools.test_out_is_a_channel_slice)
+    test_out_beside_x = staticmethod(test_pools.test_out_beside_x_in_one_buffer)
+
+    @pytest.fixture
+    def pool(self):
+        return avg_pool
 
 
 @pytest.mark.usefixtures("on_host")

@@ -26,12 +26,12 @@ from triton.backends.nvidia.driver import CudaLauncher  # noqa: E402
 import cvkernels  # noqa: E402
 from cvkernels.ops.common.norm import BatchNormParams  # noqa: E402
 from cvkernels.ops.common.triton_launch import Launch  # noqa: E402
-from cvkernels.ops.conv_bn_act import triton_launch as conv_launches  # noqa: E402
+from cvkernels.ops.conv_bn_act import triton as conv_launches  # noqa: E402
 from cvkernels.ops.conv_bn_act import tuning  # noqa: E402
 from cvkernels.ops.conv_bn_act.problem import problem_of  # noqa: E402
-from cvkernels.ops.depthwise_conv_bn_act import triton_launch as depthwise_launches  # noqa: E402
+from cvkernels.ops.depthwise_conv_bn_act import triton as depthwise_launches  # noqa: E402
 from cvkernels.ops.depthwise_conv_bn_act.problem import problem_of as depthwise_problem  # noqa: E402
-from cvkernels.ops.squeeze_excite import triton_launch as se_launches  # noqa: E402
+from cvkernels.ops.squeeze_excite import triton as se_launches  # noqa: E402
 
 CPU = -1  # what get_device() of the tensors says
 US_PER_CALL = 15

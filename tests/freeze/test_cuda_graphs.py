@@ -112,7 +112,7 @@ class Cuda:
 @pytest.fixture(autouse=True)
 def cuda(monkeypatch):
     """The fakes, and steps that run one by one, as on a GPU."""
-    monkeypatch.setattr(plans, "recordable", lambda memory: set())
+    monkeypatch.setattr(plans, "recordable", lambda *_: set())
     fakes = Cuda()
     Graph.made.clear()
     for name in dir(fakes):

@@ -1,12 +1,14 @@
 """Wrong arguments and images raise the stock library's exception in every family.
 
-Keywords, names of weights and a family's own options are tried in its test_models file.
+What only one family refuses is tried in its own file.
 """
 
 import pytest
 import torch
+from torch import nn
 
 import cvkernels
+from tests.support.model_checks import assert_same_error, builders
 
 torchvision = pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
@@ -48,6 +50,60 @@ def test_wrong_classes(name, num_classes):
 def test_weights_of_no_kind_are_refused_before_any_download(name):
     with pytest.raises(TypeError, match="Invalid Weight class provided; .* received int"):
         getattr(cvkernels.models, name)(weights=3)
+
+
+ENUMS = torchvision.models
+OTHERS = dict(weights="bogus"), dict(unknown_keyword=3)
+BAD_CALLS = {
+    "googlenet": [
+        *OTHERS,
+        dict(weights="IMAGENET1K_V1", aux_logits=False),
+        dict(weights="IMAGENET1K_V1", init_weights=True),
+        dict(weights="IMAGENET1K_V1", num_classes=10),
+        dict(weights=ENUMS.ResNet18_Weights.DEFAULT),
+        dict(blocks=[nn.Conv2d, nn.Conv2d], init_weights=False),
+    ],
+    "resnet50": [
+        *OTHERS,
+        dict(replace_stride_with_dilation=[True]),
+        dict(weights=ENUMS.ResNet18_Weights.DEFAULT),
+        dict(weights="IMAGENET1K_V2", num_classes=10),
+    ],
+    "resnext50_32x4d": [dict(width_per_group=16)],
+    "wide_resnet50_2": [dict(width_per_group=16)],
+    "densenet121": [
+        *OTHERS,
+        dict(growth_rate=16),
+        dict(block_config=(1, 1, 1, 1)),
+        dict(weights="IMAGENET1K_V1", num_classes=10),
+        dict(weights=ENUMS.ResNet18_Weights.DEFAULT),
+    ],
+    "efficientnet_b0": [
+        *OTHERS,
+        dict(last_channel=8),
+        dict(weights="DEFAULT", num_classes=3),
+        dict(dropout=1.5),
+    ],
+    "efficientnet_b1": [dict(weights=ENUMS.EfficientNet_B0_Weights.DEFAULT)],
+    "efficientnet_b5": [dict(norm_layer=nn.BatchNorm2d)],
+    "efficientnet_b7": [dict(norm_layer=None)],
+    "efficientnet_v2_s": [
+        *OTHERS,
+        dict(norm_layer=nn.BatchNorm2d),
+        dict(weights="DEFAULT", num_classes=3),
+        dict(weights=ENUMS.EfficientNet_V2_M_Weights.DEFAULT),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [(name, kwargs) for name, calls in BAD_CALLS.items() for kwargs in calls],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+@pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")
+def test_wrong_arguments_raise_torchvisions_errors(name, kwargs):
+    assert_same_error(*builders(name), **kwargs)
 
 
 # Images

@@ -6,45 +6,29 @@ import cvkernels
 from cvkernels import backend
 from cvkernels.models import densenet121, load_checkpoint
 from cvkernels.models.densenet import DenseNet, _DenseBlock, _DenseLayer, _Transition
-from cvkernels.models.registry import get_builder
 from cvkernels.nn import FusedSequential
-from tests.support import model_checks as checks
-from tests.support.model_checks import build, twins
+from tests.support.model_checks import (
+    TINY_DENSENET,
+    assert_eval_is_pure,
+    assert_same_gradients,
+    assert_same_state,
+    assert_trains_like,
+    build,
+    fresh_twins,
+    twins,
+)
 from tests.support.numerics import assert_matches_module
-from tests.support.pairs import calibrate, image
+from tests.support.pairs import calibrate, image, seen
 
 torchvision = pytest.importorskip("torchvision")
 stock_module = pytest.importorskip("torchvision.models.densenet")
 
-BUILDERS = ["densenet121", "densenet161", "densenet169", "densenet201"]
 # Every kind of layer, in the fewest; the checks that copy or trace a model use it.
-TINY = dict(growth_rate=8, block_config=(2, 2, 1, 1), num_init_features=16, num_classes=10)
-
-
-class Tiny:
-    """Builders of the same small network, ours and torchvision's."""
-
-    @staticmethod
-    def tiny(**kwargs):
-        return torchvision.models.DenseNet(**{**TINY, **kwargs})
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    monkeypatch.setattr(
-        cvkernels.models, "tiny", lambda **kwargs: DenseNet(**{**TINY, **kwargs}), raising=False
-    )
-    return dict(name="tiny", stock=Tiny)
-
-
-@pytest.mark.parametrize("name", BUILDERS)
-def test_state_dict_is_torchvisions(name):
-    checks.check_state_dict(name)
 
 
 def test_eval_output_and_input_gradient_match_stock(device):
     """The other depths, and training, are test_every_builder's."""
-    checks.check_eval("densenet121", device)
+    assert_eval_is_pure(*twins("densenet121", device), seen(2, device), in_float32=True)
 
 
 KEYWORDS = {
@@ -59,33 +43,27 @@ KEYWORDS = {
 
 
 @pytest.mark.parametrize("kwargs", KEYWORDS.values(), ids=KEYWORDS.keys())
-def test_keyword_arguments_match_stock(kwargs, device, tiny):
-    checks.check_state_dict(**tiny, **kwargs)
-    checks.check_eval(device=device, **tiny, **kwargs)
+def test_keyword_arguments_match_stock(kwargs, device):
+    kwargs = TINY_DENSENET | kwargs
+    assert_same_state(*fresh_twins("DenseNet", **kwargs))
+    ours, stock = twins("DenseNet", device, **kwargs)
+    assert_eval_is_pure(ours, stock, seen(2, device), in_float32=True)
     # Stock's counts the batches of norm1 twice, in the forward pass and in the backward pass.
-    kwargs = {key: value for key, value in kwargs.items() if key != "memory_efficient"}
-    checks.check_train(device=device, **tiny, **kwargs)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_matches_stock(dtype, device, tiny):
-    checks.check_half(device=device, dtype=dtype, **tiny)
-
-
-def test_layouts_autocast_and_inference_mode_match_stock(device, tiny):
-    checks.check_channels_last("densenet121", device)
-    checks.check_autocast_and_inference_mode(device=device, **tiny)
+    kwargs |= dict(memory_efficient=False)
+    ours, stock = (model.train() for model in twins("DenseNet", device, **kwargs))
+    assert_trains_like(ours, stock, seen(4, device))
 
 
 @pytest.mark.parametrize("memory_efficient", [False, True], ids=["plain", "memory_efficient"])
-def test_parameter_gradients_match_stock(memory_efficient, device, tiny):
-    checks.check_parameter_gradients(device=device, memory_efficient=memory_efficient, **tiny)
+def test_parameter_gradients_match_stock(memory_efficient, device):
+    kwargs = dict(TINY_DENSENET, memory_efficient=memory_efficient)
+    ours, stock = (model.train() for model in twins("DenseNet", device, **kwargs))
+    assert_same_gradients(ours, stock, seen(4, device))
 
 
 def test_memory_efficient_computes_the_plain_networks_gradients():
     plain, efficient = (
-        build(cvkernels.models, "densenet121", num_classes=50, memory_efficient=flag)
-        for flag in (False, True)
+        build(densenet121, num_classes=50, memory_efficient=flag) for flag in (False, True)
     )
     x = image(2)
     losses = []
@@ -113,59 +91,8 @@ def test_memory_efficient_checkpoints_only_where_an_input_needs_a_gradient(monke
     assert calls
 
 
-# What stays: tracing, copying, pickling, hooks
-
-
-def test_fx_and_feature_extraction_see_torchvisions_nodes(tiny):
-    checks.check_fx("densenet121")
-    nodes = ["features.relu0", "features.denseblock1.denselayer2.norm2", "features.denseblock2.cat",
-             "features.transition1", "flatten"]  # fmt: skip
-    checks.check_feature_extraction(nodes=nodes, **tiny)
-
-
-def test_export_agrees(tiny):
-    checks.check_export(**tiny)
-
-
-@pytest.mark.parametrize("memory_efficient", [False, True], ids=["plain", "memory_efficient"])
-def test_compiles_in_one_graph(memory_efficient, device, tiny):
-    checks.check_compiles_in_one_graph(device=device, memory_efficient=memory_efficient, **tiny)
-
-
-def test_densenet121_compiles_in_one_graph(device):
-    checks.check_compiles_in_one_graph("densenet121", device)
-
-
-def test_jit_trace_agrees(tiny):
-    checks.check_jit_trace(**tiny)
-
-
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-def test_copies_carry_no_derived_weights(how, tiny):
-    checks.check_copy(how=how, **tiny)
-
-
-def test_derived_weights_follow_optimiser_steps_and_loads(device, tiny):
-    checks.check_steps_and_loads(device=device, **tiny)
-
-
-@pytest.mark.parametrize(
-    "layer",
-    ["conv0", "relu0", "pool0", "denseblock1.denselayer2.norm1", "denseblock1.denselayer2.norm2",
-     "denseblock2.denselayer1.conv2", "transition1.relu", "transition1.conv"],
-)  # fmt: skip
-def test_a_hook_runs_that_group_as_modules(layer, tiny):
-    checks.check_hook(layer=f"features.{layer}", **tiny)
-
-
-def test_functional_call_vmap_sync_batchnorm_and_meta(tiny):
-    checks.check_functional_call(**tiny)
-    checks.check_runs_as_modules(**tiny)
-    checks.check_meta(name="tiny", classes=10)
-
-
 def test_features_is_a_sequential_like_any():
-    ours, stock = (model.eval().features for model in twins("densenet121"))
+    ours, stock = (model.features for model in twins("densenet121"))
     assert isinstance(ours, nn.Sequential) and list(ours._modules) == list(stock._modules)
     x = image()
     with torch.no_grad():
@@ -180,7 +107,7 @@ def test_features_is_a_sequential_like_any():
 
 
 def test_what_is_put_into_features_runs():
-    ours, stock = (model.eval() for model in twins("densenet121"))
+    ours, stock = twins("densenet121")
     for model in (ours, stock):
         model.features.relu0 = nn.Hardswish()
         model.features.transition1.add_module("scale", nn.Softplus())
@@ -285,7 +212,7 @@ def old_keys(state):
 
 @pytest.fixture
 def trained():
-    model = DenseNet(**TINY)
+    model = DenseNet(**TINY_DENSENET)
     calibrate(model)
     return model.eval()
 
@@ -294,7 +221,7 @@ def trained():
 def test_old_keys_load(how, trained, tmp_path):
     old = old_keys(trained.state_dict())
     assert not set(old) & {k for k in trained.state_dict() if "denselayer" in k}
-    model = DenseNet(**TINY).eval()
+    model = DenseNet(**TINY_DENSENET).eval()
     keys = list(old)
     if how == "load_state_dict":
         model.load_state_dict(old)
@@ -329,7 +256,7 @@ def test_new_keys_with_batch_counts_and_odd_mixtures(trained):
     old = {
         key.replace("norm1", "norm.1"): value for key, value in trained.state_dict().items()
     }  # norm2 has its name of today, and norm.1 counts batches
-    model = DenseNet(**TINY).eval()
+    model = DenseNet(**TINY_DENSENET).eval()
     model.load_state_dict(old)
     x = image()
     assert torch.equal(model(x), trained(x))
@@ -347,28 +274,7 @@ def test_new_keys_with_batch_counts_and_odd_mixtures(trained):
 
 # Builders
 
-BAD_CALLS = {
-    "growth-rate": dict(growth_rate=16),
-    "block-config": dict(block_config=(1, 1, 1, 1)),
-    "classes-with-weights": dict(weights="IMAGENET1K_V1", num_classes=10),
-    "unknown-weights": dict(weights="bogus"),
-    "wrong-enum": dict(weights=torchvision.models.ResNet18_Weights.DEFAULT),
-    "unknown-keyword": dict(depth=3),
-}
-
-
-@pytest.mark.parametrize("kwargs", BAD_CALLS.values(), ids=BAD_CALLS.keys())
-def test_wrong_arguments_raise_torchvisions_errors(kwargs):
-    checks.check_same_error("densenet121", **kwargs)
-
 
 def test_an_image_too_small_is_refused():
     with pytest.raises((RuntimeError, ValueError)), torch.no_grad():
         densenet121().eval()(image(1, 16))
-
-
-def test_every_builder_is_listed():
-    assert set(BUILDERS) <= set(cvkernels.list_models())
-    for name in BUILDERS:
-        assert hasattr(torchvision.models, get_builder(name).weights_enum)
-    assert type(cvkernels.create_model("densenet121", num_classes=3)) is DenseNet

@@ -9,19 +9,11 @@ import pytest
 import torch
 
 import cvkernels
-from tests.support.model_checks import Concatenated
+from tests.support.model_checks import Concatenated, assert_same_output, builders
 from tests.support.pairs import calibrated_pair, seen
-from tests.support.stock_twin_checks import assert_same_output
 
 # The compound rule at any point has no stock builder.
 BUILDERS = [name for name in cvkernels.list_models() if name != "efficientnet"]
-
-
-def stock_builder(name):
-    models = pytest.importorskip("torchvision").models
-    if hasattr(models, name):
-        return getattr(models, name)
-    return getattr(pytest.importorskip("timm").models, name)
 
 
 def output_and_gradient(model, x):
@@ -35,7 +27,7 @@ def output_and_gradient(model, x):
 @pytest.mark.parametrize("name", BUILDERS)
 def test_outputs_and_input_gradients_are_the_stock_models(name, monkeypatch):
     kwargs = {"init_weights": False} if name == "googlenet" else {}
-    stock = stock_builder(name)(num_classes=10, **kwargs).requires_grad_(False)
+    stock = builders(name)[1](num_classes=10, **kwargs).requires_grad_(False)
     with torch.device("meta"):
         ours = cvkernels.create_model(name, num_classes=10, **kwargs).requires_grad_(False)
     ours, stock = calibrated_pair(ours.to_empty(device="cpu"), stock)

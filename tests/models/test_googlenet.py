@@ -5,16 +5,21 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
 
 import cvkernels
 from cvkernels.models import GoogLeNetOutputs, googlenet
 from cvkernels.models.googlenet import BasicConv2d, Inception, InceptionAux, _GoogLeNetOutputs
-from cvkernels.models.registry import get_builder
-from tests.support import model_checks as checks
-from tests.support.model_checks import build, twins
+from tests.support.model_checks import (
+    Concatenated,
+    assert_eval_is_pure,
+    assert_same_gradients,
+    assert_same_state,
+    build,
+    fresh_twins,
+    twins,
+)
 from tests.support.numerics import assert_matches_module, run_with_input_grad
-from tests.support.pairs import calibrate, image
+from tests.support.pairs import calibrate, image, seen
 
 torchvision = pytest.importorskip("torchvision")
 # In both packages the builder hides the module of its name.
@@ -36,17 +41,17 @@ KEYWORDS = {
 
 @pytest.mark.parametrize("kwargs", KEYWORDS.values(), ids=KEYWORDS.keys())
 def test_state_dict_is_torchvisions(kwargs):
-    checks.check_state_dict(NAME, **kwargs)
+    assert_same_state(*fresh_twins(NAME, **kwargs))
 
 
 def test_default_initialisation_warns_and_is_torchvisions():
     with pytest.warns(FutureWarning, match="init_weights=True"):
-        checks.check_state_dict(NAME)
+        assert_same_state(*fresh_twins(NAME))
 
 
 @pytest.mark.parametrize("kwargs", KEYWORDS.values(), ids=KEYWORDS.keys())
 def test_eval_output_and_input_gradient_match_stock(kwargs, device):
-    checks.check_eval(NAME, device, **kwargs)
+    assert_eval_is_pure(*twins(NAME, device, **kwargs), seen(2, device), in_float32=True)
 
 
 @pytest.mark.parametrize("kwargs", KEYWORDS.values(), ids=KEYWORDS.keys())
@@ -54,7 +59,7 @@ def test_train_outputs_and_input_gradient_match_stock(kwargs, device):
     """In float64: in float32 so deep a network amplifies stock's own rounding a thousandfold."""
     x, results = image(4, device=device, dtype=torch.float64), []
     for model in twins(NAME, **kwargs):
-        model = checks.Concatenated(model.double().train().to(device))
+        model = Concatenated(model.double().train().to(device))
         torch.manual_seed(2)
         results.append((*run_with_input_grad(model, x), *model.buffers()))
     for actual, expected in zip(*results, strict=True):
@@ -64,22 +69,13 @@ def test_train_outputs_and_input_gradient_match_stock(kwargs, device):
 @pytest.mark.parametrize("size", [15, 33, 50])
 def test_odd_sizes_match_stock(size, device):
     """ceil_mode: the last window of a pool runs over the edge."""
-    ours, stock = (model.eval().to(device) for model in twins(NAME, **PLAIN))
+    ours, stock = twins(NAME, device, **PLAIN)
     assert_matches_module(ours, stock, image(2, size, device), grad=False)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_matches_stock(dtype, device):
-    checks.check_half(NAME, device, dtype, **PLAIN)
-
-
-def test_layouts_autocast_and_inference_mode_match_stock(device):
-    checks.check_channels_last(NAME, device, **PLAIN)
-    checks.check_autocast_and_inference_mode(NAME, device, **PLAIN)
-
-
 def test_parameter_gradients_match_stock(device):
-    checks.check_parameter_gradients(NAME, device, **PLAIN)
+    ours, stock = (model.train() for model in twins(NAME, device, **PLAIN))
+    assert_same_gradients(ours, stock, seen(4, device))
 
 
 def test_custom_blocks_are_built_and_match_stock():
@@ -90,8 +86,8 @@ def test_custom_blocks_are_built_and_match_stock():
 
         return [Convolution, module.Inception, module.InceptionAux]
 
-    ours = build(cvkernels.models, NAME, blocks=blocks(our_module), **PLAIN)
-    stock = build(torchvision.models, NAME, blocks=blocks(stock_module), **PLAIN)
+    ours = build(googlenet, blocks=blocks(our_module), **PLAIN)
+    stock = build(torchvision.models.googlenet, blocks=blocks(stock_module), **PLAIN)
     calibrate(stock)
     ours.load_state_dict(stock.state_dict())
     assert_matches_module(ours.eval(), stock.eval(), image(2), grad=False)
@@ -99,8 +95,8 @@ def test_custom_blocks_are_built_and_match_stock():
 
 def test_blocks_that_are_not_ours_run_as_modules():
     blocks = [stock_module.BasicConv2d, stock_module.Inception, stock_module.InceptionAux]
-    ours = build(cvkernels.models, NAME, blocks=blocks, **PLAIN).eval()
-    theirs = build(torchvision.models, NAME, **PLAIN).eval()
+    ours = build(googlenet, blocks=blocks, **PLAIN).eval()
+    theirs = build(torchvision.models.googlenet, **PLAIN).eval()
     assert_matches_module(ours, theirs, image(2), grad=False)
 
 
@@ -108,7 +104,7 @@ def test_blocks_that_are_not_ours_run_as_modules():
 
 
 def test_training_returns_the_named_tuple():
-    model = build(cvkernels.models, NAME, num_classes=5, **PLAIN).train()
+    model = build(googlenet, num_classes=5, **PLAIN).train()
     outputs = model(image(2))
     assert type(outputs) is GoogLeNetOutputs is _GoogLeNetOutputs
     assert outputs._fields == ("logits", "aux_logits2", "aux_logits1")
@@ -119,7 +115,7 @@ def test_training_returns_the_named_tuple():
 
 
 def test_auxiliary_classifiers_do_not_run_in_eval():
-    model = build(cvkernels.models, NAME, **PLAIN).eval()
+    model = build(googlenet, **PLAIN).eval()
     model.aux1.register_forward_hook(lambda *_: pytest.fail("aux1 ran"))
     model.aux2.register_forward_hook(lambda *_: pytest.fail("aux2 ran"))
     model(image())
@@ -145,51 +141,8 @@ def test_aux_logits_alone_chooses_what_training_returns():
     assert_matches_module(ours, stock, image(4))
 
 
-# What stays: tracing, copying, pickling, hooks, checkpoints
-
-
-def test_fx_and_feature_extraction_see_torchvisions_nodes():
-    checks.check_fx(NAME, transform_input=True, **PLAIN)
-    nodes = ["conv1.relu", "inception3a.branch4.0", "inception4e.cat", "maxpool4", "flatten"]
-    checks.check_feature_extraction(NAME, nodes, **PLAIN)
-
-
-def test_export_agrees():
-    checks.check_export(NAME, **PLAIN)
-
-
-def test_compiles_in_one_graph(device):
-    checks.check_compiles_in_one_graph(NAME, device, **PLAIN)
-
-
-def test_jit_trace_agrees():
-    checks.check_jit_trace(NAME, **PLAIN)
-
-
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-def test_copies_carry_no_derived_weights(how):
-    checks.check_copy(NAME, how, **PLAIN)
-
-
-def test_derived_weights_follow_optimiser_steps_and_loads(device):
-    checks.check_steps_and_loads(NAME, device, **PLAIN)
-
-
-@pytest.mark.parametrize(
-    "layer", ["conv1.conv", "inception3b.branch2.1.bn", "inception4a.branch4.0", "maxpool2"]
-)
-def test_a_hook_runs_that_group_as_modules(layer):
-    checks.check_hook(NAME, layer, **PLAIN)
-
-
-def test_functional_call_vmap_sync_batchnorm_and_meta():
-    checks.check_functional_call(NAME, **PLAIN)
-    checks.check_runs_as_modules(NAME, **PLAIN)
-    checks.check_meta(NAME, **PLAIN)
-
-
 def test_every_convolution_runs_fused(device):
-    ours, _ = (model.eval().to(device) for model in twins(NAME, **PLAIN))
+    ours, _ = twins(NAME, device, **PLAIN)
     rows = cvkernels.explain(ours, image(device=device)).rows
     # Of the 57, three per block read one input and are one.
     assert sum(row.op == "conv_bn_act" for row in rows) == 57 - 9 * 2
@@ -246,7 +199,7 @@ def test_weights_build_what_torchvision_builds(kwargs, no_download):
 
 
 def test_a_checkpoint_prescribes_nothing(tmp_path):
-    trained = build(cvkernels.models, NAME, num_classes=3, aux_logits=False, **PLAIN)
+    trained = build(googlenet, num_classes=3, aux_logits=False, **PLAIN)
     path = tmp_path / "trained.pth"
     torch.save(trained.state_dict(), path)
     with warnings.catch_warnings():
@@ -259,26 +212,10 @@ def test_a_checkpoint_prescribes_nothing(tmp_path):
         googlenet(weights=path, num_classes=3)
 
 
-BAD_CALLS = {
-    "no-aux-with-weights": dict(weights="IMAGENET1K_V1", aux_logits=False),
-    "init-with-weights": dict(weights="IMAGENET1K_V1", init_weights=True),
-    "classes-with-weights": dict(weights="IMAGENET1K_V1", num_classes=10),
-    "unknown-weights": dict(weights="bogus"),
-    "wrong-enum": dict(weights=torchvision.models.ResNet18_Weights.DEFAULT),
-    "two-blocks": dict(blocks=[nn.Conv2d, nn.Conv2d], init_weights=False),
-    "unknown-keyword": dict(depth=3, init_weights=False),
-}
-
-
-@pytest.mark.parametrize("kwargs", BAD_CALLS.values(), ids=BAD_CALLS.keys())
-def test_wrong_arguments_raise_torchvisions_errors(kwargs):
-    checks.check_same_error(NAME, **kwargs)
-
-
 @pytest.mark.parametrize("size", [1, 7])
 def test_an_image_too_small_raises_a_value_or_runtime_error(size):
     """Stock pools of 1 pixel are legal; where stock refuses, so do we."""
-    ours, stock = (model.eval() for model in twins(NAME, **PLAIN))
+    ours, stock = twins(NAME, **PLAIN)
     x = image(1, size)
     try:
         expected = stock(x)
@@ -287,13 +224,6 @@ def test_an_image_too_small_raises_a_value_or_runtime_error(size):
             ours(x)
     else:
         assert torch.allclose(ours(x), expected, atol=1e-4)
-
-
-def test_builder_is_listed():
-    assert NAME in cvkernels.list_models()
-    assert hasattr(torchvision.models, get_builder(NAME).weights_enum)
-    model = cvkernels.create_model(NAME, num_classes=3, **PLAIN)
-    assert type(model) is cvkernels.models.GoogLeNet
 
 
 # The blocks alone

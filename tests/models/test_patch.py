@@ -8,14 +8,14 @@ from torch import nn
 
 import cvkernels
 from cvkernels.nn import Bottleneck, FusedSequential
-from tests.support.numerics import assert_matches_module
-from tests.support.pairs import calibrate, pair, seen
-from tests.support.stock_twin_checks import (
+from tests.support.model_checks import (
     assert_follows_parameters,
     assert_same_gradients,
     assert_same_output,
     assert_trains_like,
 )
+from tests.support.numerics import assert_matches_module
+from tests.support.pairs import calibrate, pair, seen
 
 torchvision = pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
@@ -105,7 +105,7 @@ def test_patched_equals_stock_and_restored_is_stock(name):
         assert torch.equal(patched(seen(2)), stock(seen(2)))
 
 
-# The blocks of these two train as the builders' in test_models_efficientnet and test_models_resnet.
+# The blocks of these two train as the builders' in test_efficientnet and test_resnet.
 TRAINED = [n for n in NETWORKS if not n.endswith(("efficientnet_v2_s", "vision/resnext50_32x4d"))]
 
 

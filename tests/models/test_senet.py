@@ -8,79 +8,39 @@ import cvkernels
 from cvkernels.models.timm_builder import REFUSED
 from cvkernels.nn import GlobalPool, SEModule
 from tests.support.model_checks import (
-    check_autocast_and_inference_mode,
-    check_channels_last,
-    check_compiles_in_one_graph,
-    check_copy,
-    check_export,
-    check_functional_call,
-    check_fx,
-    check_half,
-    check_hook,
-    check_jit_trace,
-    check_meta,
-    check_runs_as_modules,
-)
-from tests.support.numerics import assert_matches_module
-from tests.support.pairs import calibrated_pair, seen
-from tests.support.stock_twin_checks import (
     assert_eval_is_pure,
     assert_every_norm_is_fused,
-    assert_follows_parameters,
-    assert_hook_is_called,
     assert_same_gradients,
     assert_same_output,
     assert_same_state,
     assert_trains_like,
+    build,
+    builders,
+    fresh_twins,
+    twins,
 )
+from tests.support.numerics import assert_matches_module
+from tests.support.pairs import calibrated_pair, seen
 
 timm = pytest.importorskip("timm")
-STOCK = timm.models
 
 # One network of every block type: numerics by the rule. test_every_builder has the outputs of all.
 SMALL = [
     "seresnet18", "seresnet50", "seresnext50_32x4d", "legacy_seresnet18", "legacy_seresnet50",
     "legacy_seresnext50_32x4d",
 ]  # fmt: skip
-LARGE = [
-    "seresnet34", "seresnet101", "seresnet152", "seresnext101_32x4d", "seresnext101_32x8d",
-    "senet154", "legacy_seresnet34", "legacy_seresnet101", "legacy_seresnet152",
-    "legacy_seresnext101_32x4d", "legacy_senet154",
-]  # fmt: skip
 FAMILIES = ["seresnet18", "legacy_seresnet18"]
 # A network's blocks, stem and shortcuts, in four blocks instead of fifty.
 SHORT = {"layers": (1, 1, 1, 1)}
 
 
-def build(create, name, seed=0, **kwargs):
-    torch.manual_seed(seed)
-    return create(name, **kwargs)
-
-
-def twins(name, **kwargs):
-    """(ours, stock) from one seed."""
-    return build(cvkernels.create_model, name, **kwargs), build(timm.create_model, name, **kwargs)
-
-
-def calibrated(name, **kwargs):
-    return calibrated_pair(*twins(name, **kwargs))
-
-
 # The networks
-
-
-@pytest.mark.parametrize("name", SMALL + LARGE)
-def test_builder_is_timms(name):
-    ours, stock = twins(name)
-    for attribute in ("num_features", "head_hidden_size", "feature_info", "drop_rate"):
-        assert getattr(ours, attribute) == getattr(stock, attribute)
-    assert_same_state(ours, stock)
 
 
 @pytest.mark.parametrize("name", [*SMALL, "senet154", "legacy_senet154"])
 def test_eval_and_training_match_stock_down_to_the_random_numbers(name, device):
     layers = (1, 1, 1, 1) if "154" in name else (2, 1, 1, 1)
-    ours, stock = (model.to(device) for model in calibrated(name, layers=layers))
+    ours, stock = twins(name, device, layers=layers)
     assert_eval_is_pure(ours, stock, seen(2, device))
     assert_every_norm_is_fused(ours, seen(1, device))
     assert_trains_like(ours.train(), stock.train(), seen(4, device))
@@ -107,7 +67,7 @@ KEYWORDS = {
 
 @pytest.mark.parametrize(("name", "kwargs"), KEYWORDS.values(), ids=KEYWORDS.keys())
 def test_keyword_arguments_match_stock(name, kwargs):
-    ours, stock = twins(name, **SHORT, **kwargs)
+    ours, stock = fresh_twins(name, **SHORT, **kwargs)
     assert_same_state(ours, stock)
     assert ours.feature_info == stock.feature_info
     ours, stock = calibrated_pair(ours, stock)
@@ -116,23 +76,12 @@ def test_keyword_arguments_match_stock(name, kwargs):
     assert_trains_like(ours.train(), stock.train(), x)
 
 
-def test_half_precision_channels_last_and_autocast_match_stock(device):
-    check_half("seresnet18", device, torch.bfloat16, STOCK)
-    check_channels_last("seresnet18", device, STOCK)
-    check_autocast_and_inference_mode("seresnet18", device, STOCK)
-
-
-@pytest.mark.parametrize("name", ["seresnet50", "legacy_seresnet18"])
-def test_every_norm_is_fused(name):
-    assert_every_norm_is_fused(calibrated(name)[0], seen())
-
-
 # timm's methods
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_methods_are_timms(name):
-    ours, stock = calibrated(name)
+    ours, stock = twins(name)
     x = seen()
     with torch.no_grad():
         features, expected = ours.forward_features(x), stock.forward_features(x)
@@ -157,7 +106,7 @@ def test_methods_are_timms(name):
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory():
-    ours, stock = (model.train() for model in calibrated("seresnet18"))
+    ours, stock = (model.train() for model in twins("seresnet18"))
     ours.set_grad_checkpointing()
     assert_same_gradients(ours, stock, seen(4))
 
@@ -168,84 +117,9 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
     ids=["many", "none", "beyond", "layout"],
 )
 def test_wrong_features_are_refused(kwargs):
-    ours = build(cvkernels.create_model, "seresnet18")
+    ours = build(cvkernels.models.seresnet18)
     with pytest.raises(ValueError, match="must be"):
         ours.forward_intermediates(seen(), **kwargs)
-
-
-# What stays: tracing, copying, hooks
-
-
-@pytest.mark.parametrize("name", [*FAMILIES, "legacy_seresnet50", "seresnet50"])
-def test_fx_traces_to_timms_nodes(name):
-    check_fx(name, STOCK)
-
-
-def test_fx_traces_the_deep_stem_to_timms_nodes():
-    check_fx("senet154", STOCK, **SHORT)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_export_and_jit_trace_agree(name):
-    check_export(name, STOCK)
-    check_jit_trace(name, STOCK)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_compiles_in_one_graph(name, device):
-    check_compiles_in_one_graph(name, device, STOCK)
-
-
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_copies_carry_no_derived_weights(name, how):
-    check_copy(name, how, STOCK)
-
-
-FUSED_PARTS = {
-    "seresnet18": [
-        "act1", "maxpool", "layer1.0.bn1", "layer1.0.se.fc2", "layer2.0.downsample.0",
-    ],
-    "legacy_seresnet18": ["layer0.relu1", "pool0", "layer1.0.relu", "layer1.0.se_module.fc1"],
-}  # fmt: skip
-OTHER_PARTS = {
-    "seresnet18": [
-        "layer1", "layer1.0.drop_block", "layer1.0.aa", "layer1.0.se", "layer1.0.se.bn",
-        "layer1.0.se.gate", "layer1.0.act2", "layer2.0.downsample", "global_pool.pool",
-    ],
-    "legacy_seresnet18": ["layer0", "layer1.0.se_module"],
-}  # fmt: skip
-
-
-def cases(parts):
-    return [(name, layer) for name, layers in parts.items() for layer in layers]
-
-
-@pytest.mark.parametrize(("name", "layer"), cases(FUSED_PARTS))
-def test_a_hook_on_a_fused_part_runs_modules_and_explain_says_so(name, layer):
-    check_hook(name, layer, STOCK)
-
-
-@pytest.mark.parametrize(("name", "layer"), cases(OTHER_PARTS))
-def test_a_hook_sees_what_stock_computes(name, layer):
-    assert_hook_is_called(*calibrated(name), layer, seen())
-
-
-def test_a_hook_inside_the_deep_stem_is_called():
-    for layer in ("conv1", "conv1.1", "conv1.6", "bn1"):
-        assert_hook_is_called(*calibrated("senet154", **SHORT), layer, seen())
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_derived_weights_follow_optimiser_steps_and_loads(name, device):
-    ours, stock = (model.to(device) for model in calibrated(name))
-    assert_follows_parameters(ours, stock, seen(2, device))
-
-
-def test_functional_call_vmap_and_meta():
-    check_functional_call("seresnet18", STOCK)
-    check_runs_as_modules("legacy_seresnet18", STOCK)
-    check_meta("legacy_senet154")
 
 
 def test_squeeze_widths_are_timms():
@@ -259,8 +133,7 @@ def test_squeeze_widths_are_timms():
 # Builders and weights
 
 
-def test_builders_are_listed_and_called_as_timms():
-    assert set(SMALL + LARGE) <= set(cvkernels.list_models())
+def test_builders_are_called_as_timms():
     assert type(cvkernels.models.seresnet18(False)) is cvkernels.models.SEResNet
     assert type(cvkernels.models.legacy_seresnet18(exportable=True)) is cvkernels.models.LegacySENet
     with pytest.raises(ValueError, match="did you mean .*legacy_seresnet50"):
@@ -269,7 +142,7 @@ def test_builders_are_listed_and_called_as_timms():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_weights_from_a_file_or_a_state_dict(name, tmp_path):
-    trained = build(timm.create_model, name, seed=7)
+    trained = build(builders(name)[1], seed=7)
     torch.save(trained.state_dict(), tmp_path / "trained.pth")
     for weights in (tmp_path / "trained.pth", trained.state_dict()):
         assert_same_state(cvkernels.create_model(name, weights=weights), trained)
@@ -280,12 +153,12 @@ def test_weights_from_a_file_or_a_state_dict(name, tmp_path):
 @pytest.fixture
 def published(monkeypatch):
     """timm's pretrained networks without the network: seed 9 for every name; what was asked for."""
-    asked, create = [], timm.create_model
+    asked = []
 
     def pretend(name, pretrained=False, **kwargs):
         asked.append(name)
         assert pretrained
-        return build(create, name.partition(".")[0], seed=9, **kwargs)
+        return build(builders(name.partition(".")[0])[1], seed=9, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", pretend)
     return asked
@@ -301,8 +174,7 @@ def published(monkeypatch):
     ],
 )
 def test_weights_by_timms_names(name, kwargs, full_name, published):
-    expected = build(timm.create_model, name, seed=9, pretrained=True)
-    published.clear()
+    expected = build(builders(name)[1], seed=9)
     ours = cvkernels.create_model(name, **kwargs)
     assert_same_state(ours, expected)
     assert published == [full_name]
@@ -311,9 +183,9 @@ def test_weights_by_timms_names(name, kwargs, full_name, published):
 
 
 def test_other_classes_keep_the_new_classifier(published):
-    fresh = build(cvkernels.create_model, "legacy_seresnet18", num_classes=5)
+    fresh = build(cvkernels.models.legacy_seresnet18, num_classes=5)
     state = torch.get_rng_state()
-    ours = build(cvkernels.create_model, "legacy_seresnet18", num_classes=5, pretrained=True)
+    ours = build(cvkernels.models.legacy_seresnet18, num_classes=5, pretrained=True)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(ours.last_linear.weight, fresh.last_linear.weight)
     assert not torch.equal(ours.layer0.conv1.weight, fresh.layer0.conv1.weight)

@@ -11,6 +11,7 @@ import gc
 import json
 import re
 import traceback
+import types
 from collections import Counter
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ torchvision = pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
 
 # Of the largest logit: what rounding may cost, and what a change must make of stock's answer.
-ROUNDING, VISIBLE = 1e-4, 2e-3
+ROUNDING, VISIBLE = 1e-4, 1e-3
 
 
 class Family(NamedTuple):
@@ -75,6 +76,10 @@ def originals(name, how):
     family = FAMILIES[name]
     options = {"num_classes": 50, **family.options}
     stock = calibrated(family.patched if how == "patched" else family.stock, **options)
+    for norm in stock.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            # A channel that hardly varied would amplify any change, and rounding with it.
+            norm.running_var.clamp_(min=norm.running_var.mean().item())
     if how == "patched":
         ours = copy.deepcopy(stock)
         cvkernels.patch(ours)
@@ -109,7 +114,7 @@ class Twins:
 
     def check(self, label, changed=True):
         """Ours answers as stock does; ``changed``, and stock not as it last did."""
-        self.compare(self.answer(self.ours), self.answer(self.stock), label, changed)
+        self.compare(*map(self.answer, self.both), label, changed)
 
     def compare(self, actual, expected, label, changed=True):
         scale = largest(expected)
@@ -176,7 +181,7 @@ OPTIMISERS = {
     "adamw": functools.partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.1),
 }
 # Vectors of order 1 need larger steps than weights do, to show.
-STEPPED = {nn.BatchNorm2d: 20, nn.Conv2d: 1}
+STEPPED = {nn.BatchNorm2d: 10, nn.Conv2d: 0.5}
 
 
 @pytest.mark.parametrize("implementation", ["fused", "foreach"])
@@ -199,26 +204,25 @@ def test_optimiser_steps(optimiser, implementation, twins):
 # Written past the version counter
 
 
-def copied(conv):
-    weight = conv.weight.data
-    weight.copy_(weight + torch.randn_like(weight) * weight.std())
+def copied(weight, channel=None):
+    weight.data.copy_(weight + 0.5 * weight.std() * torch.randn_like(weight))
 
 
-def one_filter(conv):
-    conv.weight.data[conv.out_channels // 3].add_(1)
+def one_filter(weight, channel):
+    weight.data[channel].add_(1)
 
 
-def one_input_channel(conv):
-    conv.weight.data[:, conv.weight.shape[1] // 3].add_(1)
+def one_input_channel(weight, channel):
+    weight.data[:, channel % weight.shape[1]].add_(1)
 
 
-def numpy_view(conv):
-    view = conv.weight.detach().numpy()
+def numpy_view(weight, channel):
+    view = weight.detach().numpy()
     view[...] = view[::-1].copy()
 
 
-def numpy_filter(conv):
-    conv.weight.detach().numpy()[conv.out_channels // 2] += 1
+def numpy_filter(weight, channel):
+    weight.detach().numpy()[channel] += 1
 
 
 CONV_WRITES = {
@@ -227,15 +231,37 @@ CONV_WRITES = {
 }
 
 
+def shown_channel(twins, write, tensor):
+    """The first channel in which ``write`` shows: in some, ReLU gives zeros before and after."""
+    before = tensor.detach().clone()
+    for channel in range(len(tensor)):
+        write(tensor, channel)
+        moved = largest(twins.answer(twins.stock) - twins.last) / largest(twins.last)
+        tensor.data.copy_(before)
+        if moved > 2 * VISIBLE:
+            return channel
+    raise AssertionError("the change shows in no channel")
+
+
+def check_written(twins, write, path):
+    """``write`` the tensor of that name past the version counter, and put it back."""
+    module, _, name = path.rpartition(".")
+    tensors = [getattr(model.get_submodule(module), name) for model in twins.both]
+    before, original = tensors[1].detach().clone(), twins.last
+    channel = shown_channel(twins, write, tensors[1])
+    for tensor in tensors:
+        torch.manual_seed(5)
+        write(tensor, channel)
+    twins.check(path)
+    for tensor in tensors:
+        tensor.data.copy_(before)
+    twins.last = original
+
+
 @pytest.mark.parametrize("write", CONV_WRITES.values(), ids=CONV_WRITES.keys())
 def test_convolution_weights_written(write, twins):
-    original = twins.last
     for name in convs_of(twins.stock):
-        before = twins.stock.get_submodule(name).weight.detach().clone()
-        twins.written(lambda model, name=name: write(model.get_submodule(name)), name)
-        for model in twins.both:
-            model.get_submodule(name).weight.data.copy_(before)
-        twins.last = original
+        check_written(twins, write, f"{name}.weight")
 
 
 def test_convolution_biases_written(twins):
@@ -265,32 +291,11 @@ def numpy_vector(vector, channel):
 VECTOR_WRITES = {write.__name__: write for write in (whole_vector, one_element, numpy_vector)}
 
 
-def shown_channel(twins, write, vector):
-    """The first channel in which ``write`` shows: in some, ReLU gives zeros before and after."""
-    before = vector.detach().clone()
-    for channel in range(len(vector)):
-        write(vector, channel)
-        moved = largest(twins.answer(twins.stock) - twins.last) / largest(twins.last)
-        vector.data.copy_(before)
-        if moved > 2 * VISIBLE:
-            return channel
-    raise AssertionError("the change shows in no channel")
-
-
 @pytest.mark.parametrize("write", VECTOR_WRITES.values(), ids=VECTOR_WRITES.keys())
 def test_norms_written(write, twins):
-    original = twins.last
     for name in norms_of(twins.stock):
-        for kind in VECTORS:
-            vectors = [getattr(model.get_submodule(name), kind) for model in twins.both]
-            before = vectors[1].detach().clone()
-            channel = shown_channel(twins, write, vectors[1])
-            for vector in vectors:
-                write(vector, channel)
-            twins.check(f"{name}.{kind}")
-            for vector in vectors:
-                vector.data.copy_(before)
-            twins.last = original
+        for vector in VECTORS:
+            check_written(twins, write, f"{name}.{vector}")
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
@@ -427,12 +432,12 @@ def sharded_errors(name, how, parts, mesh):
             )
         for optimiser in optimisers:
             optimiser.step()
-        actual, expected = twins.answer(twins.ours), twins.answer(twins.stock)
+        answers = list(map(twins.answer, twins.both))
         try:
-            twins.compare(actual, expected, f"update {index}")
+            twins.compare(*answers, f"update {index}")
         except AssertionError as error:
             errors.append(str(error).partition("\n")[0])
-        twins.last = expected
+        twins.last = answers[1]
     return errors
 
 
@@ -471,25 +476,25 @@ def test_sharded(key, sharded):
 
 def drawn(weight, seed):
     generator = torch.Generator().manual_seed(seed)
-    return weight.detach() + weight.std().item() * torch.randn(weight.shape, generator=generator)
+    noise = torch.randn(weight.shape, generator=generator)
+    return weight.detach() + 0.5 * weight.std().item() * noise
 
 
-def swapped(conv, seed):
-    torch.utils.swap_tensors(conv.weight, nn.Parameter(drawn(conv.weight, seed)))
+def swapped(conv, value):
+    torch.utils.swap_tensors(conv.weight, nn.Parameter(value))
 
 
-def plain_attribute(conv, seed):
-    value = drawn(conv.weight, seed)
+def plain_attribute(conv, value):
     del conv.weight
     conv.weight = value
 
 
-def new_parameter(conv, seed):
-    conv.weight = nn.Parameter(drawn(conv.weight, seed))
+def new_parameter(conv, value):
+    conv.weight = nn.Parameter(value)
 
 
-def data_pointer(conv, seed):
-    conv.weight.data = drawn(conv.weight, seed)
+def data_pointer(conv, value):
+    conv.weight.data = value
 
 
 EXCHANGES = {
@@ -502,22 +507,30 @@ EXCHANGES = {
 def test_weights_exchanged(exchange, twins):
     """Three in a row: the memory of the first may come back with the third."""
     for name in convs_of(twins.stock):
+        before = twins.stock.get_submodule(name).weight.detach().clone()
         for seed in range(3):
             for model in twins.both:
-                exchange(model.get_submodule(name), seed)
+                exchange(model.get_submodule(name), drawn(before, seed))
             gc.collect(0)
             twins.check(f"{name}, {seed}")
+        for model in twins.both:
+            exchange(model.get_submodule(name), before.clone())
+        twins.check(f"{name}, put back")
 
 
 def test_a_plain_attribute_written(twins):
     for name in convs_of(twins.stock):
+        before = twins.stock.get_submodule(name).weight.detach().clone()
         for model in twins.both:
-            plain_attribute(model.get_submodule(name), 0)
+            plain_attribute(model.get_submodule(name), drawn(before, 0))
         twins.check(f"{name}, set")
         twins.check(f"{name}, again", changed=False)
         for model in twins.both:
-            numpy_view(model.get_submodule(name))
+            model.get_submodule(name).weight.numpy()[...] = drawn(before, 1).numpy()
         twins.check(f"{name}, written")
+        for model in twins.both:
+            plain_attribute(model.get_submodule(name), before.clone())
+        twins.check(f"{name}, put back")
 
 
 def test_norm_vectors_exchanged(twins):
@@ -531,22 +544,19 @@ def test_norm_vectors_exchanged(twins):
         for vector in VECTORS:
             before = getattr(twins.stock.get_submodule(name), vector).detach()
             for seed in range(3):
-                put(name, vector, before + seed + 1)
+                put(name, vector, before * (1.4 + 0.3 * seed) + 0.2 * (seed + 1))
                 twins.check(f"{name}.{vector}, {seed}")
             put(name, vector, before)
             twins.check(f"{name}.{vector}, put back")
 
 
 def test_functional_call(twins):
-    def call(model, weights):
-        with torch.no_grad():
-            return functional_call(model, weights, (twins.x,))
-
     for name in convs_of(twins.stock):
         before = twins.last
         for seed in range(3):
             weights = {f"{name}.weight": drawn(twins.stock.get_submodule(name).weight, seed)}
-            answers = [call(model, weights) for model in twins.both]
+            with torch.no_grad():
+                answers = [functional_call(model, weights, (twins.x,)) for model in twins.both]
             twins.compare(*answers, f"{name}, {seed}")
             del weights
         twins.check(f"{name}, without")
@@ -563,14 +573,16 @@ def test_tied_weights_written(twins):
         model.get_submodule(second).weight = model.get_submodule(first).weight
     twins.check("tied")
     twins.check("tied", changed=False)
-    twins.written(lambda model: copied(model.get_submodule(first)), "written through the first")
-    twins.written(lambda model: copied(model.get_submodule(second)), "through the second")
+    twins.written(
+        lambda model: copied(model.get_submodule(first).weight), "written through the first"
+    )
+    twins.written(lambda model: copied(model.get_submodule(second).weight), "through the second")
 
 
 class Scaled(nn.Module):
     def __init__(self):
         super().__init__()
-        self.factor = nn.Buffer(torch.tensor(1.5))
+        self.factor = nn.Buffer(torch.tensor(1.3))
 
     def forward(self, weight):
         return weight * self.factor
@@ -578,20 +590,23 @@ class Scaled(nn.Module):
 
 def test_parametrised_weights(twins):
     for name in convs_of(twins.stock):
+        before = twins.stock.get_submodule(name).weight.detach().clone()
 
         def change(model, what, name=name):
             conv = model.get_submodule(name)
             if what == "registered":
                 parametrize.register_parametrization(conv, "weight", Scaled())
             elif what == "original":
-                copied(nn.ParameterDict({"weight": conv.parametrizations.weight.original}))
+                copied(conv.parametrizations.weight.original)
             elif what == "factor":
-                conv.parametrizations.weight[0].factor.data.mul_(-1)
+                conv.parametrizations.weight[0].factor.data.mul_(0.6)
             else:
                 parametrize.remove_parametrizations(conv, "weight", leave_parametrized=False)
 
         for what in ("registered", "original", "factor", "removed"):
             twins.written(change, f"{name}, {what}", what)
+        for model in twins.both:
+            model.get_submodule(name).weight = nn.Parameter(before.clone())
 
 
 @pytest.mark.parametrize("assign", [True, False], ids=["assign", "copy"])
@@ -700,13 +715,16 @@ def test_an_instance_s_method_replaced(warm, case, what):
     kinds, method = FORWARDS[what]
     names = names_of(twins.stock, kinds)
     for name in dict.fromkeys((names[0], names[len(names) // 2], names[-1])):
-        counts = Counter()
+        answers, counted = [], []
         for model in twins.both:
-            module = model.get_submodule(name)
-            module.__dict__[method] = bent(counts, getattr(module, method), by=3)
-        twins.check(f"{name}, replaced")
-        used = list(counts.values())
-        assert len(used) == 2 and used[0] == used[1] > 0
+            module, counts = model.get_submodule(name), Counter()
+            function = bent(counts, getattr(type(module), method), by=3)
+            # A bound method, which a copy of the network binds to the copy.
+            module.__dict__[method] = types.MethodType(function, module)
+            answers.append(twins.answer(model))
+            counted.append(dict(counts))
+        twins.compare(*answers, f"{name}, replaced")
+        assert counted[0] == counted[1] != {}
         for model in twins.both:
             del model.get_submodule(name).__dict__[method]
         twins.check(f"{name}, restored")

@@ -6,12 +6,14 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 import cvkernels
-from cvkernels import backend, extension
+from cvkernels import backend
 from cvkernels.backend import BackendError
 from cvkernels.functional import BatchNormParams, batch_norm_act
 from cvkernels.ops.batch_norm_act import passes, reference
 from cvkernels.ops.batch_norm_act.reference import batch_norm_act_reference
 from tests.support.numerics import assert_close_as_eager, assert_matches
+
+pytestmark = pytest.mark.usefixtures("native")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # N, C, H, W, and the channels of the tensor that x is a slice of
@@ -29,12 +31,6 @@ SHAPES = {
 
 # act, and whether a residual is added before it
 ENDS = [("none", False), ("relu", False), ("silu", False), ("none", True), ("relu", True)]
-
-
-@pytest.fixture(autouse=True)
-def native(device):
-    if not extension.has(device.type):
-        pytest.skip(extension.status()[device.type].reason)
 
 
 def make(shape, dtype=torch.float32, device="cpu", mean=0.5, std=1.0):

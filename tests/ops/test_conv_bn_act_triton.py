@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvkernels.ops.conv_bn_act import triton_launch, tuning
+from cvkernels.ops.conv_bn_act import triton as conv_launches
+from cvkernels.ops.conv_bn_act import tuning
 from cvkernels.ops.conv_bn_act.problem import Problem
 from tests.support.numerics import assert_close_as_eager
 
@@ -94,7 +95,7 @@ def run(c, out=None, config=None):
     problem = problem_of(c, out is not None)
     out = out_like(c, problem) if out is None else out
     args = (c.x, c.weight, c.bias, c.bn, c.residual, c.input_bn, c.input_gate, out)
-    triton_launch.run(problem, *args, precision="ieee", config=config)
+    conv_launches.run(problem, *args, precision="ieee", config=config)
     return out
 
 
@@ -289,7 +290,7 @@ def test_any_strides(case, device):
 def test_empty_output_launches_nothing(x_shape, device, monkeypatch):
     c = make(x_shape, (16 if x_shape[0] == 0 else 0, 16, 1, 1), torch.float32, device)
     monkeypatch.setattr(
-        triton_launch, "plan_launch", lambda *a, **k: pytest.fail("planned a launch")
+        conv_launches, "plan_launch", lambda *a, **k: pytest.fail("planned a launch")
     )
     run(c)
 
@@ -343,13 +344,13 @@ def test_more_than_int32_elements(case, device, tmp_path):
 
 def test_one_launch_per_call(device, monkeypatch):
     launches = []
-    for name, kernel in triton_launch._KERNELS.items():
-        monkeypatch.setitem(triton_launch._KERNELS, name, Counted(kernel, launches))
-    triton_launch._plan.cache_clear()
+    for name, kernel in conv_launches._KERNELS.items():
+        monkeypatch.setitem(conv_launches._KERNELS, name, Counted(kernel, launches))
+    conv_launches._plan.cache_clear()
     for case in ("1x1", "3x3", "stem-3x3"):
         x_shape, weight_shape, options = CASES[case]
         check(make(x_shape, weight_shape, torch.float32, device, residual=True, **options))
-    triton_launch._plan.cache_clear()
+    conv_launches._plan.cache_clear()
     assert launches == [
         "conv_bn_act_1x1_kernel",
         "conv_bn_act_spatial_kernel",
@@ -375,11 +376,11 @@ def test_plan_needs_no_data():
     problem = problem_of(c)
     config = tuning.heuristic(problem, (9, 0))
     out = out_like(c, problem)
-    planned = triton_launch.plan_launch(
+    planned = conv_launches.plan_launch(
         problem, c.x, c.weight, None, None, out, precision="tf32", config=config
     )
     launch, operands = planned.launch, planned.operands(*c[:7], out)
-    assert launch.kernel is triton_launch.conv_bn_act_1x1_kernel
+    assert launch.kernel is conv_launches.conv_bn_act_1x1_kernel
     assert launch.grid == (128 * 56 * 56 // 128 * 2,)
     assert launch.meta["FLAT_X"] and launch.meta["FLAT_OUT"] and launch.meta["EVEN_C"]
     names = [name for name in launch.kernel.arg_names if name not in launch.meta]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from cvkernels import backend, extension, record
+from cvkernels import backend, record
 from cvkernels.backend import BackendError
 from cvkernels.functional import BatchNormParams, dense_concat
 from cvkernels.ops.dense_concat.reference import dense_concat_reference
@@ -39,19 +39,6 @@ def make(shape, dtype, memory_format, device, src_format=None):
 def make_bn(C, dtype=torch.float32, device="cpu"):
     weight, bias, mean = torch.randn(3, C, device=device).to(dtype)
     return BatchNormParams(weight, bias, mean, torch.rand(C, device=device).to(dtype) + 0.5, 1e-3)
-
-
-@pytest.fixture(params=["native", "reference"])
-def implementation(request, device):
-    if request.param == "native" and not extension.has(device.type):
-        pytest.skip(extension.status()[device.type].reason)
-    return request.param
-
-
-@pytest.fixture
-def native(device):
-    if not extension.has(device.type):
-        pytest.skip(extension.status()[device.type].reason)
 
 
 def on_a_copy(buffer, *args, **kwargs):

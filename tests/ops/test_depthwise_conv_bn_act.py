@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from cvkernels import extension
 from cvkernels.functional import depthwise_conv_bn_act
 from cvkernels.ops.depthwise_conv_bn_act.reference import depthwise_conv_bn_act_reference
 from tests.support.cases.conv_bn_act import make_bn
 from tests.support.cases.depthwise_conv_bn_act import CASES, flat_arguments, make_inputs
+from tests.support.cases.views import STRIDED
 from tests.support.numerics import assert_close_as_eager, map_floats
 
 ACTS = ("none", "relu", "relu6", "silu")
@@ -26,12 +26,6 @@ def assert_matches_both(op, args, options):
 
 def run(backend):
     return lambda *args, **kwargs: depthwise_conv_bn_act(*args, **kwargs, backend=backend)
-
-
-@pytest.fixture
-def native():
-    if not extension.has("cpu"):
-        pytest.skip(extension.status()["cpu"].reason)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -61,15 +55,6 @@ def test_every_vector_is_optional(dropped, native):
         "statistics": bn._replace(mean=None, var=None),
     }.get(dropped, bn)
     assert_matches_both(run("native"), (x, weight, bias, bn), options)
-
-
-STRIDED = {
-    "channel-slice": lambda x: x[:, 3:36],
-    "every-second-channel": lambda x: x[:, ::2],
-    "window-of-an-image": lambda x: x[:, :, 2:9, 1:8],
-    "transposed": lambda x: x.transpose(2, 3),
-    "expanded": lambda x: x[:1].expand(3, -1, -1, -1),
-}
 
 
 @pytest.mark.parametrize("view", STRIDED.values(), ids=STRIDED.keys())

@@ -17,7 +17,7 @@ from tests.support.triton_compiled import compile_cases, compiled_once
 pytest.importorskip("triton")
 
 from cvkernels.functional import DerivedWeights, depthwise_conv_bn_act
-from cvkernels.ops.depthwise_conv_bn_act import triton_launch
+from cvkernels.ops.depthwise_conv_bn_act import triton as depthwise_launches
 from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem, problem_of
 from cvkernels.ops.depthwise_conv_bn_act.reference import depthwise_conv_bn_act_reference
 from cvkernels.ops.depthwise_conv_bn_act.tiling import Tiling, tiling
@@ -102,7 +102,7 @@ def test_any_tiling_gives_the_same(tiles, device):
         problem = problem_of(x, weight, bias, bn, **options, squeeze=True)
         out, sums = torch.full_like(x, torch.nan), x.new_full(x.shape[:2], torch.nan)
         rsc = weight.squeeze(1).permute(1, 2, 0)
-        triton_launch.run(problem, x, rsc, bias, bn, out, sums, tiles)
+        depthwise_launches.run(problem, x, rsc, bias, bn, out, sums, tiles)
         return out, sums
 
     check(tiled, args, options)

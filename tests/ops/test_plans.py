@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cvkernels import backend, extension, functional, record
+from cvkernels import backend, functional, record
 from cvkernels.functional import (
     BatchNormParams,
     DerivedWeights,
@@ -20,14 +20,10 @@ from cvkernels.functional import (
 )
 from tests.support.cases.squeeze_excite import SMALL, Map, make_layers, make_map
 
+pytestmark = pytest.mark.usefixtures("native")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 OPS = sorted(set(functional.__all__) - {"BatchNormParams", "DerivedWeights"})
-
-
-@pytest.fixture(autouse=True)
-def native():
-    if not extension.has("cpu"):
-        pytest.skip(extension.status()["cpu"].reason)
 
 
 class Call:
@@ -314,3 +310,142 @@ def test_batch_norm_act_answers():
     assert batch_norm_act(x).out.shape == x.shape
     assert depthwise_conv_bn_act.plan(x, torch.randn(8, 1, 3, 3))(x)[1] is None
     assert squeeze_excite.plan(x, *make_layers(Map(2, 8, 6, 5, 5), x.dtype, "cpu")).op
+
+
+def outputs(x):
+    """A plan of each op that can write into out, and the data of a run."""
+    out, gate = torch.zeros_like(x), torch.randn(x.shape[:2])
+    layers = make_layers(Map(*x.shape[:2], 6, *x.shape[2:]), x.dtype, "cpu")
+    weight = torch.randn(x.shape[1], x.shape[1], 1, 1)
+    return {
+        "max_pool": (max_pool.plan(x, 1, out=out), (x, out)),
+        "avg_pool": (avg_pool.plan(x, 1, out=out), (x, out)),
+        "se_scale": (se_scale.plan(x, gate, out=out), (x, gate, None, out)),
+        "squeeze_excite": (squeeze_excite.plan(x, *layers, out=out), (x, None, out)),
+        "conv_bn_act": (conv_bn_act.plan(x, weight, out=out), (x, None, None, out)),
+    }
+
+
+class TestDataAreWhatThePlanWasMadeFor:
+    """Past the dispatcher nothing else looks at a shape: other memory would be written."""
+
+    x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+
+    def plan(self, name):
+        call = calls(self.x)[name] if name in PLANNED else Call((self.x,), {}, (self.x,), None)
+        return getattr(functional, name).plan(*call.examples, **call.options), list(call.data)
+
+    @pytest.mark.parametrize("name", OPS)
+    def test_other_data_are_refused(self, name):
+        planned, data = self.plan(name)
+        planned(*data)
+        first, *others = data
+        kinds = {
+            "a larger batch": torch.cat([first, first]),
+            "a smaller map": first[:, :-1],
+            "another layout": first.transpose(-1, -2).contiguous().transpose(-1, -2),
+            "another dtype": first.double(),
+            "another device": first.to("meta"),
+            "nothing": None,
+            "no tensor": 1.0,
+        }
+        for kind, other in kinds.items():
+            with pytest.raises(
+                ValueError, match=rf"{name}: the plan is for \w+ = Tensor\[.*, got "
+            ):
+                planned(other, *others)
+                pytest.fail(kind)
+        with pytest.raises(ValueError, match=rf"make a plan for it with {name}\.plan"):
+            planned()
+        with pytest.raises(TypeError, match=f"{name}: the plan takes "):
+            planned(*data, *[None] * 8)
+        planned(*data)
+
+    @pytest.mark.parametrize("name", ["se_scale", "squeeze_excite"])
+    def test_a_residual_that_is_planned_is_given(self, name):
+        planned, data = self.plan(name)
+        with pytest.raises(ValueError, match="the plan is for residual = .*, got None"):
+            planned(*data[:-1])
+        with pytest.raises(ValueError, match="the plan is for residual = "):
+            planned(*data[:-1], data[-1][:1])
+
+    @pytest.mark.parametrize("name", sorted(outputs(torch.ones(1, 1, 1, 1))))
+    def test_an_output_is_as_planned(self, name):
+        planned, (*data, out) = outputs(self.x)[name]
+        assert planned(*data, out) is out
+        for other in (None, out[:, :4], out.contiguous(), out.double(), out[:1]):
+            with pytest.raises(ValueError, match=f"{name}: the plan is for out = "):
+                planned(*data, other)
+
+    @pytest.mark.parametrize("name", OPS)
+    def test_a_gradient_that_is_needed_is_refused(self, name):
+        planned, (first, *others) = self.plan(name)
+        learning = first.clone().requires_grad_()
+        with pytest.raises(ValueError, match=f"{name}: the plan was made where no gradient"):
+            planned(learning, *others)
+        with torch.no_grad():
+            planned(learning, *others)
+
+    def test_parameters_that_learn_are_remembered(self):
+        weight = torch.randn(4, 8, 1, 1, requires_grad=True)
+        with torch.no_grad():
+            planned = conv_bn_act.plan(self.x, weight)
+            planned(self.x)
+        with pytest.raises(ValueError, match="conv_bn_act: the plan was made where no gradient"):
+            planned(self.x)
+
+    def test_subclasses_and_transforms_are_refused(self):
+        class Named(torch.Tensor):
+            pass
+
+        planned = max_pool.plan(self.x, 2)
+        with pytest.raises(ValueError, match=r"got Named\[2, 8, 6, 6\]"):
+            planned(self.x.as_subclass(Named))
+        assert torch.equal(planned(torch.nn.Parameter(self.x, False)), max_pool(self.x, 2))
+        with pytest.raises(ValueError, match="a transform, dispatch mode or tracer is active"):
+            torch.func.vmap(lambda _: planned(self.x))(torch.ones(2))
+        with torch.profiler.profile():
+            assert torch.equal(planned(self.x), max_pool(self.x, 2))
+
+
+class TestAPlanThatACacheKeeps:
+    """The convolutions' functional calls keep their plans with the weights they derive."""
+
+    @pytest.mark.parametrize("depthwise", [False, True], ids=["dense", "depthwise"])
+    def test_is_made_anew_where_anything_changed(self, depthwise):
+        op = depthwise_conv_bn_act if depthwise else conv_bn_act
+        x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+        weight, cache = torch.randn(8, 1 if depthwise else 8, 3, 3), DerivedWeights()
+        bn = norm(8)
+
+        def check(x, bn, **options):
+            for _ in range(2):
+                ours = op(x, weight, None, bn, cache=cache, **options)
+                assert torch.equal(ours, op(x, weight, None, bn, **options))
+
+        with torch.no_grad():
+            check(x, bn)
+            for other in (x[:1], x[:, :, :4], x.contiguous()):
+                check(other, bn)
+            check(x, bn, stride=2)
+            check(x, bn, padding=(1, 1), act="silu")
+            check(x, bn, padding=[1, 1])
+            check(x, bn._replace(eps=0.5))
+            check(x, None)
+            weight.mul_(2)
+            check(x, bn)
+            weight.data[0, 0].add_(1)
+            check(x, bn)
+            bn.var.mul_(2)
+            check(x, bn)
+            with pytest.raises(ValueError, match="stride must be an int or two, got 2.0"):
+                op(x, weight, None, bn, cache=cache, stride=2.0)
+            with pytest.raises(TypeError, match="bn must be BatchNormParams"):
+                op(x, weight, None, tuple(bn), cache=cache)
+            with backend.use("reference"), record.recording(record.Recorder()) as recorder:
+                op(x, weight, None, bn, cache=cache)
+            assert recorder.calls == []
+        learning = weight.clone().requires_grad_()
+        with torch.no_grad():
+            op(x, learning, None, bn, cache=cache)
+        assert op(x, learning, None, bn, cache=cache).grad_fn is not None

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from cvkernels import extension
 from cvkernels.functional import excite, se_scale, squeeze, squeeze_excite
 from cvkernels.ops.squeeze_excite.reference import (
     excite_reference,
@@ -12,24 +11,12 @@ from cvkernels.ops.squeeze_excite.reference import (
     squeeze_reference,
 )
 from tests.support.cases.squeeze_excite import NETWORKS, SMALL, Map, make_layers, make_map
+from tests.support.cases.views import STRIDED
 from tests.support.numerics import assert_close_as_eager, assert_matches
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CHANNELS_LAST = torch.channels_last
 ODD = SMALL["odd"]
-
-
-@pytest.fixture(params=["native", "reference"])
-def implementation(request):
-    if request.param == "native" and not extension.has("cpu"):
-        pytest.skip(extension.status()["cpu"].reason)
-    return request.param
-
-
-@pytest.fixture
-def native():
-    if not extension.has("cpu"):
-        pytest.skip(extension.status()["cpu"].reason)
 
 
 def with_backend(function, name):
@@ -194,18 +181,6 @@ def test_nan_and_infinity_propagate(act, dtype, memory_format, implementation):
 
 
 # Layouts
-
-
-STRIDED = {
-    "channel-slice": lambda x: x[:, 8:40],
-    "unaligned-channel-slice": lambda x: x[:, 3:36],
-    "every-second-channel": lambda x: x[:, ::2],
-    "window-of-an-image": lambda x: x[:, :, 2:9, 1:8],
-    "every-second-column": lambda x: x[:, :, :, ::2],
-    "transposed": lambda x: x.transpose(2, 3),
-    "expanded-batch": lambda x: x[:1].expand(3, -1, -1, -1),
-    "expanded-pixels": lambda x: x[:, :, :1, :1].expand(-1, -1, 4, 4),
-}
 
 
 @pytest.mark.parametrize("view", STRIDED.values(), ids=STRIDED.keys())

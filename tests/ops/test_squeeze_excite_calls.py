@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from cvkernels import backend, extension, record
+from cvkernels import backend, record
 from cvkernels.backend import BackendError
 from cvkernels.functional import excite, se_scale, squeeze, squeeze_excite
 from cvkernels.ops.squeeze_excite.reference import (
@@ -28,12 +28,6 @@ from tests.support.numerics import assert_matches_grad
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CHANNELS_LAST = torch.channels_last
 acts = pytest.mark.parametrize("act", ["none", "relu", "silu"])
-
-
-@pytest.fixture
-def native():
-    if not extension.has("cpu"):
-        pytest.skip(extension.status()["cpu"].reason)
 
 
 # Gradients: on CPU the reference's own

@@ -5,7 +5,8 @@ import torch
 
 from cvkernels import backend
 from cvkernels.functional import excite, se_scale, squeeze, squeeze_excite
-from cvkernels.ops.squeeze_excite import tiles, triton_launch
+from cvkernels.ops.squeeze_excite import tiles
+from cvkernels.ops.squeeze_excite import triton as se_launches
 from cvkernels.ops.squeeze_excite.reference import (
     excite_reference,
     se_scale_reference,
@@ -20,6 +21,7 @@ from tests.support.cases.squeeze_excite import (
     make_map,
     of_flat_layers,
 )
+from tests.support.cases.views import STRIDED
 from tests.support.numerics import assert_matches, assert_matches_grad
 
 pytest.importorskip("triton")
@@ -120,9 +122,9 @@ def test_an_image_that_fits_is_one_launch(dtype, residual, device, monkeypatch):
     arguments = (x, *make_layers(SEVERAL, dtype, device), "silu", added, "relu")
     monkeypatch.setattr(tiles, "IMAGES", 3)
     launched = []
-    launch = triton_launch.Launch.__call__
+    launch = se_launches.Launch.__call__
     monkeypatch.setattr(
-        triton_launch.Launch, "__call__", lambda self, *t: launched.append(self) or launch(self, *t)
+        se_launches.Launch, "__call__", lambda self, *t: launched.append(self) or launch(self, *t)
     )
     assert_matches(squeeze_excite, squeeze_excite_reference, arguments)
     assert [launch.kernel.__name__ for launch in launched] == ["squeeze_excite_image_nhwc_kernel"]
@@ -139,18 +141,9 @@ def test_gradients_of_images_in_one_launch(device, monkeypatch):
     assert_matches_grad(ours, stock, (x, layers, "silu", None, "relu"))
 
 
-STRIDED = {
-    "channel-slice": lambda x: x[:, 8:40],
-    "unaligned-channel-slice": lambda x: x[:, 3:36],
-    "every-second-channel": lambda x: x[:, ::2],
-    "transposed": lambda x: x.transpose(2, 3),
-    "expanded-batch": lambda x: x[:1].expand(3, -1, -1, -1),
-}
-
-
 @pytest.mark.parametrize("view", STRIDED.values(), ids=STRIDED.keys())
 def test_any_strides(view, memory_format, device):
-    whole = make_map(Map(2, 48, 4, 6, 7), torch.float32, memory_format, device)
+    whole = make_map(Map(2, 48, 4, 9, 8), torch.float32, memory_format, device)
     x, added = view(whole), view(whole + 1)
     layers = make_layers(Map(*x.shape[:2], 6, *x.shape[2:]), torch.float32, device)
     for residual in (added, added.contiguous()):

@@ -3,6 +3,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cvkernels
+from cvkernels import record
 from cvkernels.models import ResNet, densenet121, googlenet, resnet18, resnet50, seresnet50
 from cvkernels.nn import Bottleneck
 from cvkernels.nn.sequential import FusedSequential
@@ -65,7 +66,7 @@ def test_concatenating_networks_copy_nothing(build, mb, kernels, convolutions):
 def test_plan_names_a_kernel_for_every_convolution(planned):
     convs = [row for row in planned.rows if row.op == "conv_bn_act"]
     assert len(convs) == 53 and {row.backend for row in convs} <= {"triton", "cudnn"}
-    assert [row.layer for row in convs][:3] == ["conv1", "layer1.0.downsample.0", "layer1.0.conv1"]
+    assert [row.layer for row in convs][:3] == ["conv1", "layer1.0.conv1", "layer1.0.conv2"]
     assert all(row.reason and row.kernels == 1 for row in convs)
 
 
@@ -96,6 +97,11 @@ class AtenLaunches(TorchDispatchMode):
     def __init__(self, launches, launching):
         super().__init__()
         self.count, self.launches, self.launching = 0, launches, launching
+
+    @property
+    def recorder(self):
+        """The running explain's: any other mode would make the blocks call their modules."""
+        return record.active()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         before = len(self.launches)

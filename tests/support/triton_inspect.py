@@ -20,13 +20,14 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 
 from cvkernels.ops.common.norm import BatchNormParams
-from cvkernels.ops.conv_bn_act import triton_fold, triton_launch, tuning
+from cvkernels.ops.conv_bn_act import triton as conv_launches
+from cvkernels.ops.conv_bn_act import triton_fold, tuning
 from cvkernels.ops.conv_bn_act.problem import Problem
-from cvkernels.ops.depthwise_conv_bn_act import triton_launch as depthwise_launches
+from cvkernels.ops.depthwise_conv_bn_act import triton as depthwise_launches
 from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
 from cvkernels.ops.depthwise_conv_bn_act.tiling import tiling
 from cvkernels.ops.squeeze_excite import tiles
-from cvkernels.ops.squeeze_excite import triton_launch as se_scale_launches
+from cvkernels.ops.squeeze_excite import triton as se_scale_launches
 
 _CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 
@@ -110,7 +111,7 @@ def conv_launch(case: dict):
     residual = image(p.N, p.K, p.P, p.Q) if p.has_residual else None
     gate = torch.empty(p.N, p.C, dtype=p.dtype, device="meta") if p.has_input_gate else None
     out = image(p.N, p.K, p.P, p.Q)
-    planned = triton_launch.plan_launch(
+    planned = conv_launches.plan_launch(
         p, x, weight, residual, gate, out, precision=case.get("precision", "ieee"), config=config
     )
     return planned.launch, planned.operands(x, weight, bias, norm, residual, input_norm, gate, out)

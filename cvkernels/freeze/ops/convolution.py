@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from cvkernels import functional
-from cvkernels.freeze.backends import Backend, Convolve, choose, without_prologue
+from cvkernels.freeze.backends import Backend, choose
 from cvkernels.freeze.graph import Node, Op, Run, Step, TensorSpec
 from cvkernels.freeze.ops.elementwise import Affine
 from cvkernels.freeze.ops.squeeze_excite import Scale
-from cvkernels.ops.common.activation import ACTIVATIONS
 from cvkernels.ops.common.norm import BatchNormParams
-from cvkernels.ops.common.traffic import Traffic
+from cvkernels.ops.conv_bn_act import op as conv_bn_act
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.depthwise_conv_bn_act import native as depthwise_native
-from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
+from cvkernels.ops.depthwise_conv_bn_act import op as depthwise
+from cvkernels.ops.max_pool import op as max_pool
 
 if TYPE_CHECKING:
     from cvkernels.freeze.lower import Lowered
-    from cvkernels.freeze.memory import Memory
     from cvkernels.freeze.steps import Site
 
 
@@ -70,6 +68,15 @@ class Conv(Op, name="conv"):
         channels, inputs = self.weight.shape[:2]
         return inputs == 1 and 1 < channels == self.groups
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of conv_bn_act that are no data."""
+        return {
+            "weight": self.weight, "bias": self.bias, "bn": self.bn, "stride": self.stride,
+            "padding": self.padding, "dilation": self.dilation, "groups": self.groups,
+            "act": self.act, "input_bn": self.input_bn,
+        }  # fmt: skip
+
     def problem(self, x: TensorSpec) -> Problem:
         """The convolution on x, with all that the graph fused to it."""
         K, _, R, S = self.weight.shape
@@ -91,16 +98,12 @@ class Conv(Op, name="conv"):
         """What runs the convolution on x, alone where its prologue has to be steps of its own."""
         problem = self.problem(x)
         if self.is_depthwise:
-            fields = {**vars(problem), "squeeze": self.squeeze}
-            names = DepthwiseProblem.__dataclass_fields__
-            depthwise = DepthwiseProblem(**{n: v for n, v in fields.items() if n in names})
-            reason = depthwise_native.why_not(depthwise, device.type)
+            reason = depthwise_native.why_not(problem, device.type)
             if not reason or device.type != "cpu" or self.squeeze:
-                return Depthwise(self, depthwise, writes=not reason)
+                return Depthwise(self, writes=not reason)
         chosen = choose(problem, device, table)
-        if chosen.prologue or not problem.has_prologue:
-            return PlannedConv(self, problem, chosen)
-        return PlannedConv(self.bare(), without_prologue(problem), chosen)
+        alone = problem.has_prologue and not chosen.prologue
+        return PlannedConv(self.bare() if alone else self, chosen)
 
     def shape(self, node: Node, x: tuple, *others: tuple) -> tuple:
         node.check(len(x) == 4, "[N, C, H, W]", x)
@@ -132,15 +135,14 @@ class Conv(Op, name="conv"):
             value = lowered.values[node]
             one = value._replace(shape=(1, *value.shape[1:]))
             return lowered.emit(Scratch(planned), node, inputs, one, backend="native")
-        return lowered.emit(planned, node, inputs, backend=planned.implementation.name)
+        return lowered.emit(planned, node, inputs, backend=planned.chosen.name)
 
 
-class PlannedConv(Op, name="conv", kernel="conv_bn_act_native", placeable=True):
-    """A convolution of one shape, and the backend that runs it."""
+class PlannedConv(Op, name="conv", runs_plans=True, placeable=True):
+    """A convolution, and the backend that runs it."""
 
     conv: Conv
-    problem: Problem
-    implementation: Backend
+    chosen: Backend
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -148,32 +150,30 @@ class PlannedConv(Op, name="conv", kernel="conv_bn_act_native", placeable=True):
 
     @property
     def writes(self) -> bool:
-        return self.implementation.writes
+        return self.chosen.writes
 
-    def traffic(self, step: Step, memory: Memory) -> Traffic:
-        kernels, extra, x = 1, 0, step.inputs[0]
-        if memory.in_arena(step) and not self.writes:
-            kernels, extra = kernels + 1, extra + step.nbytes
-        if step.backend == "onednn" and memory.slices(x):
-            # A slice is made contiguous first.
-            kernels, extra = kernels + 1, extra + x.nbytes
-        problem = self.problem
-        return Traffic(kernels, problem.bytes_read + extra, problem.bytes_written + extra)
-
-    def convolve(self, site: Site) -> Convolve:
-        return self.implementation.build(self.problem, self.conv, site.cache)
+    def plan(
+        self,
+        site: Site,
+        x: Tensor,
+        residual: Tensor | None,
+        gate: Tensor | None,
+        out: Tensor | None,
+        times: int = 1,
+    ) -> Callable[..., Tensor]:
+        """What convolves tensors like these, in the order of conv_bn_act's plan."""
+        return site.plan(
+            conv_bn_act.plan, x, **self.conv.arguments, residual=residual, input_gate=gate, out=out,
+            cache=site.cache, implementation=self.chosen.implementation, times=times,
+        )  # fmt: skip
 
     def build(self, site: Site) -> Run:
-        convolve, number, out = self.convolve(site), site.number, site.out
-        x, residual, gate = (site.role(name) for name in ("x", "residual", "gate"))
-        if out == site.none:
+        x, residual, gate = numbers = [site.role(name) for name in ("x", "residual", "gate")]
+        number, out = site.number, site.out
+        convolve = self.plan(site, *map(site.like, (*numbers, out)))
 
-            def run(env: list) -> None:
-                env[number] = convolve(env[x], env[residual], env[gate], None)
-        else:
-
-            def run(env: list) -> None:
-                convolve(env[x], env[residual], env[gate], env[out])
+        def run(env: list) -> None:
+            env[number] = convolve(env[x], env[residual], env[gate], env[out])
 
         return run
 
@@ -182,10 +182,6 @@ class Scratch(Op, name="scratch", writes=True):
     """One image of the map between a convolution and its max pool (:class:`ConvPool`)."""
 
     planned: PlannedConv
-
-    def pooled(self, window: tuple) -> ConvPool:
-        one = replace(self.planned.problem, N=1)
-        return ConvPool(replace(self.planned, problem=one), window)
 
 
 class ConvPool(Op, name="conv_pool", writes=True, placeable=True):
@@ -197,61 +193,40 @@ class ConvPool(Op, name="conv_pool", writes=True, placeable=True):
     planned: PlannedConv
     window: tuple
 
-    def traffic(self, step: Step, memory: Memory) -> Traffic:
-        problem, images = self.planned.problem, step.value.shape[0]
-        between = problem.bytes_written
-        read = images * (problem.bytes_read + between)
-        return Traffic(2 * images, read, images * between + step.nbytes)
-
     def build(self, site: Site) -> Run:
-        convolve, window, number = self.planned.convolve(site), self.window, site.number
-        x, image = site.inputs
-        pool = torch.ops.cvkernels.max_pool_out.default
+        (x, image), number = site.inputs, site.number
+        images, between, pooled = site.like(x), site.like(image), site.like(number)
+        times = len(images)
+        convolve = self.planned.plan(site, images[:1], None, None, between, times=times)
+        pool = site.plan(max_pool.plan, between, *self.window, out=pooled[:1], times=times)
 
         def run(env: list) -> None:
             between = env[image]
             for source, out in zip(env[x].split(1), env[number].split(1), strict=True):
                 convolve(source, None, None, between)
-                pool(between, *window, out)
+                pool(between, out)
 
         return run
 
 
-class Depthwise(Op, name="depthwise", kernel="depthwise_conv_bn_act_native", placeable=True):
+class Depthwise(Op, name="depthwise", runs_plans=True, placeable=True):
     """A depthwise convolution on its own kernels, which apply its norm for nothing."""
 
     conv: Conv
-    problem: DepthwiseProblem
     writes: bool
 
-    def traffic(self, step: Step, memory: Memory) -> Traffic:
-        return Traffic(1, self.problem.bytes_read, self.problem.bytes_written)
-
     def build(self, site: Site) -> Run:
-        problem, conv, cache = self.problem, self.conv, site.cache
-        (x,), sums = site.inputs, site.reader(Sums)
-        if (convolve := site.kernel) is not None:
-            packed, vectors = cache.get(
-                "depthwise",
-                [conv.weight],
-                lambda: depthwise_native.pack(conv.weight, conv.bias, conv.bn),
-            )
-            act = ACTIVATIONS.index(problem.act)
-            options = (problem.R, problem.stride[0], *problem.padding, act)
-
-            def write(env: list, y: Tensor) -> None:
-                convolve(env[x], packed, vectors, *options, y.permute(0, 2, 3, 1), env[sums])
-
-            return site.written(write)
+        (x,), sums, arguments = site.inputs, site.reader(Sums), self.conv.arguments
+        del arguments["groups"], arguments["input_bn"]
+        options = {"squeeze": self.conv.squeeze, "cache": site.cache}
+        convolve = site.plan(depthwise.plan, site.like(x), **arguments, **options)
+        if self.writes:
+            return site.written(lambda env, y: convolve(env[x], y, env[sums]))
 
         def compute(env: list) -> Tensor:
-            y = functional.depthwise_conv_bn_act(
-                env[x], conv.weight, conv.bias, conv.bn, stride=problem.stride,
-                padding=problem.padding, dilation=problem.dilation, act=problem.act,
-                squeeze=problem.squeeze, cache=cache,
-            )  # fmt: skip
-            if problem.squeeze:
-                y, env[sums] = y
+            y, made = convolve(env[x])
+            if made is not None:
+                env[sums] = made
             return y
 
         return site.computed(compute)

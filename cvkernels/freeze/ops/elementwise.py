@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvkernels import functional
 from cvkernels.freeze.graph import Node, Op, Run
-from cvkernels.ops.common.norm import NO_VECTORS, BatchNormParams
+from cvkernels.ops.common.norm import BatchNormParams
+from cvkernels.ops.dense_concat import op as dense_concat
 
 if TYPE_CHECKING:
     from cvkernels.freeze.steps import Site
@@ -19,7 +21,14 @@ if TYPE_CHECKING:
 ACTS = {"relu": torch.relu, "relu6": F.relu6, "silu": F.silu, "sigmoid": torch.sigmoid}
 
 
-class Affine(Op, name="affine", kernel="dense_concat", writes=True, placeable=True):
+class _Append(Op, runs_plans=True, writes=True, placeable=True):
+    def appended(self, site: Site, bn: BatchNormParams | None, relu: bool) -> Run:
+        (x,) = site.inputs
+        append = site.plan(dense_concat.plan, site.like(site.out), site.like(x), 0, bn, relu)
+        return site.written(lambda env, y: append(y, env[x]))
+
+
+class Affine(_Append, name="affine"):
     """``x * scale + shift`` of each channel, and a ReLU."""
 
     scale: Tensor
@@ -27,22 +36,14 @@ class Affine(Op, name="affine", kernel="dense_concat", writes=True, placeable=Tr
     relu: bool = False
 
     def build(self, site: Site) -> Run:
-        (x,), relu = site.inputs, self.relu
-        if (write := site.kernel) is not None:
-            vectors = (self.scale, self.shift, None, None, 0.0)
-            return site.written(lambda env, y: write(y, env[x], 0, *vectors, relu))
-        bn = BatchNormParams(self.scale, self.shift)
-        return site.written(lambda env, y: functional.dense_concat(y, env[x], 0, bn, relu))
+        return self.appended(site, BatchNormParams(self.scale, self.shift), self.relu)
 
 
-class Copy(Op, name="copy", kernel="dense_concat", writes=True, placeable=True):
+class Copy(_Append, name="copy"):
     """x in a slice that its producer cannot write into."""
 
     def build(self, site: Site) -> Run:
-        (x,) = site.inputs
-        if (write := site.kernel) is not None:
-            return site.written(lambda env, y: write(y, env[x], 0, *NO_VECTORS, False))
-        return site.written(lambda env, y: y.copy_(env[x]))
+        return self.appended(site, None, False)
 
 
 class Act(Op, name="act", placeable=True):
@@ -54,23 +55,25 @@ class Act(Op, name="act", placeable=True):
 
 
 class _Broadcast(Op):
+    function: ClassVar[Callable[[Tensor, Tensor], Tensor]]
+
     def shape(self, node: Node, a: tuple, b: tuple) -> tuple:
         # torch.broadcast_shapes would import the symbolic shapes, which takes half a second.
         sizes = list(itertools.zip_longest(reversed(a), reversed(b), fillvalue=1))
         node.check(all(m == n or 1 in (m, n) for m, n in sizes), "maps of one shape", (a, b))
         return tuple(n if m == 1 else m for m, n in reversed(sizes))
 
-
-class Add(_Broadcast, name="add", placeable=True):
     def build(self, site: Site) -> Run:
-        a, b = site.inputs
-        return site.computed(lambda env: env[a] + env[b])
+        (a, b), function = site.inputs, self.function
+        return site.computed(lambda env: function(env[a], env[b]))
 
 
-class Mul(_Broadcast, name="mul"):
-    def build(self, site: Site) -> Run:
-        a, b = site.inputs
-        return site.computed(lambda env: env[a] * env[b])
+class Add(_Broadcast, name="add", placeable=True, function=operator.add):
+    """a + b."""
+
+
+class Mul(_Broadcast, name="mul", function=operator.mul):
+    """a * b."""
 
 
 class Linear(Op, name="linear"):

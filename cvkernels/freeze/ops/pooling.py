@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from cvkernels import functional
 from cvkernels.freeze.graph import Node, Op, Run, Step
-from cvkernels.freeze.ops.convolution import Scratch
-from cvkernels.ops.common.norm import NO_VECTORS, BatchNormParams
+from cvkernels.freeze.ops.convolution import ConvPool, Scratch
+from cvkernels.ops.avg_pool import op as avg_pool
+from cvkernels.ops.common.norm import BatchNormParams
+from cvkernels.ops.common.plan import Plan
 from cvkernels.ops.common.pool import Window, window_count
-from cvkernels.ops.common.traffic import Traffic, touched_positions
+from cvkernels.ops.max_pool import op as max_pool
+from cvkernels.ops.squeeze_excite import squeeze as squeeze_op
 
 if TYPE_CHECKING:
     from cvkernels.freeze.lower import Lowered
-    from cvkernels.freeze.memory import Memory
     from cvkernels.freeze.steps import Site
 
 
@@ -31,17 +31,8 @@ class _Pool(Op, writes=True, placeable=True):
         node.check(min(size) > 0, "a larger map for its window", x)
         return (*x[:2], *size)
 
-    def traffic(self, step: Step, memory: Memory) -> Traffic:
-        """Of the input, the pixels that some window reads."""
-        every, x = super().traffic(step, memory), step.inputs[0].value
-        axes = zip(x.shape[2:], *self.window[:4], step.value.shape[2:], strict=True)
-        touched = math.prod(touched_positions(*axis) for axis in axes)
-        skipped = math.prod(x.shape[2:]) - touched
-        read = every.bytes_read - x.shape[0] * x.shape[1] * skipped * x.dtype.itemsize
-        return every._replace(bytes_read=read)
 
-
-class MaxPool(_Pool, name="max_pool", kernel="max_pool_out"):
+class MaxPool(_Pool, name="max_pool", runs_plans=True):
     window: tuple
 
     def lower(self, node: Node, lowered: Lowered) -> Step:
@@ -49,30 +40,27 @@ class MaxPool(_Pool, name="max_pool", kernel="max_pool_out"):
         if not isinstance(conv.op, Scratch):
             return lowered.emit(self, node)
         return lowered.emit(
-            conv.op.pooled(self.window), node.inputs[0], [*conv.inputs, conv],
-            lowered.values[node], backend=conv.op.planned.implementation.name,
+            ConvPool(conv.op.planned, self.window), node.inputs[0], [*conv.inputs, conv],
+            lowered.values[node], backend=conv.op.planned.chosen.name,
         )  # fmt: skip
 
     def build(self, site: Site) -> Run:
-        (x,), window = site.inputs, self.window
-        if (write := site.kernel) is not None:
-            return site.written(lambda env, y: write(env[x], *window, y))
-        return site.written(lambda env, y: functional.max_pool(env[x], *window, out=y))
+        return _written(site, max_pool.plan, *self.window)
 
 
-class _Average(Op, kernel="avg_pool_out"):
+def _written(site: Site, make: Callable[..., Plan], *window: Any, **options: Any) -> Run:
+    (x,) = site.inputs
+    pool = site.plan(make, site.like(x), *window, out=site.like(site.out), **options)
+    return site.written(lambda env, y: pool(env[x], y))
+
+
+class _Average(Op, runs_plans=True):
     """Averages of ``relu(x * scale + shift)``, where there is an ``input_affine``, or of x."""
 
     def averaged(self, site: Site, *arguments: Any) -> Run:
         """With the window's options in the order of avg_pool's."""
-        (x,), norm = site.inputs, self.input_affine
-        if (write := site.kernel) is not None:
-            vectors = NO_VECTORS if norm is None else (*norm, None, None, 0.0)
-            return site.written(lambda env, y: write(env[x], *arguments, *vectors, y))
-        options = {"input_bn": None if norm is None else BatchNormParams(*norm)}
-        return site.written(
-            lambda env, y: functional.avg_pool(env[x], *arguments, **options, out=y)
-        )
+        bn = None if self.input_affine is None else BatchNormParams(*self.input_affine)
+        return _written(site, avg_pool.plan, *arguments, input_bn=bn)
 
 
 class AvgPool(_Average, _Pool, name="avg_pool"):
@@ -104,7 +92,7 @@ class Mean(_Average, name="mean"):
             size = site.step.inputs[0].value.shape[2:]
             return self.averaged(site, size, size, (0, 0), False, True, None)
         (x,), shape = site.inputs, site.step.value.shape
-        if site.kernel is not None:
-            squeeze = torch.ops.cvkernels.squeeze_native.default
+        if site.step.backend == "native":
+            squeeze = site.plan(squeeze_op.plan, site.like(x))
             return site.computed(lambda env: squeeze(env[x]).view(shape))
         return site.computed(lambda env: env[x].mean((2, 3), keepdim=True))

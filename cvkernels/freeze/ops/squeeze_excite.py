@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from cvkernels import functional
 from cvkernels.freeze.graph import Node, Op, Run, Step
-from cvkernels.ops.squeeze_excite.native import ACTS
+from cvkernels.ops.squeeze_excite import excite as excite_op
+from cvkernels.ops.squeeze_excite import op as squeeze_excite
+from cvkernels.ops.squeeze_excite import scale as scale_op
 
 if TYPE_CHECKING:
     from cvkernels.freeze.lower import Lowered
@@ -32,9 +33,8 @@ class _Layers(Op):
 
 
 class SqueezeExcite(
-    _Layers, name="se", kernel="squeeze_excite_native_out",
-    writes=True, in_place=True, placeable=True,
-):  # fmt: skip
+    _Layers, name="se", runs_plans=True, writes=True, in_place=True, placeable=True
+):
     """``out_act(x * sigmoid(fc2(act(fc1(mean of x)))) + residual)``."""
 
     out_act: str = "none"
@@ -47,19 +47,13 @@ class SqueezeExcite(
 
     def build(self, site: Site) -> Run:
         x, residual = site.role("x"), site.role("residual")
-        layers, act, out_act = self.layers, self.act, self.out_act
-        if (write := site.kernel) is not None:
-            act, out_act = ACTS[act], ACTS[out_act]
-            return site.written(
-                lambda env, y: write(env[x], *layers, act, env[residual], out_act, y)
-            )
-        excite = functional.squeeze_excite
-        return site.written(
-            lambda env, y: excite(env[x], *layers, act, env[residual], out_act, out=y)
-        )
+        options = (self.act, site.like(residual), self.out_act)
+        plan, out = squeeze_excite.plan, site.like(site.out)
+        excite = site.plan(plan, site.like(x), *self.layers, *options, out=out)
+        return site.written(lambda env, y: excite(env[x], env[residual], y))
 
 
-class Excite(_Layers, name="excite", kernel="excite_native", kept=True):
+class Excite(_Layers, name="excite", runs_plans=True, kept=True):
     """The gates from sums over ``count`` pixels; logits, where the step after it has a sigmoid."""
 
     sigmoid: bool = True
@@ -72,21 +66,15 @@ class Excite(_Layers, name="excite", kernel="excite_native", kept=True):
         return lowered.emit(op, node, value=lowered.values[node]._replace(dtype=conv.dtype))
 
     def build(self, site: Site) -> Run:
-        (sums,), layers, sigmoid, count = site.inputs, self.layers, self.sigmoid, self.count
-        if (excite := site.kernel) is not None:
-            act = ACTS[self.act]
-            return site.computed(lambda env: excite(env[sums], *layers, act, sigmoid, count))
-        options = {"act": self.act, "sigmoid": sigmoid, "count": count}
-        return site.computed(lambda env: functional.excite(env[sums], *layers, **options))
+        (sums,), options = site.inputs, {"sigmoid": self.sigmoid, "count": self.count}
+        excite = site.plan(excite_op.plan, site.like(sums), *self.layers, self.act, **options)
+        return site.computed(lambda env: excite(env[sums]))
 
 
-class Scale(
-    Op, name="scale", kernel="se_scale_native_out", writes=True, in_place=True, placeable=True
-):
+class Scale(Op, name="scale", runs_plans=True, writes=True, in_place=True, placeable=True):
     """``x * sigmoid(gate)``, before a convolution that does not take the gate along."""
 
     def build(self, site: Site) -> Run:
         x, gate = site.inputs
-        if (write := site.kernel) is not None:
-            return site.written(lambda env, y: write(env[x], env[gate], None, 0, y))
-        return site.written(lambda env, y: functional.se_scale(env[x], env[gate], out=y))
+        scale = site.plan(scale_op.plan, site.like(x), site.like(gate), out=site.like(site.out))
+        return site.written(lambda env, y: scale(env[x], env[gate], None, y))

@@ -13,7 +13,6 @@ from cvkernels.ops.common.traffic import Traffic
 
 if TYPE_CHECKING:
     from cvkernels.freeze.lower import Lowered
-    from cvkernels.freeze.memory import Memory
     from cvkernels.freeze.steps import Site
 
 
@@ -56,7 +55,7 @@ class Part(Op, name="part", views=True):
     def shape(self, node: Node, x: tuple) -> tuple:
         return (x[0], self.channels, *x[2:])
 
-    def traffic(self, step: Step, memory: Memory) -> Traffic:
+    def traffic(self, step: Step) -> Traffic:
         return Traffic(0, 0, 0)
 
     def build(self, site: Site) -> Run | None:
@@ -77,7 +76,7 @@ class Flatten(Op, name="flatten", views=True):
     def shape(self, node: Node, x: tuple) -> tuple:
         return (x[0], math.prod(x[1:]))
 
-    def traffic(self, step: Step, memory: Memory) -> Traffic:
+    def traffic(self, step: Step) -> Traffic:
         moves = math.prod(step.inputs[0].value.shape[2:]) > 1
         return Traffic(int(moves), step.nbytes * moves, step.nbytes * moves)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cvkernels.nn.fused.watched import has_hooks, why_altered, why_not_called, why_watched
+from cvkernels.nn.fused.watched import has_hooks, why_altered, why_not_called
 from cvkernels.ops.common.autograd import operand_dtype
 from cvkernels.ops.common.pool import checked, window_of
 from cvkernels.ops.conv_bn_act.op import fuses_prologue
@@ -68,15 +68,8 @@ def is_norm_act(bn: nn.Module | None) -> bool:
     return kind.forward.__module__ == kind.__module__
 
 
-def why_not_conv_bn_act(
-    x: Tensor, conv: nn.Module, bn: nn.Module | None, act: nn.Module | Callable | None
-) -> str:
-    """Why the modules have to be called one by one; empty where conv_bn_act computes the same."""
-    return why_not_layer(conv, bn, act) or why_watched(x)
-
-
 def why_not_layer(conv: nn.Module, bn: nn.Module | None, act: nn.Module | Callable | None) -> str:
-    """:func:`why_not_conv_bn_act` but for what surrounds the call."""
+    """Why the modules are not what conv_bn_act computes; empty where they are."""
     if type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__} is not exactly nn.Conv2d"
     if bn is not None and (reason := why_not_affine(bn)):

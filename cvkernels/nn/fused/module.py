@@ -101,7 +101,8 @@ class FusedModule(nn.Module):
         """
         if input_bn is not None:
             norm, relu = input_bn
-            if reason := why_not_input_bn(x, norm, relu, getattr(conv, "groups", 1)):
+            reason = why_watched(x) or why_not_input_bn(x, norm, relu, getattr(conv, "groups", 1))
+            if reason:
                 x = run_step(Step(norm, reason, lambda u: _normalised(u, norm, relu)), x)
                 input_bn = None
         plans = self.plans_of(x, conv) if input_bn is None else None
@@ -137,10 +138,11 @@ class FusedModule(nn.Module):
         """
         inner_act, clash = fused_act(bn, act, residual)
         plain = input_bn is None and input_gate is None and out is None
-        if plain and not clash:
+        reason = clash or why_watched(x)
+        if plain and not reason:
             if not why_not_train_conv_bn_act(x, conv, bn, inner_act, residual):
                 return Step(conv, "", _in_training(conv, bn, inner_act))
-        if reason := clash or why_watched(x) or why_not_layer(conv, bn, inner_act):
+        if reason := reason or why_not_layer(conv, bn, inner_act):
             return Step(conv, reason, _as_modules(conv, bn, act, input_bn))
         options = {
             "stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation,

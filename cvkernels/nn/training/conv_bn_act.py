@@ -55,7 +55,7 @@ class _Normalised(RecomputeNode):
         if self.shortcut is not None:
             residual = channels_last(self.shortcut.value(of_shortcut))
         own = (self.part(channels_last(y)), self.part(vectors))
-        passes.again(*own, self.eps, self.act, residual, out)
+        passes.recompute(*own, self.eps, self.act, residual, out)
 
     def compute(self, saved: Sequence[Tensor]) -> Tensor:
         out = torch.empty_like(self.part(saved[0]), memory_format=torch.channels_last)
@@ -171,7 +171,9 @@ class _ConvBNAct(Function):
                 node.drop()
                 own = (node.part(y), node.part(vectors), node.eps, node.act)
                 out = None if grad_y is None else node.part(grad_y)
-                of_vectors, grad_residual = norm_backward(grad, *own, out, output, spent=True)
+                of_vectors, grad_residual = norm_backward(
+                    grad, *own, out, output, may_overwrite=True
+                )
                 first = PER_BLOCK * index + 2
                 grads[first : first + 2] = of_vectors[:2].unbind()
             output = None  # frees it before the convolution's gradients

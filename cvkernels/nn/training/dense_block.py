@@ -54,7 +54,7 @@ def run_block(
         described.append(_Layer(inputs, own, outputs, eps, geometry, repeat))
         start, inputs = own.stop, outputs.stop
     tensors = [tensor for parts in layers for part in parts for tensor in (part.weight, part.bias)]
-    keep = needs_grad((x, *tensors))
+    keep = needs_grad(x, *tensors)
     buffer, mean, var, widths = _DenseBlock.apply(described, keep, x, *tensors)
     pixels = x.numel() // x.shape[1]
     for layer, (norm1, _, norm2, _) in zip(described, layers, strict=True):
@@ -197,7 +197,7 @@ def _layer_backward(
     norm2 = (features.widths[:, layer.own], layer.eps[1], "relu")
     u = features.normalised(layer, bn1)
     a = convolve(u, conv1, conv1_bias, layer.geometry[0]) if a is None else channels_last(a)
-    v = passes.again(a, *norm2, None, torch.empty_like(a))
+    v = passes.recompute(a, *norm2, None, torch.empty_like(a))
     d_v, *d_conv2 = convolution_backward(
         gradient.finished(layer.outputs), v, conv2, layer.geometry[1],
         (below or any(need[:6]), *need[6:]),

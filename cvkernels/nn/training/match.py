@@ -1,7 +1,8 @@
 """When a few modules may be trained as one function of ours, on the batch's statistics.
 
 As in :mod:`cvkernels.nn.fused.match`, each function gives the reason to call the modules one by
-one, empty where there is none. :func:`why_not_train` is about the call, the others about modules.
+one, empty where there is none. :func:`why_not_train` is about the call, the others about modules:
+what watches the call has been asked.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from cvkernels.nn.fused.match import (
     fused_act,
     relu_,
     why_not_batch_norm,
-    why_not_conv_bn_act,
+    why_not_layer,
     why_not_same_map,
 )
-from cvkernels.nn.fused.watched import why_not_called
+from cvkernels.nn.fused.watched import why_altered, why_not_called
 from cvkernels.ops.common.autograd import operand_dtype
 from cvkernels.ops.common.pool import DTYPES
 
@@ -70,12 +71,12 @@ def why_not_train_norm_relu(
     relu, clash = fused_act(norm, relu)
     if clash or type(relu) is not nn.ReLU:
         return clash or f"{type(relu).__name__} is not exactly nn.ReLU"
-    return why_not_called(x, norm, relu)
+    return why_altered(norm, relu)
 
 
 def why_not_train_conv(x: Tensor, channels: int, conv: nn.Module) -> str:
     """Why conv does not convolve ``channels`` channels of x's dtype, to a map of x's size."""
-    if reason := why_not_conv_bn_act(x, conv, None, None) or why_not_same_map(conv):
+    if reason := why_not_layer(conv, None, None) or why_not_same_map(conv):
         return reason
     if conv.in_channels != channels:
         return f"the convolution has {conv.in_channels} input channels for {channels}"
@@ -97,7 +98,7 @@ def why_not_train_conv_bn_act(
     kind = type(act) if isinstance(act, nn.Module) else act
     if act is not None and kind not in _ACTS:
         return f"{type(act).__name__} is not exactly nn.ReLU or nn.SiLU"
-    reason = why_not_conv_bn_act(x, conv, None, act) or why_not_called(x, bn)
+    reason = why_not_layer(conv, None, act) or why_altered(bn)
     if reason := reason or _why_not_train_norm(x, conv.out_channels, bn) or why_not_recompute(x):
         return reason
     if any(module._parameters.keys() != _PARAMETERS for module in (conv, bn)):

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
+from cvkernels import record
 from cvkernels.backend import Backend
 from cvkernels.ops.avg_pool.reference import avg_pool_reference
-from cvkernels.ops.common import native, norm
+from cvkernels.ops.common import native, norm, pool
 from cvkernels.ops.common.arguments import check_bn
-from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, choose, reference
+from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, reference
 from cvkernels.ops.common.norm import BatchNormParams
-from cvkernels.ops.common.plan import Plan, PlanTable, planned_by
-from cvkernels.ops.common.pool import check_overlap, checked, plan_native, touched, window_of
-from cvkernels.ops.common.traffic import Traffic, nbytes
+from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
+from cvkernels.ops.common.pool import check_overlap, checked, window_of
+from cvkernels.ops.common.traffic import nbytes
 
 OP = "avg_pool"
 ARGUMENTS = (
@@ -30,9 +31,7 @@ library.define(f"avg_pool_out({ARGUMENTS}, Tensor(a!) out) -> ()")
 _avg_pool = torch.ops.cvkernels.avg_pool.default
 _avg_pool_out = torch.ops.cvkernels.avg_pool_out.default
 _plans = PlanTable()
-
-Pair = tuple[int, int]
-Options = tuple[Pair, Pair, Pair, bool, bool, int | None]
+_kept, _key_of_one, _recorder = _plans.get, _plans.key_of_one, record.current
 
 
 def plan(
@@ -51,21 +50,14 @@ def plan(
 ) -> Plan:
     """A call of :func:`avg_pool`, as ``plan(x, out=None)``; ``x_like`` and ``out`` are examples."""
     window = window_of(OP, kernel_size, stride, padding, 1, ceil_mode)
-    P, Q = checked(OP, x_like, window, out)
+    size = checked(OP, x_like, window, out)
     _check(x_like, divisor_override, input_bn)
     call = call_of(x_like, (x_like, input_bn, out), TABLE, backend, once)
-    implementation, (name, reason) = choose(OP, TABLE, None, call)
     kernel_size, stride, padding, _, ceil_mode = window
     options = (kernel_size, stride, padding, ceil_mode, bool(count_include_pad), divisor_override)
-    run = implementation.build(call, options, input_bn, out)
-    shape, itemsize = x_like.shape, x_like.element_size()
-    vectors = 0 if input_bn is None else nbytes(*input_bn[:4])
-
-    def traffic() -> Traffic:
-        read = itemsize * touched(shape, window, (P, Q)) + vectors
-        return Traffic(1, read, itemsize * shape[0] * shape[1] * P * Q)
-
-    return Plan(OP, name, reason, run, traffic)
+    traffic = pool.traffic(call, window, size, nbytes(*(input_bn or ())[:4]))
+    planned = plan_of(TABLE, None, call, (options, input_bn, out), traffic)
+    return planned.expecting(call, (input_bn,), x=x_like, out=out)
 
 
 @planned_by(plan)
@@ -124,25 +116,26 @@ def avg_pool(
     stride = kernel_size if stride is None else stride
     options = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
     if torch.compiler.is_compiling():
-        return _traced(x, options, input_bn, out, backend)
+        planned = plan(x, *options, input_bn=input_bn, out=out, backend=backend, once=True)
+        return planned.run(x, out)
     if not type(kernel_size) is type(stride) is type(padding) is int:
         kernel_size, stride, padding, _, _ = window_of(OP, kernel_size, stride, padding, 1, False)
         options = (kernel_size, stride, padding, *options[3:])
     key = None
     if input_bn is None and (divisor_override is None or type(divisor_override) is int):
         if out is None:
-            key = _plans.key_of_one(backend, x, options)
+            key = _key_of_one(backend, x, options)
         else:
             key = _plans.key(backend, (x, out), options)
-    if (planned := _plans.get(key)) is None:
+    if (planned := _kept(key)) is None:
         planned = plan(
             x, *options, input_bn=input_bn, out=out, backend=backend, once=key is None
         )  # fmt: skip
         _plans.keep(key, planned, x, out)
     if out is None:
-        return planned(x)
+        return planned.run(x) if _recorder() is None else planned.recorded(x)
     check_overlap(OP, out, x)
-    return planned(x, out)
+    return planned.recorded(x, out)
 
 
 backends.answers(OP, plan)
@@ -159,17 +152,11 @@ def _check(x: Tensor, divisor_override: int | None, input_bn: BatchNormParams | 
         check_bn(OP, "input_bn", input_bn, x.shape[1], x)
 
 
-def _why_not_native(problem: None, call: Call) -> str:
-    if call.grad:
-        return "a gradient is needed, and the native avg_pool has none"
-    return native.lacks(OP, call)
-
-
 def _plan_native(
-    call: Call, options: Options, input_bn: BatchNormParams | None, out: Tensor | None
+    problem: None, call: Call, options: tuple, input_bn: BatchNormParams | None, out: Tensor | None
 ) -> Callable[..., Tensor]:
     vectors = norm.vectors_of(input_bn, call.x) or norm.NO_VECTORS
-    return plan_native(
+    return pool.plan_native(
         call,
         out,
         lambda x: _avg_pool(x, *options, *vectors),
@@ -179,57 +166,24 @@ def _plan_native(
 
 
 def _plan_reference(
-    call: Call, options: Options, input_bn: BatchNormParams | None, out: Tensor | None
+    problem: None, call: Call, options: tuple, input_bn: BatchNormParams | None, out: Tensor | None
 ) -> Callable[..., Tensor]:
     bn = norm.vectors_of(input_bn, call.x)
-
-    def run(x, out=None):
-        pooled = avg_pool_reference(x, *options, bn)
-        return pooled if out is None else out.copy_(pooled)
-
-    return run
+    return pool.plan_reference(lambda x: avg_pool_reference(x, *options, bn))
 
 
 TABLE = Table(
-    Implementation("native", _why_not_native, _plan_native, native.compiled_for),
+    OP,
+    Implementation(
+        "native", pool.why_not_native(OP, "has none"), _plan_native, native.compiled_for
+    ),
     reference(_plan_reference),
 )
 
 
-def _traced(
-    x: Tensor,
-    options: tuple,
-    input_bn: BatchNormParams | None,
-    out: Tensor | None,
-    backend: Backend,
-) -> Tensor:
-    """The call under torch.compile: the registered op, or on CPU the reference for inductor."""
-    kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override = options
-    window = window_of(OP, kernel_size, stride, padding, 1, ceil_mode)
-    checked(OP, x, window, out)
-    _check(x, divisor_override, input_bn)
-    call = call_of(x, (x, input_bn, out), TABLE, backend)
-    vectors = norm.vectors_of(input_bn, x)
-    kernel_size, stride, padding, _, ceil_mode = window
-    arguments = (kernel_size, stride, padding, ceil_mode, bool(count_include_pad), divisor_override)
-    if choose(OP, TABLE, None, call)[1].backend == "reference":
-        pooled = avg_pool_reference(x, *arguments, vectors)
-        return pooled if out is None else out.copy_(pooled)
-    if out is None:
-        return _avg_pool(x, *arguments, *(vectors or norm.NO_VECTORS))
-    _avg_pool_out(x, *arguments, *(vectors or norm.NO_VECTORS), out)
-    return out
-
-
 @torch.library.register_fake("cvkernels::avg_pool", lib=library)
-def _(x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, *vectors):
-    pooled = avg_pool_reference(x, kernel_size, stride, padding, ceil_mode)
-    channels_last = x.stride(1) == 1 and x.shape[1] > 1
-    return torch.empty_like(
-        pooled, memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )
+def _(x, kernel_size, stride, padding, ceil_mode, *_):
+    return pool.empty_pooled(x, avg_pool_reference(x, kernel_size, stride, padding, ceil_mode))
 
 
-@torch.library.register_fake("cvkernels::avg_pool_out", lib=library)
-def _(*arguments):
-    return None
+native.writes(library, "avg_pool_out")

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels.backend import Backend, Choice
+from cvkernels.backend import Backend
 from cvkernels.ops.batch_norm_act import passes
 from cvkernels.ops.batch_norm_act.reference import batch_norm_act_reference
-from cvkernels.ops.common import autograd, native
+from cvkernels.ops.common import native
 from cvkernels.ops.common.arguments import check_residual, check_vector
-from cvkernels.ops.common.plan import Plan, PlanTable, planned_by
+from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, reference
+from cvkernels.ops.common.layout import is_pixel_matrix
+from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
 from cvkernels.ops.common.traffic import Traffic, nbytes
 
+OP = passes.OP
 ACTS = tuple(passes.ACTS)
 DTYPES = native.DTYPES["cpu"]
 _plans = PlanTable()
@@ -46,23 +49,12 @@ def plan(
     the examples here. ``once``: this call alone, for which nothing is prepared.
     """
     tensors = (x_like, weight, bias, residual)
-    choice = _checked_choice(x_like, weight, bias, act, residual, backend)
-    if choice.backend == "reference":
-
-        def run(x, weight, bias, residual):
-            return BatchNormAct(*batch_norm_act_reference(x, weight, bias, eps, act, residual))
-
-    else:
-        compute = _plan_native(*tensors, eps, act, once)
-        if autograd.needs_grad(*tensors):
-            compute = functools.partial(_BatchNormAct.apply, compute, eps, act)
-
-        def run(x, weight, bias, residual):
-            out, vectors = compute(x, weight, bias, residual)
-            return BatchNormAct(out, vectors[0], vectors[1])
-
-    traffic = Traffic(1, nbytes(x_like, x_like, residual), nbytes(x_like))
-    return Plan("batch_norm_act_forward", *choice, run, lambda: traffic)
+    _check(x_like, weight, bias, act, residual)
+    call = call_of(x_like, tensors, TABLE, backend, once)
+    moved = Traffic(1, nbytes(x_like, x_like, residual), nbytes(x_like))
+    planned = plan_of(TABLE, None, call, (weight, bias, residual, eps, act), lambda _: moved)
+    planned.op = f"{OP}_forward"
+    return planned.expecting(call, x=x_like, weight=weight, bias=bias, residual=residual)
 
 
 @planned_by(plan)
@@ -114,12 +106,12 @@ def batch_norm_act(
     tensors = (x, weight, bias, residual)
     key = None if torch.compiler.is_compiling() else _plans.key(backend, tensors, eps, act)
     if (planned := _plans.get(key)) is None:
-        options: Any = {"eps": eps, "act": act, "residual": residual, "backend": backend}
+        options = {"eps": eps, "act": act, "residual": residual, "backend": backend}
         planned = _plans.keep(key, plan(x, weight, bias, once=key is None, **options), *tensors)
-    return planned(*tensors)
+    return planned.recorded(*tensors)
 
 
-backends.answers("batch_norm_act", plan)
+backends.answers(OP, plan)
 
 
 def refuse_create_graph(name: str) -> None:
@@ -131,14 +123,7 @@ def refuse_create_graph(name: str) -> None:
         )
 
 
-def _checked_choice(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    act: str,
-    residual: Tensor | None,
-    backend: Backend,
-) -> Choice:
+def _check(x, weight, bias, act, residual) -> None:
     if x.dim() != 4 or x.numel() <= x.shape[1]:
         raise ValueError(
             f"batch_norm_act: x must have shape [N, C, H, W] with more than one element per "
@@ -159,36 +144,59 @@ def _checked_choice(
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None:
             check_vector("batch_norm_act", name, vector, x.shape[1], x)
-    requested = backends.requested(backend, ("native",))
-    if requested == "auto" and torch._C._functorch.peek_interpreter_stack() is not None:
-        return Choice("reference", "a torch.func transform is active")
-    return passes.select(x, requested)
 
 
-def _plan_native(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    act: str,
-    once: bool,
+def _why_not_native(problem: None, call: Call) -> str:
+    if call.automatic and torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active"
+    return passes.why_not_native(problem, call)
+
+
+def _plan_reference(problem: None, call: Call, *like) -> Callable[..., BatchNormAct]:
+    eps, act = like[-2:]
+
+    def run(x, weight=None, bias=None, residual=None):
+        return BatchNormAct(*batch_norm_act_reference(x, weight, bias, eps, act, residual))
+
+    return run
+
+
+def _plan_native(problem: None, call: Call, *like) -> Callable[..., BatchNormAct]:
+    compute, (eps, act) = _plan_compute(call, *like), like[-2:]
+    if call.grad:
+        compute = functools.partial(_BatchNormAct.apply, compute, eps, act)
+
+    def run(x, weight=None, bias=None, residual=None):
+        out, vectors = compute(x, weight, bias, residual)
+        return BatchNormAct(out, vectors[0], vectors[1])
+
+    return run
+
+
+TABLE = Table(
+    OP,
+    Implementation("native", _why_not_native, _plan_native, native.compiled_for),
+    reference(_plan_reference),
+)
+
+
+def _plan_compute(
+    call: Call, weight, bias, residual, eps, act
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """(out, vectors) as a function of (x, weight, bias, residual)."""
-    if residual is not None and not passes.is_pixel_matrix(residual):
-        once = True  # it is copied
+    x, fits = call.x, residual is None or is_pixel_matrix(residual)
 
     def compute(x, weight, bias, residual):
         vectors = x.new_empty(4, x.shape[1], dtype=passes.wide_dtype(x))
         out = torch.empty_like(x, memory_format=torch.channels_last)
         weight, bias = (t if t is None else t.detach().contiguous() for t in (weight, bias))
-        if residual is not None and not passes.is_pixel_matrix(residual):
+        if residual is not None and not is_pixel_matrix(residual):
             residual = residual.contiguous(memory_format=torch.channels_last)
         passes.forward(x, weight, bias, None, eps, act, residual, vectors, out)
         return out, vectors
 
     dense = all(t is None or t.is_contiguous() for t in (weight, bias))
-    if once or not dense or not x.is_cpu or autograd.observed():
+    if not fits or not dense or not native.directs(call):
         return compute
     work = native.direct(lambda: compute(x, weight, bias, residual))
     rows = native.template(x.new_empty(4, x.shape[1], dtype=passes.wide_dtype(x)))
@@ -243,17 +251,16 @@ def norm_backward(
     out: Tensor | None,
     output: Tensor | None = None,
     may_overwrite: bool = False,
-    spent: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``act(batch_norm(x) + residual)``: as :func:`passes.backward`, and the
     residual's. ``output`` is the result, which "relu" behind a residual needs; where
     ``may_overwrite``, the residual's gradient is written over it.
     """
     grad = grad.to(x.dtype)
-    if not passes.is_pixel_matrix(grad):
+    if not is_pixel_matrix(grad):
         grad = grad.contiguous(memory_format=torch.channels_last)
     if output is None:
         return passes.backward(grad, x, vectors, eps, act, None, out), grad
     output = output.contiguous(memory_format=torch.channels_last)
-    d_residual = output if may_overwrite or spent else torch.empty_like(output)
+    d_residual = output if may_overwrite else torch.empty_like(output)
     return passes.backward(grad, x, vectors, eps, act, (output, d_residual), out), d_residual

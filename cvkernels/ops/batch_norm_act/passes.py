@@ -24,7 +24,7 @@ dtype. Nothing is checked here beyond what the native op checks, and nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,11 +32,15 @@ from torch import Tensor
 
 from cvkernels import backend as backends
 from cvkernels import record
-from cvkernels.backend import Choice
-from cvkernels.ops.batch_norm_act import reference
-from cvkernels.ops.common import affine, native
+from cvkernels.ops.batch_norm_act import reference as stock
+from cvkernels.ops.common import native, norm
+from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, reference
+from cvkernels.ops.common.layout import is_pixel_matrix
 from cvkernels.ops.common.norm import BatchNormParams
+from cvkernels.ops.common.plan import plan_of
+from cvkernels.ops.common.traffic import Traffic, nbytes
 
+OP = "batch_norm_act"
 _NORM = "Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, int act"
 
 library = torch.library.Library("cvkernels", "FRAGMENT")
@@ -54,7 +58,8 @@ for _schema in (
     "backward(Tensor grad, Tensor x, Tensor vectors, float eps, int act, Tensor? output, "
     "Tensor(a!)? grad_residual, Tensor(b!) results, Tensor(c!)? out)",
 ):
-    library.define(f"batch_norm_act_{_schema} -> ()")
+    library.define(f"{OP}_{_schema} -> ()")
+    native.writes(library, f"{OP}_{_schema.partition('(')[0]}")
 _ops = torch.ops.cvkernels
 # As csrc/common/act.h counts them.
 ACTS = {"none": 0, "relu": 1, "silu": 3}
@@ -94,7 +99,7 @@ def forward(
         )  # fmt: skip
 
     def as_reference() -> None:
-        rows = reference.rows_of(*reference.statistics_reference(x), weight, bias)
+        rows = stock.rows_of(*stock.statistics_reference(x), weight, bias)
         for row, value in zip(vectors, rows, strict=True):
             row.copy_(value)
         pixels = x.numel() // x.shape[1]
@@ -102,13 +107,13 @@ def forward(
         for old, new in zip((running_mean, running_var), news, strict=True):
             if old is not None:
                 old.copy_(torch.lerp(old.to(new.dtype), new, factor))
-        out.copy_(reference.apply_reference(x, params_of(vectors, eps), act, residual))
+        out.copy_(stock.apply_reference(x, params_of(vectors, eps), act, residual))
 
     read = (x, x) if residual is None else (x, x, residual)
     _run("forward", x, read, (out,), run, as_reference)
-    if running and not torch.compiler.is_compiling() and not running.mean.is_inference():
-        # Who derives weights from them has to hear of it.
-        torch.autograd.graph.increment_version((running.mean, running.var))
+    if running and not torch.compiler.is_compiling() and not running_mean.is_inference():
+        # Weights that were derived from them are stale.
+        torch.autograd.graph.increment_version((running_mean, running_var))
     return out
 
 
@@ -121,7 +126,7 @@ def recompute(
         _ops.batch_norm_act_recompute.default(x, vectors, eps, ACTS[act], residual, out)
 
     def as_reference() -> None:
-        out.copy_(reference.apply_reference(x, params_of(vectors, eps), act, residual))
+        out.copy_(stock.apply_reference(x, params_of(vectors, eps), act, residual))
 
     read = (x,) if residual is None else (x, residual)
     _run("recompute", x, read, (out,), run, as_reference)
@@ -152,15 +157,14 @@ def backward(
 
     def as_reference() -> None:
         bn = params_of(vectors, eps)
-        dy, _, *values = reference.reduce_reference(grad, x, bn, act, output)
+        dy, _, *values = stock.reduce_reference(grad, x, bn, act, output)
         for row, value in zip(results, values, strict=True):
             row.copy_(value)
         if grad_residual is not None:
             grad_residual.copy_(dy)
         if out is not None:
-            assert bn.mean is not None
-            through = reference.through_statistics_reference(x, bn.mean, *results[2:])
-            out.copy_(dy * reference.column(reference.scale_of(bn)) + through)
+            through = stock.through_statistics_reference(x, bn.mean, *results[2:])
+            out.copy_(dy * stock.column(stock.scale_of(bn)) + through)
 
     read = [t for t in (grad, x, output, *((x, grad) if out is not None else ())) if t is not None]
     written = [t for t in (grad_residual, out) if t is not None]
@@ -176,7 +180,7 @@ def statistics(x: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Ten
         _ops.batch_norm_act_statistics.default(x, mean, var)
 
     def as_reference() -> None:
-        for vector, value in zip((mean, var), reference.statistics_reference(x), strict=True):
+        for vector, value in zip((mean, var), stock.statistics_reference(x), strict=True):
             vector.copy_(value)
 
     _run("statistics", x, (x,), (mean, var), run, as_reference)
@@ -185,13 +189,13 @@ def statistics(x: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Ten
 
 def apply(x: Tensor, bn: BatchNormParams, act: str, out: Tensor) -> Tensor:
     """Write ``act(z)`` to out, of x's shape and dtype; returns it."""
-    vectors = affine.vectors_of(bn, x)
+    vectors = norm.vectors_of(bn, x)
 
     def run() -> None:
         _ops.batch_norm_act_apply.default(x, *vectors, ACTS[act], out)
 
     def as_reference() -> None:
-        out.copy_(reference.apply_reference(x, vectors, act))
+        out.copy_(stock.apply_reference(x, vectors, act))
 
     _run("apply", x, (x,), (out,), run, as_reference)
     return out
@@ -209,14 +213,14 @@ def reduce(
 
     ``total`` has x's shape and the dtype that x is computed in. act is "none" or "relu".
     """
-    vectors = affine.vectors_of(bn, x)
+    vectors = norm.vectors_of(bn, x)
     results = (vector_like(x), vector_like(x), *sums)
 
     def run() -> None:
         _ops.batch_norm_act_reduce.default(grad, x, *vectors, ACTS[act], total, *results)
 
     def as_reference() -> None:
-        _, scaled, *values = reference.reduce_reference(grad, x, vectors, act)
+        _, scaled, *values = stock.reduce_reference(grad, x, vectors, act)
         for out, value in zip(results[:2], values[:2], strict=True):
             out.copy_(value)
         for out, value in zip(sums, values[2:], strict=True):
@@ -239,8 +243,8 @@ def input_gradient(
         _ops.batch_norm_act_input_gradient.default(total, x, mean, slope, offset, out)
 
     def as_reference() -> None:
-        through = reference.through_statistics_reference(x, mean, slope, offset)
-        out.copy_(reference.wide(total) + through)
+        through = stock.through_statistics_reference(x, mean, slope, offset)
+        out.copy_(stock.wide(total) + through)
 
     _run("input_gradient", x, (total, x), (out,), run, as_reference)
     return out
@@ -248,8 +252,7 @@ def input_gradient(
 
 def vectors_of(bn: BatchNormParams, x: Tensor) -> Tensor:
     """What :func:`forward` fills, of a norm of x whose statistics are there."""
-    assert bn.mean is not None and bn.var is not None
-    rows = reference.rows_of(bn.mean, bn.var, bn.weight, bn.bias)
+    rows = stock.rows_of(bn.mean, bn.var, bn.weight, bn.bias)
     return torch.stack([row.to(wide_dtype(x)) for row in rows])
 
 
@@ -268,80 +271,37 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def select(x: Tensor, requested: str = "auto") -> Choice:
-    """The backend of every pass on x."""
-    forbids = "" if is_pixel_matrix(x) else "a map is no channel slice of a channels_last tensor"
-    requested = backends.requested(requested, ("native",))
-    return native.select("batch_norm_act", x, requested, forbids)
+def why_not_native(_: object, call: Call) -> str:
+    """Why the native passes cannot run on the call's x; empty where they can."""
+    if not is_pixel_matrix(call.x):
+        return "a map is no channel slice of a channels_last tensor"
+    return native.lacks(OP, call)
 
 
-def is_pixel_matrix(x: Tensor) -> bool:
-    """Whether x's pixels follow each other evenly, the channels of each side by side."""
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return True
-    N, C, H, W = x.shape
-    stride_n, stride_c, stride_h, stride_w = x.stride()
-    if C > 1 and stride_c != 1:
-        return False
-    step, length = C, 1
-    for size, stride in ((W, stride_w), (H, stride_h), (N, stride_n)):
-        if size == 1:
-            continue
-        if length == 1:
-            step = stride
-        if stride != step * length:
-            return False
-        length *= size
-    return step >= C
+# Of one pass: both ways to run it are there.
+TABLE = Table(
+    OP,
+    Implementation("native", why_not_native, lambda _, call, run, __: run, native.compiled_for),
+    reference(lambda _, call, __, as_reference: as_reference),
+)
 
 
-def _run(
-    name: str,
-    x: Tensor,
-    read: Sequence,
-    written: Sequence,
-    run: Callable[[], None],
-    as_reference: Callable[[], None],
-) -> None:
+def _run(name: str, x: Tensor, read: Sequence, written: Sequence, run, as_reference) -> None:
     if _at_once(x):
         return run()
-    choice = select(x)
-    run = as_reference if choice.backend == "reference" else run
-    if (recorder := record.active()) is None:
-        return run()
-    if choice.backend == "reference":
-        with recorder.fallback(f"batch_norm_act: {choice.reason}"):
-            return run()
-    sizes = (sum(t.numel() * t.element_size() for t in group) for group in (read, written))
-    with recorder.call(f"batch_norm_act_{name}", *choice, 1, *sizes):
-        return run()
+    sizes = (nbytes(*group) for group in (read, written))
+    call = call_of(x, (), TABLE, "auto", once=True)
+    planned = plan_of(TABLE, None, call, (run, as_reference), lambda _: Traffic(1, *sizes))
+    planned.op = OP if planned.backend == "reference" else f"{OP}_{name}"
+    planned.recorded()
 
 
 def _at_once(x: Tensor) -> bool:
-    """Whether :func:`select` gives native for "auto", and nobody has to hear of the call."""
+    """Whether "auto" gives native, and no running ``explain`` has to see the call."""
     return (
         not torch.compiler.is_compiling()
         and backends.in_force() == "auto"
         and record.current() is None
-        and not native.why_not("batch_norm_act", x, x.device.type)
+        and not native.why_not(OP, x, x.device.type)
         and is_pixel_matrix(x)
     )
-
-
-def _writes(*_: object) -> None:
-    """What every op does to a fake: nothing that its shape shows."""
-
-
-for _name in (
-    "statistics",
-    "apply",
-    "reduce",
-    "input_gradient",
-    "forward",
-    "recompute",
-    "backward",
-):
-    torch.library.register_fake(f"cvkernels::batch_norm_act_{_name}", _writes, lib=library)
-
-
-again = recompute

@@ -55,7 +55,7 @@ def check_residual(op: str, residual: Tensor, x: Tensor) -> None:
 
 
 def check_vector(op: str, name: str, vector: Tensor, channels: int, x: Tensor) -> None:
-    if vector.dim() != 1 or vector.shape[0] != channels:
+    if vector.shape != (channels,):
         raise ValueError(f"{op}: {name} must have shape [{channels}], got {list(vector.shape)}")
     if not vector.is_floating_point():
         raise TypeError(f"{op}: {name} must have a floating dtype, got {vector.dtype}")

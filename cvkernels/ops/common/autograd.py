@@ -10,6 +10,12 @@ from torch import Tensor
 from cvkernels.ops.common.norm import BatchNormParams
 
 
+def tensors_of(*parts: Tensor | BatchNormParams | None) -> list[Tensor]:
+    """The tensors that are there of these, and of the norms."""
+    flat = [t for part in parts for t in (part[:4] if isinstance(part, tuple) else (part,))]
+    return [t for t in flat if t is not None]
+
+
 def needs_grad(*parts: Tensor | BatchNormParams | None) -> bool:
     """Whether autograd has to see an op on these."""
     if not torch.is_grad_enabled():
@@ -55,15 +61,14 @@ def mark_written(out: Tensor) -> None:
         torch.autograd.graph.increment_version(out)
 
 
+def transformed() -> bool:
+    """Whether a transform, mode or tracer would lose what runs past PyTorch's dispatcher."""
+    return _transform() is not None or _dispatch_modes() > 0 or _tracer() is not None
+
+
 def observed() -> bool:
-    """Whether PyTorch's dispatcher has to see the ops: a transform, mode, tracer or profiler."""
-    return (
-        _transform() is not None
-        or _dispatch_modes() > 0
-        or _function_mode()
-        or _tracer() is not None
-        or _profiler()
-    )
+    """Whether PyTorch's dispatcher has to see the ops: :func:`transformed`, or by a profiler."""
+    return transformed() or _function_mode() or _profiler()
 
 
 _transform = torch._C._functorch.peek_interpreter_stack

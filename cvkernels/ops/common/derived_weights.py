@@ -11,6 +11,8 @@ from torch import Tensor
 
 from cvkernels.ops.common.contents import Contents
 
+PLANS = 8  # kinds of calls whose plans a cache keeps
+
 
 class _Entry(NamedTuple):
     # Keeps the memory of the tensors alive: no other comes to its address.
@@ -42,13 +44,17 @@ class DerivedWeights:
         self._capacity = capacity
         self._constant = constant
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
+        self._plans: DerivedWeights | None = None
 
     def get(self, key: Any, sources: Sequence[Tensor | None], build: Callable[[], Any]) -> Any:
         """What ``build()`` gives for ``sources``, from the cache where it is still valid."""
         tensors = [t for t in sources if t is not None]
         if any(t.is_inference() or t.is_meta for t in tensors):
             return build()
-        if not self._constant and any(t.is_cpu and t.is_shared() for t in tensors):
+        # by the storage: Tensor.is_shared takes four times as long
+        if not self._constant and any(
+            t.is_cpu and t.untyped_storage().is_shared() for t in tensors
+        ):
             return build()
         gpu = next((t.device for t in tensors if t.is_cuda), None)
         captured = gpu is not None and torch.cuda.is_current_stream_capturing()
@@ -73,8 +79,15 @@ class DerivedWeights:
             self._entries.popitem(last=False)
         return value
 
+    def plan(self, key: Any, sources: Sequence[Tensor | None], build: Callable[[], Any]) -> Any:
+        """:meth:`get` of a plan that holds what was derived; plans have room of their own."""
+        if self._plans is None:
+            self._plans = DerivedWeights(PLANS, constant=self._constant)
+        return self._plans.get(key, sources, build)
+
     def clear(self) -> None:
         self._entries.clear()
+        self._plans = None
 
     def __len__(self) -> int:
         return len(self._entries)

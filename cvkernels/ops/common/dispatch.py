@@ -54,9 +54,10 @@ class Implementation(NamedTuple):
 
 
 class Table:
-    """The implementations of an op in the order in which "auto" considers them."""
+    """The implementations of ``op`` in the order in which "auto" considers them."""
 
-    def __init__(self, *implementations: Implementation) -> None:
+    def __init__(self, op: str, *implementations: Implementation) -> None:
+        self.op = op
         self.implementations = implementations
         fused = (i.name for i in implementations if i.name != "reference" and i.device is not None)
         # What ``backend.use`` binds the op to.
@@ -82,14 +83,14 @@ def call_of(
     return Call(x, backends.device_type(x), requested, grad, autocast, once)
 
 
-def choose(op: str, table: Table, problem: Any, call: Call) -> tuple[Implementation, Choice]:
+def choose(table: Table, problem: Any, call: Call) -> tuple[Implementation, Choice]:
     """The requested implementation of a checked call, or the first that can run it.
 
     Raises:
         BackendError: the requested one cannot run the call.
     """
     if not call.automatic:
-        return _requested(op, table, problem, call)
+        return _requested(table, problem, call)
     reason = ""
     for implementation in table.implementations:
         if implementation.device is None:
@@ -103,11 +104,11 @@ def choose(op: str, table: Table, problem: Any, call: Call) -> tuple[Implementat
         return implementation, Choice(
             implementation.name, why if isinstance(why, str) else why(problem, call)
         )
-    raise AssertionError(f"{op}: the table has no reference")
+    raise AssertionError(f"{table.op}: the table has no reference")
 
 
-def _requested(op: str, table: Table, problem: Any, call: Call) -> tuple[Implementation, Choice]:
-    name = call.requested
+def _requested(table: Table, problem: Any, call: Call) -> tuple[Implementation, Choice]:
+    op, name = table.op, call.requested
     for implementation in table.implementations:
         if implementation.name == name:
             break

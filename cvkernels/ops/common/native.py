@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from cvkernels import backend as backends
 from cvkernels import extension
-from cvkernels.backend import Choice
 from cvkernels.ops.common import autograd
-from cvkernels.ops.common.dispatch import Call, Implementation, Table, choose, reference
+from cvkernels.ops.common.dispatch import Call
 
 DTYPES = {
     "cpu": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
@@ -48,7 +48,13 @@ def lacks(op: str, call: Call) -> str:
 
 def directs(call: Call) -> bool:
     """Whether a plan of the call may do an op's work past PyTorch's dispatcher."""
-    return call.device == "cpu" and not call.once and call.x.is_cpu and not autograd.observed()
+    return (
+        call.device == "cpu"
+        and not call.once
+        and call.x.is_cpu
+        and type(call.x) in (Tensor, Parameter)
+        and not autograd.observed()
+    )
 
 
 def direct(function: Callable[[], object]) -> Callable[..., None]:
@@ -66,17 +72,7 @@ def template(out: Tensor) -> Tensor:
     return like
 
 
-def select(op: str, x: Tensor, requested: str, forbids: str = "") -> Choice:
-    """The choice for an op with a table of the native op and the reference alone."""
-
-    def refuses(problem: None, call: Call) -> str:
-        return forbids or lacks(op, call)
-
-    table = Table(
-        Implementation("native", refuses, _unplanned, compiled_for), reference(_unplanned)
-    )
-    return choose(op, table, None, Call(x, backends.device_type(x), requested))[1]
-
-
-def _unplanned(*_: object) -> Callable:
-    raise NotImplementedError
+def writes(library: torch.library.Library, *ops: str) -> None:
+    """Register fakes of ops that write into their arguments and return nothing."""
+    for op in ops:
+        torch.library.register_fake(f"cvkernels::{op}", lambda *_: None, lib=library)

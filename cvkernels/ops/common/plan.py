@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any, TypeVar
+from itertools import chain, repeat
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from torch.nn import Parameter
 
 from cvkernels import record
 from cvkernels.backend import in_force
-from cvkernels.ops.common.autograd import observed
+from cvkernels.ops.common import autograd
+from cvkernels.ops.common.autograd import observed, tensors_of
+from cvkernels.ops.common.dispatch import Call, Table, choose
 from cvkernels.ops.common.traffic import Traffic
 
 _recorder = record.current
@@ -23,13 +26,15 @@ class Plan:
     """One call of ``op``, all but its data: call it with other data of the same kind.
 
     Made by the ``plan`` of a public op, which checks the arguments, chooses the backend and holds
-    what was derived from the parameters as they were then. A call checks nothing: its tensors must
-    have the shapes, strides, dtypes and device of those that the plan was made for, and be present
-    where those were, the surroundings (grad mode, autocast, transforms and modes) must be the same,
-    and the parameters must not have changed.
+    what was derived from the parameters as they were then, which must not have changed.
+
+    Raises:
+        ValueError: an argument has another shape, other strides, another dtype or device than the
+            one that the plan was made for, or is present where that was not; a gradient is needed,
+            or a transform, dispatch mode or tracer is active, and the plan was made without.
     """
 
-    __slots__ = ("_traffic", "backend", "op", "reason", "run")
+    __slots__ = ("_expected", "_traffic", "backend", "op", "reason", "run")
 
     def __init__(
         self,
@@ -37,13 +42,14 @@ class Plan:
         backend: str,
         reason: str,
         run: Callable[..., Any],
-        traffic: Callable[[], Traffic],
+        traffic: Callable[[], Traffic] | Traffic,
     ) -> None:
         self.op = op
         self.backend = backend
         self.reason = reason
-        self.run = run
-        self._traffic: Callable[[], Traffic] | Traffic = traffic
+        self.run = run  # checks nothing, and is not seen by a running explain
+        self._traffic = traffic
+        self._expected: _Expected | None = None
 
     @property
     def traffic(self) -> Traffic:
@@ -52,7 +58,24 @@ class Plan:
             self._traffic = self._traffic()
         return self._traffic
 
+    def expecting(self, call: Call, held: Iterable = (), **examples: Tensor | None) -> Plan:
+        """The plan, called with data like ``examples``; ``held`` are its parameters.
+
+        A plan for one call is called with its examples, by the op.
+        """
+        if not call.once:
+            kinds = {name: _kind(t) for name, t in examples.items()}
+            learns = not call.grad and any(t.requires_grad for t in tensors_of(*held))
+            self._expected = _Expected(kinds, call.grad, learns, autograd.transformed())
+        return self
+
     def __call__(self, *data: Any) -> Any:
+        if self._expected is not None:
+            self._check(self._expected, data)
+        return self.recorded(*data)
+
+    def recorded(self, *data: Any) -> Any:
+        """``run``, seen by a running ``explain``."""
         if (recorder := _recorder()) is None:
             return self.run(*data)
         if self.backend == "reference":
@@ -61,13 +84,61 @@ class Plan:
         with recorder.call(self.op, self.backend, self.reason, *self.traffic):
             return self.run(*data)
 
+    def _check(self, expected: _Expected, data: tuple) -> None:
+        op = self.op.removesuffix("_forward")
+        if len(data) > len(expected.kinds):
+            raise TypeError(f"{op}: the plan takes {', '.join(expected.kinds)}, got {len(data)}")
+        present = chain(data, repeat(None))
+        for (name, kind), t in zip(expected.kinds.items(), present, strict=False):
+            if (given := _kind(t)) != kind:
+                raise ValueError(
+                    f"{op}: the plan is for {name} = {_shown(kind)}, got {_shown(given)}; "
+                    f"make a plan for it with {op}.plan"
+                )
+        if self.backend == "reference" or expected.grad:
+            return
+        if _grad_enabled() and (expected.learns or any(t.requires_grad for t in tensors_of(*data))):
+            raise ValueError(
+                f"{op}: the plan was made where no gradient was needed, and one is; make a plan "
+                f"for it with {op}.plan, or call this one under torch.no_grad()"
+            )
+        if autograd.transformed() and not expected.transformed:
+            raise ValueError(
+                f"{op}: a transform, dispatch mode or tracer is active, and the plan was made "
+                f"without; make a plan under it with {op}.plan"
+            )
+
     def bind(self, operands: Any) -> Plan:
         """The plan with its function's first argument given."""
         run = functools.partial(self.run, operands)
-        return Plan(self.op, self.backend, self.reason, run, lambda: self.traffic)
+        return Plan(self.op, self.backend, self.reason, run, self._traffic)
 
     def __repr__(self) -> str:
         return f"<plan of {self.op}: {self.backend} ({self.reason})>"
+
+
+class _Expected(NamedTuple):
+    """What a plan was made for."""
+
+    kinds: dict[str, tuple | None]
+    grad: bool
+    learns: bool  # whether a parameter requires a gradient that the plan gives none
+    transformed: bool
+
+
+def _kind(t: Any) -> tuple | None:
+    """All of a tensor that a plan depends on."""
+    if not isinstance(t, Tensor):
+        return t if t is None else (type(t),)
+    kind = Tensor if type(t) is Parameter else type(t)
+    return kind, t.shape, t.stride(), t.dtype, t.device
+
+
+def _shown(kind: tuple | None) -> str:
+    if kind is None or len(kind) == 1:
+        return "None" if kind is None else kind[0].__name__
+    name, shape, stride, dtype, device = kind
+    return f"{name.__name__}{list(shape)} of strides {list(stride)}, {dtype} on {device}"
 
 
 class PlanTable:
@@ -104,9 +175,10 @@ class PlanTable:
         """:meth:`key` of a call on one tensor, where every attribute that is read counts."""
         if type(x) is not Tensor and type(x) is not Parameter:
             return None
-        grad = _grad_enabled() and x.requires_grad
         return (
-            options, backend, _requested(), grad, observed(),
+            options, backend, _requested(), _grad_enabled() and x.requires_grad,
+            # observed(), whose call would cost as much as all of these
+            _transform() or _dispatch_modes() or _tracer() or _function_mode() or _profiler(),
             x.shape, x.stride(), x.dtype, x.device,
         )  # fmt: skip
 
@@ -120,6 +192,34 @@ class PlanTable:
 
 
 _requested, _grad_enabled = in_force, torch.is_grad_enabled
+_transform, _dispatch_modes = autograd._transform, autograd._dispatch_modes
+_tracer, _function_mode = autograd._tracer, autograd._function_mode
+_profiler = autograd._profiler
+
+
+def plan_of(
+    table: Table,
+    problem: Any,
+    call: Call,
+    operands: tuple,
+    traffic: Callable[[str], Traffic],
+    registered: Callable[[str], Callable[..., Any]] | None = None,
+) -> Plan:
+    """The plan of a checked call, by the table.
+
+    ``traffic`` is of the implementation's name. ``registered`` gives the function that calls the
+    registered op, for an implementation by name: it runs where a gradient is needed, and in a graph
+    under torch.compile, which chooses when it runs.
+    """
+    implementation, (name, reason) = choose(table, problem, call)
+    compiling = torch.compiler.is_compiling()
+    if registered is not None and name != "reference" and (call.grad or compiling):
+        run = registered(call.requested if compiling else name)
+    else:
+        run = implementation.build(problem, call, *operands)
+    # Kept plans do not hold what traffic looks at.
+    moves = functools.partial(traffic, name)
+    return Plan(table.op, name, reason, run, moves if call.once else moves())
 
 
 Function = TypeVar("Function", bound=Callable)

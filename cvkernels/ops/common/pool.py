@@ -14,7 +14,8 @@ from cvkernels.ops.common.arguments import check_out
 from cvkernels.ops.common.autograd import mark_written
 from cvkernels.ops.common.dispatch import Call
 from cvkernels.ops.common.errors import InputTypeError, InputValueError
-from cvkernels.ops.common.traffic import touched_positions
+from cvkernels.ops.common.layout import format_of, is_nhwc
+from cvkernels.ops.common.traffic import Traffic, touched_positions
 
 DTYPES = native.DTYPES["cpu"]
 
@@ -113,6 +114,41 @@ def touched(shape: Sequence[int], window: Window, size: tuple[int, int]) -> int:
     N, C, *sizes = shape
     axes = zip(sizes, *window[:4], size, strict=True)
     return N * C * math.prod(touched_positions(*axis) for axis in axes)
+
+
+def traffic(call: Call, window: Window, size: tuple[int, int], vectors: int = 0) -> Callable:
+    """The byte model of a call with ``size`` windows and so many bytes of vectors."""
+    x = call.x
+
+    def traffic(name: str) -> Traffic:
+        read = x.element_size() * touched(x.shape, window, size) + vectors
+        return Traffic(1, read, x.element_size() * math.prod((*x.shape[:2], *size)))
+
+    return traffic
+
+
+def why_not_native(op: str, lacking: str) -> Callable[[object, Call], str]:
+    def refuses(problem: object, call: Call) -> str:
+        if call.grad:
+            return f"a gradient is needed, and the native {op} {lacking}"
+        return native.lacks(op, call)
+
+    return refuses
+
+
+def plan_reference(compute: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """``compute``, as (x, out=None)."""
+
+    def run(x, out=None):
+        pooled = compute(x)
+        return pooled if out is None else out.copy_(pooled)
+
+    return run
+
+
+def empty_pooled(x: Tensor, pooled: Tensor) -> Tensor:
+    """What the native ops return for x, given the reference's result."""
+    return torch.empty_like(pooled, memory_format=format_of(is_nhwc(x)))
 
 
 def plan_native(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from torch import Tensor
@@ -19,6 +20,7 @@ def nbytes(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
+@functools.lru_cache(maxsize=1024)
 def touched_positions(
     size: int, taps: int, stride: int, padding: int, dilation: int, windows: int
 ) -> int:

@@ -37,10 +37,7 @@ extension.load()
 _native = torch.ops.cvkernels.conv_bn_act_native.default
 
 
-@torch.library.register_fake("cvkernels::conv_bn_act_native", lib=library)
-def _(x, weight, shift, out, residual, input_affine, input_gate, *geometry):
-    return None
-
+native.writes(library, "conv_bn_act_native")
 
 # Winograd's G by the side of a tile of outputs: a filter of 3 taps at the points 0, 1, -1 and
 # infinity, or 0, +-sqrt(1/2), +-sqrt(2) and infinity. csrc/conv_bn_act/winograd.h has the rest.

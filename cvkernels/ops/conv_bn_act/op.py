@@ -4,37 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
 from cvkernels.backend import Backend, BackendError
-from cvkernels.ops.common.arguments import pair
+from cvkernels.ops.common import convolution
 from cvkernels.ops.common.autograd import autocast_dtype, to_dtype
+from cvkernels.ops.common.convolution import TRITON_DTYPES
 from cvkernels.ops.common.derived_weights import DerivedWeights
-from cvkernels.ops.common.dispatch import (
-    Call,
-    Implementation,
-    Table,
-    call_of,
-    choose,
-    reference,
-    refusal,
-)
+from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, reference, refusal
 from cvkernels.ops.common.layout import in_format, is_pixel_matrix
+from cvkernels.ops.common.native import writes
 from cvkernels.ops.common.norm import BatchNormParams
-from cvkernels.ops.common.plan import Plan, planned_by
+from cvkernels.ops.common.plan import Plan, plan_of, planned_by
 from cvkernels.ops.common.traffic import Traffic, nbytes
 from cvkernels.ops.conv_bn_act import cudnn, native, onednn, tuning
 from cvkernels.ops.conv_bn_act.problem import OP, Parameters, Problem, check_overlap, problem_of
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_backward, conv_bn_act_reference
 
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ARGUMENTS = (
-    "Tensor x, Tensor weight, Tensor? bias, "
-    "Tensor? bn_weight, Tensor? bn_bias, Tensor? bn_mean, Tensor? bn_var, float bn_eps, "
+    f"Tensor x, Tensor weight, Tensor? bias, {convolution.BN}, "
     "int[2] stride, int[2] padding, int[2] dilation, int groups, str act, Tensor? residual, "
     "Tensor? in_weight, Tensor? in_bias, Tensor? in_mean, Tensor? in_var, float in_eps, "
     "Tensor? gate, str backend"
@@ -73,20 +64,14 @@ def plan(
     ``x_like``, ``residual``, ``input_gate`` and ``out`` are examples; ``once`` says that the plan
     is called once.
     """
-    autocast = autocast_dtype(x_like)
-    problem = problem_of(
-        x_like, weight, bias, bn, stride, padding, dilation, groups, act, residual, input_bn,
-        input_gate, out, autocast,
-    )  # fmt: skip
     tensors = (x_like, weight, bias, bn, residual, input_bn, input_gate)
-    call = call_of(x_like, tensors, TABLE, backend, once, autocast)
-    if call.grad and out is not None:
-        raise ValueError(
-            "conv_bn_act: out= is not differentiable, and an argument requires a gradient; "
-            "call it under torch.no_grad(), or leave out= away"
-        )
+    geometry = (stride, padding, dilation, groups)
+    problem, call = _checked(tensors, geometry, act, out, backend, once)
     parameters = Parameters(weight, bias, bn, input_bn)
-    return _plan(problem, call, parameters, (residual, input_gate, out), cache)
+    planned = _plan(problem, call, parameters, (residual, input_gate, out), cache)
+    return planned.expecting(
+        call, parameters, x=x_like, residual=residual, input_gate=input_gate, out=out
+    )
 
 
 @planned_by(plan)
@@ -158,20 +143,46 @@ def conv_bn_act(
     arXiv:1502.03167; He et al. 2016, arXiv:1512.03385; Lavin and Gray 2015, arXiv:1509.09308; the
     prologues: Huang et al. 2017, arXiv:1608.06993, and Hu et al. 2018, arXiv:1709.01507.
     """
+    tensors = (x, weight, bias, bn, residual, input_bn, input_gate)
+    geometry = (stride, padding, dilation, groups)
     if torch.compiler.is_compiling():
-        tensors = (x, weight, bias, bn, residual, input_bn, input_gate)
-        return _traced(tensors, (stride, padding, dilation, groups), act, out, backend)
-    planned = plan(
-        x, weight, bias, bn, stride=stride, padding=padding, dilation=dilation, groups=groups,
-        act=act, residual=residual, input_bn=input_bn, input_gate=input_gate, out=out, cache=cache,
-        backend=backend, once=True,
-    )  # fmt: skip
+        return _traced(tensors, geometry, act, out, backend)
+    parameters, like = (weight, bias, bn, input_bn), (residual, input_gate, out)
+
+    def make(once: bool = False) -> Plan:
+        problem, call = _checked(tensors, geometry, act, out, backend, once)
+        return _plan(problem, call, Parameters(*parameters), like, cache)
+
+    planned = None
+    if groups == 1 and x.dtype == torch.float32:
+        planned = convolution.kept_plan(
+            cache, backend, (x, *like), parameters, (geometry, act), make
+        )
+    if planned is None:
+        planned = make(once=True)
     if out is not None:
         check_overlap(out, x, weight, residual)
-    return planned(x, residual, input_gate, out)
+    return planned.recorded(x, *like)
 
 
 backends.answers(OP, plan)
+
+
+def _checked(
+    tensors: tuple, geometry: tuple, act: str, out: Tensor | None, backend: Backend, once: bool
+) -> tuple[Problem, Call]:
+    x, weight, bias, bn, residual, input_bn, input_gate = tensors
+    autocast = autocast_dtype(x)
+    problem = problem_of(
+        x, weight, bias, bn, *geometry, act, residual, input_bn, input_gate, out, autocast
+    )
+    call = call_of(x, tensors, TABLE, backend, once, autocast)
+    if call.grad and out is not None:
+        raise ValueError(
+            "conv_bn_act: out= is not differentiable, and an argument requires a gradient; "
+            "call it under torch.no_grad(), or leave out= away"
+        )
+    return problem, call
 
 
 def _why_not_cudnn(problem: Problem, call: Call) -> str:
@@ -231,7 +242,7 @@ def _plan_reference(
     problem: Problem, call: Call, parameters: Parameters, like: tuple, cache: DerivedWeights | None
 ) -> Run:
     weight, bias, bn, input_bn = parameters
-    options: dict[str, Any] = {
+    options = {
         "stride": problem.stride, "padding": problem.padding, "dilation": problem.dilation,
         "groups": problem.groups, "act": problem.act, "input_bn": input_bn,
     }  # fmt: skip
@@ -245,15 +256,29 @@ def _plan_reference(
     return run
 
 
+def new_output(problem: Problem, device: torch.device) -> Tensor:
+    size = (problem.N, problem.K, problem.P, problem.Q)
+    layout = torch.channels_last
+    return torch.empty(size, dtype=problem.dtype, device=device, memory_format=layout)
+
+
+def _fused(plan: Callable[..., Run]) -> Callable[..., Run]:
+    return convolution.fused(plan, new_output)
+
+
 TABLE = Table(
-    Implementation("cudnn", _why_not_cudnn, cudnn.plan, _why_cudnn, "cuda"),
+    OP,
+    Implementation("cudnn", _why_not_cudnn, _fused(cudnn.plan), _why_cudnn, "cuda"),
     Implementation(
-        "triton", _why_not_triton, _plan_triton, "Triton is preferred for this shape", "cuda"
+        "triton", _why_not_triton, _fused(_plan_triton), "Triton is preferred for this shape",
+        "cuda",
     ),
-    Implementation("native", _on_cpu(native.why_not), native.plan, "compiled for CPU", "cpu"),
-    Implementation("onednn", _on_cpu(onednn.why_not), onednn.plan, "fused on CPU", "cpu"),
+    Implementation(
+        "native", _on_cpu(native.why_not), _fused(native.plan), "compiled for CPU", "cpu"
+    ),
+    Implementation("onednn", _on_cpu(onednn.why_not), _fused(onednn.plan), "fused on CPU", "cpu"),
     reference(_plan_reference),
-)
+)  # fmt: skip
 IMPLEMENTATIONS = TABLE.names
 
 
@@ -265,29 +290,27 @@ def _plan(
     cache: DerivedWeights | None = None,
 ) -> Plan:
     """The plan of a checked call; ``like`` are examples of residual, input_gate and out."""
-    implementation, (name, reason) = choose(OP, TABLE, problem, call)
-    if call.once:
+    weight, bias, bn, input_bn = parameters
 
-        def traffic() -> Traffic:
-            return _traffic(problem, name, call.x, *like)()
+    def traffic(name: str) -> Traffic:
+        return _traffic(problem, name, call.x, *like)
 
-    else:  # which does not hold the examples
-        traffic = _traffic(problem, name, call.x, *like)
-    if name == "reference":
-        run = implementation.build(problem, call, parameters, like, cache)
-    elif call.grad:
-        run = _differentiable(problem, call, parameters, name)
-    elif problem.bytes_written == 0 or call.x.is_meta:
-        run = _allocating(problem)
-    elif call.autocast is None:
-        run = implementation.build(problem, call, parameters, like, cache)
-    else:
-        run = _casting(implementation, problem, call, parameters, like, cache)
-    planned = Plan(OP, name, reason, run, traffic)
-    if name != "onednn" or problem.C > 4:
+    def registered(name: str) -> Run:
+        geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
+
+        def run(x, residual=None, input_gate=None, out=None):
+            tensors = (x, weight, bias, bn, residual, input_bn, input_gate)
+            return _registered(tensors, geometry, problem.act, call.autocast, name)
+
+        return run
+
+    operands = (parameters, like, cache)
+    planned = plan_of(TABLE, problem, call, operands, traffic, registered)
+    if planned.backend != "onednn" or problem.C > 4:
         return planned
-    run = _plan_reference(problem, call, parameters, like, cache)
-    return ImagePlan(planned, Plan(OP, "reference", BAD_IMAGE, run, traffic), call.automatic)
+    run = _plan_reference(problem, call, *operands)
+    stock = Plan(OP, "reference", BAD_IMAGE, run, traffic("reference"))
+    return ImagePlan(planned, stock, call.automatic)
 
 
 BAD_IMAGE = "the image holds NaN or infinity, which oneDNN's relu would hide"
@@ -296,63 +319,24 @@ BAD_IMAGE = "the image holds NaN or infinity, which oneDNN's relu would hide"
 class ImagePlan(Plan):
     """oneDNN's relu turns NaN into 0: a bad image must not come out as plausible logits."""
 
-    __slots__ = ("automatic", "otherwise")
+    __slots__ = ("_chosen",)
 
-    def __init__(self, planned: Plan, otherwise: Plan, automatic: bool) -> None:
-        super().__init__(OP, planned.backend, planned.reason, planned.run, lambda: planned.traffic)
-        self.otherwise = otherwise
-        self.automatic = automatic
+    def __init__(self, fused: Plan, stock: Plan, automatic: bool) -> None:
+        def chosen(x: Tensor) -> Plan:
+            if math.isfinite(x.sum().item()):
+                return fused
+            if automatic:
+                return stock
+            raise BackendError(refusal(OP, fused.backend, BAD_IMAGE))
 
-    def __call__(self, x: Tensor, *data: Tensor | None) -> Tensor:
-        if math.isfinite(x.sum().item()):
-            return super().__call__(x, *data)
-        if self.automatic:
-            return self.otherwise(x, *data)
-        raise BackendError(refusal(OP, self.backend, BAD_IMAGE))
+        def run(x, *data):
+            return chosen(x).run(x, *data)
 
+        super().__init__(OP, fused.backend, fused.reason, run, fused._traffic)
+        self._chosen = chosen
 
-def _allocating(problem: Problem) -> Run:
-    def run(x, residual=None, input_gate=None, out=None):
-        return new_output(problem, x.device) if out is None else out
-
-    return run
-
-
-def _casting(
-    implementation: Implementation,
-    problem: Problem,
-    call: Call,
-    parameters: Parameters,
-    like: tuple,
-    cache: DerivedWeights | None,
-) -> Run:
-    """What casts as autocast does; the norms' vectors stay as they are."""
-    dtype, weight = call.autocast, parameters.weight
-    assert dtype is not None
-    if cache is not None and weight.dtype != dtype:
-        weight = cache.get(("cast", dtype), [weight], lambda: parameters.weight.detach().to(dtype))
-    parameters = parameters._replace(weight=weight.to(dtype))
-    residual, input_gate, out = like
-    like = (to_dtype(residual, dtype), to_dtype(input_gate, dtype), out)
-    call = call._replace(x=call.x.to(dtype), autocast=None)
-    convolve = implementation.build(problem, call, parameters, like, cache)
-
-    def run(x, residual=None, input_gate=None, out=None):
-        return convolve(x.to(dtype), to_dtype(residual, dtype), to_dtype(input_gate, dtype), out)
-
-    return run
-
-
-def _differentiable(problem: Problem, call: Call, parameters: Parameters, name: str) -> Run:
-    """The registered op, which has a gradient; it reports to ``explain`` by itself."""
-    weight, bias, bn, input_bn = parameters
-    geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
-
-    def run(x, residual=None, input_gate=None, out=None):
-        tensors = (x, weight, bias, bn, residual, input_bn, input_gate)
-        return _registered(tensors, geometry, problem.act, call.autocast, name)
-
-    return run
+    def recorded(self, x: Tensor, *data: Tensor | None) -> Tensor:
+        return self._chosen(x).recorded(x, *data)
 
 
 def fuses_prologue(x: Tensor, groups: int = 1) -> bool:
@@ -378,7 +362,7 @@ def _traffic(
     residual: Tensor | None,
     input_gate: Tensor | None,
     out: Tensor | None,
-) -> Callable[[], Traffic]:
+) -> Traffic:
     """The one kernel's, and each pass around it, which reads and writes as many bytes."""
     passes: list[int] = []
     if name == "native":
@@ -389,15 +373,7 @@ def _traffic(
         copies = onednn.extra_passes(problem) if name == "onednn" else 0
         passes += [problem.bytes_written] * (copies + (out is not None))
     around = sum(passes)
-    return lambda: Traffic(
-        1 + len(passes), problem.bytes_read + around, problem.bytes_written + around
-    )
-
-
-def new_output(problem: Problem, device: torch.device) -> Tensor:
-    size = (problem.N, problem.K, problem.P, problem.Q)
-    layout = torch.channels_last
-    return torch.empty(size, dtype=problem.dtype, device=device, memory_format=layout)
+    return Traffic(1 + len(passes), problem.bytes_read + around, problem.bytes_written + around)
 
 
 def _nhwc(weight: Tensor, cache: DerivedWeights | None) -> Tensor:
@@ -413,7 +389,7 @@ def _nhwc(weight: Tensor, cache: DerivedWeights | None) -> Tensor:
 
 def _fp32_precision() -> str:
     """ "tf32" or "ieee": what the user allows convolutions in float32 to do on CUDA."""
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 def _traced(
@@ -421,17 +397,15 @@ def _traced(
 ) -> Tensor:
     """The call under torch.compile: the registered op, or on CPU the reference for inductor."""
     x, weight, bias, bn, residual, input_bn, input_gate = tensors
-    requested = backends.requested(backend, IMPLEMENTATIONS)
-    if requested == "reference" or (requested == "auto" and x.device.type == "cpu"):
-        stride, padding, dilation, groups = geometry
+    stride, padding, dilation, groups = geometry
+    if (name := convolution.traced(TABLE, backend, x)) == "reference":
         y = conv_bn_act_reference(
             x, weight, bias, bn, stride=stride, padding=padding, dilation=dilation, groups=groups,
             act=act, residual=residual, input_bn=input_bn, input_gate=input_gate,
         )  # fmt: skip
         return y if out is None else out.copy_(y)
-    names = ("stride", "padding", "dilation")
-    pairs = [pair(OP, name, value) for name, value in zip(names, geometry, strict=False)]
-    return _registered(tensors, (*pairs, geometry[3]), act, autocast_dtype(x), requested, out)
+    pairs = convolution.pairs(OP, stride, padding, dilation)
+    return _registered(tensors, (*pairs, groups), act, autocast_dtype(x), name, out)
 
 
 def _registered(
@@ -456,12 +430,14 @@ def _registered(
     return out
 
 
-def _unflatten(flat: tuple) -> tuple[tuple, tuple[Any, Any, Any, int], str, str]:
+def _unflatten(flat: tuple) -> tuple[tuple, tuple, str, str]:
     """(tensors, geometry, act, backend) of a registered op's arguments."""
     x, weight, bias = flat[:3]
-    norms = BatchNormParams(*flat[3:8]), BatchNormParams(*flat[14:19])
-    bn, input_bn = (None if norm[:4] == (None,) * 4 else norm for norm in norms)
+    bn, input_bn = BatchNormParams(*flat[3:8]), BatchNormParams(*flat[14:19])
     stride, padding, dilation, groups, act, residual = flat[8:14]
+    none = (None,) * 4
+    bn = None if bn[:4] == none else bn
+    input_bn = None if input_bn[:4] == none else input_bn
     tensors = (x, weight, bias, bn, residual, input_bn, flat[19])
     return tensors, (tuple(stride), tuple(padding), tuple(dilation), groups), act, flat[20]
 
@@ -471,14 +447,15 @@ def _compute(flat: tuple, out: Tensor | None) -> Tensor:
     problem = problem_of(x, weight, bias, bn, *geometry, act, residual, input_bn, gate, out)
     call = Call(x, backends.device_type(x), backend, once=True)
     parameters = Parameters(weight, bias, bn, input_bn)
-    return _plan(problem, call, parameters, (residual, gate, out))(x, residual, gate, out)
+    like = (residual, gate, out)
+    return _plan(problem, call, parameters, like).recorded(x, *like)
 
 
-def _conv_bn_act(*flat: Any) -> Tensor:
+def _conv_bn_act(*flat) -> Tensor:
     return in_format(_compute(flat, None), torch.channels_last)
 
 
-def _conv_bn_act_out(*flat_and_out: Any) -> None:
+def _conv_bn_act_out(*flat_and_out) -> None:
     _compute(flat_and_out[:-1], flat_and_out[-1])
 
 
@@ -489,49 +466,20 @@ for key in ("CPU", "CUDA"):
 
 @torch.library.register_fake("cvkernels::conv_bn_act", lib=library)
 def _(*flat):
-    x, weight = flat[:2]
-    stride, padding, dilation = flat[8:11]
-    P, Q = (
-        (size + 2 * p - d * (taps - 1) - 1) // s + 1
-        for size, taps, s, p, d in zip(
-            x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
-        )
+    return convolution.fake_output(*flat[:2], flat[8:11])
+
+
+writes(library, "conv_bn_act_out")
+
+
+def _gradients(grads, named):
+    (x, weight, bias, bn, residual, input_bn, gate), geometry, act, _ = _unflatten(
+        tuple(named.get(name) for name in NAMES)
     )
-    shape = (x.shape[0], weight.shape[0], P, Q)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-@torch.library.register_fake("cvkernels::conv_bn_act_out", lib=library)
-def _(*flat_and_out):
-    return None
-
-
-def _setup_context(ctx, inputs, output):
-    named = dict(zip(NAMES, inputs, strict=True))
-    act = named["act"]
-    ctx.named = {k: v for k, v in named.items() if not isinstance(v, Tensor)}
-    kept = {k: v for k, v in named.items() if isinstance(v, Tensor)}
-    if act != "silu":
-        kept.pop("residual", None)
-    if act in ("relu", "relu6"):
-        kept["out"] = output
-    ctx.kept = list(kept)
-    ctx.save_for_backward(*kept.values())
-    # PyTorch's wrapper appends an argument of its own.
-    ctx.needs = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
-
-
-def _backward(ctx, grad):
-    named = {**ctx.named, **dict(zip(ctx.kept, ctx.saved_tensors, strict=True))}
-    flat = tuple(named.get(name) for name in NAMES)
-    (x, weight, bias, bn, residual, input_bn, gate), geometry, act, _ = _unflatten(flat)
-    grads = conv_bn_act_backward(
-        grad, x, weight, bias, bn or BatchNormParams(), geometry, act, residual, input_bn, gate,
+    return conv_bn_act_backward(
+        *grads, x, weight, bias, bn or BatchNormParams(), geometry, act, residual, input_bn, gate,
         named.get("out"),
     )  # fmt: skip
-    return tuple(grads.get(name) if ctx.needs[name] else None for name in NAMES)
 
 
-torch.library.register_autograd(
-    "cvkernels::conv_bn_act", _backward, setup_context=_setup_context, lib=library
-)
+convolution.register_autograd(library, OP, NAMES, _gradients)

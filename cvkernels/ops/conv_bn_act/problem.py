@@ -11,15 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cvkernels.ops.common.activation import ACTIVATIONS
 from cvkernels.ops.common.aliasing import overlap, same_view
-from cvkernels.ops.common.arguments import check_bn, check_device, check_tensor, check_vector, pair
+from cvkernels.ops.common.arguments import check_bn, check_device, check_tensor, check_vector
+from cvkernels.ops.common.convolution import check_fits, check_options, output_size, pairs
 from cvkernels.ops.common.errors import InputTypeError, InputValueError
 from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.common.traffic import touched_positions
 
 OP = "conv_bn_act"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class Parameters(NamedTuple):
@@ -58,16 +57,18 @@ class Problem:
     @cached_property
     def P(self) -> int:
         """Height of the output."""
-        return (self.H + 2 * self.padding[0] - self.dilation[0] * (self.R - 1) - 1) // self.stride[
-            0
-        ] + 1
+        return self._size[0]
 
     @cached_property
     def Q(self) -> int:
         """Width of the output."""
-        return (self.W + 2 * self.padding[1] - self.dilation[1] * (self.S - 1) - 1) // self.stride[
-            1
-        ] + 1
+        return self._size[1]
+
+    @cached_property
+    def _size(self) -> tuple[int, int]:
+        return output_size(
+            (self.H, self.W), (self.R, self.S), self.stride, self.padding, self.dilation
+        )
 
     @property
     def pointwise(self) -> bool:
@@ -123,9 +124,7 @@ def problem_of(
     problem = _shapes(
         x.shape,
         weight.shape,
-        pair(OP, "stride", stride),
-        pair(OP, "padding", padding),
-        pair(OP, "dilation", dilation),
+        *pairs(OP, stride, padding, dilation),
         groups,
         dtype or x.dtype,
         act,
@@ -183,13 +182,7 @@ def _shapes(
         raise ValueError(
             f"conv_bn_act: weight must have shape [K, C/groups, R, S], got {list(weight)}"
         )
-    if dtype not in DTYPES:
-        raise InputTypeError(
-            f"conv_bn_act: dtype must be float32, float16, bfloat16 or float64, got {dtype}; "
-            f"convert x and weight with .to(torch.float32)"
-        )
-    if act not in ACTIVATIONS:
-        raise ValueError(f"conv_bn_act: act must be one of {list(ACTIVATIONS)}, got {act!r}")
+    check_options(OP, dtype, act, (stride, padding, dilation), InputTypeError)
     C, K = x[1], weight[0]
     if groups < 1 or C % groups or K % groups:
         raise InputValueError(
@@ -201,20 +194,8 @@ def _shapes(
             f"conv_bn_act: weight must have C/groups = {C}/{groups} = {C // groups} input channels "
             f"to match x {list(x)}, got {list(weight)}"
         )
-    for name, values, least in (
-        ("stride", stride, 1),
-        ("padding", padding, 0),
-        ("dilation", dilation, 1),
-    ):
-        if min(values) < least:
-            raise ValueError(f"conv_bn_act: {name} must be at least {least}, got {list(values)}")
     problem = Problem(*x, K, *weight[2:], stride, padding, dilation, groups, dtype, act, *flags)
-    if problem.P < 1 or problem.Q < 1:
-        raise InputValueError(
-            f"conv_bn_act: the {problem.R}x{problem.S} kernel with dilation {list(dilation)} does "
-            f"not fit into the map of {problem.H}x{problem.W} with padding {list(padding)}; "
-            f"the input is too small"
-        )
+    check_fits(OP, problem, InputValueError)
     return problem
 
 

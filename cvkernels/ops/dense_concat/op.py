@@ -12,10 +12,10 @@ from cvkernels.backend import Backend
 from cvkernels.ops.common import aliasing, native, norm
 from cvkernels.ops.common.arguments import check_bn
 from cvkernels.ops.common.autograd import mark_written, needs_grad
-from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, choose, reference
+from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, reference
 from cvkernels.ops.common.layout import overlaps_itself
 from cvkernels.ops.common.norm import BatchNormParams
-from cvkernels.ops.common.plan import Plan, PlanTable, planned_by
+from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
 from cvkernels.ops.common.traffic import Traffic, nbytes
 from cvkernels.ops.dense_concat.reference import appended
 
@@ -46,11 +46,12 @@ def plan(
     """
     _check(buffer_like, src_like, start, bn)
     call = call_of(buffer_like, (), TABLE, backend, once)
-    implementation, (name, reason) = choose(OP, TABLE, None, call)
-    run = implementation.build(call, src_like, start, bn, bool(relu))
     moved = nbytes(src_like)
-    read = moved + (0 if bn is None else nbytes(*bn[:4]))
-    return Plan(OP, name, reason, run, lambda: Traffic(1, read, moved))
+    read = moved + nbytes(*(bn or ())[:4])
+    planned = plan_of(
+        TABLE, None, call, (src_like, start, bn, bool(relu)), lambda _: Traffic(1, read, moved)
+    )
+    return planned.expecting(call, (bn,), buffer=buffer_like, src=src_like)
 
 
 @planned_by(plan)
@@ -96,7 +97,7 @@ def dense_concat(
     inference; the affine map and ReLU are Huang et al. 2017's, arXiv:1608.06993.
     """
     if torch.compiler.is_compiling():
-        return _traced(buffer, src, start, bn, relu, backend)
+        return plan(buffer, src, start, bn, relu, backend=backend, once=True).run(buffer, src)
     key = None
     if bn is None and type(start) is int:
         key = _plans.key(backend, (buffer, src), start, relu)
@@ -104,14 +105,14 @@ def dense_concat(
         planned = plan(buffer, src, start, bn, relu, backend=backend, once=key is None)
         _plans.keep(key, planned, buffer, src)
     _check_overlap(buffer, src, start)
-    return planned(buffer, src)
+    return planned.recorded(buffer, src)
 
 
 backends.answers(OP, plan)
 
 
 def _plan_native(
-    call: Call, src: Tensor, start: int, bn: BatchNormParams | None, relu: bool
+    problem: None, call: Call, src: Tensor, start: int, bn: BatchNormParams | None, relu: bool
 ) -> Callable[[Tensor, Tensor], Tensor]:
     vectors = norm.vectors_of(bn, src) or norm.NO_VECTORS
 
@@ -136,7 +137,7 @@ def _plan_native(
 
 
 def _plan_reference(
-    call: Call, src: Tensor, start: int, bn: BatchNormParams | None, relu: bool
+    problem: None, call: Call, src: Tensor, start: int, bn: BatchNormParams | None, relu: bool
 ) -> Callable[[Tensor, Tensor], Tensor]:
     stop, vectors = start + src.shape[1], norm.vectors_of(bn, src)
 
@@ -148,6 +149,7 @@ def _plan_reference(
 
 
 TABLE = Table(
+    OP,
     Implementation(
         "native",
         lambda problem, call: native.lacks(OP, call),
@@ -158,28 +160,7 @@ TABLE = Table(
 )
 
 
-def _traced(
-    buffer: Tensor,
-    src: Tensor,
-    start: int,
-    bn: BatchNormParams | None,
-    relu: bool,
-    backend: Backend,
-) -> Tensor:
-    """The call under torch.compile: the registered op, or on CPU the reference for inductor."""
-    _check(buffer, src, start, bn)
-    call = call_of(buffer, (), TABLE, backend)
-    vectors = norm.vectors_of(bn, src)
-    if choose(OP, TABLE, None, call)[1].backend == "reference":
-        buffer[:, start : start + src.shape[1]].copy_(appended(src, vectors, relu))
-    else:
-        _dense_concat(buffer, src, start, *(vectors or norm.NO_VECTORS), relu)
-    return buffer
-
-
-@torch.library.register_fake("cvkernels::dense_concat", lib=library)
-def _(buffer, src, start, weight, bias, mean, var, eps, relu):
-    return None
+native.writes(library, OP)
 
 
 def _check(buffer: Tensor, src: Tensor, start: int, bn: BatchNormParams | None) -> None:

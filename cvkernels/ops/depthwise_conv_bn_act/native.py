@@ -30,9 +30,7 @@ extension.load()
 convolve = torch.ops.cvkernels.depthwise_conv_bn_act_native.default
 
 
-@torch.library.register_fake("cvkernels::depthwise_conv_bn_act_native", lib=library)
-def _(x, weight, affine, kernel, stride, padding_h, padding_w, act, out, sums):
-    return None
+native.writes(library, "depthwise_conv_bn_act_native")
 
 
 def why_not(problem: DepthwiseProblem, device: str) -> str:
@@ -52,7 +50,11 @@ def why_not(problem: DepthwiseProblem, device: str) -> str:
 
 
 def plan(
-    problem: DepthwiseProblem, call: Call, parameters: Parameters, cache: DerivedWeights | None
+    problem: DepthwiseProblem,
+    call: Call,
+    parameters: Parameters,
+    like: tuple,
+    cache: DerivedWeights | None,
 ) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
     """What runs the problem, as x -> (out, sums or None)."""
     weight, bias, bn, _ = parameters
@@ -75,19 +77,19 @@ def plan(
     work = native.direct(lambda: convolve(x, taps, affine, *options, out, sums))
     weights = (taps.data_ptr(), affine.data_ptr())
     like_out = native.template(out.permute(0, 3, 1, 2))
-    like_sums = None if sums is None else native.template(sums)
+    like_sums = native.template(sums) if squeeze else None
     fresh = torch.empty_like
 
     def run_directly(x):
         out = fresh(like_out)
-        if like_sums is None:
+        if not squeeze:
             work(x.data_ptr(), *weights, out.data_ptr(), 0)
             return out, None
         sums = fresh(like_sums)
         work(x.data_ptr(), *weights, out.data_ptr(), sums.data_ptr())
         return out, sums
 
-    run_directly.held = (taps, affine)  # type: ignore[attr-defined]  # the memory at its addresses
+    run_directly.held = (taps, affine)  # the memory at its addresses
     return run_directly
 
 

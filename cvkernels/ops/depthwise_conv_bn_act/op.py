@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +10,14 @@ from torch import Tensor
 from cvkernels import backend as backends
 from cvkernels import extension
 from cvkernels.backend import Backend
-from cvkernels.ops.common.arguments import pair
+from cvkernels.ops.common import convolution
 from cvkernels.ops.common.autograd import autocast_dtype
+from cvkernels.ops.common.convolution import TRITON_DTYPES
 from cvkernels.ops.common.derived_weights import DerivedWeights
-from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, choose, reference
+from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, reference
 from cvkernels.ops.common.layout import in_format
 from cvkernels.ops.common.norm import BatchNormParams
-from cvkernels.ops.common.plan import Plan, planned_by
+from cvkernels.ops.common.plan import Plan, plan_of, planned_by
 from cvkernels.ops.common.traffic import Traffic
 from cvkernels.ops.conv_bn_act.problem import Parameters
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_backward
@@ -31,11 +31,9 @@ from cvkernels.ops.depthwise_conv_bn_act.problem import (
 from cvkernels.ops.depthwise_conv_bn_act.reference import depthwise_conv_bn_act_reference
 from cvkernels.ops.depthwise_conv_bn_act.tiling import tiling
 
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KERNELS = ((3, 3), (5, 5))
 ARGUMENTS = (
-    "Tensor x, Tensor weight, Tensor? bias, "
-    "Tensor? bn_weight, Tensor? bn_bias, Tensor? bn_mean, Tensor? bn_var, float bn_eps, "
+    f"Tensor x, Tensor weight, Tensor? bias, {convolution.BN}, "
     "int[2] stride, int[2] padding, int[2] dilation, str act, str backend"
 )
 NAMES = [argument.split()[1] for argument in ARGUMENTS.split(", ")]
@@ -68,11 +66,9 @@ def plan(
 
     ``x_like`` is an example; ``once`` says that the plan is called once.
     """
-    tensors = (x_like, weight, bias, bn)
-    autocast = autocast_dtype(x_like)
-    problem = problem_of(*tensors, stride, padding, dilation, act, squeeze, autocast)
-    call = call_of(x_like, tensors, TABLE, backend, once, autocast)
-    return _plan(problem, call, Parameters(weight, bias, bn), cache)
+    tensors, geometry = (x_like, weight, bias, bn), (stride, padding, dilation)
+    problem, call = _checked(tensors, geometry, act, squeeze, backend, once)
+    return _plan(problem, call, tensors, cache).expecting(call, tensors[1:], x=x_like)
 
 
 @planned_by(plan)
@@ -130,17 +126,30 @@ def depthwise_conv_bn_act(
     2017, arXiv:1704.04861; the squeeze: Hu et al. 2018, arXiv:1709.01507; together: Tan and Le
     2019, arXiv:1905.11946.
     """
+    tensors, geometry = (x, weight, bias, bn), (stride, padding, dilation)
     if torch.compiler.is_compiling():
-        return _traced((x, weight, bias, bn), (stride, padding, dilation), act, squeeze, backend)
-    planned = plan(
-        x, weight, bias, bn, stride=stride, padding=padding, dilation=dilation, act=act,
-        squeeze=squeeze, cache=cache, backend=backend, once=True,
-    )  # fmt: skip
-    out, sums = planned(x)
+        return _traced(tensors, geometry, act, squeeze, backend)
+
+    def make(once: bool = False) -> Plan:
+        problem, call = _checked(tensors, geometry, act, squeeze, backend, once)
+        return _plan(problem, call, tensors, cache)
+
+    options = (geometry, act, squeeze)
+    planned = convolution.kept_plan(cache, backend, (x,), tensors[1:], options, make)
+    out, sums = (planned or make(once=True)).recorded(x)
     return (out, sums) if squeeze else out
 
 
 backends.answers(OP, plan)
+
+
+def _checked(
+    tensors: tuple, geometry: tuple, act: str, squeeze: bool, backend: Backend, once: bool
+) -> tuple[DepthwiseProblem, Call]:
+    x = tensors[0]
+    autocast = autocast_dtype(x)
+    problem = problem_of(*tensors, *geometry, act, squeeze, autocast)
+    return problem, call_of(x, tensors, TABLE, backend, once, autocast)
 
 
 def _why_not_triton(problem: DepthwiseProblem, call: Call) -> str:
@@ -158,8 +167,9 @@ def _why_not_native(problem: DepthwiseProblem, call: Call) -> str:
 
 
 def _plan_triton(
-    problem: DepthwiseProblem, call: Call, parameters: Parameters, cache: DerivedWeights | None
-) -> Run:
+    problem: DepthwiseProblem, call: Call, parameters: Parameters, like: tuple,
+    cache: DerivedWeights | None,
+) -> Run:  # fmt: skip
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
     from cvkernels.ops.depthwise_conv_bn_act import triton_launch
 
@@ -177,8 +187,9 @@ def _plan_triton(
 
 
 def _plan_reference(
-    problem: DepthwiseProblem, call: Call, parameters: Parameters, cache: DerivedWeights | None
-) -> Run:
+    problem: DepthwiseProblem, call: Call, parameters: Parameters, like: tuple,
+    cache: DerivedWeights | None,
+) -> Run:  # fmt: skip
     weight, bias, bn, _ = parameters
     geometry = (problem.stride, problem.padding, problem.dilation)
     act, squeeze = problem.act, problem.squeeze
@@ -195,44 +206,54 @@ def _absent(name: str) -> Implementation:
     return Implementation(name, lambda problem, call: reason, _plan_reference, device=None)
 
 
+def new_outputs(problem: DepthwiseProblem, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    size = (problem.N, problem.C, problem.P, problem.Q)
+    layout = torch.channels_last
+    out = torch.empty(size, dtype=problem.dtype, device=device, memory_format=layout)
+    if not problem.squeeze:
+        return out, None
+    return out, torch.empty(size[:2], dtype=problem.sums_dtype, device=device)
+
+
 TABLE = Table(
-    Implementation("triton", _why_not_triton, _plan_triton, "fused on cuda", "cuda"),
-    Implementation("native", _why_not_native, native.plan, "fused on cpu", "cpu"),
+    OP,
+    Implementation(
+        "triton", _why_not_triton, convolution.fused(_plan_triton, new_outputs), "fused on cuda",
+        "cuda",
+    ),
+    Implementation(
+        "native", _why_not_native, convolution.fused(native.plan, new_outputs), "fused on cpu",
+        "cpu",
+    ),
     _absent("cudnn"),
     _absent("onednn"),
     reference(_plan_reference),
-)
+)  # fmt: skip
 IMPLEMENTATIONS = TABLE.names
 
 
 def _plan(
-    problem: DepthwiseProblem,
-    call: Call,
-    parameters: Parameters,
-    cache: DerivedWeights | None = None,
+    problem: DepthwiseProblem, call: Call, tensors: tuple, cache: DerivedWeights | None = None
 ) -> Plan:
     """The plan of a checked call."""
-    implementation, (name, reason) = choose(OP, TABLE, problem, call)
-    if name == "reference":
-        run = implementation.build(problem, call, parameters, cache)
-    elif call.grad:
-        run = _differentiable(problem, call, parameters, name)
-    elif problem.bytes_written == 0 or call.x.is_meta:
+    parameters = Parameters(*tensors[1:])
 
-        def run(x):
-            return new_outputs(problem, x.device)
-
-    elif call.autocast is None:
-        run = implementation.build(problem, call, parameters, cache)
-    else:
-        run = _casting(implementation, problem, call, parameters, cache)
-    gpu = backends.gpu(call.x)[1] if name == "triton" else None
-
-    def traffic() -> Traffic:
-        parts = 0 if gpu is None else _bytes_of_parts(problem, gpu)
+    def traffic(name: str) -> Traffic:
+        parts = _bytes_of_parts(problem, backends.gpu(call.x)[1]) if name == "triton" else 0
         return Traffic(1 + (parts > 0), problem.bytes_read + parts, problem.bytes_written + parts)
 
-    return Plan(OP, name, reason, run, traffic)
+    def registered(name: str) -> Run:
+        geometry = (problem.stride, problem.padding, problem.dilation)
+
+        def run(x):
+            result = _registered(
+                (x, *parameters[:3]), geometry, problem.act, problem.squeeze, call.autocast, name
+            )
+            return result if problem.squeeze else (result, None)
+
+        return run
+
+    return plan_of(TABLE, problem, call, (parameters, (), cache), traffic, registered)
 
 
 def _bytes_of_parts(problem: DepthwiseProblem, gpu: tuple[int, int]) -> int:
@@ -241,46 +262,6 @@ def _bytes_of_parts(problem: DepthwiseProblem, gpu: tuple[int, int]) -> int:
         return 0
     bands = tiling(problem, gpu).bands
     return 4 * problem.N * problem.C * bands if bands > 1 else 0
-
-
-def _casting(
-    implementation: Implementation,
-    problem: DepthwiseProblem,
-    call: Call,
-    parameters: Parameters,
-    cache: DerivedWeights | None,
-) -> Run:
-    """What casts as autocast does; the norm's vectors stay as they are."""
-    dtype, weight = call.autocast, parameters.weight
-    if cache is not None and weight.dtype != dtype:
-        weight = cache.get(("cast", dtype), [weight], lambda: parameters.weight.detach().to(dtype))
-    parameters = parameters._replace(weight=weight.to(dtype))
-    call = call._replace(x=call.x.to(dtype), autocast=None)
-    convolve = implementation.build(problem, call, parameters, cache)
-    return lambda x: convolve(x.to(dtype))
-
-
-def _differentiable(
-    problem: DepthwiseProblem, call: Call, parameters: Parameters, name: str
-) -> Run:
-    """The registered op, which has a gradient."""
-    geometry = (problem.stride, problem.padding, problem.dilation)
-    act, squeeze = problem.act, problem.squeeze
-
-    def run(x):
-        result = _registered((x, *parameters[:3]), geometry, act, squeeze, call.autocast, name)
-        return result if squeeze else (result, None)
-
-    return run
-
-
-def new_outputs(problem: DepthwiseProblem, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    size = (problem.N, problem.C, problem.P, problem.Q)
-    layout = torch.channels_last
-    out = torch.empty(size, dtype=problem.dtype, device=device, memory_format=layout)
-    if not problem.squeeze:
-        return out, None
-    return out, torch.empty(size[:2], dtype=problem.sums_dtype, device=device)
 
 
 def runs_fused(x: Tensor, kernel_size: tuple[int, int], stride: tuple, dilation: tuple) -> bool:
@@ -323,12 +304,10 @@ def _traced(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The call under torch.compile: the registered op, or on CPU the reference for inductor."""
     x = tensors[0]
-    requested = backends.requested(backend, IMPLEMENTATIONS)
-    if requested == "reference" or (requested == "auto" and x.device.type == "cpu"):
+    if (name := convolution.traced(TABLE, backend, x)) == "reference":
         return _reference(tensors, geometry, act, squeeze)
-    names = ("stride", "padding", "dilation")
-    pairs = tuple([pair(OP, name, value) for name, value in zip(names, geometry, strict=True)])
-    return _registered(tensors, pairs, act, squeeze, autocast_dtype(x), requested)
+    pairs = convolution.pairs(OP, *geometry)
+    return _registered(tensors, pairs, act, squeeze, autocast_dtype(x), name)
 
 
 def _registered(
@@ -347,30 +326,26 @@ def _registered(
     return op(x, weight, bias, *(bn or BatchNormParams()), *geometry, act, name)
 
 
-def _unflatten(
-    flat: tuple,
-) -> tuple[tuple[Any, Any, Any, Any], tuple[Any, Any, Any], str, str]:
+def _unflatten(flat: tuple) -> tuple[tuple, tuple, str, str]:
     """(tensors, geometry, act, backend) of a registered op's arguments."""
-    x, weight, bias = flat[:3]
     bn = BatchNormParams(*flat[3:8])
-    tensors = (x, weight, bias, None if bn[:4] == (None,) * 4 else bn)
-    stride, padding, dilation = (tuple(pair) for pair in flat[8:11])
-    return tensors, (stride, padding, dilation), flat[11], flat[12]
+    tensors = (*flat[:3], None if bn[:4] == (None,) * 4 else bn)
+    return tensors, tuple(tuple(pair) for pair in flat[8:11]), flat[11], flat[12]
 
 
 def _compute(flat: tuple, squeeze: bool) -> tuple[Tensor, Tensor | None]:
     tensors, geometry, act, backend = _unflatten(flat)
     problem = problem_of(*tensors, *geometry, act, squeeze)
     call = Call(tensors[0], backends.device_type(tensors[0]), backend, once=True)
-    out, sums = _plan(problem, call, Parameters(*tensors[1:]))(tensors[0])
+    out, sums = _plan(problem, call, tensors).recorded(tensors[0])
     return in_format(out, torch.channels_last), sums
 
 
-def _depthwise_conv_bn_act(*flat: Any) -> Tensor:
+def _depthwise_conv_bn_act(*flat) -> Tensor:
     return _compute(flat, False)[0]
 
 
-def _depthwise_conv_bn_act_squeeze(*flat: Any) -> tuple[Tensor, Tensor | None]:
+def _depthwise_conv_bn_act_squeeze(*flat) -> tuple[Tensor, Tensor]:
     return _compute(flat, True)
 
 
@@ -379,17 +354,11 @@ for key in ("CPU", "CUDA"):
     library.impl("depthwise_conv_bn_act_squeeze", _depthwise_conv_bn_act_squeeze, key)
 
 
-def _fake(*flat: Any) -> Tensor:
-    x, weight = flat[:2]
-    P, Q = (
-        (size + 2 * p - d * (taps - 1) - 1) // s + 1
-        for size, taps, s, p, d in zip(x.shape[2:], weight.shape[2:], *flat[8:11], strict=True)
-    )
-    shape = (*x.shape[:2], P, Q)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def _fake(*flat) -> Tensor:
+    return convolution.fake_output(*flat[:2], flat[8:11])
 
 
-def _fake_squeeze(*flat: Any) -> tuple[Tensor, Tensor]:
+def _fake_squeeze(*flat) -> tuple[Tensor, Tensor]:
     x = flat[0]
     return _fake(*flat), torch.empty(x.shape[:2], dtype=sums_dtype(x.dtype), device=x.device)
 
@@ -398,31 +367,16 @@ torch.library.register_fake("cvkernels::depthwise_conv_bn_act", _fake, lib=libra
 torch.library.register_fake("cvkernels::depthwise_conv_bn_act_squeeze", _fake_squeeze, lib=library)
 
 
-def _setup_context(ctx, inputs, output):
-    named = dict(zip(NAMES, inputs, strict=True))
-    ctx.named = {k: v for k, v in named.items() if not isinstance(v, Tensor)}
-    kept = {k: v for k, v in named.items() if isinstance(v, Tensor)}
-    if named["act"] in ("relu", "relu6"):
-        kept["out"] = output if isinstance(output, Tensor) else output[0]
-    ctx.kept = list(kept)
-    ctx.save_for_backward(*kept.values())
-    # PyTorch's wrapper appends an argument of its own.
-    ctx.needs = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
-
-
-def _backward(ctx, grad, grad_sums=None):
-    named = {**ctx.named, **dict(zip(ctx.kept, ctx.saved_tensors, strict=True))}
+def _gradients(grads, named):
+    grad, *of_sums = grads
     (x, weight, bias, bn), geometry, act, _ = _unflatten(tuple(named.get(n) for n in NAMES))
-    if grad_sums is not None:
-        grad = (grad + grad_sums[:, :, None, None]).to(x.dtype)
-    grads = conv_bn_act_backward(
+    if of_sums and of_sums[0] is not None:
+        grad = (grad + of_sums[0][:, :, None, None]).to(x.dtype)
+    return conv_bn_act_backward(
         grad, x, weight, bias, bn or BatchNormParams(), (*geometry, x.shape[1]), act, None, None,
         None, named.get("out"),
     )  # fmt: skip
-    return tuple(grads.get(name) if ctx.needs[name] else None for name in NAMES)
 
 
 for name in ("depthwise_conv_bn_act", "depthwise_conv_bn_act_squeeze"):
-    torch.library.register_autograd(
-        f"cvkernels::{name}", _backward, setup_context=_setup_context, lib=library
-    )
+    convolution.register_autograd(library, name, NAMES, _gradients)

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cvkernels.ops.common.activation import ACTIVATIONS
-from cvkernels.ops.common.arguments import check_bn, check_device, check_vector, pair
+from cvkernels.ops.common.arguments import check_bn, check_device, check_vector
+from cvkernels.ops.common.convolution import check_fits, check_options, pairs
 from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.conv_bn_act.problem import Problem
 
 OP = "depthwise_conv_bn_act"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def sums_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -53,9 +52,7 @@ def problem_of(
     problem = _shapes(
         x.shape,
         weight.shape,
-        pair(OP, "stride", stride),
-        pair(OP, "padding", padding),
-        pair(OP, "dilation", dilation),
+        *pairs(OP, stride, padding, dilation),
         dtype or x.dtype,
         act,
         bias is not None,
@@ -97,27 +94,10 @@ def _shapes(
             f"{OP}: weight must have shape [C, 1, R, S] with C = {C} to match x {list(x)}, got "
             f"{list(weight)}; conv_bn_act has groups= for other convolutions"
         )
-    if dtype not in DTYPES:
-        raise TypeError(
-            f"{OP}: dtype must be float32, float16, bfloat16 or float64, got {dtype}; "
-            f"convert x and weight with .to(torch.float32)"
-        )
-    if act not in ACTIVATIONS:
-        raise ValueError(f"{OP}: act must be one of {list(ACTIVATIONS)}, got {act!r}")
-    for name, values, least in (
-        ("stride", stride, 1),
-        ("padding", padding, 0),
-        ("dilation", dilation, 1),
-    ):
-        if min(values) < least:
-            raise ValueError(f"{OP}: {name} must be at least {least}, got {list(values)}")
+    check_options(OP, dtype, act, (stride, padding, dilation), TypeError)
     problem = DepthwiseProblem(
         N, C, H, W, C, *weight[2:], stride, padding, dilation, C, dtype, act, has_bias, has_bn,
         squeeze=squeeze,
     )  # fmt: skip
-    if problem.P < 1 or problem.Q < 1:
-        raise ValueError(
-            f"{OP}: the {problem.R}x{problem.S} kernel with dilation {list(dilation)} does not fit "
-            f"into the map of {H}x{W} with padding {list(padding)}; the input is too small"
-        )
+    check_fits(OP, problem, ValueError)
     return problem

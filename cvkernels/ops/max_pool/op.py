@@ -8,19 +8,12 @@ import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
+from cvkernels import record
 from cvkernels.backend import Backend
-from cvkernels.ops.common import native
-from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, choose, reference
-from cvkernels.ops.common.plan import Plan, PlanTable, planned_by
-from cvkernels.ops.common.pool import (
-    Window,
-    check_overlap,
-    checked,
-    plan_native,
-    touched,
-    window_of,
-)
-from cvkernels.ops.common.traffic import Traffic
+from cvkernels.ops.common import native, pool
+from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, reference
+from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
+from cvkernels.ops.common.pool import Window, check_overlap, checked, window_of
 from cvkernels.ops.max_pool.reference import max_pool_reference
 
 OP = "max_pool"
@@ -34,6 +27,7 @@ library.define(f"max_pool_out({ARGUMENTS}, Tensor(a!) out) -> ()")
 _max_pool = torch.ops.cvkernels.max_pool.default
 _max_pool_out = torch.ops.cvkernels.max_pool_out.default
 _plans = PlanTable()
+_kept, _key_of_one, _recorder = _plans.get, _plans.key_of_one, record.current
 
 
 def plan(
@@ -50,17 +44,10 @@ def plan(
 ) -> Plan:
     """A call of :func:`max_pool`, as ``plan(x, out=None)``; ``x_like`` and ``out`` are examples."""
     window = window_of(OP, kernel_size, stride, padding, dilation, ceil_mode)
-    P, Q = checked(OP, x_like, window, out)
+    size = checked(OP, x_like, window, out)
     call = call_of(x_like, (x_like, out), TABLE, backend, once)
-    implementation, (name, reason) = choose(OP, TABLE, None, call)
-    run = implementation.build(call, window, out)
-    shape, itemsize = x_like.shape, x_like.element_size()
-
-    def traffic() -> Traffic:
-        read = itemsize * touched(shape, window, (P, Q))
-        return Traffic(1, read, itemsize * shape[0] * shape[1] * P * Q)
-
-    return Plan(OP, name, reason, run, traffic)
+    traffic = pool.traffic(call, window, size)
+    return plan_of(TABLE, None, call, (window, out), traffic).expecting(call, x=x_like, out=out)
 
 
 @planned_by(plan)
@@ -115,74 +102,51 @@ def max_pool(
     stride = kernel_size if stride is None else stride
     options = (kernel_size, stride, padding, dilation, ceil_mode)
     if torch.compiler.is_compiling():
-        return _traced(x, options, out, backend)
+        return plan(x, *options, out=out, backend=backend, once=True).run(x, out)
     if not type(kernel_size) is type(stride) is type(padding) is type(dilation) is int:
         options = window_of(OP, *options)
     if out is None:
-        key = _plans.key_of_one(backend, x, options)
+        key = _key_of_one(backend, x, options)
     else:
         key = _plans.key(backend, (x, out), options)
-    if (planned := _plans.get(key)) is None:
+    if (planned := _kept(key)) is None:
         planned = plan(x, *options, out=out, backend=backend, once=key is None)
         _plans.keep(key, planned, x, out)
     if out is None:
-        return planned(x)
+        return planned.run(x) if _recorder() is None else planned.recorded(x)
     check_overlap(OP, out, x)
-    return planned(x, out)
+    return planned.recorded(x, out)
 
 
 backends.answers(OP, plan)
 
 
-def _why_not_native(problem: None, call: Call) -> str:
-    if call.grad:
-        return "a gradient is needed, and the native max_pool keeps no indices"
-    return native.lacks(OP, call)
-
-
-def _plan_native(call: Call, window: Window, out: Tensor | None) -> Callable[..., Tensor]:
-    return plan_native(
+def _plan_native(
+    problem: None, call: Call, window: Window, out: Tensor | None
+) -> Callable[..., Tensor]:
+    return pool.plan_native(
         call, out, lambda x: _max_pool(x, *window), lambda x, out: _max_pool_out(x, *window, out)
     )
 
 
-def _plan_reference(call: Call, window: Window, out: Tensor | None) -> Callable[..., Tensor]:
-    def run(x, out=None):
-        pooled = max_pool_reference(x, *window)
-        return pooled if out is None else out.copy_(pooled)
-
-    return run
+def _plan_reference(
+    problem: None, call: Call, window: Window, out: Tensor | None
+) -> Callable[..., Tensor]:
+    return pool.plan_reference(lambda x: max_pool_reference(x, *window))
 
 
 TABLE = Table(
-    Implementation("native", _why_not_native, _plan_native, native.compiled_for),
+    OP,
+    Implementation(
+        "native", pool.why_not_native(OP, "keeps no indices"), _plan_native, native.compiled_for
+    ),
     reference(_plan_reference),
 )
 
 
-def _traced(x: Tensor, options: tuple, out: Tensor | None, backend: Backend) -> Tensor:
-    """The call under torch.compile: the registered op, or on CPU the reference for inductor."""
-    window = window_of(OP, *options)
-    checked(OP, x, window, out)
-    call = call_of(x, (x, out), TABLE, backend)
-    if choose(OP, TABLE, None, call)[1].backend == "reference":
-        pooled = max_pool_reference(x, *window)
-        return pooled if out is None else out.copy_(pooled)
-    if out is None:
-        return _max_pool(x, *window)
-    _max_pool_out(x, *window, out)
-    return out
-
-
 @torch.library.register_fake("cvkernels::max_pool", lib=library)
-def _max_pool_fake(x, kernel_size, stride, padding, dilation, ceil_mode):
-    pooled = max_pool_reference(x, kernel_size, stride, padding, dilation, ceil_mode)
-    channels_last = x.stride(1) == 1 and x.shape[1] > 1
-    return torch.empty_like(
-        pooled, memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )
+def _(x, *window):
+    return pool.empty_pooled(x, max_pool_reference(x, *window))
 
 
-@torch.library.register_fake("cvkernels::max_pool_out", lib=library)
-def _max_pool_out_fake(x, kernel_size, stride, padding, dilation, ceil_mode, out):
-    return None
+native.writes(library, "max_pool_out")

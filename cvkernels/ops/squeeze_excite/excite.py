@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 from cvkernels import backend as backends
 from cvkernels.backend import Backend
 from cvkernels.ops.common.arguments import check_act
-from cvkernels.ops.common.dispatch import Call, call_of, choose
-from cvkernels.ops.common.plan import Plan, PlanTable, planned_by
+from cvkernels.ops.common.dispatch import Call, call_of
+from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
 from cvkernels.ops.common.traffic import Traffic, nbytes
 from cvkernels.ops.squeeze_excite import native
 from cvkernels.ops.squeeze_excite.native import Layers
@@ -53,9 +52,9 @@ def plan(
     """A call of :func:`excite`, as ``plan(pooled)``; ``pooled_like`` is an example."""
     layers = (weight1, bias1, weight2, bias2)
     call = _checked(pooled_like, layers, act, count, backend, once)
-    if not call.grad:
-        layers = native.matrices(*layers)
-    return _plan(call, layers, act, sigmoid, count).bind(layers)
+    dense = layers if call.grad else native.matrices(*layers)
+    planned = _plan(call, dense, act, sigmoid, count).bind(dense)
+    return planned.expecting(call, layers, pooled=pooled_like)
 
 
 @planned_by(plan)
@@ -105,13 +104,14 @@ def excite(
     """
     layers = (weight1, bias1, weight2, bias2)
     if torch.compiler.is_compiling():
-        return _traced(pooled, layers, act, sigmoid, count, backend)
-    key = _plans.key(backend, (pooled, *layers), act, sigmoid, count, type(count))  # type: ignore[arg-type]
+        call = _checked(pooled, layers, act, count, backend, once=True)
+        return _plan(call, layers, act, sigmoid, count).run(layers, pooled)
+    key = _plans.key(backend, (pooled, *layers), act, sigmoid, count, type(count))
     if (planned := _plans.get(key)) is None:
         call = _checked(pooled, layers, act, count, backend, once=key is None)
         planned = _plan(call, layers, act, sigmoid, count)
         _plans.keep(key, planned, pooled, *layers)
-    return planned(layers, pooled)
+    return planned.recorded(layers, pooled)
 
 
 backends.answers(OP, plan)
@@ -150,47 +150,31 @@ def _plan_triton(
 def _plan_reference(
     problem: Problem, call: Call, layers: Layers, act: str, sigmoid: bool, count: int | None
 ) -> Callable[..., Tensor]:
-    def run(layers: Layers, pooled: Tensor) -> Tensor:
+    def run(layers, pooled):
         return excite_reference(pooled, *layers, act, sigmoid=sigmoid, count=count)
 
     return run
 
 
-TABLE = table_of(_plan_triton, native.plan_excite, _plan_reference)
+TABLE = table_of(OP, _plan_triton, native.plan_excite, _plan_reference)
 
 
 def _plan(call: Call, layers: Layers, act: str, sigmoid: bool, count: int | None) -> Plan:
     """The plan of a checked call, as (layers, pooled)."""
-    problem = Problem(OP, layers[0].shape[0])
-    implementation, (name, reason) = choose(OP, TABLE, problem, call)
-    if name != "reference" and call.grad:
+    pooled = call.x
 
+    def traffic(name: str) -> Traffic:
+        itemsize = pooled.element_size() if count is None else layers[0].element_size()
+        return Traffic(1, nbytes(pooled, *layers), pooled.numel() * itemsize)
+
+    def registered(name: str) -> Callable[..., Tensor]:
         def run(layers, pooled):
             return torch.ops.cvkernels.excite(pooled, *layers, act, sigmoid, count or 0, name)
 
-    else:
-        run = implementation.build(problem, call, layers, act, sigmoid, count)
-    pooled = call.x
-    itemsize = pooled.element_size() if count is None else layers[0].element_size()
-    read, written = nbytes(pooled, *layers), pooled.numel() * itemsize
-    return Plan(OP, name, reason, run, functools.partial(Traffic, 1, read, written))
+        return run
 
-
-def _traced(
-    pooled: Tensor,
-    layers: Layers,
-    act: str,
-    sigmoid: bool,
-    count: int | None,
-    backend: Backend,
-) -> Tensor:
-    """The call under torch.compile: the registered op, or the reference for inductor."""
-    call = _checked(pooled, layers, act, count, backend)
-    problem = Problem(OP, layers[0].shape[0])
-    if choose(OP, TABLE, problem, call)[1].backend == "reference":
-        return excite_reference(pooled, *layers, act, sigmoid=sigmoid, count=count)
-    op = torch.ops.cvkernels.excite
-    return op(pooled, *layers, act, sigmoid, count or 0, call.requested)
+    problem, operands = Problem(OP, layers[0].shape[0]), (layers, act, sigmoid, count)
+    return plan_of(TABLE, problem, call, operands, traffic, registered)
 
 
 def _excite(pooled, weight1, bias1, weight2, bias2, act, sigmoid, count, backend):
@@ -214,9 +198,8 @@ def _context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    pooled, weight1, bias1, weight2, bias2, out = ctx.saved_tensors
-    layers = (weight1, bias1, weight2, bias2)
-    dtype = accumulator(weight1.dtype)
+    pooled, *layers, out = ctx.saved_tensors
+    dtype = accumulator(layers[0].dtype)
     if ctx.sigmoid:
         out = out.to(dtype)
         grad = grad.to(dtype) * out * (1 - out)

@@ -25,10 +25,6 @@ library = torch.library.Library("cvkernels", "FRAGMENT")
 library.define("squeeze_native(Tensor x) -> Tensor")
 library.define("squeeze_native_out(Tensor x, Tensor(a!) out) -> ()")
 library.define(f"excite_native(Tensor pooled, {_LAYERS}, bool sigmoid, int count) -> Tensor")
-library.define("se_scale_native(Tensor x, Tensor gate, Tensor? residual, int act) -> Tensor")
-library.define(
-    f"squeeze_excite_native(Tensor x, {_LAYERS}, Tensor? residual, int out_act) -> Tensor"
-)
 library.define(
     "se_scale_native_out(Tensor x, Tensor gate, Tensor? residual, int act, Tensor(a!) out) -> ()"
 )
@@ -249,24 +245,9 @@ def scale_shifted(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return out
 
 
-@torch.library.register_fake("cvkernels::se_scale_native_sums", lib=library)
-def _(grad, x, out, masked, sums):
-    return None
-
-
-@torch.library.register_fake("cvkernels::se_scale_native_shifted", lib=library)
-def _(x, scale, shift, out):
-    return None
-
-
 @torch.library.register_fake("cvkernels::squeeze_native", lib=library)
 def _(x):
     return x.new_empty(x.shape[:2])
-
-
-@torch.library.register_fake("cvkernels::squeeze_native_out", lib=library)
-def _(x, out):
-    return None
 
 
 @torch.library.register_fake("cvkernels::excite_native", lib=library)
@@ -274,21 +255,7 @@ def _(pooled, weight1, bias1, weight2, bias2, act, sigmoid, count):
     return pooled.new_empty(pooled.shape, dtype=weight1.dtype if count else pooled.dtype)
 
 
-@torch.library.register_fake("cvkernels::se_scale_native", lib=library)
-def _(x, gate, residual, act):
-    return new_like(x)
-
-
-@torch.library.register_fake("cvkernels::squeeze_excite_native", lib=library)
-def _(x, weight1, bias1, weight2, bias2, act, residual, out_act):
-    return new_like(x)
-
-
-@torch.library.register_fake("cvkernels::se_scale_native_out", lib=library)
-def _(x, gate, residual, act, out):
-    return None
-
-
-@torch.library.register_fake("cvkernels::squeeze_excite_native_out", lib=library)
-def _(x, weight1, bias1, weight2, bias2, act, residual, out_act, out):
-    return None
+native.writes(
+    library, "squeeze_native_out", "se_scale_native_out", "squeeze_excite_native_out",
+    "se_scale_native_sums", "se_scale_native_shifted",
+)  # fmt: skip

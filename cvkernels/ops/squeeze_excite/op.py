@@ -17,7 +17,7 @@ from cvkernels.ops.common.arguments import (
 )
 from cvkernels.ops.common.dispatch import Call, call_of, choose
 from cvkernels.ops.common.layout import format_of, in_format, is_nhwc, new_like
-from cvkernels.ops.common.plan import Plan, PlanTable, planned_by
+from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
 from cvkernels.ops.common.traffic import Traffic, nbytes
 from cvkernels.ops.squeeze_excite import native, tiles
 from cvkernels.ops.squeeze_excite.native import Layers
@@ -71,9 +71,9 @@ def plan(
     """
     layers = (weight1, bias1, weight2, bias2)
     call = _checked(x_like, layers, act, residual, out_act, out, backend, once)
-    if not call.grad:
-        layers = native.matrices(*layers)
-    return _plan(call, layers, act, residual, out_act, out).bind(layers)
+    dense = layers if call.grad else native.matrices(*layers)
+    planned = _plan(call, dense, act, residual, out_act, out).bind(dense)
+    return planned.expecting(call, layers, x=x_like, residual=residual, out=out)
 
 
 @planned_by(plan)
@@ -127,7 +127,9 @@ def squeeze_excite(
     """
     layers = (weight1, bias1, weight2, bias2)
     if torch.compiler.is_compiling():
-        return _traced(x, layers, act, residual, out_act, out, backend)
+        call = _checked(x, layers, act, residual, out_act, out, backend, once=True)
+        y = _plan(call, layers, act, residual, out_act, out).run(layers, x, residual)
+        return y if out is None else out.copy_(y)
     key = _plans.key(backend, (x, *layers, residual, out), act, out_act)
     if (planned := _plans.get(key)) is None:
         call = _checked(x, layers, act, residual, out_act, out, backend, once=key is None)
@@ -137,7 +139,7 @@ def squeeze_excite(
         names = ("weight1", "bias1", "weight2", "bias2")
         inputs = {"x": x, "residual": residual, **dict(zip(names, layers, strict=True))}
         check_elementwise_overlap(OP, out, inputs)
-    return planned(layers, x, residual, out)
+    return planned.recorded(layers, x, residual, out)
 
 
 backends.answers(OP, plan)
@@ -211,10 +213,10 @@ def _triton(
 ) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
     """(x, layers, residual, out) -> (out, the means where they are kept, the logits)."""
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
-    from cvkernels.ops.squeeze_excite import triton_launch
+    from cvkernels.ops.squeeze_excite import triton
 
     whole = tiles.one_launch(x, R)
-    return triton_launch.plan_squeeze_excite(x, R, act, residual, out_act, out, keep_mean, whole)
+    return triton.plan_squeeze_excite(x, R, act, residual, out_act, out, keep_mean, whole)
 
 
 def _plan_reference(
@@ -235,7 +237,7 @@ def _plan_reference(
     return run
 
 
-TABLE = table_of(_plan_triton, native.plan_squeeze_excite, _plan_reference)
+TABLE = table_of(OP, _plan_triton, native.plan_squeeze_excite, _plan_reference)
 
 
 def _plan(
@@ -247,55 +249,31 @@ def _plan(
     out: Tensor | None,
 ) -> Plan:
     """The plan of a checked call, as (layers, x, residual, out)."""
-    problem = Problem(OP, layers[0].shape[0])
-    implementation, (name, reason) = choose(OP, TABLE, problem, call)
-    if name != "reference" and call.grad:
+    x, problem = call.x, Problem(OP, layers[0].shape[0])
 
+    def traffic(name: str) -> Traffic:
+        three = name == "triton" and not tiles.one_launch(x, problem.R)
+        copied, size, others = copies(x, residual, out), nbytes(x), nbytes(residual, *layers)
+        moved = size * copied + (2 * 4 * x.shape[:2].numel() if three else 0)
+        return Traffic(
+            (3 if three else 1) + copied, (2 if three else 1) * size + others + moved, size + moved
+        )
+
+    def registered(name: str) -> Callable[..., Tensor]:
         def run(layers, x, residual=None, out=None):
             op = torch.ops.cvkernels.squeeze_excite
             return op(x, *layers, act, residual, out_act, name)[0]
 
-    else:
-        run = implementation.build(problem, call, layers, act, residual, out_act, out)
-    x = call.x
-    three = name == "triton" and not tiles.one_launch(x, problem.R)
-    copied, size, others = copies(x, residual, out), nbytes(x), nbytes(residual, *layers)
-    between = 2 * 4 * x.shape[0] * x.shape[1] if three else 0
+        return run
 
-    def traffic() -> Traffic:
-        moved = size * copied
-        return Traffic(
-            (3 if three else 1) + copied,
-            (2 if three else 1) * size + others + between + moved,
-            size + between + moved,
-        )
-
-    return Plan(OP, name, reason, run, traffic)
-
-
-def _traced(
-    x: Tensor,
-    layers: Layers,
-    act: str,
-    residual: Tensor | None,
-    out_act: str,
-    out: Tensor | None,
-    backend: Backend,
-) -> Tensor:
-    """The call under torch.compile: the registered op, or the reference for inductor."""
-    call = _checked(x, layers, act, residual, out_act, out, backend)
-    if choose(OP, TABLE, Problem(OP, layers[0].shape[0]), call)[1].backend == "reference":
-        y = squeeze_excite_reference(x, *layers, act, residual, out_act)
-    else:
-        op = torch.ops.cvkernels.squeeze_excite
-        y = op(x, *layers, act, residual, out_act, call.requested)[0]
-    return y if out is None else out.copy_(y)
+    operands = (layers, act, residual, out_act, out)
+    return plan_of(TABLE, problem, call, operands, traffic, registered)
 
 
 def _squeeze_excite(x, weight1, bias1, weight2, bias2, act, residual, out_act, backend):
     layers = (weight1, bias1, weight2, bias2)
     call = Call(x, backends.device_type(x), backend, once=True)
-    name = choose(OP, TABLE, Problem(OP, weight1.shape[0]), call)[1].backend
+    name = choose(TABLE, Problem(OP, weight1.shape[0]), call)[1].backend
     if name == "triton":
         launch = _triton(x, weight1.shape[0], act, residual, out_act, None, True)
         out, mean, gate = launch(x, layers, residual)

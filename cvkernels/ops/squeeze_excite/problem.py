@@ -28,12 +28,14 @@ class Problem(NamedTuple):
 
 
 def table_of(
+    op: str,
     triton: Callable[..., Callable],
     compiled: Callable[..., Callable],
     stock: Callable[..., Callable],
 ) -> Table:
     """The table of one of the ops, by what plans each implementation."""
     return Table(
+        op,
         Implementation("triton", _why_not_triton, triton, "triton on cuda", "cuda"),
         Implementation("native", _why_not_native, compiled, "native on cpu", "cpu"),
         reference(stock),

@@ -17,7 +17,7 @@ from cvkernels.ops.common.arguments import (
 )
 from cvkernels.ops.common.dispatch import Call, call_of, choose
 from cvkernels.ops.common.layout import format_of, in_format, is_nhwc, new_like
-from cvkernels.ops.common.plan import Plan, PlanTable, planned_by
+from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
 from cvkernels.ops.common.traffic import Traffic, nbytes
 from cvkernels.ops.squeeze_excite import native
 from cvkernels.ops.squeeze_excite.problem import (
@@ -59,7 +59,8 @@ def plan(
     The tensors are examples.
     """
     call = _checked(x_like, gate_like, residual, act, out, backend, once)
-    return _plan(call, gate_like, residual, act, out)
+    planned = _plan(call, gate_like, residual, act, out)
+    return planned.expecting(call, x=x_like, gate=gate_like, residual=residual, out=out)
 
 
 @planned_by(plan)
@@ -103,14 +104,15 @@ def se_scale(
     give equal bits. Source: Hu et al. 2018, arXiv:1709.01507, eq. 4; with the residual, figure 3.
     """
     if torch.compiler.is_compiling():
-        return _traced(x, gate, residual, act, out, backend)
+        y = plan(x, gate, residual, act, out=out, backend=backend, once=True).run(x, gate, residual)
+        return y if out is None else out.copy_(y)
     key = _plans.key(backend, (x, gate, residual, out), act)
     if (planned := _plans.get(key)) is None:
         planned = plan(x, gate, residual, act, out=out, backend=backend, once=key is None)
         _plans.keep(key, planned, x, gate, residual, out)
     if out is not None:
         check_elementwise_overlap(OP, out, {"x": x, "residual": residual, "gate": gate})
-    return planned(x, gate, residual, out)
+    return planned.recorded(x, gate, residual, out)
 
 
 backends.answers(OP, plan)
@@ -148,10 +150,10 @@ def _plan_triton(
     if call.x.is_meta:
         return lambda x, gate, residual=None, out=None: new_like(x) if out is None else out
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
-    from cvkernels.ops.squeeze_excite import triton_launch
+    from cvkernels.ops.squeeze_excite import triton
 
     fitted = not copies(call.x, residual, out)
-    launch = triton_launch.plan_se_scale(call.x, residual, act, out if fitted else None)
+    launch = triton.plan_se_scale(call.x, residual, act, out if fitted else None)
 
     def run(x, gate, residual=None, out=None):
         return launch(x, gate, residual, out)
@@ -174,43 +176,25 @@ def _plan_reference(
     return run
 
 
-TABLE = table_of(_plan_triton, native.plan_se_scale, _plan_reference)
+TABLE = table_of(OP, _plan_triton, native.plan_se_scale, _plan_reference)
 
 
 def _plan(call: Call, gate: Tensor, residual: Tensor | None, act: str, out: Tensor | None) -> Plan:
     """The plan of a checked call."""
-    implementation, (name, reason) = choose(OP, TABLE, PROBLEM, call)
-    if name != "reference" and call.grad:
+    x = call.x
 
+    def traffic(name: str) -> Traffic:
+        copied, size = copies(x, residual, out), nbytes(x)
+        read = size + nbytes(gate, residual)
+        return Traffic(1 + copied, read + size * copied, size + size * copied)
+
+    def registered(name: str) -> Callable[..., Tensor]:
         def run(x, gate, residual=None, out=None):
             return torch.ops.cvkernels.se_scale(x, gate, residual, act, name)
 
-    else:
-        run = implementation.build(PROBLEM, call, gate, residual, act, out)
-    x = call.x
-    copied, size, read = copies(x, residual, out), nbytes(x), nbytes(x, gate, residual)
+        return run
 
-    def traffic() -> Traffic:
-        return Traffic(1 + copied, read + size * copied, size + size * copied)
-
-    return Plan(OP, name, reason, run, traffic)
-
-
-def _traced(
-    x: Tensor,
-    gate: Tensor,
-    residual: Tensor | None,
-    act: str,
-    out: Tensor | None,
-    backend: Backend,
-) -> Tensor:
-    """The call under torch.compile: the registered op, or the reference for inductor."""
-    call = _checked(x, gate, residual, act, out, backend)
-    if choose(OP, TABLE, PROBLEM, call)[1].backend == "reference":
-        y = se_scale_reference(x, gate, residual, act)
-    else:
-        y = torch.ops.cvkernels.se_scale(x, gate, residual, act, call.requested)
-    return y if out is None else out.copy_(y)
+    return plan_of(TABLE, PROBLEM, call, (gate, residual, act, out), traffic, registered)
 
 
 def _se_scale(x, gate, residual, act, backend):
@@ -221,16 +205,16 @@ def _se_scale(x, gate, residual, act, backend):
 
 def _backend_of(x: Tensor, backend: str) -> str:
     call = Call(x, backends.device_type(x), backend, once=True)
-    return choose(OP, TABLE, PROBLEM, call)[1].backend
+    return choose(TABLE, PROBLEM, call)[1].backend
 
 
 def _se_scale_backward(grad, x, gate, residual, out, act, input_grad, backend):
     arguments = (grad, x, gate, residual, out, act, input_grad)
     name = _backend_of(x, backend)
     if name == "triton":
-        from cvkernels.ops.squeeze_excite import triton_launch
+        from cvkernels.ops.squeeze_excite import triton
 
-        dx, d_gate, dz = triton_launch.se_scale_backward(*arguments)
+        dx, d_gate, dz = triton.se_scale_backward(*arguments)
     elif name == "native" and native.has_gradient(x, act):
         dx, d_gate, dz = native.backward(grad, x, gate, out, act, input_grad)
     else:
@@ -243,9 +227,9 @@ def _se_scale_backward(grad, x, gate, residual, out, act, input_grad, backend):
 def _se_scale_shifted(x, gate, shift, backend):
     name = _backend_of(x, backend)
     if name == "triton":
-        from cvkernels.ops.squeeze_excite import triton_launch
+        from cvkernels.ops.squeeze_excite import triton
 
-        y = triton_launch.se_scale(x, gate, None, "none", shift=shift.contiguous())
+        y = triton.se_scale(x, gate, None, "none", shift=shift.contiguous())
     elif name == "native" and native.has_gradient(x, "none"):
         y = native.scale_shifted(x, torch.sigmoid(gate.float()), shift.float())
     else:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from cvkernels import backend as backends
 from cvkernels.backend import Backend
-from cvkernels.ops.common.dispatch import Call, call_of, choose
+from cvkernels.ops.common.dispatch import Call, call_of
 from cvkernels.ops.common.layout import fits, is_nhwc
-from cvkernels.ops.common.plan import Plan, PlanTable, planned_by
-from cvkernels.ops.common.traffic import Traffic
+from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
+from cvkernels.ops.common.traffic import Traffic, nbytes
 from cvkernels.ops.squeeze_excite import native, tiles
 from cvkernels.ops.squeeze_excite.problem import Problem, check_map, table_of
 from cvkernels.ops.squeeze_excite.reference import squeeze_reference
@@ -27,7 +27,8 @@ library.define("squeeze(Tensor x, str backend) -> Tensor")
 def plan(x_like: Tensor, *, backend: Backend = "auto", once: bool = False) -> Plan:
     """A call of :func:`squeeze`, as ``plan(x)``; ``x_like`` is an example."""
     check_map(OP, x_like)
-    return _plan(call_of(x_like, (x_like,), TABLE, backend, once))
+    call = call_of(x_like, (x_like,), TABLE, backend, once)
+    return _plan(call).expecting(call, x=x_like)
 
 
 @planned_by(plan)
@@ -53,11 +54,11 @@ def squeeze(x: Tensor, *, backend: Backend = "auto") -> Tensor:
     eq. 2.
     """
     if torch.compiler.is_compiling():
-        return _traced(x, backend)
+        return plan(x, backend=backend, once=True).run(x)
     key = _plans.key_of_one(backend, x, ())
     if (planned := _plans.get(key)) is None:
         planned = _plans.keep(key, plan(x, backend=backend, once=key is None), x)
-    return planned(x)
+    return planned.recorded(x)
 
 
 backends.answers(OP, plan)
@@ -67,47 +68,31 @@ def _plan_triton(problem: Problem, call: Call) -> Callable[..., Tensor]:
     if call.x.is_meta:
         return lambda x: x.new_empty(x.shape[:2])
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
-    from cvkernels.ops.squeeze_excite import triton_launch
+    from cvkernels.ops.squeeze_excite import triton
 
-    return triton_launch.plan_squeeze(call.x)
+    return triton.plan_squeeze(call.x)
 
 
 def _plan_reference(problem: Problem, call: Call) -> Callable[..., Tensor]:
     return squeeze_reference
 
 
-TABLE = table_of(_plan_triton, native.plan_squeeze, _plan_reference)
+TABLE = table_of(OP, _plan_triton, native.plan_squeeze, _plan_reference)
 
 
 def _plan(call: Call) -> Plan:
-    implementation, (name, reason) = choose(OP, TABLE, Problem(OP), call)
-    if name != "reference" and call.grad:
-
-        def run(x):
-            return torch.ops.cvkernels.squeeze(x, name)
-
-    else:
-        run = implementation.build(Problem(OP), call)
     x = call.x
-    copied = int(not fits(x, is_nhwc(x)))
-    launches = 1 if name != "triton" or tiles.parts_of(x) == 1 else 2
-    size, itemsize, shape = x.numel(), x.element_size(), x.shape
 
-    def traffic() -> Traffic:
-        moved = size * itemsize * copied
-        means = shape[0] * shape[1] * itemsize
-        return Traffic(launches + copied, size * itemsize + moved, means + moved)
+    def traffic(name: str) -> Traffic:
+        launches = 2 if name == "triton" and tiles.parts_of(x) > 1 else 1
+        copied = int(not fits(x, is_nhwc(x)))
+        moved, means = nbytes(x) * copied, x.shape[:2].numel() * x.element_size()
+        return Traffic(launches + copied, nbytes(x) + moved, means + moved)
 
-    return Plan(OP, name, reason, run, traffic)
+    def registered(name: str) -> Callable[..., Tensor]:
+        return lambda x: torch.ops.cvkernels.squeeze(x, name)
 
-
-def _traced(x: Tensor, backend: Backend) -> Tensor:
-    """The call under torch.compile: the registered op, or the reference for inductor."""
-    check_map(OP, x)
-    call = call_of(x, (x,), TABLE, backend)
-    if choose(OP, TABLE, Problem(OP), call)[1].backend == "reference":
-        return squeeze_reference(x)
-    return torch.ops.cvkernels.squeeze(x, call.requested)
+    return plan_of(TABLE, Problem(OP), call, (), traffic, registered)
 
 
 def _squeeze(x: Tensor, backend: str) -> Tensor:

@@ -1,0 +1,172 @@
+"""What the convolutions share: their geometry, how they are planned, and their gradient's frame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cvkernels import backend as backends
+from cvkernels.ops.common.activation import ACTIVATIONS
+from cvkernels.ops.common.arguments import pair
+from cvkernels.ops.common.autograd import to_dtype
+from cvkernels.ops.common.derived_weights import DerivedWeights
+from cvkernels.ops.common.dispatch import Call, Table
+from cvkernels.ops.common.norm import BatchNormParams
+from cvkernels.ops.common.plan import Plan, PlanTable
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+TRITON_DTYPES = DTYPES[:3]
+# A norm's place in the schema of a registered op.
+BN = "Tensor? bn_weight, Tensor? bn_bias, Tensor? bn_mean, Tensor? bn_var, float bn_eps"
+_grad_enabled = torch.is_grad_enabled
+_EXACT = {int, tuple}
+GEOMETRY = ("stride", "padding", "dilation")
+
+
+def pairs(op: str, stride: Any, padding: Any, dilation: Any) -> tuple[tuple[int, int], ...]:
+    return pair(op, "stride", stride), pair(op, "padding", padding), pair(op, "dilation", dilation)
+
+
+def output_size(
+    size: Sequence[int], taps: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:  # fmt: skip
+    """P and Q."""
+    P, Q = (
+        (n + 2 * p - d * (r - 1) - 1) // s + 1
+        for n, r, s, p, d in zip(size, taps, stride, padding, dilation, strict=True)
+    )
+    return P, Q
+
+
+def check_options(
+    op: str, dtype: torch.dtype, act: str, geometry: Sequence, error: type[TypeError]
+) -> None:
+    if dtype not in DTYPES:
+        raise error(
+            f"{op}: dtype must be float32, float16, bfloat16 or float64, got {dtype}; "
+            f"convert x and weight with .to(torch.float32)"
+        )
+    if act not in ACTIVATIONS:
+        raise ValueError(f"{op}: act must be one of {list(ACTIVATIONS)}, got {act!r}")
+    for name, values, least in zip(GEOMETRY, geometry, (1, 0, 1), strict=True):
+        if min(values) < least:
+            raise ValueError(f"{op}: {name} must be at least {least}, got {list(values)}")
+
+
+def check_fits(op: str, problem: Any, error: type[ValueError]) -> None:
+    if problem.P < 1 or problem.Q < 1:
+        raise error(
+            f"{op}: the {problem.R}x{problem.S} kernel with dilation {list(problem.dilation)} does "
+            f"not fit into the map of {problem.H}x{problem.W} with padding "
+            f"{list(problem.padding)}; the input is too small"
+        )
+
+
+def fake_output(x: Tensor, weight: Tensor, geometry: Sequence) -> Tensor:
+    """What the registered ops return: channels_last."""
+    size = output_size(x.shape[2:], weight.shape[2:], *geometry)
+    shape = (x.shape[0], weight.shape[0], *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def traced(table: Table, backend: str, x: Tensor) -> str:
+    """The backend of a call on x under torch.compile: on CPU, inductor fuses the reference."""
+    requested = backends.requested(backend, table.names)
+    return "reference" if requested == "auto" and x.device.type == "cpu" else requested
+
+
+def kept_plan(
+    cache: DerivedWeights | None,
+    backend: str,
+    data: tuple,
+    parameters: tuple,
+    options: tuple,
+    make: Callable[[], Plan],
+) -> Plan | None:
+    """The cache's plan of a call of this kind, made where there is none or its weights changed.
+
+    ``options`` are the geometry and what else is planned by.
+    None where none is kept: on CUDA, where a gradient could be needed, and under autocast.
+    """
+    x, (weight, bias, *norms) = data[0], parameters
+    if cache is None or _grad_enabled() or not x.is_cpu or weight.is_inference():
+        return None
+    if not _EXACT.issuperset(map(type, options[0])):  # 2.0 would be taken for 2
+        return None
+    if torch.is_autocast_enabled("cpu") or backend not in ("auto", "native"):
+        return None
+    sources, eps = [weight, bias], []
+    for norm in norms:
+        if type(norm) is BatchNormParams:
+            sources += norm[:4]
+            eps.append(norm.eps)
+        elif norm is None:
+            eps.append(None)
+        else:
+            return None
+    if (key := PlanTable.key(backend, data, *options, *eps)) is None:
+        return None
+    planned = cache.plan(key, sources, make)
+    # What chooses the others depends on more.
+    return planned if planned.backend == "native" else None
+
+
+def fused(
+    plan: Callable[..., Callable], allocate: Callable[[Any, torch.device], Any]
+) -> Callable[..., Callable]:
+    """What plans a fused implementation: ``plan`` after the casts of autocast, which leave the
+    norms' vectors as they are; ``allocate`` alone where there is nothing to compute.
+    """
+
+    def build(problem, call: Call, parameters, like, cache):
+        if problem.bytes_written == 0 or call.x.is_meta:
+            return lambda x, residual=None, input_gate=None, out=None: (
+                allocate(problem, x.device) if out is None else out
+            )
+        if (dtype := call.autocast) is None:
+            return plan(problem, call, parameters, like, cache)
+        weight = source = parameters.weight
+        if cache is not None and weight.dtype != dtype:
+            weight = cache.get(("cast", dtype), [source], lambda: source.detach().to(dtype))
+        parameters = parameters._replace(weight=weight.to(dtype))
+        like = tuple([to_dtype(t, dtype) for t in like])
+        call = call._replace(x=call.x.to(dtype), autocast=None)
+        convolve = plan(problem, call, parameters, like, cache)
+        return lambda x, *data: convolve(x.to(dtype), *[to_dtype(t, dtype) for t in data])
+
+    return build
+
+
+def register_autograd(
+    library: torch.library.Library,
+    op: str,
+    names: Sequence[str],
+    gradients: Callable[[Sequence[Tensor], dict[str, Any]], dict[str, Tensor]],
+) -> None:
+    """A gradient from the op's arguments, ``names``, and for a ReLU from its output, "out"."""
+
+    def setup_context(ctx, inputs, output):
+        named = dict(zip(names, inputs, strict=True))
+        ctx.named = {k: v for k, v in named.items() if not isinstance(v, Tensor)}
+        kept = {k: v for k, v in named.items() if isinstance(v, Tensor)}
+        if named["act"] != "silu":
+            kept.pop("residual", None)
+        if named["act"] in ("relu", "relu6"):
+            kept["out"] = output if isinstance(output, Tensor) else output[0]
+        ctx.kept = list(kept)
+        ctx.save_for_backward(*kept.values())
+        # PyTorch's wrapper appends an argument of its own.
+        ctx.needs = dict(zip(names, ctx.needs_input_grad, strict=False))
+
+    def backward(ctx, *grads):
+        named = {**ctx.named, **dict(zip(ctx.kept, ctx.saved_tensors, strict=True))}
+        found = gradients(grads, named)
+        return tuple(found.get(name) if ctx.needs[name] else None for name in names)
+
+    torch.library.register_autograd(
+        f"cvkernels::{op}", backward, setup_context=setup_context, lib=library
+    )
