@@ -1,4 +1,4 @@
-"""``patch``: the blocks of somebody's torchvision or timm model swapped for ours, reversibly.
+"""``patch``: the blocks of a torchvision or timm model swapped for ours, reversibly.
 
 A swap changes the class of one instance and nothing else: parameters, buffers, hooks, children and
 their names stay the objects they are. The new class derives from the stock class and from our
@@ -33,7 +33,7 @@ class Replaced(NamedTuple):
 
 
 class Left(NamedTuple):
-    """A module that stays as it is, and why."""
+    """A module that is left unchanged, and why."""
 
     name: str
     stock: str

@@ -1,4 +1,4 @@
-"""What other people would deploy a stock network with, each as a function of the stock network.
+"""What stock networks are deployed with, each peer as a function of the stock network.
 
 A peer that is not installed raises :class:`PeerMissing` with the command that installs it.
 ``example`` is the network's input, to which the peers may specialise.
@@ -24,7 +24,7 @@ Network = Callable[[Tensor], Tensor]
 
 
 def compiled(model: nn.Module, example: Tensor) -> Network:
-    """torch.compile as most people call it, static in its shapes."""
+    """torch.compile with its defaults, static in its shapes."""
     return torch.compile(model, dynamic=False)
 
 

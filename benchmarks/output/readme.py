@@ -16,7 +16,7 @@ from cvkernels.demo import HEADER, Table
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- networks -->", "<!-- end of networks -->"
-# Of other people, that take a network as it is deployed.
+# Runtimes of other projects, which run a network in the form in which it is deployed.
 RUNTIMES = ("openvino", "onnxruntime", "tensorrt")
 # The columns of README.md's table for each machine, and the variant that each is about.
 SUMMARY = {"imported": "cvkernels", "frozen": "cvkernels freeze"}

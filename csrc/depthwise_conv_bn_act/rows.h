@@ -9,7 +9,7 @@ CVK_INLINE void load_block(const T* from, float* to) {
     for (int c = 0; c < BLOCK; ++c) to[c] = Number<T>::widen(from[c]);
 }
 
-// One row of x into scratch[blocks][scratch width][BLOCK], as floats; the padding stays as it is.
+// One row of x into scratch[blocks][scratch width][BLOCK], as floats; the padding is not written.
 template <typename T>
 CVK_TARGET static void load_row(const Problem& problem, const Task& task, const T* x,
                                 float* scratch) {

@@ -1,4 +1,4 @@
-"""The five networks, with the constructors, parameter names and checkpoints that people have."""
+"""The five networks, with the constructors, parameter names and checkpoints of the stock models."""
 
 from cvkernels.models.checkpoints import load_checkpoint, read_checkpoint
 from cvkernels.models.conversion import convert_checkpoint

@@ -1,4 +1,4 @@
-"""The blocks of the five networks, with the parameter names that people's checkpoints have."""
+"""The blocks of the five networks, with the stock parameter names, so that checkpoints load."""
 
 from cvkernels.nn.conv_bn_act import ConvBNAct
 from cvkernels.nn.dense import DenseBlock, DenseLayer, Transition

@@ -21,7 +21,9 @@ class _LegacySEResidual(FusedBlock):
     def _joined(self, *layers: Layer) -> Branch:
         """``relu(se_module(layers(x)) + downsample(x))``."""
         steps = (*layers, self.se_module)
-        return Branch(steps, True, self.downsample, act=self.relu, in_place=False)
+        return Branch(
+            steps, True, self.downsample, act=self.relu, in_place=False, shortcut_first=True
+        )
 
 
 class LegacySEBasicBlock(_LegacySEResidual):

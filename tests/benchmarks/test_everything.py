@@ -143,7 +143,7 @@ def part_of(pid):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
-def test_whoever_ends_all_ends_its_part_too(stop, tmp_path):
+def test_a_signal_that_ends_all_ends_its_part_too(stop, tmp_path):
     part = everything.parts("cpu")[-1].name
     command = [sys.executable, "-m", "benchmarks", "--all", "--part", part, "--machine", "some"]
     process = subprocess.Popen(

@@ -323,7 +323,7 @@ def test_every_call_waits_for_the_one_ahead_of_it(cuda):
 
 
 @pytest.mark.parametrize("watcher", ["explain", "outer capture"])
-def test_somebody_else_s_capture_and_explain_see_the_steps(watcher, monkeypatch):
+def test_the_caller_s_capture_and_explain_see_the_steps(watcher, monkeypatch):
     frozen, graphs = graphed(SMALL)
     x = torch.randn(SMALL)
     expected = frozen(x)

@@ -57,7 +57,7 @@ def test_float64(resnet):
 
 
 class Embedding(nn.Module):
-    """A network inside somebody's model, with a head that returns several tensors."""
+    """A network inside a larger model, with a head that returns several tensors."""
 
     def __init__(self, backbone):
         super().__init__()

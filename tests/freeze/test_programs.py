@@ -1,4 +1,4 @@
-"""What a plan records of its native steps: the same work on the same memory, whoever watches."""
+"""What a plan records of its native steps: the same work on the same memory, watched or not."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Dense blocks in training, as people call them; and the stock forward where somebody looks."""
+"""Dense blocks in training, however they are called; the stock forward where something watches."""
 
 import copy
 

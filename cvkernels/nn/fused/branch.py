@@ -55,7 +55,8 @@ class Branch(NamedTuple):
 
     A step that is no :class:`Layer` is a squeeze-and-excitation module. ``adds`` says whether there
     is a shortcut: ``downsample(x)``, or x itself where ``downsample`` is None. ``in_place`` says
-    whether stock adds it in place, which a hook on the last module can tell. ``body`` is the module
+    whether stock adds it in place, which a hook on the last module can tell, and
+    ``shortcut_first`` whether it computes the shortcut before the last step. ``body`` is the module
     whose call runs all steps, where there is one; with no steps named it is called.
     """
 
@@ -65,6 +66,7 @@ class Branch(NamedTuple):
     drop: nn.Module | None = None
     act: nn.Module | None = None
     in_place: bool = True
+    shortcut_first: bool = False
     body: nn.Module | None = None
 
 
@@ -130,8 +132,11 @@ class _Walk:
             reason = "" if parts or not branch.adds else self._why_not_joined(y, last)
             if not parts and branch.adds and not reason:
                 return self._join(x, y, part, excitation, last)
+            shortcut = None
+            if branch.adds and branch.shortcut_first and not parts:
+                shortcut = self._shortcut(x)
             y = self._apply(y, part, excitation, last)
-        return self._add_modules(x, y, reason) if branch.adds else y
+        return self._add_modules(x, y, reason, shortcut) if branch.adds else y
 
     def replay(self) -> Callable[[FusedBlock, Tensor], Tensor]:
         """What repeats this walk on data like its own, and checks no more than the shortcut.
@@ -236,18 +241,20 @@ class _Walk:
         self._done(step)
         return run_step(step, y, shortcut)
 
-    def _add_modules(self, x: Tensor, y: Tensor, reason: str = "") -> Tensor:
+    def _add_modules(
+        self, x: Tensor, y: Tensor, reason: str = "", shortcut: Tensor | None = None
+    ) -> Tensor:
         """The end of the stock forward: what drops images, the shortcut and the activation."""
         self.lasting = False
         branch = self.branch
 
         def end() -> Tensor:
             out = y if branch.drop is None else branch.drop(y)
-            shortcut = self._shortcut(x)
+            added = self._shortcut(x) if shortcut is None else shortcut
             if branch.in_place:
-                out += shortcut
+                out += added
             else:
-                out = out + shortcut
+                out = out + added
             return out if branch.act is None else branch.act(out)
 
         if (recorder := record.active()) is None:

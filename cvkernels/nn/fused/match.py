@@ -1,4 +1,4 @@
-"""When a few modules may run as one op: exactly what the op computes, and watched by nobody.
+"""When a few modules may run as one op: exactly what the op computes, and nothing watches them.
 
 Each ``why_not_`` function gives the reason to call the modules one by one, empty where there is
 none.

@@ -55,10 +55,8 @@ STOCK_CODE = tuple(
     (owner, name, _genuine(getattr(owner, name))) for owner, names in _CODE for name in names
 )
 # What an instance may hold in place of its class's method, or of its own parameter or buffer.
-SHADOWS = (
-    "forward", "_conv_forward", "_check_input_dim", "weight", "bias", "running_mean",
-    "running_var", "num_batches_tracked",
-)  # fmt: skip
+METHODS = ("forward", "_conv_forward", "_check_input_dim")
+SHADOWS = (*METHODS, "weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 def why_watched(x: Tensor) -> str:
@@ -111,11 +109,14 @@ def why_altered(*modules: nn.Module | None) -> str:
         if has_hooks(module):
             return f"{type(module).__name__} has a hook"
         attributes = module.__dict__
-        if not attributes.keys().isdisjoint(SHADOWS):
-            name = next(name for name in SHADOWS if name in attributes)
-            if name in ("forward", "_conv_forward", "_check_input_dim"):
-                return f"{type(module).__name__} has a {name} of its own"
-            return f"{name} of {type(module).__name__} is no parameter or buffer"
+        for name in SHADOWS:
+            if name in attributes:
+                kind = type(module).__name__
+                return (
+                    f"{kind} has a {name} of its own"
+                    if name in METHODS
+                    else f"{name} of {kind} is no parameter or buffer"
+                )
         for parameter in module._parameters.values():
             if parameter is not None and not is_plain(parameter):
                 return f"a parameter is a {type(parameter).__name__}"

@@ -31,6 +31,9 @@ library.define(f"avg_pool_out({ARGUMENTS}, Tensor(a!) out) -> ()")
 _avg_pool = torch.ops.cvkernels.avg_pool.default
 _avg_pool_out = torch.ops.cvkernels.avg_pool_out.default
 _plans = PlanTable()
+
+Pair = tuple[int, int]
+Options = tuple[Pair, Pair, Pair, bool, bool, int | None]
 _kept, _key_of_one, _recorder = _plans.get, _plans.key_of_one, record.current
 
 
@@ -116,8 +119,8 @@ def avg_pool(
     stride = kernel_size if stride is None else stride
     options = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
     if torch.compiler.is_compiling():
-        planned = plan(x, *options, input_bn=input_bn, out=out, backend=backend, once=True)
-        return planned.run(x, out)
+        made = plan(x, *options, input_bn=input_bn, out=out, backend=backend, once=True)
+        return made.run(x, out)
     if not type(kernel_size) is type(stride) is type(padding) is int:
         kernel_size, stride, padding, _, _ = window_of(OP, kernel_size, stride, padding, 1, False)
         options = (kernel_size, stride, padding, *options[3:])
@@ -153,7 +156,11 @@ def _check(x: Tensor, divisor_override: int | None, input_bn: BatchNormParams | 
 
 
 def _plan_native(
-    problem: None, call: Call, options: tuple, input_bn: BatchNormParams | None, out: Tensor | None
+    problem: None,
+    call: Call,
+    options: Options,
+    input_bn: BatchNormParams | None,
+    out: Tensor | None,
 ) -> Callable[..., Tensor]:
     vectors = norm.vectors_of(input_bn, call.x) or norm.NO_VECTORS
     return pool.plan_native(
@@ -166,7 +173,11 @@ def _plan_native(
 
 
 def _plan_reference(
-    problem: None, call: Call, options: tuple, input_bn: BatchNormParams | None, out: Tensor | None
+    problem: None,
+    call: Call,
+    options: Options,
+    input_bn: BatchNormParams | None,
+    out: Tensor | None,
 ) -> Callable[..., Tensor]:
     bn = norm.vectors_of(input_bn, call.x)
     return pool.plan_reference(lambda x: avg_pool_reference(x, *options, bn))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ def batch_norm_act(
     tensors = (x, weight, bias, residual)
     key = None if torch.compiler.is_compiling() else _plans.key(backend, tensors, eps, act)
     if (planned := _plans.get(key)) is None:
-        options = {"eps": eps, "act": act, "residual": residual, "backend": backend}
+        options: Any = {"eps": eps, "act": act, "residual": residual, "backend": backend}
         planned = _plans.keep(key, plan(x, weight, bias, once=key is None, **options), *tensors)
     return planned.recorded(*tensors)
 
@@ -123,7 +123,9 @@ def refuse_create_graph(name: str) -> None:
         )
 
 
-def _check(x, weight, bias, act, residual) -> None:
+def _check(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, act: str, residual: Tensor | None
+) -> None:
     if x.dim() != 4 or x.numel() <= x.shape[1]:
         raise ValueError(
             f"batch_norm_act: x must have shape [N, C, H, W] with more than one element per "
@@ -152,7 +154,7 @@ def _why_not_native(problem: None, call: Call) -> str:
     return passes.why_not_native(problem, call)
 
 
-def _plan_reference(problem: None, call: Call, *like) -> Callable[..., BatchNormAct]:
+def _plan_reference(problem: None, call: Call, *like: Any) -> Callable[..., BatchNormAct]:
     eps, act = like[-2:]
 
     def run(x, weight=None, bias=None, residual=None):
@@ -161,7 +163,7 @@ def _plan_reference(problem: None, call: Call, *like) -> Callable[..., BatchNorm
     return run
 
 
-def _plan_native(problem: None, call: Call, *like) -> Callable[..., BatchNormAct]:
+def _plan_native(problem: None, call: Call, *like: Any) -> Callable[..., BatchNormAct]:
     compute, (eps, act) = _plan_compute(call, *like), like[-2:]
     if call.grad:
         compute = functools.partial(_BatchNormAct.apply, compute, eps, act)
@@ -181,7 +183,12 @@ TABLE = Table(
 
 
 def _plan_compute(
-    call: Call, weight, bias, residual, eps, act
+    call: Call,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    act: str,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """(out, vectors) as a function of (x, weight, bias, residual)."""
     x, fits = call.x, residual is None or is_pixel_matrix(residual)

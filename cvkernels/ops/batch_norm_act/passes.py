@@ -24,7 +24,7 @@ dtype. Nothing is checked here beyond what the native op checks, and nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -111,9 +111,9 @@ def forward(
 
     read = (x, x) if residual is None else (x, x, residual)
     _run("forward", x, read, (out,), run, as_reference)
-    if running and not torch.compiler.is_compiling() and not running_mean.is_inference():
+    if running and not torch.compiler.is_compiling() and not running.mean.is_inference():
         # Weights that were derived from them are stale.
-        torch.autograd.graph.increment_version((running_mean, running_var))
+        torch.autograd.graph.increment_version((running.mean, running.var))
     return out
 
 
@@ -163,6 +163,7 @@ def backward(
         if grad_residual is not None:
             grad_residual.copy_(dy)
         if out is not None:
+            assert bn.mean is not None
             through = stock.through_statistics_reference(x, bn.mean, *results[2:])
             out.copy_(dy * stock.column(stock.scale_of(bn)) + through)
 
@@ -252,6 +253,7 @@ def input_gradient(
 
 def vectors_of(bn: BatchNormParams, x: Tensor) -> Tensor:
     """What :func:`forward` fills, of a norm of x whose statistics are there."""
+    assert bn.mean is not None and bn.var is not None
     rows = stock.rows_of(bn.mean, bn.var, bn.weight, bn.bias)
     return torch.stack([row.to(wide_dtype(x)) for row in rows])
 
@@ -286,7 +288,14 @@ TABLE = Table(
 )
 
 
-def _run(name: str, x: Tensor, read: Sequence, written: Sequence, run, as_reference) -> None:
+def _run(
+    name: str,
+    x: Tensor,
+    read: Sequence,
+    written: Sequence,
+    run: Callable[[], None],
+    as_reference: Callable[[], None],
+) -> None:
     if _at_once(x):
         return run()
     sizes = (nbytes(*group) for group in (read, written))

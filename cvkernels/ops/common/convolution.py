@@ -99,7 +99,8 @@ def kept_plan(
         return None
     if torch.is_autocast_enabled("cpu") or backend not in ("auto", "native"):
         return None
-    sources, eps = [weight, bias], []
+    sources = [weight, bias]
+    eps: list[float | None] = []
     for norm in norms:
         if type(norm) is BatchNormParams:
             sources += norm[:4]
@@ -122,7 +123,9 @@ def fused(
     norms' vectors as they are; ``allocate`` alone where there is nothing to compute.
     """
 
-    def build(problem, call: Call, parameters, like, cache):
+    def build(
+        problem: Any, call: Call, parameters: Any, like: tuple, cache: DerivedWeights | None
+    ) -> Callable:
         if problem.bytes_written == 0 or call.x.is_meta:
             return lambda x, residual=None, input_gate=None, out=None: (
                 allocate(problem, x.device) if out is None else out

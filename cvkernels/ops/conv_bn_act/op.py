@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,7 +173,12 @@ backends.answers(OP, plan)
 
 
 def _checked(
-    tensors: tuple, geometry: tuple, act: str, out: Tensor | None, backend: Backend, once: bool
+    tensors: tuple,
+    geometry: tuple[Any, Any, Any, int],
+    act: str,
+    out: Tensor | None,
+    backend: Backend,
+    once: bool,
 ) -> tuple[Problem, Call]:
     x, weight, bias, bn, residual, input_bn, input_gate = tensors
     autocast = autocast_dtype(x)
@@ -245,7 +251,7 @@ def _plan_reference(
     problem: Problem, call: Call, parameters: Parameters, like: tuple, cache: DerivedWeights | None
 ) -> Run:
     weight, bias, bn, input_bn = parameters
-    options = {
+    options: dict[str, Any] = {
         "stride": problem.stride, "padding": problem.padding, "dilation": problem.dilation,
         "groups": problem.groups, "act": problem.act, "input_bn": input_bn,
     }  # fmt: skip
@@ -407,7 +413,7 @@ def _nhwc(weight: Tensor, cache: DerivedWeights | None) -> Tensor:
 
 def _fp32_precision() -> str:
     """ "tf32" or "ieee": what the user allows convolutions in float32 to do on CUDA."""
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
 def _traced(
@@ -448,14 +454,12 @@ def _registered(
     return out
 
 
-def _unflatten(flat: tuple) -> tuple[tuple, tuple, str, str]:
+def _unflatten(flat: tuple) -> tuple[tuple, tuple[Any, Any, Any, int], str, str]:
     """(tensors, geometry, act, backend) of a registered op's arguments."""
     x, weight, bias = flat[:3]
-    bn, input_bn = BatchNormParams(*flat[3:8]), BatchNormParams(*flat[14:19])
+    norms = BatchNormParams(*flat[3:8]), BatchNormParams(*flat[14:19])
+    bn, input_bn = (None if norm[:4] == (None,) * 4 else norm for norm in norms)
     stride, padding, dilation, groups, act, residual = flat[8:14]
-    none = (None,) * 4
-    bn = None if bn[:4] == none else bn
-    input_bn = None if input_bn[:4] == none else input_bn
     tensors = (x, weight, bias, bn, residual, input_bn, flat[19])
     return tensors, (tuple(stride), tuple(padding), tuple(dilation), groups), act, flat[20]
 
@@ -469,11 +473,11 @@ def _compute(flat: tuple, out: Tensor | None) -> Tensor:
     return _plan(problem, call, parameters, like).recorded(x, *like)
 
 
-def _conv_bn_act(*flat) -> Tensor:
+def _conv_bn_act(*flat: Any) -> Tensor:
     return in_format(_compute(flat, None), torch.channels_last)
 
 
-def _conv_bn_act_out(*flat_and_out) -> None:
+def _conv_bn_act_out(*flat_and_out: Any) -> None:
     _compute(flat_and_out[:-1], flat_and_out[-1])
 
 
@@ -484,7 +488,7 @@ for key in ("CPU", "CUDA"):
 
 @torch.library.register_fake("cvkernels::conv_bn_act", lib=library)
 def _(*flat):
-    return convolution.fake_output(*flat[:2], flat[8:11])
+    return convolution.fake_output(flat[0], flat[1], flat[8:11])
 
 
 writes(library, "conv_bn_act_out")
@@ -495,7 +499,7 @@ def _gradients(grads, named):
         tuple(named.get(name) for name in NAMES)
     )
     return conv_bn_act_backward(
-        *grads, x, weight, bias, bn or BatchNormParams(), geometry, act, residual, input_bn, gate,
+        grads[0], x, weight, bias, bn or BatchNormParams(), geometry, act, residual, input_bn, gate,
         named.get("out"),
     )  # fmt: skip
 

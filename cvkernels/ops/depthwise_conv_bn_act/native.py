@@ -78,19 +78,19 @@ def plan(
     work = native.direct(lambda: convolve(x, taps, affine, *options, out, sums))
     weights = (taps.data_ptr(), affine.data_ptr())
     like_out = native.template(out.permute(0, 3, 1, 2))
-    like_sums = native.template(sums) if squeeze else None
+    like_sums = None if sums is None else native.template(sums)
     fresh = torch.empty_like
 
     def run_directly(x):
         out = fresh(like_out)
-        if not squeeze:
+        if like_sums is None:
             work(x.data_ptr(), *weights, out.data_ptr(), 0)
             return out, None
         sums = fresh(like_sums)
         work(x.data_ptr(), *weights, out.data_ptr(), sums.data_ptr())
         return out, sums
 
-    run_directly.held = (taps, affine)  # the memory at its addresses
+    run_directly.held = (taps, affine)  # type: ignore[attr-defined]  # the memory at its addresses
     return run_directly
 
 

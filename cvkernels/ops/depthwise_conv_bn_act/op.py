@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ library.define(f"depthwise_conv_bn_act_squeeze({ARGUMENTS}) -> (Tensor, Tensor)"
 
 # x -> (out, sums), which are None where they were not asked for
 Run = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+Tensors = tuple[Tensor, Tensor, Tensor | None, BatchNormParams | None]
+Geometry = tuple[Any, Any, Any]
 
 
 def plan(
@@ -140,7 +143,7 @@ backends.answers(OP, plan)
 
 
 def _checked(
-    tensors: tuple, geometry: tuple, act: str, squeeze: bool, backend: Backend, once: bool
+    tensors: Tensors, geometry: Geometry, act: str, squeeze: bool, backend: Backend, once: bool
 ) -> tuple[DepthwiseProblem, Call]:
     x = tensors[0]
     autocast = autocast_dtype(x)
@@ -322,11 +325,13 @@ def _registered(
     return op(x, weight, bias, *(bn or BatchNormParams()), *geometry, act, name)
 
 
-def _unflatten(flat: tuple) -> tuple[tuple, tuple, str, str]:
+def _unflatten(flat: tuple) -> tuple[Tensors, Geometry, str, str]:
     """(tensors, geometry, act, backend) of a registered op's arguments."""
+    x, weight, bias = flat[:3]
     bn = BatchNormParams(*flat[3:8])
-    tensors = (*flat[:3], None if bn[:4] == (None,) * 4 else bn)
-    return tensors, tuple(tuple(pair) for pair in flat[8:11]), flat[11], flat[12]
+    tensors = (x, weight, bias, None if bn[:4] == (None,) * 4 else bn)
+    stride, padding, dilation = (tuple(pair) for pair in flat[8:11])
+    return tensors, (stride, padding, dilation), flat[11], flat[12]
 
 
 def _compute(flat: tuple, squeeze: bool) -> tuple[Tensor, Tensor | None]:
@@ -337,11 +342,11 @@ def _compute(flat: tuple, squeeze: bool) -> tuple[Tensor, Tensor | None]:
     return in_format(out, torch.channels_last), sums
 
 
-def _depthwise_conv_bn_act(*flat) -> Tensor:
+def _depthwise_conv_bn_act(*flat: Any) -> Tensor:
     return _compute(flat, False)[0]
 
 
-def _depthwise_conv_bn_act_squeeze(*flat) -> tuple[Tensor, Tensor]:
+def _depthwise_conv_bn_act_squeeze(*flat: Any) -> tuple[Tensor, Tensor | None]:
     return _compute(flat, True)
 
 
@@ -350,11 +355,11 @@ for key in ("CPU", "CUDA"):
     library.impl("depthwise_conv_bn_act_squeeze", _depthwise_conv_bn_act_squeeze, key)
 
 
-def _fake(*flat) -> Tensor:
-    return convolution.fake_output(*flat[:2], flat[8:11])
+def _fake(*flat: Any) -> Tensor:
+    return convolution.fake_output(flat[0], flat[1], flat[8:11])
 
 
-def _fake_squeeze(*flat) -> tuple[Tensor, Tensor]:
+def _fake_squeeze(*flat: Any) -> tuple[Tensor, Tensor]:
     x = flat[0]
     return _fake(*flat), torch.empty(x.shape[:2], dtype=sums_dtype(x.dtype), device=x.device)
 

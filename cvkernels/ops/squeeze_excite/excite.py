@@ -106,7 +106,7 @@ def excite(
     if torch.compiler.is_compiling():
         call = _checked(pooled, layers, act, count, backend, once=True)
         return _plan(call, layers, act, sigmoid, count).run(layers, pooled)
-    key = _plans.key(backend, (pooled, *layers), act, sigmoid, count, type(count))
+    key = _plans.key(backend, (pooled, *layers), act, sigmoid, count, type(count))  # type: ignore[arg-type]
     if (planned := _plans.get(key)) is None:
         call = _checked(pooled, layers, act, count, backend, once=key is None)
         planned = _plan(call, layers, act, sigmoid, count)
@@ -150,7 +150,7 @@ def _plan_triton(
 def _plan_reference(
     problem: Problem, call: Call, layers, act, sigmoid, count
 ) -> Callable[..., Tensor]:
-    def run(layers, pooled):
+    def run(layers: Layers, pooled: Tensor) -> Tensor:
         return excite_reference(pooled, *layers, act, sigmoid=sigmoid, count=count)
 
     return run
@@ -198,8 +198,9 @@ def _context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    pooled, *layers, out = ctx.saved_tensors
-    dtype = accumulator(layers[0].dtype)
+    pooled, weight1, bias1, weight2, bias2, out = ctx.saved_tensors
+    layers = (weight1, bias1, weight2, bias2)
+    dtype = accumulator(weight1.dtype)
     if ctx.sigmoid:
         out = out.to(dtype)
         grad = grad.to(dtype) * out * (1 - out)
