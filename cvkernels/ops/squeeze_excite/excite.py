@@ -135,7 +135,7 @@ def _checked(
 
 
 def _plan_triton(
-    problem: Problem, call: Call, layers, act, sigmoid, count
+    problem: Problem, call: Call, layers: Layers, act: str, sigmoid: bool, count: int | None
 ) -> Callable[..., Tensor]:
     if call.x.is_meta:
         dtype = call.x.dtype if count is None else layers[0].dtype
@@ -148,7 +148,7 @@ def _plan_triton(
 
 
 def _plan_reference(
-    problem: Problem, call: Call, layers, act, sigmoid, count
+    problem: Problem, call: Call, layers: Layers, act: str, sigmoid: bool, count: int | None
 ) -> Callable[..., Tensor]:
     def run(layers: Layers, pooled: Tensor) -> Tensor:
         return excite_reference(pooled, *layers, act, sigmoid=sigmoid, count=count)

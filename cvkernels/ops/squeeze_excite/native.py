@@ -92,7 +92,9 @@ def plan_squeeze(problem: object, call: Call) -> Callable[..., Tensor]:
     return run_directly
 
 
-def plan_excite(problem: object, call: Call, layers, act, sigmoid, count) -> Callable[..., Tensor]:
+def plan_excite(
+    problem: object, call: Call, layers: Layers, act: str, sigmoid: bool, count: int | None
+) -> Callable[..., Tensor]:
     """What runs layers like these, as (layers, pooled)."""
     options = (ACTS[act], sigmoid, count or 0)
 
@@ -116,7 +118,9 @@ def plan_excite(problem: object, call: Call, layers, act, sigmoid, count) -> Cal
     return run_directly
 
 
-def plan_se_scale(problem: object, call: Call, gate, residual, act, out) -> Callable[..., Tensor]:
+def plan_se_scale(
+    problem: object, call: Call, gate: Tensor, residual: Tensor | None, act: str, out: Tensor | None
+) -> Callable[..., Tensor]:
     """What scales maps like x, as (x, gate, residual, out)."""
     code = ACTS[act]
 
@@ -145,7 +149,13 @@ def plan_se_scale(problem: object, call: Call, gate, residual, act, out) -> Call
 
 
 def plan_squeeze_excite(
-    problem: object, call: Call, layers, act, residual, out_act, out
+    problem: object,
+    call: Call,
+    layers: Layers,
+    act: str,
+    residual: Tensor | None,
+    out_act: str,
+    out: Tensor | None,
 ) -> Callable[..., Tensor]:
     """What runs the block on maps like x, as (layers, x, residual, out)."""
     code, out_code = ACTS[act], ACTS[out_act]

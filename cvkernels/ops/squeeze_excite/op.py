@@ -183,7 +183,13 @@ def _checked(
 
 
 def _plan_triton(
-    problem: Problem, call: Call, layers, act, residual, out_act, out
+    problem: Problem,
+    call: Call,
+    layers: Layers,
+    act: str,
+    residual: Tensor | None,
+    out_act: str,
+    out: Tensor | None,
 ) -> Callable[..., Tensor]:
     if call.x.is_meta:
         return lambda layers, x, residual=None, out=None: new_like(x) if out is None else out
@@ -197,7 +203,13 @@ def _plan_triton(
 
 
 def _triton(
-    x: Tensor, R, act, residual, out_act, out, keep_mean
+    x: Tensor,
+    R: int,
+    act: str,
+    residual: Tensor | None,
+    out_act: str,
+    out: Tensor | None,
+    keep_mean: bool,
 ) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
     """(x, layers, residual, out) -> (out, the means where they are kept, the logits)."""
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
@@ -208,7 +220,13 @@ def _triton(
 
 
 def _plan_reference(
-    problem: Problem, call: Call, layers, act, residual, out_act, out
+    problem: Problem,
+    call: Call,
+    layers: Layers,
+    act: str,
+    residual: Tensor | None,
+    out_act: str,
+    out: Tensor | None,
 ) -> Callable[..., Tensor]:
     def run(
         layers: Layers, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None

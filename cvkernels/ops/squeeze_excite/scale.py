@@ -139,7 +139,14 @@ def _checked(
     return call
 
 
-def _plan_triton(problem: Problem, call: Call, gate, residual, act, out) -> Callable[..., Tensor]:
+def _plan_triton(
+    problem: Problem,
+    call: Call,
+    gate: Tensor,
+    residual: Tensor | None,
+    act: str,
+    out: Tensor | None,
+) -> Callable[..., Tensor]:
     if call.x.is_meta:
         return lambda x, gate, residual=None, out=None: new_like(x) if out is None else out
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
@@ -155,7 +162,12 @@ def _plan_triton(problem: Problem, call: Call, gate, residual, act, out) -> Call
 
 
 def _plan_reference(
-    problem: Problem, call: Call, gate, residual, act, out
+    problem: Problem,
+    call: Call,
+    gate: Tensor,
+    residual: Tensor | None,
+    act: str,
+    out: Tensor | None,
 ) -> Callable[..., Tensor]:
     def run(x, gate, residual=None, out=None):
         y = se_scale_reference(x, gate, residual, act)
