@@ -44,7 +44,7 @@ from benchmarks.harness.report import summarize
 from cvkernels import backend as backends
 from cvkernels.demo import NETWORKS
 from cvkernels.functional import BatchNormParams, DerivedWeights
-from cvkernels.ops.conv_bn_act import cudnn, tuning
+from cvkernels.ops.conv_bn_act import cudnn, op, tuning
 from cvkernels.ops.conv_bn_act import triton as conv_launches
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
@@ -91,11 +91,12 @@ def problems(
 ) -> Counter[Problem]:
     """The convolutions that the networks run on a GPU at 224 x 224, and how often each."""
     met: Counter[Problem] = Counter()
-    choose = tuning.choose
+    checked = op.problem_of
 
-    def watched(problem: Problem, *device: Any) -> Config:
+    def watched(*arguments: Any) -> Problem:
+        problem = checked(*arguments)
         met[replace(problem, has_bias=False, has_bn=True)] += 1
-        return choose(problem, *device)
+        return problem
 
     for network in networks:
         options = {"init_weights": False} if network == "googlenet" else {}
@@ -105,7 +106,7 @@ def problems(
             model = model.to(dtype)
             for batch in batches:
                 x = torch.empty(batch, 3, 224, 224, dtype=dtype, device="meta")
-                with mock.patch.object(tuning, "choose", watched):
+                with mock.patch.object(op, "problem_of", watched):
                     cvkernels.explain(model, x.contiguous(memory_format=torch.channels_last))
     return met
 

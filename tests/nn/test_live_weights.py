@@ -122,8 +122,22 @@ class Twins:
         assert not changed or shown > VISIBLE, f"{label}: stock's answer moved by {shown:.1e} only"
         error, stale = largest(actual - expected) / scale, largest(actual - self.last) / scale
         kind = "the old answer" if stale <= ROUNDING else "neither the old answer nor the new one"
-        assert error <= ROUNDING, f"{label}: off by {error:.1e}, {kind}"
+        if error > ROUNDING:
+            # A change may make stock's own answer amplify rounding: no other change may explain ours.
+            exact = self.exact()
+            stocks, ours = largest(expected - exact) / scale, largest(actual - exact) / scale
+            assert ours <= 4 * stocks and stale > 10 * ours, f"{label}: off by {error:.1e}, {kind}"
         self.last = expected
+
+    def exact(self):
+        """Stock's answer in float64."""
+        stock = copy.deepcopy(self.stock).double()
+        for module in stock.modules():
+            for name, value in module.__dict__.items():
+                if isinstance(value, torch.Tensor):
+                    module.__dict__[name] = value.double()
+        with self.context():
+            return stock(self.x.double())
 
     def written(self, write, label, *args):
         """``write`` both twins in turn, each with the same random numbers."""

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cvkernels import backend
+from cvkernels.nn.training import dense_block
 from tests.support.dense_training_checks import CHANNELS, blocks, image, outcome, runs_fused
 
 
@@ -120,7 +121,7 @@ def test_writing_what_autograd_needs_is_refused():
 def test_a_failed_forward_leaves_no_statistics(monkeypatch):
     ours, _ = blocks()
     before = [b.clone() for b in ours.buffers()]
-    real, calls = torch.nn.functional.conv2d, []
+    real, calls = dense_block.convolve, []
 
     def failing(*args, **kwargs):
         calls.append(1)
@@ -128,7 +129,7 @@ def test_a_failed_forward_leaves_no_statistics(monkeypatch):
             raise MemoryError("no room")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("cvkernels.nn.training.convolution.F.conv2d", failing)
+    monkeypatch.setattr(dense_block, "convolve", failing)
     with pytest.raises(MemoryError):
         ours(image())
     assert all(torch.equal(a, b) for a, b in zip(before, ours.buffers(), strict=True))

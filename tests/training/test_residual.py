@@ -80,6 +80,8 @@ class Unit(FusedModule):
         y = self.fused(x, self.conv, self.bn)
         if not self.adds:
             return self.se(y)
+        if self.se.why_not_added(y, self.act):
+            return self.act(self.se(y) + shortcut)
         return self.se.added_step(y, shortcut, self.act, False, False).run(y, shortcut)
 
 
