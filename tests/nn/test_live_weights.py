@@ -123,7 +123,7 @@ class Twins:
         error, stale = largest(actual - expected) / scale, largest(actual - self.last) / scale
         kind = "the old answer" if stale <= ROUNDING else "neither the old answer nor the new one"
         if error > ROUNDING:
-            # A change may make stock's own answer amplify rounding: no other change may explain ours.
+            # A change may make stock's own answer amplify rounding; nothing else may explain ours.
             exact = self.exact()
             stocks, ours = largest(expected - exact) / scale, largest(actual - exact) / scale
             assert ours <= 4 * stocks and stale > 10 * ours, f"{label}: off by {error:.1e}, {kind}"
