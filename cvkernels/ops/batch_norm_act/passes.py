@@ -296,7 +296,7 @@ def _run(
     run: Callable[[], None],
     as_reference: Callable[[], None],
 ) -> None:
-    if _at_once(x):
+    if _runs_native(x):
         return run()
     sizes = (nbytes(*group) for group in (read, written))
     call = call_of(x, (), TABLE, "auto", once=True)
@@ -305,7 +305,7 @@ def _run(
     planned.recorded()
 
 
-def _at_once(x: Tensor) -> bool:
+def _runs_native(x: Tensor) -> bool:
     """Whether "auto" gives native, and no running ``explain`` has to see the call."""
     return (
         not torch.compiler.is_compiling()
