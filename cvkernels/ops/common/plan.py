@@ -18,8 +18,6 @@ from cvkernels.ops.common.autograd import observed, tensors_of
 from cvkernels.ops.common.dispatch import Call, Implementation, Table, choose
 from cvkernels.ops.common.traffic import Traffic
 
-_recorder = record.current
-
 
 class Plan:
     """One call of ``op``, all but its data: call it with other data of the same kind.
@@ -76,7 +74,7 @@ class Plan:
 
     def recorded(self, *data: Any) -> Any:
         """``run``, seen by a running ``explain``."""
-        if (recorder := _recorder()) is None:
+        if (recorder := record.active()) is None:
             return self.run(*data)
         if self.backend == "reference":
             with recorder.fallback(f"{self.op}: {self.reason}"):
