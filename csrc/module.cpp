@@ -8,6 +8,8 @@
 #include <tuple>
 #include <vector>
 
+#include <torch/csrc/stable/ops.h>
+
 #include "build_info.h"
 #include "common/direct_call.h"
 #include "common/guard.h"
@@ -81,6 +83,14 @@ cvkernels::Sample sample_of(const std::vector<Entry>& entries) {
   return cvkernels::Sample(tensors);
 }
 
+uint64_t digest_of(const cvkernels::Sample& sample) {
+  return sample.digest([](int64_t count, const auto& part) {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) part(i);
+    });
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
@@ -103,7 +113,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
       .def(py::init(&sample_of), py::arg("entries"),
            "Each entry is (address, bytes of an element, sizes, strides, whole); the memory is not "
            "kept.")
-      .def("digest", &cvkernels::Sample::digest,
+      .def("digest", &digest_of,
            "64 bits of all elements of a whole tensor, and of max(K, C) of a weight [K, C, ...] "
            "that touch every filter and every input channel.");
   module.def(

@@ -1,6 +1,10 @@
 // What a kept plan asks before it runs: are the modules, and the code and the tensors behind them,
 // still the ones that it was made from? Checked in C, since a batch of one spends as long in Python
 // as in a small convolution. Contents of tensors: sample.h.
+//
+// A network has hundreds of modules of a dozen names each, all out of the cache when their turn
+// comes. So modules and code are looked through once, and then left alone as long as CPython's own
+// counters of changes to their dicts and types stand still (Stamps).
 #pragma once
 
 #include <Python.h>
@@ -12,6 +16,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include "stamps.h"
+
 namespace cvkernels {
 
 class Guard {
@@ -19,7 +25,8 @@ class Guard {
   // modules: (module, options, absent) each; options are names of attributes that must stay equal,
   // absent are names that must stay out of the module's __dict__.
   // code: (owner, name) each, attributes that must stay the same objects.
-  // tensors: those whose memory, version and strides must stay as they are.
+  // tensors: those whose memory, sizes, strides and version must stay as they are. Of a vector the
+  // version does not count: all of its contents are compared.
   Guard(const pybind11::sequence& modules, const pybind11::sequence& code,
         const pybind11::sequence& tensors) {
     for (const auto& item : modules) {
@@ -35,24 +42,23 @@ class Guard {
     }
     for (const auto& item : tensors) {
       const auto tensor = item.cast<Object>();
-      tensors_.push_back({kept(tensor), taken(tensor.attr("data_ptr")()),
-                          taken(tensor.attr("_version")), strides_of(tensor)});
+      tensors_.push_back(held(tensor));
     }
   }
 
-  bool holds() const {
-    // A module stands behind its parent: where that has the same children still, it is alive.
-    for (const Module& module : modules_)
-      if (!module.holds()) return false;
-    for (const Code& code : code_)
-      if (attribute(code.owner, code.name).ptr() != code.value) return false;
-    const Names& names = Names::get();
-    for (const Held& held : tensors_) {
-      PyObject* tensor = held.tensor;
-      if (taken(called(tensor, names.data_ptr)) != held.address ||
-          taken(attribute(tensor, names.version)) != held.version)
-        return false;
-      if (held.strides && !equal(called(tensor, names.stride).ptr(), held.strides)) return false;
+  bool holds() {
+    if (!stamps_.hold()) {
+      stamps_ = {};
+      // A module stands behind its parent: where that has the same children still, it is alive.
+      for (const Module& module : modules_)
+        if (!module.holds()) return false;
+      for (const Code& code : code_)
+        if (attribute(code.owner, code.name).ptr() != code.value) return false;
+      stamp();
+    }
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      if (i + AHEAD < tensors_.size()) tensors_[i + AHEAD].prefetch();
+      if (!tensors_[i].holds()) return false;
     }
     return true;
   }
@@ -60,10 +66,15 @@ class Guard {
  private:
   using Object = pybind11::object;
 
+  // How many tensors are asked for before their turn.
+  static constexpr size_t AHEAD = 8;
+
   struct Names {
-    Object data_ptr = intern("data_ptr"), version = intern("_version"), stride = intern("stride");
     Object hooks[4] = {intern("_forward_hooks"), intern("_forward_pre_hooks"),
                        intern("_backward_hooks"), intern("_backward_pre_hooks")};
+    Object tensor = pybind11::module_::import("torch").attr("_C").attr("TensorBase"),
+           data_ptr = tensor.attr("data_ptr"), numel = tensor.attr("numel"),
+           stride = tensor.attr("stride"), version = tensor.attr("_version");
 
     // Never destroyed: at exit the interpreter goes first.
     static const Names& get() {
@@ -85,21 +96,24 @@ class Guard {
     return pybind11::reinterpret_steal<Object>(reference);
   }
 
-  static Object attribute(PyObject* of, const Object& name) {
-    return owned(PyObject_GetAttr(of, name.ptr()));
-  }
-
   static Object attribute(PyObject* of, PyObject* name) {
     return owned(PyObject_GetAttr(of, name));
   }
 
-  static Object called(PyObject* of, const Object& name) {
-    return owned(PyObject_CallMethodNoArgs(of, name.ptr()));
+  // A method, and a property, of all tensors, past the names of one tensor's own.
+  static Object called(PyObject* tensor, const Object& method) {
+    return owned(PyObject_CallOneArg(method.ptr(), tensor));
   }
 
-  static uint64_t taken(const Object& value) {
+  static Object property(PyObject* tensor, const Object& descriptor) {
+    PyObject* found = descriptor.ptr();
+    return owned(Py_TYPE(found)->tp_descr_get(found, tensor, nullptr));
+  }
+
+  static uint64_t number(const Object& value) {
     const uint64_t result = PyLong_AsUnsignedLongLong(value.ptr());
-    if (PyErr_Occurred()) throw pybind11::error_already_set();
+    if (result == static_cast<uint64_t>(-1) && PyErr_Occurred())
+      throw pybind11::error_already_set();
     return result;
   }
 
@@ -170,10 +184,28 @@ class Guard {
     PyObject *owner, *name, *value;
   };
 
+  // Strides and the count of elements say the sizes, since no two elements share memory.
   struct Held {
     PyObject* tensor;
-    uint64_t address, version;
-    PyObject* strides;  // of a weight; null for a vector
+    uint64_t address, count, version;
+    PyObject* strides;  // null for a vector
+    // Where PyTorch's own objects for the tensor and its memory lie: asked for ahead, never read.
+    const char *impl, *storage;
+
+    void prefetch() const {
+      __builtin_prefetch(tensor);
+      for (int byte = 0; byte < 192; byte += 64) __builtin_prefetch(impl + byte);
+      __builtin_prefetch(storage);
+    }
+
+    bool holds() const {
+      const Names& names = Names::get();
+      if (number(called(tensor, names.data_ptr)) != address ||
+          number(called(tensor, names.numel)) != count)
+        return false;
+      return !strides || (number(property(tensor, names.version)) == version &&
+                          equal(called(tensor, names.stride).ptr(), strides));
+    }
   };
 
   // The object, kept alive as long as the guard.
@@ -190,9 +222,19 @@ class Guard {
     return plain ? kept(object) : object.ptr();
   }
 
-  PyObject* strides_of(const Object& tensor) {
+  Held held(const Object& tensor) {
     const Object strides = tensor.attr("stride")();
-    return PyTuple_Size(strides.ptr()) > 1 ? kept(strides) : nullptr;
+    const bool vector = PyTuple_Size(strides.ptr()) == 1;
+    const auto place = [](const Object& of) {
+      return reinterpret_cast<const char*>(number(of.attr("_cdata")));
+    };
+    return {kept(tensor),
+            number(tensor.attr("data_ptr")()),
+            number(tensor.attr("numel")()),
+            number(tensor.attr("_version")),
+            vector ? nullptr : kept(strides),
+            place(tensor),
+            place(tensor.attr("untyped_storage")())};
   }
 
   Values values_of(const char* text, const Object& attributes, bool owns) {
@@ -224,10 +266,27 @@ class Guard {
     return result;
   }
 
+  void stamp() {
+    Stamps stamps;
+    for (const Module& module : modules_) {
+      const Object attributes = owned(PyObject_GenericGetDict(module.module, nullptr));
+      std::vector<PyObject*> dicts;
+      for (const Object& name : Names::get().hooks)
+        dicts.push_back(at(attributes.ptr(), name.ptr()).ptr());
+      for (const Values* values : {&module.parameters, &module.buffers, &module.children})
+        dicts.push_back(at(attributes.ptr(), values->name).ptr());
+      stamps.add_module(module.module, attributes.ptr(), dicts);
+    }
+    for (const Code& code : code_) stamps.add_code(code.owner);
+    stamps.close();
+    stamps_ = std::move(stamps);
+  }
+
   std::vector<Object> kept_;
   std::vector<Module> modules_;
   std::vector<Code> code_;
   std::vector<Held> tensors_;
+  Stamps stamps_;
 };
 
 }  // namespace cvkernels

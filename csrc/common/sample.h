@@ -26,18 +26,23 @@ class Sample {
  public:
   explicit Sample(const std::vector<Sampled>& tensors) {
     for (const Sampled& tensor : tensors) add(tensor);
+    int64_t lines = 0;
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+      if (lines == 0) starts_.push_back(i);
+      lines += blocks_[i].lines();
+      if (lines >= PART) lines = 0;
+    }
+    starts_.push_back(blocks_.size());
   }
 
-  // Any change of one sampled element changes it. The addresses are read blindly.
-  uint64_t digest() const {
+  // Any change of one sampled element changes it. The addresses are read blindly. parallel_for(n,
+  // f) calls f(i) for each i < n.
+  template <typename ParallelFor>
+  uint64_t digest(ParallelFor parallel_for) const {
+    std::vector<uint64_t> parts(starts_.size() - 1);
+    parallel_for(static_cast<int64_t>(parts.size()), [&](int64_t i) { parts[i] = part(i); });
     Lanes lanes;
-    int64_t in_flight = 0;
-    const Block *next = blocks_.data(), *end = next + blocks_.size();
-    for (const Block& block : blocks_) {
-      for (; next != end && in_flight < LINES; ++next) in_flight += prefetch(*next);
-      mix(block, lanes);
-      in_flight -= block.lines();
-    }
+    for (const uint64_t digest : parts) lanes.add(0, digest);
     return lanes.sum();
   }
 
@@ -45,6 +50,8 @@ class Sample {
   static constexpr int64_t LINE = 64;
   // Cache lines that are asked for ahead, and most of a block.
   static constexpr int64_t LINES = 96, BLOCK = 32;
+  // Lines that a thread is worth waking for: the misses of a few microseconds.
+  static constexpr int64_t PART = 384;
 
   // `count` elements at offsets_[first...] bytes from data, or where first < 0, `count` bytes
   // there.
@@ -101,6 +108,19 @@ class Sample {
       own.add(lane, value);
     }
     lanes = own;
+  }
+
+  uint64_t part(int64_t index) const {
+    Lanes lanes;
+    int64_t in_flight = 0;
+    const Block* block = blocks_.data() + starts_[index];
+    const Block *next = block, *end = blocks_.data() + starts_[index + 1];
+    for (; block != end; ++block) {
+      for (; next != end && in_flight < LINES; ++next) in_flight += prefetch(*next);
+      mix(*block, lanes);
+      in_flight -= block->lines();
+    }
+    return lanes.sum();
   }
 
   void mix(const Block& block, Lanes& lanes) const {
@@ -177,6 +197,7 @@ class Sample {
   }
 
   std::vector<Block> blocks_;
+  std::vector<size_t> starts_;  // of the parts, and the end
   std::vector<int32_t> offsets_;
 };
 

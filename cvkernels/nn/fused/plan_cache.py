@@ -40,8 +40,8 @@ class Guard:
     """Whether modules are what they were when this was made.
 
     What counts is each module's class, options, hooks and children, the code of PyTorch's that an
-    op stands for, and each floating tensor: the object, its memory and version and, on CPU, a
-    sample of its contents (:mod:`cvkernels.ops.common.contents`).
+    op stands for, and each floating tensor: the object, its memory, sizes and version and, on CPU,
+    a sample of its contents (:mod:`cvkernels.ops.common.contents`).
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
