@@ -13,6 +13,7 @@
 #include "build_info.h"
 #include "common/direct_call.h"
 #include "common/guard.h"
+#include "common/kept_calls.h"
 #include "common/recording.h"
 #include "common/sample.h"
 
@@ -101,6 +102,9 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   PyTypeObject* direct_call = cvkernels::make_direct_call_type();
   if (direct_call == nullptr) throw py::error_already_set();
   module.add_object("DirectCall", reinterpret_cast<PyObject*>(direct_call));
+  PyTypeObject* kept_calls = cvkernels::make_kept_calls_type();
+  if (kept_calls == nullptr) throw py::error_already_set();
+  module.add_object("KeptCalls", reinterpret_cast<PyObject*>(kept_calls));
   module.def(
       "direct",
       [direct_call](const py::function& function) { return direct(direct_call, function); },

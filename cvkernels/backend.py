@@ -25,6 +25,8 @@ NAMES: tuple[str, ...] = get_args(Backend)
 _requested: ContextVar[str] = ContextVar("cvkernels_backend", default="auto")
 # What :func:`use` asks for, "auto" outside of it; not for traced code.
 in_force = _requested.get
+# The context of a call that nothing is requested for.
+UNREQUESTED = (_requested, "auto")
 # What torch.compile sees and guards on: before torch 2.14 it cannot trace a ContextVar.
 _traced_request = "auto"
 

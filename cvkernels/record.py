@@ -113,6 +113,9 @@ _active: ContextVar[Recorder | None] = ContextVar("cvkernels_recorder", default=
 # As :func:`active`; not for traced code.
 current = _active.get
 
+# The context of a call that no ``explain`` sees.
+UNSEEN = (_active, None)
+
 
 def active() -> Recorder | None:
     """The recorder of the ``explain`` that is running, or None; None under torch.compile."""

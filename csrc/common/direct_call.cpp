@@ -94,6 +94,8 @@ PyTypeObject* make_direct_call_type() {
   return reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&spec));
 }
 
+const Work& work_of(PyObject* direct_call) { return *of(direct_call).work; }
+
 PyObject* new_direct_call(PyTypeObject* type, Work&& work) {
   if (work.addresses.size() > MOST) {
     PyErr_SetString(PyExc_RuntimeError, "direct: the op has too many tensors");

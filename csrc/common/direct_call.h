@@ -13,4 +13,7 @@ PyTypeObject* make_direct_call_type();
 // A DirectCall; null after an error.
 PyObject* new_direct_call(PyTypeObject* type, Work&& work);
 
+// What it does, which lives as long as it.
+const Work& work_of(PyObject* direct_call);
+
 }  // namespace cvkernels

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels import record
 from cvkernels.backend import Backend
 from cvkernels.ops.avg_pool.reference import avg_pool_reference
 from cvkernels.ops.common import native, norm, pool
@@ -34,7 +33,7 @@ _plans = PlanTable()
 
 Pair = tuple[int, int]
 Options = tuple[Pair, Pair, Pair, bool, bool, int | None]
-_kept, _key_of_one, _recorder = _plans.get, _plans.key_of_one, record.current
+_run_kept = native.keeps_calls(2)
 
 
 def plan(
@@ -121,23 +120,21 @@ def avg_pool(
     if torch.compiler.is_compiling():
         made = plan(x, *options, input_bn=input_bn, out=out, backend=backend, once=True)
         return made.run(x, out)
-    if not type(kernel_size) is type(stride) is type(padding) is int:
-        kernel_size, stride, padding, _, _ = window_of(OP, kernel_size, stride, padding, 1, False)
-        options = (kernel_size, stride, padding, *options[3:])
+    if (y := _run_kept(x, out, *options, input_bn, backend)) is not None:
+        return y
+    window = window_of(OP, kernel_size, stride, padding, 1, ceil_mode)
     key = None
     if input_bn is None and (divisor_override is None or type(divisor_override) is int):
-        if out is None:
-            key = _key_of_one(backend, x, options)
-        else:
-            key = _plans.key(backend, (x, out), options)
-    if (planned := _kept(key)) is None:
+        key = _plans.key(backend, (x, out), window, count_include_pad, divisor_override)
+    if (planned := _plans.get(key)) is None:
         planned = plan(
             x, *options, input_bn=input_bn, out=out, backend=backend, once=key is None
         )  # fmt: skip
         _plans.keep(key, planned, x, out)
-    if out is None:
-        return planned.run(x) if _recorder() is None else planned.recorded(x)
-    check_overlap(OP, out, x)
+        if key is not None:
+            native.keep_call(_run_kept, planned, *options, None, backend)
+    if out is not None:
+        check_overlap(OP, out, x)
     return planned.recorded(x, out)
 
 

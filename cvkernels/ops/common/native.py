@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from cvkernels import backend as backends
-from cvkernels import extension
+from cvkernels import extension, record
 from cvkernels.ops.common import autograd
 from cvkernels.ops.common.dispatch import Call
+from cvkernels.ops.common.plan import Plan
 
 DTYPES = {
     "cpu": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
@@ -63,6 +65,45 @@ def direct(function: Callable[[], object]) -> Callable[..., None]:
     Of all its tensors in the order of the schema, 0 for one that is absent, and of its result last.
     """
     return importlib.import_module("cvkernels._C").direct(function)
+
+
+def keeps_calls(tensors: int) -> Any:
+    """The last kinds of calls of an op on so many tensors, found and run in one native call.
+
+    ``kept(*tensors, *options)`` is the op's result, or None where no call like it is kept, or
+    something around it counts: :func:`autograd.observed`, ``explain``, ``backend.use``, a gradient
+    that is needed. :func:`keep_call` keeps one.
+    """
+    if not extension.has("cpu"):
+        return lambda *_: None
+    surroundings = (
+        autograd._transform, autograd._dispatch_modes, autograd._tracer, autograd._function_mode,
+        autograd._profiler,
+    )  # fmt: skip
+    return importlib.import_module("cvkernels._C").KeptCalls(
+        tensors, (backends.UNREQUESTED, record.UNSEEN), surroundings, (Tensor, Parameter)
+    )
+
+
+def recipe(
+    work: Callable[..., None],
+    tensors: tuple[Tensor | None, ...],
+    made: tuple[Tensor, ...],
+    results: tuple[Tensor, ...],
+) -> object | None:
+    """How the work of one op, see :func:`direct`, is done for tensors like these.
+
+    ``made`` are made anew in each call, ``results`` are what it returns: tensors of both, or views
+    of the last that is made. None of them is held. None before torch 2.14.
+    """
+    return importlib.import_module("cvkernels._C").KeptCalls.recipe(work, tensors, made, results)
+
+
+def keep_call(kept: Any, planned: Plan, *options: object) -> None:
+    """Let ``kept`` run calls like the one planned, if its work needs nothing but data."""
+    how = getattr(planned.run, "recipe", None)
+    if how is not None:
+        kept.keep(how, options)
 
 
 def template(out: Tensor) -> Tensor:

@@ -190,4 +190,7 @@ def plan_native(
         return y
 
     run_directly.held = vectors  # type: ignore[attr-defined]  # the memory at their addresses
+    if not any(between):
+        recipe = native.recipe(work, (x, out), (y,) if out is None else (), (y,))
+        run_directly.recipe = recipe  # type: ignore[attr-defined]
     return run_directly

@@ -28,6 +28,7 @@ library.define(
 )
 _dense_concat = torch.ops.cvkernels.dense_concat.default
 _plans = PlanTable()
+_run_kept = native.keeps_calls(2)
 
 
 def plan(
@@ -98,12 +99,16 @@ def dense_concat(
     """
     if torch.compiler.is_compiling():
         return plan(buffer, src, start, bn, relu, backend=backend, once=True).run(buffer, src)
+    if (written := _run_kept(buffer, src, start, bn, relu, backend)) is not None:
+        return written
     key = None
     if bn is None and type(start) is int:
         key = _plans.key(backend, (buffer, src), start, relu)
     if (planned := _plans.get(key)) is None:
         planned = plan(buffer, src, start, bn, relu, backend=backend, once=key is None)
         _plans.keep(key, planned, buffer, src)
+        if key is not None:
+            native.keep_call(_run_kept, planned, start, None, relu, backend)
     _check_overlap(buffer, src, start)
     return planned.recorded(buffer, src)
 
@@ -133,6 +138,8 @@ def _plan_native(
         return buffer
 
     run_directly.held = vectors  # type: ignore[attr-defined]  # the memory at their addresses
+    recipe = native.recipe(work, (buffer, src), (), (buffer,))
+    run_directly.recipe = recipe  # type: ignore[attr-defined]
     return run_directly
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels import record
 from cvkernels.backend import Backend
 from cvkernels.ops.common import native, pool
 from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, reference
@@ -27,7 +26,7 @@ library.define(f"max_pool_out({ARGUMENTS}, Tensor(a!) out) -> ()")
 _max_pool = torch.ops.cvkernels.max_pool.default
 _max_pool_out = torch.ops.cvkernels.max_pool_out.default
 _plans = PlanTable()
-_kept, _key_of_one, _recorder = _plans.get, _plans.key_of_one, record.current
+_run_kept = native.keeps_calls(2)
 
 
 def plan(
@@ -103,18 +102,16 @@ def max_pool(
     options = (kernel_size, stride, padding, dilation, ceil_mode)
     if torch.compiler.is_compiling():
         return plan(x, *options, out=out, backend=backend, once=True).run(x, out)
-    if not type(kernel_size) is type(stride) is type(padding) is type(dilation) is int:
-        options = window_of(OP, *options)
-    if out is None:
-        key = _key_of_one(backend, x, options)
-    else:
-        key = _plans.key(backend, (x, out), options)
-    if (planned := _kept(key)) is None:
-        planned = plan(x, *options, out=out, backend=backend, once=key is None)
+    if (y := _run_kept(x, out, *options, backend)) is not None:
+        return y
+    window = window_of(OP, *options)
+    key = _plans.key(backend, (x, out), window)
+    if (planned := _plans.get(key)) is None:
+        planned = plan(x, *window, out=out, backend=backend, once=key is None)
         _plans.keep(key, planned, x, out)
-    if out is None:
-        return planned.run(x) if _recorder() is None else planned.recorded(x)
-    check_overlap(OP, out, x)
+        native.keep_call(_run_kept, planned, *options, backend)
+    if out is not None:
+        check_overlap(OP, out, x)
     return planned.recorded(x, out)
 
 
