@@ -37,54 +37,25 @@ def conv_bn_act_1x1_kernel(
     x_ptr,  # [N, C, H, W]
     weight_ptr,  # [K, C]
     out_ptr,  # [N, K, P, Q]
-    bias_ptr,  # [K], as the four that follow
-    bn_weight_ptr,
-    bn_bias_ptr,
-    bn_mean_ptr,
-    bn_var_ptr,
-    bn_eps,
+    bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, bn_eps,  # [K]
     residual_ptr,  # [N, K, P, Q]
-    in_weight_ptr,  # [C], as the three that follow
-    in_bias_ptr,
-    in_mean_ptr,
-    in_var_ptr,
-    in_eps,
+    in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr, in_eps,  # [C]
     gate_ptr,  # [N, C]
-    M,
-    C,
-    K,
-    P,
-    Q,
-    x_stride_n,
-    x_stride_c,
-    x_stride_h,
-    x_stride_w,
-    weight_stride_k,
-    weight_stride_c,
-    out_stride_n,
-    out_stride_k,
-    out_stride_h,
-    out_stride_w,
-    residual_stride_n,
-    residual_stride_k,
-    residual_stride_h,
-    residual_stride_w,
-    gate_stride_n,
-    gate_stride_c,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    ACT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    M, C, K, P, Q,
+    x_stride_n, x_stride_c, x_stride_h, x_stride_w,
+    weight_stride_k, weight_stride_c,
+    out_stride_n, out_stride_k, out_stride_h, out_stride_w,
+    residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
+    gate_stride_n, gate_stride_c,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    ACT: tl.constexpr, PRECISION: tl.constexpr,
     INPUT_BN: tl.constexpr,
     GATE_UNIFORM: tl.constexpr,  # every row tile lies within one image
     EVEN_C: tl.constexpr,  # BLOCK_K divides C
     FLAT_X: tl.constexpr,
     FLAT_OUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
     """1x1 convolution without padding or groups: a matrix product over pixels.
 
     One program makes a tile [BLOCK_M pixels, BLOCK_N channels] of out. It reads BLOCK_M rows of x
@@ -139,12 +110,8 @@ def conv_bn_act_1x1_kernel(
 
     bn = (bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr)
     residual = (
-        residual_ptr,
-        residual_stride_n,
-        residual_stride_k,
-        residual_stride_h,
-        residual_stride_w,
-    )
+        residual_ptr, residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
+    )  # fmt: skip
     out = (out_ptr, out_stride_n, out_stride_k, out_stride_h, out_stride_w)
     sizes = (M, K, P, Q)
     finish_tile(acc, m_offs, pid_n * BLOCK_N, sizes, bn, bn_eps, residual, out, ACT, FLAT_OUT)
@@ -155,65 +122,29 @@ def conv_bn_act_spatial_kernel(
     x_ptr,  # [N, C, H, W]
     weight_ptr,  # [K, C_GROUP, R, S]
     out_ptr,  # [N, K, P, Q]
-    bias_ptr,  # [K], as the four that follow
-    bn_weight_ptr,
-    bn_bias_ptr,
-    bn_mean_ptr,
-    bn_var_ptr,
-    bn_eps,
+    bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, bn_eps,  # [K]
     residual_ptr,  # [N, K, P, Q]
-    in_weight_ptr,  # [C], as the three that follow
-    in_bias_ptr,
-    in_mean_ptr,
-    in_var_ptr,
-    in_eps,
+    in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr, in_eps,  # [C]
     gate_ptr,  # [N, C]
-    M,
-    C,
-    K,
-    H,
-    W,
-    P,
-    Q,
-    x_stride_n,
-    x_stride_c,
-    x_stride_h,
-    x_stride_w,
-    weight_stride_k,
-    weight_stride_c,
-    weight_stride_r,
-    weight_stride_s,
-    out_stride_n,
-    out_stride_k,
-    out_stride_h,
-    out_stride_w,
-    residual_stride_n,
-    residual_stride_k,
-    residual_stride_h,
-    residual_stride_w,
-    gate_stride_n,
-    gate_stride_c,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
+    M, C, K, H, W, P, Q,
+    x_stride_n, x_stride_c, x_stride_h, x_stride_w,
+    weight_stride_k, weight_stride_c, weight_stride_r, weight_stride_s,
+    out_stride_n, out_stride_k, out_stride_h, out_stride_w,
+    residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
+    gate_stride_n, gate_stride_c,
+    R: tl.constexpr, S: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     C_GROUP: tl.constexpr,  # C / groups
     K_GROUP: tl.constexpr,  # K / groups; 0 if there is one group
     C_STEPS: tl.constexpr,  # blocks of BLOCK_K channels that a column tile reads per tap
-    ACT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ACT: tl.constexpr, PRECISION: tl.constexpr,
     INPUT_BN: tl.constexpr,
     EVEN_C: tl.constexpr,  # one group, and BLOCK_K divides C
     FLAT_OUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
     """Convolution as a sum over taps (r, s) of matrix products over channels.
 
     One program makes a tile [BLOCK_M pixels, BLOCK_N channels] of out. Per tap it reads its
@@ -294,12 +225,8 @@ def conv_bn_act_spatial_kernel(
 
     bn = (bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr)
     residual = (
-        residual_ptr,
-        residual_stride_n,
-        residual_stride_k,
-        residual_stride_h,
-        residual_stride_w,
-    )
+        residual_ptr, residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
+    )  # fmt: skip
     out = (out_ptr, out_stride_n, out_stride_k, out_stride_h, out_stride_w)
     sizes = (M, K, P, Q)
     finish_tile(acc, m_offs, pid_n * BLOCK_N, sizes, bn, bn_eps, residual, out, ACT, FLAT_OUT)
@@ -310,62 +237,28 @@ def conv_bn_act_filter_row_kernel(
     x_ptr,  # [N, C, H, W]
     weight_ptr,  # [K, C, R, S]
     out_ptr,  # [N, K, P, Q]
-    bias_ptr,  # [K], as the four that follow
-    bn_weight_ptr,
-    bn_bias_ptr,
-    bn_mean_ptr,
-    bn_var_ptr,
-    bn_eps,
+    bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, bn_eps,  # [K]
     residual_ptr,  # [N, K, P, Q]
-    in_weight_ptr,  # [C], as the three that follow
-    in_bias_ptr,
-    in_mean_ptr,
-    in_var_ptr,
-    in_eps,
+    in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr, in_eps,  # [C]
     gate_ptr,  # [N, C]
-    M,
-    K,
-    H,
-    W,
-    P,
-    Q,
-    x_stride_n,
-    x_stride_c,
-    x_stride_h,
-    x_stride_w,
-    weight_stride_k,
-    weight_stride_c,
-    weight_stride_r,
-    weight_stride_s,
-    out_stride_n,
-    out_stride_k,
-    out_stride_h,
-    out_stride_w,
-    residual_stride_n,
-    residual_stride_k,
-    residual_stride_h,
-    residual_stride_w,
-    gate_stride_n,
-    gate_stride_c,
-    C: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
+    M, K, H, W, P, Q,
+    x_stride_n, x_stride_c, x_stride_h, x_stride_w,
+    weight_stride_k, weight_stride_c, weight_stride_r, weight_stride_s,
+    out_stride_n, out_stride_k, out_stride_h, out_stride_w,
+    residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
+    gate_stride_n, gate_stride_c,
+    C: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     CHANNELS_INNER: tl.constexpr,  # a filter row is (s, c), as NHWC lies in memory; else (c, s)
-    ACT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ACT: tl.constexpr, PRECISION: tl.constexpr,
     INPUT_BN: tl.constexpr,
     FLAT_OUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,  # at least S * C
     GROUP_M: tl.constexpr,
-):
+):  # fmt: skip
     """Convolution of few channels (the stem): a sum over filter rows of products over (s, c).
 
     One program makes a tile [BLOCK_M pixels, BLOCK_N channels] of out. Per filter row it gathers
@@ -428,12 +321,8 @@ def conv_bn_act_filter_row_kernel(
 
     bn = (bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr)
     residual = (
-        residual_ptr,
-        residual_stride_n,
-        residual_stride_k,
-        residual_stride_h,
-        residual_stride_w,
-    )
+        residual_ptr, residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
+    )  # fmt: skip
     out = (out_ptr, out_stride_n, out_stride_k, out_stride_h, out_stride_w)
     sizes = (M, K, P, Q)
     finish_tile(acc, m_offs, pid_n * BLOCK_N, sizes, bn, bn_eps, residual, out, ACT, FLAT_OUT)

@@ -123,15 +123,9 @@ def load_gate_row(gate_ptr, strides, image, c_offs, C):
 def finish_tile(
     acc,  # [BLOCK_M, BLOCK_N], float32
     m_offs,  # [BLOCK_M]
-    k_start,
-    sizes,
-    bn,
-    bn_eps,
-    residual,
-    out,
-    ACT: tl.constexpr,
-    FLAT_OUT: tl.constexpr,
-):
+    k_start, sizes, bn, bn_eps, residual, out,
+    ACT: tl.constexpr, FLAT_OUT: tl.constexpr,
+):  # fmt: skip
     """out = act(bn(acc) + residual) for the output channels from k_start on."""
     BLOCK_N: tl.constexpr = acc.shape[1]
     if BLOCK_N > 64:
@@ -147,17 +141,9 @@ def finish_tile(
 
 @triton.jit
 def _finish(
-    acc,
-    m_offs,
-    k_start,
-    sizes,
-    bn,
-    bn_eps,
-    residual,
-    out,
-    ACT: tl.constexpr,
-    FLAT_OUT: tl.constexpr,
-):
+    acc, m_offs, k_start, sizes, bn, bn_eps, residual, out,
+    ACT: tl.constexpr, FLAT_OUT: tl.constexpr,
+):  # fmt: skip
     M, K, P, Q = sizes
     k_offs = k_start + tl.arange(0, acc.shape[1])
     mask = (m_offs < M)[:, None] & (k_offs < K)[None, :]
