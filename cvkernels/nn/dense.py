@@ -37,7 +37,7 @@ from cvkernels.nn.training.match import (
 )
 from cvkernels.nn.training.norm_relu_pool import norm_relu_avg_pool
 from cvkernels.ops.common.layout import channels_last_view
-from cvkernels.ops.conv_bn_act.op import fuses_prologue
+from cvkernels.ops.conv_bn_act.op import supports_prologue_and_slices
 
 
 class AppendingLayer(FusedModule):
@@ -355,7 +355,7 @@ class DenseBlock(nn.ModuleDict, ConcatBlock):
         self, buffer: Tensor, channels: int, lasting: bool
     ) -> Callable[[Tensor], Tensor] | None:
         """Let all layers append to the buffer; what repeats that, where it lasts."""
-        needs_scratch, count = not fuses_prologue(buffer), buffer.numel()
+        needs_scratch, count = not supports_prologue_and_slices(buffer), buffer.numel()
         scratch = buffer.new_empty(count) if needs_scratch else None
         repeats = []
         for layer in self.values():

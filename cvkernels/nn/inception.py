@@ -30,7 +30,7 @@ from cvkernels.nn.training.concat_and_pool import concatenated
 from cvkernels.nn.training.conv_bn_act import siblings
 from cvkernels.nn.training.match import why_not_train_conv_bn_act
 from cvkernels.ops.common.layout import new_channels_last
-from cvkernels.ops.conv_bn_act.op import IMPLEMENTATIONS, fuses_prologue
+from cvkernels.ops.conv_bn_act.op import IMPLEMENTATIONS, supports_prologue_and_slices
 
 SEQUENCES = (nn.Sequential.forward, FusedSequential.forward)
 
@@ -162,7 +162,7 @@ class Inception(FusedModule):
         if reason := _why_not_siblings([branches[0], branches[1][0], branches[2][0]]):
             return reason
         requested = backend.requested("auto", IMPLEMENTATIONS)
-        if x.is_cpu or fuses_prologue(x) or requested == "reference":
+        if x.is_cpu or supports_prologue_and_slices(x) or requested == "reference":
             return ""
         return "no backend here writes channel slices"
 
@@ -195,7 +195,7 @@ class _InPlace:
         self.pool, projection = block.branch4
         self.siblings = (reduce3, reduce5, one)
         self.following = (conv3, conv5, projection)
-        self.shares = fuses_prologue(x)  # oneDNN and cuDNN write no channel slices
+        self.shares = supports_prologue_and_slices(x)  # oneDNN and cuDNN write no channel slices
         self.reduced3 = reduce3.conv.out_channels
         self.reduced = self.reduced3 + reduce5.conv.out_channels
         self.first = one.conv.out_channels

@@ -21,7 +21,7 @@ from cvkernels.nn.fused.plan_cache import OPTIONS, guard_of
 from cvkernels.nn.fused.watched import why_altered, why_not_called
 from cvkernels.nn.training import squeeze_excite as in_training
 from cvkernels.nn.training.recompute import recompute_of
-from cvkernels.ops.conv_bn_act.op import fuses_prologue
+from cvkernels.ops.conv_bn_act.op import supports_prologue_and_slices
 
 
 def divisible(value: float, divisor: int, least: int | None = None, share: float = 0.9) -> int:
@@ -115,7 +115,7 @@ class SqueezeExcite(FusedModule):
         conv, norm = depthwise.conv, depthwise.norm
         first = block.squeezed_step(x, conv, norm, fused_act(norm, depthwise.act)[0], lasting)
         y, sums = run_step(first, x)
-        prologue = not y.is_cpu and fuses_prologue(y)
+        prologue = not y.is_cpu and supports_prologue_and_slices(y)
         gate = self._gate_step(y, sums, prologue, lasting)
         gates = run_step(gate, y, sums)
         y, gates = (y, gates) if prologue else (gates, None)

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cvkernels.ops.common.activation import activate
+from cvkernels.ops.common.convolution import Pair
 from cvkernels.ops.common.norm import BatchNormParams, normalize, scale_shift
+from cvkernels.ops.conv_bn_act.problem import Arguments
 
 
 def conv_bn_act_reference(
@@ -27,10 +29,9 @@ def conv_bn_act_reference(
     weight: Tensor,
     bias: Tensor | None = None,
     bn: BatchNormParams | None = None,
-    *,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
     groups: int = 1,
     act: str = "relu",
     residual: Tensor | None = None,
@@ -108,27 +109,15 @@ def activation_backward(
 
 
 def conv_bn_act_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bn: BatchNormParams,
-    geometry: tuple,
-    act: str,
-    residual: Tensor | None,
-    input_bn: BatchNormParams | None,
-    gate: Tensor | None,
-    out: Tensor | None,
+    grad: Tensor, arguments: Arguments, out: Tensor | None
 ) -> dict[str, Tensor | None]:
-    """Gradients by argument name. ``residual`` and ``out`` are needed by some activations only."""
-    stride, padding, dilation, groups = geometry
+    """Gradients by argument name; relu and relu6 need ``out``, and silu the residual."""
+    x, weight, bias, bn, stride, padding, dilation, groups, act, _, input_bn, gate, _, _ = arguments
+    bn = bn or BatchNormParams()
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     pre_activation = None
     if act == "silu":
-        pre_activation = conv_bn_act_reference(
-            x, weight, bias, bn, stride=stride, padding=padding, dilation=dilation, groups=groups,
-            act="none", residual=residual, input_bn=input_bn, input_gate=gate,
-        )  # fmt: skip
+        pre_activation = conv_bn_act_reference(*arguments._replace(act="none")[:-2])
     dz = activation_backward(grad, act, out, pre_activation)
     scale, _ = scale_shift(bias, bn, weight, dtype)
     u, before_gate, input_scale, positive = prologue(x, input_bn, gate, dtype)

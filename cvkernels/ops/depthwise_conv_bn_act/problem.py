@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cvkernels.ops.common.arguments import check_bn, check_device, check_vector
-from cvkernels.ops.common.convolution import check_fits, check_options, pairs
+from cvkernels.ops.common.convolution import (
+    Pair,
+    check_fits,
+    check_options,
+    check_parameters,
+    pairs,
+)
 from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.conv_bn_act.problem import Problem
 
@@ -36,39 +42,29 @@ class DepthwiseProblem(Problem):
         return super().bytes_written + self.N * self.C * self.squeeze * self.sums_dtype.itemsize
 
 
-def problem_of(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bn: BatchNormParams | None,
-    stride: int | tuple[int, int],
-    padding: int | tuple[int, int],
-    dilation: int | tuple[int, int],
-    act: str,
-    squeeze: bool,
-    dtype: torch.dtype | None = None,
-) -> DepthwiseProblem:
-    """The checked call; ``dtype`` is what autocast will convert x and weight to."""
+class Arguments(NamedTuple):
+    """What a call is given, in the order of the registered op's arguments, and autocast's part."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    bn: BatchNormParams | None = None
+    stride: Pair = 1
+    padding: Pair = 0
+    dilation: Pair = 1
+    act: str = "none"
+    squeeze: bool = False
+    autocast: torch.dtype | None = None  # what autocast converts x and weight to
+
+
+def problem_of(*given: Any, **named: Any) -> DepthwiseProblem:
+    """The checked call of these :class:`Arguments`."""
+    a = Arguments(*given, **named)
     problem = _shapes(
-        x.shape,
-        weight.shape,
-        *pairs(OP, stride, padding, dilation),
-        dtype or x.dtype,
-        act,
-        bias is not None,
-        bn is not None,
-        bool(squeeze),
-    )
-    if dtype is None and weight.dtype != x.dtype:
-        raise TypeError(
-            f"{OP}: weight must have x's dtype {x.dtype}, got {weight.dtype}; "
-            f"convert one with .to(), or run under torch.autocast"
-        )
-    check_device(OP, "weight", weight, x)
-    if bias is not None:
-        check_vector(OP, "bias", bias, problem.C, x)
-    if bn is not None:
-        check_bn(OP, "bn", bn, problem.C, x)
+        a.x.shape, a.weight.shape, pairs(OP, a.stride, a.padding, a.dilation),
+        a.autocast or a.x.dtype, a.act, a.bias is not None, a.bn is not None, bool(a.squeeze),
+    )  # fmt: skip
+    check_parameters(OP, a, problem)
     return problem
 
 
@@ -76,28 +72,25 @@ def problem_of(
 def _shapes(
     x: torch.Size,
     weight: torch.Size,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
+    geometry: tuple[tuple[int, int], ...],
     dtype: torch.dtype,
     act: str,
     has_bias: bool,
     has_bn: bool,
     squeeze: bool,
 ) -> DepthwiseProblem:
-    if len(x) != 4:
-        way_out = "; add the batch dimension with x.unsqueeze(0)" if len(x) == 3 else ""
-        raise ValueError(f"{OP}: x must have shape [N, C, H, W], got {list(x)}{way_out}")
+    check_options(OP, x, dtype, act, geometry)
     N, C, H, W = x
     if len(weight) != 4 or tuple(weight[:2]) != (C, 1) or 0 in weight:
         raise ValueError(
             f"{OP}: weight must have shape [C, 1, R, S] with C = {C} to match x {list(x)}, got "
             f"{list(weight)}; conv_bn_act has groups= for other convolutions"
         )
-    check_options(OP, dtype, act, (stride, padding, dilation), TypeError)
+    _, _, R, S = weight
+    stride, padding, dilation = geometry
     problem = DepthwiseProblem(
-        N, C, H, W, C, *weight[2:], stride, padding, dilation, C, dtype, act, has_bias, has_bn,
+        N, C, H, W, C, R, S, stride, padding, dilation, C, dtype, act, has_bias, has_bn,
         squeeze=squeeze,
     )  # fmt: skip
-    check_fits(OP, problem, ValueError)
+    check_fits(OP, problem)
     return problem

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cvkernels.ops.common.activation import activate
+from cvkernels.ops.common.convolution import Pair
 from cvkernels.ops.common.norm import BatchNormParams, normalize
 
 
@@ -15,10 +16,9 @@ def depthwise_conv_bn_act_reference(
     weight: Tensor,
     bias: Tensor | None = None,
     bn: BatchNormParams | None = None,
-    *,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
     act: str = "none",
     squeeze: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
