@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
+from cvkernels import extension
 from cvkernels.ops.common import layout
-from cvkernels.ops.common.dispatch import Call, Implementation, Table, reference
-from cvkernels.ops.squeeze_excite import native, tiles
+from cvkernels.ops.common.arguments import check_out, check_residual
+from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, reference
+from cvkernels.ops.squeeze_excite import tiles
+
+# The two weights, each before its bias.
+Layers = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_MAP = 2**31 - 2**13
@@ -21,10 +26,22 @@ OUT_ACTS = ("none", "relu", "silu")
 
 
 class Problem(NamedTuple):
-    """What a backend is chosen by: the op, and the width of the hidden layer, 0 without one."""
+    """What a call of one of the ops has beside its first argument; the tensors are examples."""
 
     op: str
-    R: int = 0
+    layers: Any = ()  # Layers, where the op has some
+    act: str = "relu"  # between the layers
+    gate: Tensor | None = None
+    residual: Tensor | None = None
+    out_act: str = "none"  # behind the residual
+    out: Tensor | None = None
+    sigmoid: bool = False
+    pixels: int | None = None  # whose sums are given for their mean
+
+    @property
+    def R(self) -> int:
+        """Width of the hidden layer; 0 without one."""
+        return self.layers[0].shape[0] if self.layers else 0
 
 
 def table_of(
@@ -60,25 +77,44 @@ def _why_not_triton(problem: Problem, call: Call) -> str:
 def _why_not_native(problem: Problem, call: Call) -> str:
     if call.grad:
         return f"a gradient is needed, and the native {problem.op} has none"
-    reason = native.why_not(call.x.dtype, call.device)
-    if not reason and call.automatic and torch.compiler.is_compiling():
+    if call.device != "cpu":
+        return f"the native implementation needs CPU tensors, got {call.device}"
+    if call.x.dtype not in DTYPES[:3]:
+        return (
+            f"the native implementation computes in float32, float16 and bfloat16, got "
+            f"{call.x.dtype}"
+        )
+    if not extension.has("cpu"):
+        return extension.status()["cpu"].reason
+    if call.automatic and torch.compiler.is_compiling():
         return "torch.compile generates the op on CPU"
-    return reason
+    return ""
 
 
-def copies(x: Tensor, residual: Tensor | None, out: Tensor | None) -> int:
+def copies(problem: Problem, x: Tensor) -> int:
     """How many maps are copied around the kernels, each of x's size."""
-    nhwc = layout.is_nhwc(x)
+    nhwc, residual, out = layout.is_nhwc(x), problem.residual, problem.out
     around = sum(t is not None and not layout.fits(t, nhwc) for t in (x, residual))
     return around + (out is not None and bool(around or not layout.fits(out, nhwc)))
 
 
-def check_differentiable(op: str, out: Tensor | None, grad: bool) -> None:
-    if out is not None and (grad or (torch.is_grad_enabled() and out.requires_grad)):
+def checked_call(
+    problem: Problem, x: Tensor, tensors: tuple, table: Table, backend: str, once: bool
+) -> Call:
+    """The call on x of ``tensors`` beside x and residual; checks residual and out."""
+    op, residual, out = problem.op, problem.residual, problem.out
+    if residual is not None:
+        check_residual(op, residual, x)
+    call = call_of(x, (x, residual, *tensors), table, backend, once)
+    if out is None:
+        return call
+    check_out(op, out, x, x.shape, "x's shape,")
+    if call.grad or (torch.is_grad_enabled() and out.requires_grad):
         raise ValueError(
             f"{op}: out= is not differentiable, and an argument requires a gradient; "
             f"call it under torch.no_grad(), or leave out= away"
         )
+    return call
 
 
 def check_map(op: str, x: Tensor) -> None:
@@ -116,16 +152,10 @@ def check_gate(op: str, gate: Tensor, x: Tensor) -> None:
 
 
 def check_layers(
-    op: str,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    C: int,
-    like: Tensor,
-    dtypes: tuple[torch.dtype, ...],
+    op: str, layers: Layers, C: int, like: Tensor, dtypes: tuple[torch.dtype, ...]
 ) -> None:
     """The two layers from C channels to R and back, on like's device, all in one of ``dtypes``."""
+    weight1, bias1, weight2, bias2 = layers
     R, dtype, device = weight1.shape[0], weight1.dtype, like.device
     if (
         R > 0
