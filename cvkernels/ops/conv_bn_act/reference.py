@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvkernels.ops.common.activation import activate
+from cvkernels.ops.common.activation import activate, activation_backward
 from cvkernels.ops.common.convolution import Pair
 from cvkernels.ops.common.norm import BatchNormParams, normalize, scale_shift
 from cvkernels.ops.conv_bn_act.problem import Arguments
@@ -66,15 +66,9 @@ def prologue(
 
 
 def prologue_backward(
-    du: Tensor,
-    x: Tensor,
-    bn: BatchNormParams | None,
-    gate: Tensor | None,
-    before_gate: Tensor,
-    scale: Any,
-    positive: Any,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    du: Tensor, x: Tensor, bn: BatchNormParams | None, gate: Tensor | None,
+    before_gate: Tensor, scale: Any, positive: Any, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dx, d weight and d bias of input_bn, d gate)."""
     d_gate = d_weight = d_bias = None
     if gate is not None:
@@ -92,20 +86,6 @@ def prologue_backward(
     if bn.bias is not None:
         d_bias = d_shift.to(bn.bias.dtype)
     return (dv * scale.view(-1, 1, 1)).to(x.dtype), d_weight, d_bias, d_gate
-
-
-def activation_backward(
-    grad: Tensor, act: str, out: Tensor | None, pre_activation: Tensor | None
-) -> Tensor:
-    if act == "relu":
-        return torch.ops.aten.threshold_backward(grad, out, 0)
-    if act == "relu6":
-        return torch.ops.aten.hardtanh_backward(grad, out, 0.0, 6.0)
-    if act == "silu":
-        assert pre_activation is not None
-        sigmoid = torch.sigmoid(pre_activation)
-        return grad * (sigmoid * (1 + pre_activation * (1 - sigmoid)))
-    return grad
 
 
 def conv_bn_act_backward(

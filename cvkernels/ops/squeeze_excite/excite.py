@@ -39,17 +39,10 @@ library.define(
 
 def plan(
     pooled_like: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    act: str = "relu",
-    *,
-    sigmoid: bool = False,
-    count: int | None = None,
-    backend: Backend = "auto",
-    once: bool = False,
-) -> Plan:
+    weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
+    act: str = "relu", *, sigmoid: bool = False, count: int | None = None,
+    backend: Backend = "auto", once: bool = False,
+) -> Plan:  # fmt: skip
     """A call of :func:`excite`, as ``plan(pooled)``; ``pooled_like`` is an example."""
     layers = (weight1, bias1, weight2, bias2)
     problem = Problem(OP, layers, act, sigmoid=sigmoid, pixels=count)

@@ -49,18 +49,10 @@ library.define(
 
 def plan(
     x_like: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    act: str = "relu",
-    residual: Tensor | None = None,
-    out_act: str = "none",
-    *,
-    out: Tensor | None = None,
-    backend: Backend = "auto",
-    once: bool = False,
-) -> Plan:
+    weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
+    act: str = "relu", residual: Tensor | None = None, out_act: str = "none", *,
+    out: Tensor | None = None, backend: Backend = "auto", once: bool = False,
+) -> Plan:  # fmt: skip
     """A call of :func:`squeeze_excite`, as ``plan(x, residual=None, out=None)``.
 
     ``x_like``, ``residual`` and ``out`` are examples.

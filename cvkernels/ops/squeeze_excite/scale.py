@@ -40,15 +40,9 @@ library.define("se_scale_shifted(Tensor x, Tensor gate, Tensor shift, str backen
 
 
 def plan(
-    x_like: Tensor,
-    gate_like: Tensor,
-    residual: Tensor | None = None,
-    act: str = "none",
-    *,
-    out: Tensor | None = None,
-    backend: Backend = "auto",
-    once: bool = False,
-) -> Plan:
+    x_like: Tensor, gate_like: Tensor, residual: Tensor | None = None, act: str = "none", *,
+    out: Tensor | None = None, backend: Backend = "auto", once: bool = False,
+) -> Plan:  # fmt: skip
     """A call of :func:`se_scale`, as ``plan(x, gate, residual=None, out=None)``.
 
     The tensors are examples.

@@ -117,13 +117,7 @@ def plan_se_scale(
     made = new_like(x) if out is None else out
     launch, shape, strides = se_scale_launch(x, residual, act, made), made.shape, made.stride()
 
-    def run(
-        x: Tensor,
-        gate: Tensor,
-        residual: Tensor | None,
-        out: Tensor | None = None,
-        shift: Tensor | None = None,
-    ) -> Tensor:
+    def run(x, gate, residual, out=None, shift=None):
         out = x.new_empty_strided(shape, strides) if out is None else out
         launch(read(x), gate.contiguous(), shift, read_residual(residual), out)
         return out
@@ -133,15 +127,9 @@ def plan_se_scale(
 
 @_kept
 def plan_squeeze_excite(
-    x: Tensor,
-    R: int,
-    act: str,
-    residual: Tensor | None,
-    out_act: str,
-    out: Tensor | None,
-    keep_mean: bool,
-    whole_images: bool,
-) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
+    x: Tensor, R: int, act: str, residual: Tensor | None, out_act: str, out: Tensor | None,
+    keep_mean: bool, whole_images: bool,
+) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:  # fmt: skip
     """(x, layers, residual, out=None) -> (out, the means where they are kept, the logits), the last
     two in float32. One launch or three, as :func:`tiles.one_launch` says.
     """
@@ -157,9 +145,7 @@ def plan_squeeze_excite(
         sums, hidden = squeeze_launch(x, 1), excite_launch(size, R, act, False, H * W)
         scale = plan_se_scale(x, residual, out_act, out)
 
-    def run(
-        x: Tensor, layers: tuple, residual: Tensor | None, out: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    def run(x, layers, residual, out=None):
         x, layers = read(x), matrices(*layers)
         gate = x.new_empty((N, C), dtype=torch.float32)
         mean = torch.empty_like(gate) if keep_mean else None
@@ -177,12 +163,7 @@ def plan_squeeze_excite(
 
 @_kept
 def plan_se_scale_backward(
-    grad: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    out: Tensor | None,
-    act: str,
-    input_grad: bool,
+    grad: Tensor, x: Tensor, residual: Tensor | None, out: Tensor | None, act: str, input_grad: bool
 ) -> Callable[[tuple, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """((grad, x, residual, out), gate) -> (d x where it is wanted, d gate, d residual unless it is
     grad); what is not made is empty."""
