@@ -120,13 +120,9 @@ def traced(table: Table, backend: str, x: Tensor) -> str:
 
 
 def kept_plan(
-    cache: DerivedWeights | None,
-    backend: str,
-    data: tuple,
-    parameters: tuple,
-    options: tuple,
+    cache: DerivedWeights | None, backend: str, data: tuple, parameters: tuple, options: tuple,
     make: Callable[[], Plan],
-) -> Plan | None:
+) -> Plan | None:  # fmt: skip
     """The cache's plan of a call of this kind, made where there is none or its weights changed.
 
     ``options`` are the geometry and what else is planned by.
@@ -185,13 +181,10 @@ def fused(
 
 
 def register(
-    library: torch.library.Library,
-    op: str,
-    names: Sequence[str],
-    function: Callable[..., Any],
+    library: torch.library.Library, op: str, names: Sequence[str], function: Callable[..., Any],
     fake: Callable[..., Any],
     gradients: Callable[[Sequence[Tensor], dict[str, Any]], dict[str, Tensor | None]],
-) -> None:
+) -> None:  # fmt: skip
     """The op of the arguments ``names``; ``gradients`` are from these, and for a ReLU "out"."""
 
     def setup_context(ctx, inputs, output):

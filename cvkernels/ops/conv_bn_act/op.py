@@ -13,6 +13,7 @@ from torch import Tensor
 from cvkernels import backend as backends
 from cvkernels.backend import Backend, BackendError
 from cvkernels.ops.common import convolution
+from cvkernels.ops.common.arguments import check_not_differentiable
 from cvkernels.ops.common.autograd import autocast_dtype, to_dtype
 from cvkernels.ops.common.convolution import lacks_triton, new_output, norm_of
 from cvkernels.ops.common.derived_weights import DerivedWeights
@@ -50,17 +51,11 @@ Run = Callable[..., Tensor]
 
 
 def plan(
-    x_like: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    bn: BatchNormParams | None = None,
-    *,
-    cache: DerivedWeights | None = None,
-    backend: Backend = "auto",
-    once: bool = False,
-    implementation: Implementation | None = None,
-    **options: Any,
-) -> Plan:
+    x_like: Tensor, weight: Tensor, bias: Tensor | None = None,
+    bn: BatchNormParams | None = None, *,
+    cache: DerivedWeights | None = None, backend: Backend = "auto", once: bool = False,
+    implementation: Implementation | None = None, **options: Any,
+) -> Plan:  # fmt: skip
     """A call of :func:`conv_bn_act`, as ``plan(x, residual=None, input_gate=None, out=None)``.
 
     ``x_like``, and of the options ``residual``, ``input_gate`` and ``out``, are examples; ``once``
@@ -78,23 +73,13 @@ def plan(
 
 @planned_by(plan)
 def conv_bn_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    bn: BatchNormParams | None = None,
-    *,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
-    groups: int = 1,
-    act: str = "relu",
-    residual: Tensor | None = None,
-    input_bn: BatchNormParams | None = None,
-    input_gate: Tensor | None = None,
-    out: Tensor | None = None,
-    cache: DerivedWeights | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, bn: BatchNormParams | None = None, *,
+    stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1, groups: int = 1, act: str = "relu",
+    residual: Tensor | None = None, input_bn: BatchNormParams | None = None,
+    input_gate: Tensor | None = None, out: Tensor | None = None,
+    cache: DerivedWeights | None = None, backend: Backend = "auto",
+) -> Tensor:  # fmt: skip
     """Convolution, inference batch norm, residual and activation as one pass over the output.
 
     ``out = act(bn(conv2d(u, weight) + bias) + residual)`` with
@@ -175,11 +160,7 @@ def _checked(arguments: Arguments, backend: Backend, once: bool) -> tuple[Proble
     problem = problem_of(*arguments)
     tensors = (x, *arguments.parameters, arguments.residual, arguments.input_gate)
     call = call_of(x, tensors, TABLE, backend, once, autocast)
-    if call.grad and arguments.out is not None:
-        raise ValueError(
-            "conv_bn_act: out= is not differentiable, and an argument requires a gradient; "
-            "call it under torch.no_grad(), or leave out= away"
-        )
+    check_not_differentiable(OP, call.grad and arguments.out is not None)
     return problem, call
 
 
@@ -243,8 +224,7 @@ def _plan_reference(
     return run
 
 
-def _fused(plan: Callable[..., Run]) -> Callable[..., Run]:
-    return convolution.fused(plan, new_output)
+_fused = functools.partial(convolution.fused, allocate=new_output)
 
 
 def _native_by(name: str, tile: int) -> Implementation:
@@ -277,12 +257,9 @@ IMPLEMENTATIONS = TABLE.names
 
 
 def _plan(
-    problem: Problem,
-    call: Call,
-    arguments: Arguments,
-    cache: DerivedWeights | None = None,
+    problem: Problem, call: Call, arguments: Arguments, cache: DerivedWeights | None = None,
     implementation: Implementation | None = None,
-) -> Plan:
+) -> Plan:  # fmt: skip
     """The plan of a checked call."""
     like = arguments.like
 
@@ -350,13 +327,9 @@ def supports_prologue_and_slices(x: Tensor, groups: int = 1) -> bool:
 
 
 def _traffic(
-    problem: Problem,
-    name: str,
-    x: Tensor,
-    residual: Tensor | None,
-    input_gate: Tensor | None,
+    problem: Problem, name: str, x: Tensor, residual: Tensor | None, input_gate: Tensor | None,
     out: Tensor | None,
-) -> Traffic:
+) -> Traffic:  # fmt: skip
     """The one kernel's, and each pass around it, which reads and writes as many bytes."""
     passes: list[int] = []
     if name.startswith("native"):

@@ -166,14 +166,9 @@ def problem_of(*given: Any, **named: Any) -> Problem:
 
 @functools.lru_cache(maxsize=4096)
 def _shapes(
-    x: torch.Size,
-    weight: torch.Size,
-    geometry: tuple[tuple[int, int], ...],
-    groups: int,
-    dtype: torch.dtype,
-    act: str,
-    *flags: bool,
-) -> Problem:
+    x: torch.Size, weight: torch.Size, geometry: tuple[tuple[int, int], ...], groups: int,
+    dtype: torch.dtype, act: str, *flags: bool,
+) -> Problem:  # fmt: skip
     check_options(OP, x, dtype, act, geometry)
     if len(weight) != 4 or 0 in weight:
         raise ValueError(

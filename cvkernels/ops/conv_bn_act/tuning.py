@@ -56,9 +56,7 @@ class Config:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
-        for name in ("block_m", "block_n", "block_k"):
-            value = getattr(self, name)
-            if value < 16 or value > 512 or value & (value - 1):
+            if name.startswith("block") and (value < 16 or value > 512 or value & (value - 1)):
                 raise ValueError(f"{name} must be a power of two from 16 to 512, got {value}")
         if self.num_warps not in (1, 2, 4, 8, 16):
             raise ValueError(f"num_warps must be 1, 2, 4, 8 or 16, got {self.num_warps}")

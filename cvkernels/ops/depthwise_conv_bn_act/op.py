@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels import extension
 from cvkernels.backend import Backend
 from cvkernels.ops.common import convolution
 from cvkernels.ops.common.autograd import autocast_dtype
@@ -17,20 +17,14 @@ from cvkernels.ops.common.convolution import TRITON_DTYPES, norm_of
 from cvkernels.ops.common.derived_weights import DerivedWeights
 from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, reference
 from cvkernels.ops.common.layout import in_format
-from cvkernels.ops.common.norm import BatchNormParams
+from cvkernels.ops.common.norm import BatchNormParams, accumulator
 from cvkernels.ops.common.plan import Plan, plan_of, planned_by
 from cvkernels.ops.common.traffic import Traffic
 from cvkernels.ops.conv_bn_act.problem import Arguments as GroupedArguments
 from cvkernels.ops.conv_bn_act.problem import Parameters
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_backward
 from cvkernels.ops.depthwise_conv_bn_act import native
-from cvkernels.ops.depthwise_conv_bn_act.problem import (
-    OP,
-    Arguments,
-    DepthwiseProblem,
-    problem_of,
-    sums_dtype,
-)
+from cvkernels.ops.depthwise_conv_bn_act.problem import OP, Arguments, DepthwiseProblem, problem_of
 from cvkernels.ops.depthwise_conv_bn_act.reference import depthwise_conv_bn_act_reference
 from cvkernels.ops.depthwise_conv_bn_act.tiling import tiling
 
@@ -51,16 +45,11 @@ Run = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 def plan(
-    x_like: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    bn: BatchNormParams | None = None,
-    *,
-    cache: DerivedWeights | None = None,
-    backend: Backend = "auto",
-    once: bool = False,
+    x_like: Tensor, weight: Tensor, bias: Tensor | None = None,
+    bn: BatchNormParams | None = None, *,
+    cache: DerivedWeights | None = None, backend: Backend = "auto", once: bool = False,
     **options: Any,
-) -> Plan:
+) -> Plan:  # fmt: skip
     """A call of :func:`depthwise_conv_bn_act`, as ``plan(x)``, which gives (out, sums or None).
 
     ``x_like`` is an example; ``once`` says that the plan is called once. The native op's plan for
@@ -73,19 +62,11 @@ def plan(
 
 @planned_by(plan)
 def depthwise_conv_bn_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    bn: BatchNormParams | None = None,
-    *,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
-    act: str = "none",
-    squeeze: bool = False,
-    cache: DerivedWeights | None = None,
-    backend: Backend = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, bn: BatchNormParams | None = None, *,
+    stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1, act: str = "none", squeeze: bool = False,
+    cache: DerivedWeights | None = None, backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Depthwise convolution, inference batch norm and activation in one pass, and its squeeze.
 
     ``out = act(bn(conv2d(x, weight, groups=C) + bias))``, and on request
@@ -205,31 +186,23 @@ def new_outputs(problem: DepthwiseProblem, device: torch.device) -> tuple[Tensor
     out = convolution.new_output(problem, device)
     if not problem.squeeze:
         return out, None
-    return out, torch.empty(out.shape[:2], dtype=problem.sums_dtype, device=device)
+    return out, torch.empty(out.shape[:2], dtype=accumulator(problem.dtype), device=device)
 
 
+_fused = functools.partial(convolution.fused, allocate=new_outputs)
 TABLE = Table(
     OP,
-    Implementation(
-        "triton", _why_not_triton, convolution.fused(_plan_triton, new_outputs), "fused on cuda",
-        "cuda",
-    ),
-    Implementation(
-        "native", _why_not_native, convolution.fused(native.plan, new_outputs), "fused on cpu",
-        "cpu",
-    ),
+    Implementation("triton", _why_not_triton, _fused(_plan_triton), "fused on cuda", "cuda"),
+    Implementation("native", _why_not_native, _fused(native.plan), "fused on cpu", "cpu"),
     _absent("cudnn"),
     _absent("onednn"),
     reference(_plan_reference),
-)  # fmt: skip
+)
 IMPLEMENTATIONS = TABLE.names
 
 
 def _plan(
-    problem: DepthwiseProblem,
-    call: Call,
-    arguments: Arguments,
-    cache: DerivedWeights | None = None,
+    problem: DepthwiseProblem, call: Call, arguments: Arguments, cache: DerivedWeights | None = None
 ) -> Plan:
     """The plan of a checked call."""
 
@@ -266,12 +239,7 @@ def runs_fused(x: Tensor, kernel_size: tuple[int, int], stride: tuple, dilation:
     dtype = autocast_dtype(x) or x.dtype
     device = backends.device_type(x)
     if device == "cpu" and requested != "triton":
-        return (
-            dtype in native.DTYPES
-            and stride in ((1, 1), (2, 2))
-            and dilation == (1, 1)
-            and extension.has("cpu")
-        )
+        return not native.lacks(dtype, kernel_size, stride, dilation)
     return dtype in TRITON_DTYPES and not backends.lacks_triton(device)
 
 
@@ -313,7 +281,7 @@ def _compute(flat: tuple, squeeze: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def _fake_squeeze(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    sums = torch.empty(x.shape[:2], dtype=sums_dtype(x.dtype), device=x.device)
+    sums = torch.empty(x.shape[:2], dtype=accumulator(x.dtype), device=x.device)
     return convolution.fake_output(x, *others), sums
 
 

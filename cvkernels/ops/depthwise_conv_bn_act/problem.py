@@ -16,15 +16,10 @@ from cvkernels.ops.common.convolution import (
     check_parameters,
     pairs,
 )
-from cvkernels.ops.common.norm import BatchNormParams
+from cvkernels.ops.common.norm import BatchNormParams, accumulator
 from cvkernels.ops.conv_bn_act.problem import Problem
 
 OP = "depthwise_conv_bn_act"
-
-
-def sums_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the sums of a map of ``dtype`` are in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -34,12 +29,9 @@ class DepthwiseProblem(Problem):
     squeeze: bool = False
 
     @property
-    def sums_dtype(self) -> torch.dtype:
-        return sums_dtype(self.dtype)
-
-    @property
     def bytes_written(self) -> int:
-        return super().bytes_written + self.N * self.C * self.squeeze * self.sums_dtype.itemsize
+        sums = self.N * self.C * accumulator(self.dtype).itemsize
+        return super().bytes_written + self.squeeze * sums
 
 
 class Arguments(NamedTuple):
@@ -70,15 +62,9 @@ def problem_of(*given: Any, **named: Any) -> DepthwiseProblem:
 
 @functools.lru_cache(maxsize=4096)
 def _shapes(
-    x: torch.Size,
-    weight: torch.Size,
-    geometry: tuple[tuple[int, int], ...],
-    dtype: torch.dtype,
-    act: str,
-    has_bias: bool,
-    has_bn: bool,
-    squeeze: bool,
-) -> DepthwiseProblem:
+    x: torch.Size, weight: torch.Size, geometry: tuple[tuple[int, int], ...],
+    dtype: torch.dtype, act: str, has_bias: bool, has_bn: bool, squeeze: bool,
+) -> DepthwiseProblem:  # fmt: skip
     check_options(OP, x, dtype, act, geometry)
     N, C, H, W = x
     if len(weight) != 4 or tuple(weight[:2]) != (C, 1) or 0 in weight:

@@ -11,6 +11,7 @@ from cvkernels import backend as backends
 from cvkernels.backend import Backend
 from cvkernels.ops.common.arguments import check_act
 from cvkernels.ops.common.dispatch import Call, call_of
+from cvkernels.ops.common.norm import accumulator
 from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
 from cvkernels.ops.common.registration import register
 from cvkernels.ops.common.traffic import Traffic, nbytes
@@ -25,7 +26,7 @@ from cvkernels.ops.squeeze_excite.problem import (
     parameter_dtypes,
     table_of,
 )
-from cvkernels.ops.squeeze_excite.reference import accumulator, excite_backward, excite_reference
+from cvkernels.ops.squeeze_excite.reference import excite_backward, excite_reference
 
 OP = "excite"
 _plans = PlanTable()
@@ -54,17 +55,10 @@ def plan(
 
 @planned_by(plan)
 def excite(
-    pooled: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    act: str = "relu",
-    *,
-    sigmoid: bool = False,
-    count: int | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
+    pooled: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor,
+    bias2: Tensor | None, act: str = "relu", *,
+    sigmoid: bool = False, count: int | None = None, backend: Backend = "auto",
+) -> Tensor:  # fmt: skip
     """The gate's logits: ``out = act(mean @ weight1.T + bias1) @ weight2.T + bias2``.
 
     ``mean`` is ``pooled``, or ``pooled / count`` where ``count`` is given.

@@ -22,23 +22,18 @@ ACTS = {"none": 0, "relu": 1, "silu": 3}  # as csrc/common/act.h counts them
 _LAYERS = "Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, int act"
 
 library = torch.library.Library("cvkernels", "FRAGMENT")
-library.define("squeeze_native(Tensor x) -> Tensor")
-library.define("squeeze_native_out(Tensor x, Tensor(a!) out) -> ()")
-library.define(f"excite_native(Tensor pooled, {_LAYERS}, bool sigmoid, int count) -> Tensor")
-library.define(
-    "se_scale_native_out(Tensor x, Tensor gate, Tensor? residual, int act, Tensor(a!) out) -> ()"
-)
-library.define(
+for schema in (
+    "squeeze_native(Tensor x) -> Tensor",
+    "squeeze_native_out(Tensor x, Tensor(a!) out) -> ()",
+    f"excite_native(Tensor pooled, {_LAYERS}, bool sigmoid, int count) -> Tensor",
+    "se_scale_native_out(Tensor x, Tensor gate, Tensor? residual, int act, Tensor(a!) out) -> ()",
     f"squeeze_excite_native_out(Tensor x, {_LAYERS}, Tensor? residual, int out_act, "
-    f"Tensor(a!) out) -> ()"
-)
-library.define(
+    "Tensor(a!) out) -> ()",
     "se_scale_native_sums(Tensor grad, Tensor x, Tensor? out, Tensor(a!)? masked, "
-    "Tensor(b!) sums) -> ()"
-)
-library.define(
-    "se_scale_native_shifted(Tensor x, Tensor scale, Tensor shift, Tensor(a!) out) -> ()"
-)
+    "Tensor(b!) sums) -> ()",
+    "se_scale_native_shifted(Tensor x, Tensor scale, Tensor shift, Tensor(a!) out) -> ()",
+):
+    library.define(schema)
 extension.load()
 
 squeeze_of = torch.ops.cvkernels.squeeze_native.default

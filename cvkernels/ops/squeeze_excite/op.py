@@ -12,6 +12,7 @@ from cvkernels.backend import Backend
 from cvkernels.ops.common.arguments import check_act, check_elementwise_overlap
 from cvkernels.ops.common.dispatch import Call, choose
 from cvkernels.ops.common.layout import format_of, in_format, is_nhwc, new_like
+from cvkernels.ops.common.norm import accumulator
 from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
 from cvkernels.ops.common.registration import register
 from cvkernels.ops.common.traffic import Traffic, nbytes
@@ -29,7 +30,6 @@ from cvkernels.ops.squeeze_excite.problem import (
     table_of,
 )
 from cvkernels.ops.squeeze_excite.reference import (
-    accumulator,
     excite_reference,
     se_scale_reference,
     squeeze_excite_backward,
@@ -67,18 +67,10 @@ def plan(
 
 @planned_by(plan)
 def squeeze_excite(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    act: str = "relu",
-    residual: Tensor | None = None,
-    out_act: str = "none",
-    *,
-    out: Tensor | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
+    act: str = "relu", residual: Tensor | None = None, out_act: str = "none", *,
+    out: Tensor | None = None, backend: Backend = "auto",
+) -> Tensor:  # fmt: skip
     """The whole block: ``out = out_act(x * sigmoid(logits)[:, :, None, None] + residual)``.
 
     ``logits = excite(squeeze(x), weight1, bias1, weight2, bias2, act)``. On CUDA three launches,

@@ -11,7 +11,7 @@ from torch import Tensor
 from cvkernels import backend as backends
 from cvkernels import extension
 from cvkernels.ops.common import layout
-from cvkernels.ops.common.arguments import check_out, check_residual
+from cvkernels.ops.common.arguments import check_not_differentiable, check_out, check_residual
 from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, reference
 from cvkernels.ops.squeeze_excite import tiles
 
@@ -44,12 +44,10 @@ class Problem(NamedTuple):
         return self.layers[0].shape[0] if self.layers else 0
 
 
-def table_of(
-    op: str,
-    triton: Callable[..., Callable],
-    compiled: Callable[..., Callable],
-    stock: Callable[..., Callable],
-) -> Table:
+Planner = Callable[[Problem, Call], Callable[..., Any]]
+
+
+def table_of(op: str, triton: Planner, compiled: Planner, stock: Planner) -> Table:
     """The table of one of the ops, by what plans each implementation."""
     return Table(
         op,
@@ -77,13 +75,11 @@ def _why_not_triton(problem: Problem, call: Call) -> str:
 def _why_not_native(problem: Problem, call: Call) -> str:
     if call.grad:
         return f"a gradient is needed, and the native {problem.op} has none"
+    dtype = call.x.dtype
     if call.device != "cpu":
         return f"the native implementation needs CPU tensors, got {call.device}"
-    if call.x.dtype not in DTYPES[:3]:
-        return (
-            f"the native implementation computes in float32, float16 and bfloat16, got "
-            f"{call.x.dtype}"
-        )
+    if dtype not in DTYPES[:3]:
+        return f"the native implementation computes in float32, float16 and bfloat16, got {dtype}"
     if not extension.has("cpu"):
         return extension.status()["cpu"].reason
     if call.automatic and torch.compiler.is_compiling():
@@ -109,11 +105,7 @@ def checked_call(
     if out is None:
         return call
     check_out(op, out, x, x.shape, "x's shape,")
-    if call.grad or (torch.is_grad_enabled() and out.requires_grad):
-        raise ValueError(
-            f"{op}: out= is not differentiable, and an argument requires a gradient; "
-            f"call it under torch.no_grad(), or leave out= away"
-        )
+    check_not_differentiable(op, call.grad or (torch.is_grad_enabled() and out.requires_grad))
     return call
 
 
@@ -156,36 +148,24 @@ def check_layers(
 ) -> None:
     """The two layers from C channels to R and back, on like's device, all in one of ``dtypes``."""
     weight1, bias1, weight2, bias2 = layers
-    R, dtype, device = weight1.shape[0], weight1.dtype, like.device
-    if (
-        R > 0
-        and dtype in dtypes
-        and weight1.shape in ((R, C), (R, C, 1, 1))
-        and weight2.shape in ((C, R), (C, R, 1, 1))
-        and weight1.device == device
-        and (weight2.dtype, weight2.device) == (dtype, device)
-        and (bias1 is None or (bias1.shape, bias1.dtype, bias1.device) == ((R,), dtype, device))
-        and (bias2 is None or (bias2.shape, bias2.dtype, bias2.device) == ((C,), dtype, device))
-    ):
-        return
+    R = weight1.shape[0]
     for name, weight in (("weight1", weight1), ("weight2", weight2)):
         if weight.dim() not in (2, 4) or weight.shape[2:].numel() != 1:
             raise ValueError(
                 f"{op}: {name} must be a matrix or the weight of a 1x1 convolution, "
                 f"got shape {list(weight.shape)}"
             )
-    for name, tensor, shape in (
-        ("weight1", weight1, (R, C)),
-        ("bias1", bias1, (R,)),
-        ("weight2", weight2, (C, R)),
-        ("bias2", bias2, (C,)),
+    for name, tensor, shape, letters in (
+        ("weight1", weight1, (R, C), "[R, C]"),
+        ("bias1", bias1, (R,), "[R]"),
+        ("weight2", weight2, (C, R), "[C, R]"),
+        ("bias2", bias2, (C,), "[C]"),
     ):
         if tensor is None:
             continue
         if tuple(tensor.shape[:2]) != shape or R == 0:
-            letters = {"weight1": "[R, C]", "bias1": "[R]", "weight2": "[C, R]", "bias2": "[C]"}
             raise ValueError(
-                f"{op}: {name} must have shape {letters[name]} = {list(shape)} with R > 0 and "
+                f"{op}: {name} must have shape {letters} = {list(shape)} with R > 0 and "
                 f"C = {C}, got {list(tensor.shape)}"
             )
         if tensor.dtype != weight1.dtype:

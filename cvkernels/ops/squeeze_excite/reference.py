@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cvkernels.ops.common.activation import activate, activation_backward
+from cvkernels.ops.common.norm import accumulator
 
 
 def squeeze_reference(x: Tensor) -> Tensor:
@@ -49,10 +50,6 @@ def squeeze_excite_reference(
 ) -> Tensor:  # fmt: skip
     logits = excite_reference(squeeze_reference(x), weight1, bias1, weight2, bias2, act)
     return se_scale_reference(x, logits, residual, out_act)
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def se_scale_backward(

@@ -58,14 +58,9 @@ def plan(
 
 @planned_by(plan)
 def se_scale(
-    x: Tensor,
-    gate: Tensor,
-    residual: Tensor | None = None,
-    act: str = "none",
-    *,
-    out: Tensor | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
+    x: Tensor, gate: Tensor, residual: Tensor | None = None, act: str = "none", *,
+    out: Tensor | None = None, backend: Backend = "auto",
+) -> Tensor:  # fmt: skip
     """Scale each channel by its gate: ``out = act(x * sigmoid(gate) + residual)``, gate per (n, c).
 
     Args:
@@ -120,11 +115,7 @@ def _plan_triton(problem: Problem, call: Call) -> Callable[..., Tensor]:
     fitted = not copies(problem, call.x)
     out = problem.out if fitted else None
     launch = triton.plan_se_scale(call.x, problem.residual, problem.out_act, out)
-
-    def run(x, gate, residual=None, out=None):
-        return launch(x, gate, residual, out)
-
-    return native.writing(run, fitted)
+    return native.writing(launch, fitted)
 
 
 def _plan_reference(problem: Problem, call: Call) -> Callable[..., Tensor]:

@@ -109,7 +109,7 @@ def plan_excite(
 def plan_se_scale(
     x: Tensor, residual: Tensor | None, act: str, out: Tensor | None = None
 ) -> Callable[..., Tensor]:
-    """(x, gate, residual, out=None, shift=None) -> ``act(x * sigmoid(gate) + shift + residual)``;
+    """(x, gate, residual=None, out=None, shift=None) -> the output, to which shift[N, C] is added;
     out is one that x's kernels can write."""
     nhwc = is_nhwc(x)
     x, read = _read(x, nhwc)
@@ -117,7 +117,7 @@ def plan_se_scale(
     made = new_like(x) if out is None else out
     launch, shape, strides = se_scale_launch(x, residual, act, made), made.shape, made.stride()
 
-    def run(x, gate, residual, out=None, shift=None):
+    def run(x, gate, residual=None, out=None, shift=None):
         out = x.new_empty_strided(shape, strides) if out is None else out
         launch(read(x), gate.contiguous(), shift, read_residual(residual), out)
         return out
@@ -191,9 +191,7 @@ def plan_se_scale_backward(
 
 def parts_shape(x: Tensor, elements: int = tiles.SQUEEZE) -> tuple[int, int, int]:
     """Of the partial sums of x: [N, parts, C]."""
-    N, C, H, W = x.shape
-    parts = tiles.reduction(N, C, H * W, 1, elements).parts if is_nhwc(x) else 1
-    return N, parts, C
+    return x.shape[0], tiles.parts_of(x, elements), x.shape[1]
 
 
 def squeeze_launch(x: Tensor, divisor: int) -> Launch:
@@ -223,11 +221,11 @@ def excite_launch(
 ) -> Launch:
     """(parts, weight1, bias1, weight2, bias2, out, mean): both layers on the sums / divisor."""
     N, count, C = parts
-    block_r, block_c, splits = tiles.excite(N, C, R)
+    block_c, splits = tiles.excite(N, C, R)
     c_per_program = cdiv(cdiv(C, splits), block_c) * block_c
     splits = cdiv(C, c_per_program)
     fixed = (C, R, count, float(divisor), splits, c_per_program)
-    meta = {"ACT": act, "SIGMOID": sigmoid, "BLOCK_C": block_c, "BLOCK_R": block_r}
+    meta = {"ACT": act, "SIGMOID": sigmoid, "BLOCK_C": block_c, "BLOCK_R": tiles.block_r(R)}
     return Launch(excite_kernel, (N * splits,), fixed, meta)
 
 
@@ -236,10 +234,10 @@ def image_launch(
 ) -> Launch:
     """(x, weight1, bias1, weight2, bias2, residual, out, gate, mean): a program for each image."""
     N, C, H, W = x.shape
-    tile, block_r = tiles.image(C, H * W, R, tiles.vec_of(x, residual, out))
+    tile = tiles.elementwise(C, H * W, tiles.vec_of(x, residual, out), widest=64)
     fixed = (H * W, C // tile.vec, R, *_packs(tile.vec, x, residual, out))
-    meta = {"ACT": act, "OUT_ACT": out_act, "BLOCK_R": block_r, "num_warps": 8, **_blocks(tile)}
-    return Launch(squeeze_excite_image_nhwc_kernel, (N,), fixed, meta)
+    meta = {"ACT": act, "OUT_ACT": out_act, "BLOCK_R": tiles.block_r(R), "num_warps": 8}
+    return Launch(squeeze_excite_image_nhwc_kernel, (N,), fixed, {**meta, **_blocks(tile)})
 
 
 def se_scale_launch(x: Tensor, residual: Tensor | None, act: str, out: Tensor) -> Launch:
@@ -251,7 +249,7 @@ def se_scale_launch(x: Tensor, residual: Tensor | None, act: str, out: Tensor) -
         meta = {"ACT": act, "BLOCK_ROWS": rows, "BLOCK_P": block_p, **_REGISTERS}
         grid = (cdiv(N * C, rows) * cdiv(HW, block_p),)
         return Launch(se_scale_nchw_kernel, grid, (N * C, HW), meta)
-    tile = tiles.elementwise(N, C, HW, tiles.vec_of(x, residual, out))
+    tile = tiles.elementwise(C, HW, tiles.vec_of(x, residual, out))
     fixed = (HW, C // tile.vec, *_packs(tile.vec, x, residual, out))
     grid = (N * cdiv(HW, tile.block_p) * cdiv(C, tile.block_c),)
     return Launch(se_scale_nhwc_kernel, grid, fixed, {"ACT": act, **_blocks(tile)})
