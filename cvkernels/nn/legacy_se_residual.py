@@ -34,10 +34,8 @@ class _LegacySEResidual(FusedBlock):
 
     def _joined(self, *layers: Layer) -> Branch:
         """``relu(se_module(layers(x)) + downsample(x))``."""
-        steps = (*layers, self.se_module)
-        return Branch(
-            steps, True, self.downsample, act=self.relu, in_place=False, shortcut_first=True
-        )
+        steps, options = (*layers, self.se_module), {"in_place": False, "shortcut_first": True}
+        return Branch(steps, True, self.downsample, act=self.relu, **options)
 
 
 class LegacySEBasicBlock(_LegacySEResidual):

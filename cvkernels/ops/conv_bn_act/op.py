@@ -211,9 +211,7 @@ def _plan_triton(
     return run
 
 
-def _plan_reference(
-    problem: Problem, call: Call, parameters: Parameters, like: tuple, cache: DerivedWeights | None
-) -> Run:
+def _plan_reference(problem: Problem, call: Call, parameters: Parameters, *_: Any) -> Run:
     weight, bias, bn, input_bn = parameters
     options = (problem.stride, problem.padding, problem.dilation, problem.groups, problem.act)
 
@@ -261,10 +259,9 @@ def _plan(
     implementation: Implementation | None = None,
 ) -> Plan:  # fmt: skip
     """The plan of a checked call."""
-    like = arguments.like
 
     def traffic(name: str) -> Traffic:
-        return _traffic(problem, name, call.x, *like)
+        return _traffic(problem, name, arguments)
 
     def registered(name: str) -> Run:
         geometry = (problem.stride, problem.padding, problem.dilation)
@@ -275,7 +272,7 @@ def _plan(
 
         return run
 
-    operands = (arguments.parameters, like, cache)
+    operands = (arguments.parameters, arguments.like, cache)
     planned = plan_of(TABLE, problem, call, operands, traffic, registered, implementation)
     if planned.backend != "onednn" or problem.C > 4:
         return planned
@@ -326,11 +323,9 @@ def supports_prologue_and_slices(x: Tensor, groups: int = 1) -> bool:
     return device != "cpu" and (torch.compiler.is_compiling() or not backends.lacks_triton(device))
 
 
-def _traffic(
-    problem: Problem, name: str, x: Tensor, residual: Tensor | None, input_gate: Tensor | None,
-    out: Tensor | None,
-) -> Traffic:  # fmt: skip
+def _traffic(problem: Problem, name: str, arguments: Arguments) -> Traffic:
     """The one kernel's, and each pass around it, which reads and writes as many bytes."""
+    x, residual, out = arguments.x, arguments.residual, arguments.out
     passes: list[int] = []
     if name.startswith("native"):
         passes = [nbytes(x)] * native.converts(x)

@@ -99,6 +99,7 @@ def depthwise_conv_bn_act(
     Raises:
         ValueError: a shape, device, stride or option does not fit.
         TypeError: a dtype is not listed above, or dtypes differ; bn is not BatchNormParams.
+        RuntimeError: x and weight do not fit; the error is a ValueError or TypeError as well.
         BackendError: the requested backend cannot run this call.
 
     Differentiable in every tensor but the running statistics, any number of times, through both
@@ -162,11 +163,8 @@ def _plan_triton(
     return run
 
 
-def _plan_reference(
-    problem: DepthwiseProblem, call: Call, parameters: Parameters, like: tuple,
-    cache: DerivedWeights | None,
-) -> Run:  # fmt: skip
-    weight, bias, bn, _ = parameters
+def _plan_reference(problem: DepthwiseProblem, call: Call, parameters: Parameters, *_: Any) -> Run:
+    weight, bias, bn = parameters[:3]
     squeeze = problem.squeeze
     options = (problem.stride, problem.padding, problem.dilation, problem.act, squeeze)
 
