@@ -73,10 +73,12 @@ def check_fits(op: str, problem: Any) -> None:
         )
 
 
-def check_parameters(op: str, arguments: Any, problem: Any) -> None:
+def check_parameters(
+    op: str, problem: Any, x: Tensor, weight: Tensor, bias: Tensor | None,
+    bn: BatchNormParams | None, autocast: torch.dtype | None,
+) -> None:  # fmt: skip
     """The dtype and device of weight, and the vectors of bias and norm."""
-    x, weight, bias, bn = arguments[:4]
-    if arguments.autocast is None and weight.dtype != x.dtype:
+    if autocast is None and weight.dtype != x.dtype:
         raise InputTypeError(
             f"{op}: weight must have x's dtype {x.dtype}, got {weight.dtype}; "
             f"convert one with .to(), or run under torch.autocast"

@@ -156,10 +156,9 @@ backends.answers(OP, plan)
 
 
 def _checked(arguments: Arguments, backend: Backend, once: bool) -> tuple[Problem, Call]:
-    x, autocast = arguments.x, arguments.autocast
-    problem = problem_of(*arguments)
+    problem, x = problem_of(*arguments), arguments.x
     tensors = (x, *arguments.parameters, arguments.residual, arguments.input_gate)
-    call = call_of(x, tensors, TABLE, backend, once, autocast)
+    call = call_of(x, tensors, TABLE, backend, once, arguments.autocast)
     check_not_differentiable(OP, call.grad and arguments.out is not None)
     return problem, call
 

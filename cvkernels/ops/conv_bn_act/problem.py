@@ -141,26 +141,27 @@ class Problem:
 
 def problem_of(*given: Any, **named: Any) -> Problem:
     """The checked call of these :class:`Arguments`."""
-    a = Arguments(*given, **named)
-    x, optional = a.x, (a.bias, a.bn, a.residual, a.input_bn, a.input_gate, a.out)
+    (
+        x, weight, bias, bn, stride, padding, dilation, groups, act, residual, input_bn, input_gate,
+        out, autocast,
+    ) = Arguments(*given, **named)  # fmt: skip
     problem = _shapes(
-        x.shape, a.weight.shape, pairs(OP, a.stride, a.padding, a.dilation), a.groups,
-        a.autocast or x.dtype, a.act, *[part is not None for part in optional],
+        x.shape, weight.shape, pairs(OP, stride, padding, dilation), groups, autocast or x.dtype,
+        act, bias is not None, bn is not None, residual is not None, input_bn is not None,
+        input_gate is not None, out is not None,
     )  # fmt: skip
-    check_parameters(OP, a, problem)
-    if a.input_bn is not None:
-        check_bn(OP, "input_bn", a.input_bn, problem.C, x)
-    if a.input_gate is not None:
-        check_tensor(OP, "input_gate", a.input_gate, (problem.N, problem.C), "[N, C]", x)
+    check_parameters(OP, problem, x, weight, bias, bn, autocast)
+    if input_bn is not None:
+        check_bn(OP, "input_bn", input_bn, problem.C, x)
+    if input_gate is not None:
+        check_tensor(OP, "input_gate", input_gate, (problem.N, problem.C), "[N, C]", x)
     shape = (problem.N, problem.K, problem.P, problem.Q)
-    if a.residual is not None:
-        check_tensor(OP, "residual", a.residual, shape, "[N, K, P, Q]", x)
-        if a.autocast is None and a.residual.dtype != x.dtype:
-            raise TypeError(
-                f"conv_bn_act: residual must have x's dtype {x.dtype}, got {a.residual.dtype}"
-            )
-    if a.out is not None:
-        _check_out(a.out, shape, problem.dtype, x)
+    if residual is not None:
+        check_tensor(OP, "residual", residual, shape, "[N, K, P, Q]", x)
+        if autocast is None and residual.dtype != x.dtype:
+            raise TypeError(f"{OP}: residual must have x's dtype {x.dtype}, got {residual.dtype}")
+    if out is not None:
+        _check_out(out, shape, problem.dtype, x)
     return problem
 
 

@@ -51,12 +51,12 @@ class Arguments(NamedTuple):
 
 def problem_of(*given: Any, **named: Any) -> DepthwiseProblem:
     """The checked call of these :class:`Arguments`."""
-    a = Arguments(*given, **named)
+    x, weight, bias, bn, stride, padding, dilation, act, squeeze, dtype = Arguments(*given, **named)
     problem = _shapes(
-        a.x.shape, a.weight.shape, pairs(OP, a.stride, a.padding, a.dilation),
-        a.autocast or a.x.dtype, a.act, a.bias is not None, a.bn is not None, bool(a.squeeze),
+        x.shape, weight.shape, pairs(OP, stride, padding, dilation), dtype or x.dtype, act,
+        bias is not None, bn is not None, bool(squeeze),
     )  # fmt: skip
-    check_parameters(OP, a, problem)
+    check_parameters(OP, problem, x, weight, bias, bn, dtype)
     return problem
 
 
