@@ -14,12 +14,7 @@ from cvkernels.nn.mbconv import FusedMBConv, FusedMBConvConfig, MBConv, MBConvCo
 from cvkernels.nn.residual import BasicBlock, Bottleneck
 from cvkernels.nn.se_residual import SEBasicBlock, SEBottleneck
 from cvkernels.nn.sequential import FusedSequential
-from cvkernels.nn.squeeze_excite import (
-    LegacySEModule,
-    SEModule,
-    SqueezeExcitation,
-    SqueezeExcite,
-)
+from cvkernels.nn.squeeze_excite import LegacySEModule, SEModule, SqueezeExcitation, SqueezeExcite
 from cvkernels.nn.stochastic_depth import DropPath, StochasticDepth
 
 __all__ = [

@@ -26,31 +26,18 @@ class ConvBNAct(nn.Sequential, FusedModule):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int] = 3,
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | None = None,
-        groups: int = 1,
-        norm_layer: Callable[..., nn.Module] | None = nn.BatchNorm2d,
+        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int] = 3,
+        stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] | None = None,
+        groups: int = 1, norm_layer: Callable[..., nn.Module] | None = nn.BatchNorm2d,
         activation_layer: Callable[..., nn.Module] | None = nn.ReLU,
-        dilation: int | tuple[int, int] = 1,
-        inplace: bool | None = True,
+        dilation: int | tuple[int, int] = 1, inplace: bool | None = True,
         bias: bool | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if padding is None:
             padding = _same_padding(kernel_size, dilation)
-        conv = nn.Conv2d(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias=norm_layer is None if bias is None else bias,
-        )
+        bias = norm_layer is None if bias is None else bias
+        geometry = (kernel_size, stride, padding, dilation, groups)
+        conv = nn.Conv2d(in_channels, out_channels, *geometry, bias=bias)
         layers: list[nn.Module] = [conv]
         if norm_layer is not None:
             layers.append(norm_layer(out_channels))

@@ -30,14 +30,10 @@ from cvkernels.nn.fused.watched import why_altered, why_not_called
 from cvkernels.nn.sequential import ConcatBlock, ConcatBuffer, FusedSequential
 from cvkernels.nn.training.batch_norm import Statistics
 from cvkernels.nn.training.dense_block import run_block
-from cvkernels.nn.training.match import (
-    why_not_train,
-    why_not_train_conv,
-    why_not_train_norm_relu,
-)
+from cvkernels.nn.training.match import why_not_train, why_not_train_conv, why_not_train_norm_relu
 from cvkernels.nn.training.norm_relu_pool import norm_relu_avg_pool
-from cvkernels.ops.common.layout import channels_last_view
-from cvkernels.ops.conv_bn_act.op import fuses_prologue
+from cvkernels.ops.common.layout import channels_last_view, new_channels_last
+from cvkernels.ops.conv_bn_act.op import supports_prologue_and_slices
 
 
 class AppendingLayer(FusedModule):
@@ -47,17 +43,14 @@ class AppendingLayer(FusedModule):
     """
 
     def parts(self) -> tuple[nn.Module | None, ...]:
-        modules = self._modules
         names = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
-        return tuple(modules.get(name) for name in names)
+        return tuple(self._modules.get(name) for name in names)
 
     def why_not_append(self) -> str:
         """Why the layer has to be called; empty where :meth:`append` computes the same."""
         norm1, relu1, conv1, norm2, relu2, conv2 = self.parts()
-        if self.training and self.drop_rate > 0:
-            return "dropout is active"
         return (
-            why_altered(self)
+            self._why_more()
             or why_not_norm_relu(norm1, relu1)
             or why_not_layer(conv1, norm2, fused_act(norm2, relu2)[0])
             or why_not_layer(conv2, None, None)
@@ -68,15 +61,17 @@ class AppendingLayer(FusedModule):
     def why_not_train(self, x: Tensor, channels: int) -> str:
         """Why the layer has to be called in training, where ``channels`` are there before it."""
         norm1, relu1, conv1, norm2, relu2, conv2 = self.parts()
-        if self.training and self.drop_rate > 0:
-            return "dropout is active"
         return (
-            why_altered(self)
+            self._why_more()
             or why_not_train_norm_relu(x, channels, norm1, relu1)
             or why_not_train_conv(x, channels, conv1)
             or why_not_train_norm_relu(x, conv1.out_channels, norm2, relu2)
             or why_not_train_conv(x, conv1.out_channels, conv2)
         )
+
+    def _why_more(self) -> str:
+        """Why the parts are not all that the layer computes."""
+        return "dropout is active" if self.training and self.drop_rate > 0 else why_altered(self)
 
     def dropped(self, features: Tensor, x: Tensor) -> Tensor:
         """Dropout, which draws its numbers in memory order: laid out as x, stock's."""
@@ -160,13 +155,9 @@ class DenseLayer(AppendingLayer):
     """
 
     def __init__(
-        self,
-        num_input_features: int,
-        growth_rate: int,
-        bn_size: int,
-        drop_rate: float,
+        self, num_input_features: int, growth_rate: int, bn_size: int, drop_rate: float,
         memory_efficient: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         width = bn_size * growth_rate
         self.norm1 = nn.BatchNorm2d(num_input_features)
@@ -200,13 +191,8 @@ class DenseLayer(AppendingLayer):
         if self.memory_efficient and self.any_requires_grad(inputs):
             bottleneck = self.relu2(self.norm2(self.call_checkpoint_bottleneck(inputs)))
         else:
-            bottleneck = self.fused(
-                torch.cat(inputs, 1),
-                self.conv1,
-                self.norm2,
-                self.relu2,
-                input_bn=(self.norm1, self.relu1),
-            )
+            features, input_bn = torch.cat(inputs, 1), (self.norm1, self.relu1)
+            bottleneck = self.fused(features, self.conv1, self.norm2, self.relu2, input_bn=input_bn)
         return self.dropped(self.fused(bottleneck, self.conv2), inputs[0])
 
     def rename_old_keys(self, state_dict: MutableMapping[str, Tensor], prefix: str = "") -> None:
@@ -237,22 +223,14 @@ class DenseBlock(nn.ModuleDict, ConcatBlock):
     _version = 2
 
     def __init__(
-        self,
-        num_layers: int,
-        num_input_features: int,
-        bn_size: int,
-        growth_rate: int,
-        drop_rate: float,
-        memory_efficient: bool = False,
-    ) -> None:
+        self, num_layers: int, num_input_features: int, bn_size: int, growth_rate: int,
+        drop_rate: float, memory_efficient: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         for index in range(num_layers):
+            channels = num_input_features + index * growth_rate
             self[f"denselayer{index + 1}"] = DenseLayer(
-                num_input_features + index * growth_rate,
-                growth_rate,
-                bn_size,
-                drop_rate,
-                memory_efficient,
+                channels, growth_rate, bn_size, drop_rate, memory_efficient
             )
 
     def forward(self, init_features: Tensor) -> Tensor:
@@ -285,13 +263,17 @@ class DenseBlock(nn.ModuleDict, ConcatBlock):
 
         Hooks on the block itself, such as ``fully_shard``'s, are no reason for its ``forward``.
         """
-        if reason := why_not_train(x):
-            return reason
+        return why_not_train(x) or self._why_not_layers(
+            x, lambda layer, channels: layer.why_not_train(x, channels)
+        )
+
+    def _why_not_layers(self, x: Tensor, why_not: Callable[[AppendingLayer, int], str]) -> str:
+        """The first reason of a layer, from it and the number of channels that it reads."""
         channels = x.shape[1]
         for layer in self.values():
             if not isinstance(layer, AppendingLayer):
                 return f"{type(layer).__name__} is no dense layer of cvkernels"
-            if reason := layer.why_not_train(x, channels):
+            if reason := why_not(layer, channels):
                 return reason
             channels += layer.conv2.out_channels
         return ""
@@ -316,14 +298,9 @@ class DenseBlock(nn.ModuleDict, ConcatBlock):
 
     def _why_not_append(self, x: Tensor) -> str:
         """Why the layers have to be called one by one on x; empty where they share a buffer."""
-        if reason := why_not_in_place(x, self):
-            return reason
-        for layer in self.values():
-            if not isinstance(layer, AppendingLayer):
-                return f"{type(layer).__name__} is no dense layer of cvkernels"
-            if reason := layer.why_not_append():
-                return reason
-        return ""
+        return why_not_in_place(x, self) or self._why_not_layers(
+            x, lambda layer, _: layer.why_not_append()
+        )
 
     def concat_buffer(self, x: Tensor, shape: Sequence[int]) -> ConcatBuffer | None:
         plans = self.plans_of(x, self)
@@ -344,18 +321,13 @@ class DenseBlock(nn.ModuleDict, ConcatBlock):
     def _new_buffer(self, x: Tensor, shape: Sequence[int]) -> Tensor:
         N, channels, H, W = shape
         channels += sum(layer.conv2.out_channels for layer in self.values())
-        return torch.empty(
-            (N, channels, H, W),
-            dtype=x.dtype,
-            device=x.device,
-            memory_format=torch.channels_last,
-        )
+        return new_channels_last(x, (N, channels, H, W))
 
     def _append(
         self, buffer: Tensor, channels: int, lasting: bool
     ) -> Callable[[Tensor], Tensor] | None:
         """Let all layers append to the buffer; what repeats that, where it lasts."""
-        needs_scratch, count = not fuses_prologue(buffer), buffer.numel()
+        needs_scratch, count = not supports_prologue_and_slices(buffer), buffer.numel()
         scratch = buffer.new_empty(count) if needs_scratch else None
         repeats = []
         for layer in self.values():
@@ -398,13 +370,11 @@ class Transition(FusedSequential):
 
     def why_not_train(self, x: Tensor) -> str:
         """Why x is not pooled first in training."""
-        if reason := why_not_train(x) or self._why_not_norm_conv_pool():
-            return reason
-        norm, relu, conv, pool = (
-            self._modules.get(name) for name in ("norm", "relu", "conv", "pool")
-        )
+        norm, relu, conv, pool = self._parts()
         return (
-            why_not_train_norm_relu(x, x.shape[1], norm, relu)
+            why_not_train(x)
+            or self._why_not_norm_conv_pool()
+            or why_not_train_norm_relu(x, x.shape[1], norm, relu)
             or why_not_train_conv(x, x.shape[1], conv)
             or why_altered(pool)
         )
@@ -426,17 +396,18 @@ class Transition(FusedSequential):
         return self.fused(pooled, self.conv, out=out)
 
     def _why_not_pool_first(self, x: Tensor) -> str:
-        if reason := why_not_in_place(x, self) or self._why_not_norm_conv_pool():
-            return reason
-        norm, relu, conv, pool = (
-            self._modules.get(name) for name in ("norm", "relu", "conv", "pool")
-        )
+        norm, relu, conv, pool = self._parts()
         return (
-            why_not_norm_relu(norm, relu)
+            why_not_in_place(x, self)
+            or self._why_not_norm_conv_pool()
+            or why_not_norm_relu(norm, relu)
             or why_not_layer(conv, None, None)
             or why_not_same_map(conv)
             or why_altered(pool)
         )
+
+    def _parts(self) -> tuple[nn.Module | None, ...]:
+        return tuple(self._modules.get(name) for name in ("norm", "relu", "conv", "pool"))
 
     def _why_not_norm_conv_pool(self) -> str:
         names = [name for name in self._modules if name != "relu"]

@@ -30,7 +30,7 @@ from cvkernels.nn.training.concat_and_pool import concatenated
 from cvkernels.nn.training.conv_bn_act import siblings
 from cvkernels.nn.training.match import why_not_train_conv_bn_act
 from cvkernels.ops.common.layout import new_channels_last
-from cvkernels.ops.conv_bn_act.op import IMPLEMENTATIONS, fuses_prologue
+from cvkernels.ops.conv_bn_act.op import IMPLEMENTATIONS, supports_prologue_and_slices
 
 SEQUENCES = (nn.Sequential.forward, FusedSequential.forward)
 
@@ -73,16 +73,9 @@ class Inception(FusedModule):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        ch1x1: int,
-        ch3x3red: int,
-        ch3x3: int,
-        ch5x5red: int,
-        ch5x5: int,
-        pool_proj: int,
-        conv_block: Callable[..., nn.Module] | None = None,
-    ) -> None:
+        self, in_channels: int, ch1x1: int, ch3x3red: int, ch3x3: int, ch5x5red: int,
+        ch5x5: int, pool_proj: int, conv_block: Callable[..., nn.Module] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         conv_block = conv_block or BasicConv2d
         self.branch1 = conv_block(in_channels, ch1x1, kernel_size=1)
@@ -118,14 +111,8 @@ class Inception(FusedModule):
         if reason := why_not_called(x, *branches) or _why_not_pairs(branches[1:]):
             return reason
         blocks = [branches[0], branches[1][0], branches[2][0]]
-        for block in blocks:
-            if type(block).forward is not BasicConv2d.forward:
-                return f"{type(block).__name__} is no convolution block of cvkernels"
-            reason = why_altered(block)
-            reason = reason or why_not_train_conv_bn_act(x, block.conv, block.bn, relu_)
-            if reason := reason or why_not_same_map(block.conv):
-                return reason
-        return _why_not_one_convolution([block.conv for block in blocks])
+        reason = _why_not_blocks(blocks, lambda *parts: why_not_train_conv_bn_act(x, *parts))
+        return reason or _why_not_one_convolution([block.conv for block in blocks])
 
     def forward(self, x: Tensor) -> Tensor:
         plans = self.plans_of(x, self)
@@ -150,19 +137,17 @@ class Inception(FusedModule):
         branches = (self.branch1, self.branch2, self.branch3, self.branch4)
         if reason := why_altered(*branches) or _why_not_pairs(branches[1:]):
             return reason
-        for block in (branches[0], *branches[1], *branches[2], branches[3][1]):
-            if type(block).forward is not BasicConv2d.forward:
-                return f"{type(block).__name__} is no convolution block of cvkernels"
-            reason = why_altered(block) or why_not_layer(block.conv, block.bn, relu_)
-            if reason := reason or why_not_same_map(block.conv):
-                return reason
-        pool = branches[3][0]
-        if reason := why_not_max_pool(x, pool) or why_not_same_map(pool):
-            return reason
-        if reason := _why_not_siblings([branches[0], branches[1][0], branches[2][0]]):
+        one, (reduce3, conv3), (reduce5, conv5), (pool, projection) = branches
+        reason = (
+            _why_not_blocks((one, reduce3, conv3, reduce5, conv5, projection), why_not_layer)
+            or why_not_max_pool(x, pool)
+            or why_not_same_map(pool)
+            or _why_not_siblings([one, reduce3, reduce5])
+        )
+        if reason:
             return reason
         requested = backend.requested("auto", IMPLEMENTATIONS)
-        if x.is_cpu or fuses_prologue(x) or requested == "reference":
+        if x.is_cpu or supports_prologue_and_slices(x) or requested == "reference":
             return ""
         return "no backend here writes channel slices"
 
@@ -195,7 +180,7 @@ class _InPlace:
         self.pool, projection = block.branch4
         self.siblings = (reduce3, reduce5, one)
         self.following = (conv3, conv5, projection)
-        self.shares = fuses_prologue(x)  # oneDNN and cuDNN write no channel slices
+        self.shares = supports_prologue_and_slices(x)  # oneDNN and cuDNN write no channel slices
         self.reduced3 = reduce3.conv.out_channels
         self.reduced = self.reduced3 + reduce5.conv.out_channels
         self.first = one.conv.out_channels
@@ -214,11 +199,8 @@ class _InPlace:
         else:
             merged, buffer = self._siblings(block, x, None), self._new(x, self.total)
             dense_concat(buffer, merged[:, self.reduced :], 0)
-        inputs = (
-            merged[:, : self.reduced3],
-            merged[:, self.reduced3 : self.reduced],
-            self._pooled(x),
-        )
+        reduced3, reduced5 = merged[:, : self.reduced3], merged[:, self.reduced3 : self.reduced]
+        inputs = (reduced3, reduced5, self._pooled(x))
         for features, layer, (start, stop) in zip(inputs, self.following, self.slices, strict=True):
             self._convolved(block, features, layer, buffer[:, start:stop])
         return buffer
@@ -272,6 +254,17 @@ class _InPlace:
         return self._run("pool", step, x)
 
 
+def _why_not_blocks(blocks: Sequence[nn.Module], why_not: Callable[..., str]) -> str:
+    """The first reason of a block, by its convolution, norm and activation, to call it."""
+    for block in blocks:
+        if type(block).forward is not BasicConv2d.forward:
+            return f"{type(block).__name__} is no convolution block of cvkernels"
+        reason = why_altered(block) or why_not(block.conv, block.bn, relu_)
+        if reason := reason or why_not_same_map(block.conv):
+            return reason
+    return ""
+
+
 def _why_not_pairs(branches: Sequence[nn.Module]) -> str:
     if any(type(b).forward not in SEQUENCES or len(b) != 2 for b in branches):
         return "a branch is no sequence of two"
@@ -303,12 +296,9 @@ class InceptionAux(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        num_classes: int,
-        conv_block: Callable[..., nn.Module] | None = None,
-        dropout: float = 0.7,
-    ) -> None:
+        self, in_channels: int, num_classes: int,
+        conv_block: Callable[..., nn.Module] | None = None, dropout: float = 0.7,
+    ) -> None:  # fmt: skip
         super().__init__()
         conv_block = conv_block or BasicConv2d
         self.conv = conv_block(in_channels, 128, kernel_size=1)

@@ -42,49 +42,27 @@ class MBConvConfig(InvertedResidualConfig):
     """A stage of MBConv, scaled: ``width_mult`` on its channels, ``depth_mult`` on its layers."""
 
     def __init__(
-        self,
-        expand_ratio: float,
-        kernel: int,
-        stride: int,
-        input_channels: int,
-        out_channels: int,
-        num_layers: int,
-        width_mult: float = 1.0,
-        depth_mult: float = 1.0,
+        self, expand_ratio: float, kernel: int, stride: int, input_channels: int,
+        out_channels: int, num_layers: int, width_mult: float = 1.0, depth_mult: float = 1.0,
         block: Callable[..., nn.Module] | None = None,
-    ) -> None:
-        super().__init__(
-            expand_ratio,
-            kernel,
-            stride,
-            self.adjust_channels(input_channels, width_mult),
-            self.adjust_channels(out_channels, width_mult),
-            self.adjust_depth(num_layers, depth_mult),
-            MBConv if block is None else block,
-        )
+    ) -> None:  # fmt: skip
+        channels = [self.adjust_channels(c, width_mult) for c in (input_channels, out_channels)]
+        depth = self.adjust_depth(num_layers, depth_mult)
+        super().__init__(expand_ratio, kernel, stride, *channels, depth, block or MBConv)
 
     @staticmethod
     def adjust_depth(num_layers: int, depth_mult: float) -> int:
         return math.ceil(num_layers * depth_mult)
 
 
+@dataclass
 class FusedMBConvConfig(InvertedResidualConfig):
     """A stage of FusedMBConv."""
 
-    def __init__(
-        self,
-        expand_ratio: float,
-        kernel: int,
-        stride: int,
-        input_channels: int,
-        out_channels: int,
-        num_layers: int,
-        block: Callable[..., nn.Module] | None = None,
-    ) -> None:
-        block = FusedMBConv if block is None else block
-        super().__init__(
-            expand_ratio, kernel, stride, input_channels, out_channels, num_layers, block
-        )
+    block: Callable[..., nn.Module] | None = None
+
+    def __post_init__(self) -> None:
+        self.block = self.block or FusedMBConv
 
 
 class _InvertedResidual(FusedBlock):
@@ -126,9 +104,11 @@ class _InvertedResidual(FusedBlock):
         return steps
 
 
-def _check_stride(cnf: InvertedResidualConfig) -> None:
+def _layer_of(cnf: InvertedResidualConfig, norm_layer: Callable) -> Callable[..., ConvBNAct]:
+    """What makes the convolutions of a block, checked to be one of this configuration."""
     if not 1 <= cnf.stride <= 2:
         raise ValueError("illegal stride value")
+    return partial(ConvBNAct, norm_layer=norm_layer, activation_layer=nn.SiLU)
 
 
 class MBConv(_InvertedResidual):
@@ -139,14 +119,11 @@ class MBConv(_InvertedResidual):
     """
 
     def __init__(
-        self,
-        cnf: MBConvConfig,
-        stochastic_depth_prob: float,
+        self, cnf: MBConvConfig, stochastic_depth_prob: float,
         norm_layer: Callable[..., nn.Module],
         se_layer: Callable[..., nn.Module] = SqueezeExcitation,
-    ) -> None:
-        _check_stride(cnf)
-        conv = partial(ConvBNAct, norm_layer=norm_layer, activation_layer=nn.SiLU)
+    ) -> None:  # fmt: skip
+        conv = _layer_of(cnf, norm_layer)
         expanded = cnf.adjust_channels(cnf.input_channels, cnf.expand_ratio)
         layers: list[nn.Module] = []
         if expanded != cnf.input_channels:
@@ -166,13 +143,10 @@ class FusedMBConv(_InvertedResidual):
     """
 
     def __init__(
-        self,
-        cnf: FusedMBConvConfig,
-        stochastic_depth_prob: float,
+        self, cnf: FusedMBConvConfig, stochastic_depth_prob: float,
         norm_layer: Callable[..., nn.Module],
-    ) -> None:
-        _check_stride(cnf)
-        conv = partial(ConvBNAct, norm_layer=norm_layer, activation_layer=nn.SiLU)
+    ) -> None:  # fmt: skip
+        conv = _layer_of(cnf, norm_layer)
         expanded = cnf.adjust_channels(cnf.input_channels, cnf.expand_ratio)
         if expanded != cnf.input_channels:
             layers = [

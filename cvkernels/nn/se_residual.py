@@ -17,10 +17,28 @@ from cvkernels.nn.squeeze_excite import SEModule
 
 
 class _SEResidual(FusedBlock):
-    """What both blocks share: the shortcut's join, and how their last norm starts.
+    """What both blocks share: the constructor, the shortcut's join, how their last norm starts.
 
-    timm's blocks without attention have no ``se``.
+    ``_build`` makes a block's layers. timm's blocks without attention have no ``se``.
     """
+
+    def __init__(
+        self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None,
+        cardinality: int = 1, base_width: int = 64, reduce_first: int = 1, dilation: int = 1,
+        first_dilation: int | None = None, act_layer: Callable[..., nn.Module] = nn.ReLU,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        drop_path: nn.Module | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        dilations = (first_dilation or dilation, dilation)
+        self._build(
+            inplanes, planes, stride, cardinality, base_width, reduce_first, dilations, act_layer,
+            norm_layer,
+        )  # fmt: skip
+        self.downsample = downsample
+        self.stride = stride
+        self.dilation = dilation
+        self.drop_path = drop_path
 
     def _joined(self, layers: tuple[Layer, ...], act: nn.Module) -> Branch:
         """``act(drop_path(se(layers(x))) + downsample(x))``."""
@@ -43,44 +61,26 @@ class SEBasicBlock(_SEResidual):
 
     expansion: int = 1
 
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        cardinality: int = 1,
-        base_width: int = 64,
-        reduce_first: int = 1,
-        dilation: int = 1,
-        first_dilation: int | None = None,
-        act_layer: Callable[..., nn.Module] = nn.ReLU,
-        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
-        drop_path: nn.Module | None = None,
+    def _build(
+        self, inplanes, planes, stride, cardinality, base_width, reduce_first, dilations, act, norm
     ) -> None:
-        super().__init__()
         if cardinality != 1 or base_width != 64:
             raise ValueError(
                 f"SEBasicBlock only supports cardinality=1 and base_width=64, got "
                 f"cardinality={cardinality} and base_width={base_width}; SEBottleneck supports both"
             )
-        first = planes // reduce_first
-        first_dilation = first_dilation or dilation
+        first, (first_dilation, dilation) = planes // reduce_first, dilations
         self.conv1 = nn.Conv2d(
             inplanes, first, 3, stride, first_dilation, dilation=first_dilation, bias=False
         )
-        self.bn1 = norm_layer(first)
+        self.bn1 = norm(first)
         self.drop_block = nn.Identity()
-        self.act1 = act_layer(inplace=True)
+        self.act1 = act(inplace=True)
         self.aa = nn.Identity()
         self.conv2 = nn.Conv2d(first, planes, 3, 1, dilation, dilation=dilation, bias=False)
-        self.bn2 = norm_layer(planes)
+        self.bn2 = norm(planes)
         self.se = SEModule(planes)
-        self.act2 = act_layer(inplace=True)
-        self.downsample = downsample
-        self.stride = stride
-        self.dilation = dilation
-        self.drop_path = drop_path
+        self.act2 = act(inplace=True)
 
     def branch(self) -> Branch:
         layers = (
@@ -95,43 +95,25 @@ class SEBottleneck(_SEResidual):
 
     expansion: int = 4
 
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        cardinality: int = 1,
-        base_width: int = 64,
-        reduce_first: int = 1,
-        dilation: int = 1,
-        first_dilation: int | None = None,
-        act_layer: Callable[..., nn.Module] = nn.ReLU,
-        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
-        drop_path: nn.Module | None = None,
+    def _build(
+        self, inplanes, planes, stride, cardinality, base_width, reduce_first, dilations, act, norm
     ) -> None:
-        super().__init__()
         width = int(math.floor(planes * (base_width / 64)) * cardinality)
-        first = width // reduce_first
-        first_dilation = first_dilation or dilation
+        first, first_dilation = width // reduce_first, dilations[0]
         self.conv1 = nn.Conv2d(inplanes, first, 1, bias=False)
-        self.bn1 = norm_layer(first)
-        self.act1 = act_layer(inplace=True)
+        self.bn1 = norm(first)
+        self.act1 = act(inplace=True)
         self.conv2 = nn.Conv2d(
             first, width, 3, stride, first_dilation, first_dilation, cardinality, bias=False
         )
-        self.bn2 = norm_layer(width)
+        self.bn2 = norm(width)
         self.drop_block = nn.Identity()
-        self.act2 = act_layer(inplace=True)
+        self.act2 = act(inplace=True)
         self.aa = nn.Identity()
         self.conv3 = nn.Conv2d(width, planes * self.expansion, 1, bias=False)
-        self.bn3 = norm_layer(planes * self.expansion)
+        self.bn3 = norm(planes * self.expansion)
         self.se = SEModule(planes * self.expansion)
-        self.act3 = act_layer(inplace=True)
-        self.downsample = downsample
-        self.stride = stride
-        self.dilation = dilation
-        self.drop_path = drop_path
+        self.act3 = act(inplace=True)
 
     def branch(self) -> Branch:
         layers = (

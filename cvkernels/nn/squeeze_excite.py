@@ -21,7 +21,8 @@ from cvkernels.nn.fused.plan_cache import OPTIONS, guard_of
 from cvkernels.nn.fused.watched import why_altered, why_not_called
 from cvkernels.nn.training import squeeze_excite as in_training
 from cvkernels.nn.training.recompute import recompute_of
-from cvkernels.ops.conv_bn_act.op import fuses_prologue
+from cvkernels.ops.common.autograd import autocast_dtype
+from cvkernels.ops.conv_bn_act.op import supports_prologue_and_slices
 
 
 def divisible(value: float, divisor: int, least: int | None = None, share: float = 0.9) -> int:
@@ -65,16 +66,17 @@ class SqueezeExcite(FusedModule):
         return plan.run(x)
 
     def as_modules(self, x: Tensor) -> Tensor:
-        """The stock forward: every part called as a module, in the stock order."""
-        raise NotImplementedError
+        """The stock forward of timm's modules: every part called, in their order."""
+        _, fc1, between, fc2, gate = self.parts()
+        y = fc1(x.mean((2, 3), keepdim=True))
+        for module in between:
+            y = module(y)
+        return x * gate(fc2(y))
 
     def as_op(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        out_act: str = "none",
+        self, x: Tensor, residual: Tensor | None = None, out_act: str = "none",
         out: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """``out_act(forward(x) + residual)`` as one op, where :meth:`why_not_op` is empty.
 
         In training an x that can be computed again is not kept for backward, see
@@ -99,14 +101,9 @@ class SqueezeExcite(FusedModule):
         )
 
     def run_gated(
-        self,
-        block: FusedModule,
-        x: Tensor,
-        depthwise: Layer,
-        project: Layer,
-        residual: Tensor | None,
-        lasting: bool,
-    ) -> tuple[Tensor, Step]:
+        self, block: FusedModule, x: Tensor, depthwise: Layer, project: Layer,
+        residual: Tensor | None, lasting: bool,
+    ) -> tuple[Tensor, Step]:  # fmt: skip
         """``project(forward(depthwise(x)))``, ended by the residual, and what repeats it.
 
         For what :meth:`takes_sums` lets pass. On CUDA the gates are the projection's prologue; on
@@ -115,7 +112,7 @@ class SqueezeExcite(FusedModule):
         conv, norm = depthwise.conv, depthwise.norm
         first = block.squeezed_step(x, conv, norm, fused_act(norm, depthwise.act)[0], lasting)
         y, sums = run_step(first, x)
-        prologue = not y.is_cpu and fuses_prologue(y)
+        prologue = not y.is_cpu and supports_prologue_and_slices(y)
         gate = self._gate_step(y, sums, prologue, lasting)
         gates = run_step(gate, y, sums)
         y, gates = (y, gates) if prologue else (gates, None)
@@ -181,13 +178,9 @@ class SqueezeExcite(FusedModule):
         plan = squeeze_excite.plan(
             x, *self._layers(), residual=shortcut, out_act=out_act, out=x if in_place else None
         )
-        compute = plan.run
-        return Step(
-            self,
-            "",
-            lambda x, shortcut: compute(x, shortcut, x if in_place else None),
-            plan.backend != "reference",
-        )
+        compute, lasts = plan.run, plan.backend != "reference"
+        run = lambda x, shortcut: compute(x, shortcut, x if in_place else None)  # noqa: E731
+        return Step(self, "", run, lasts)
 
     def why_not_added(self, x: Tensor, act: nn.Module) -> str:
         """Why forward, shortcut and act are called one by one; empty where they are one op."""
@@ -235,7 +228,9 @@ class SqueezeExcite(FusedModule):
             return f"{fc1} and {fc2} do not lead back to the channels of x"
         parameters = (*fc1._parameters.values(), *fc2._parameters.values())
         dtypes = {p.dtype for p in parameters if p is not None}
-        if dtypes == {x.dtype} or (dtypes == {torch.float32} and _autocasts(x)):
+        # PyTorch would cast the layers to x's half dtype.
+        halved = x.dtype in (torch.float16, torch.bfloat16) and autocast_dtype(x) is not None
+        if dtypes == {x.dtype} or (dtypes == {torch.float32} and halved):
             return ""
         return f"x is {x.dtype} and the layers are {', '.join(sorted(map(str, dtypes)))}"
 
@@ -246,19 +241,10 @@ def _is_sigmoid(gate: nn.Module) -> bool:
     return kind in (nn.Sigmoid, _Sigmoid) or timms
 
 
-def _autocasts(x: Tensor) -> bool:
-    """Whether PyTorch would cast the layers to x's half dtype."""
-    device = x.device.type
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    return half and device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-
-
 def _is_matrix(fc: nn.Module) -> bool:
-    return (
-        type(fc) is nn.Conv2d
-        and fc.kernel_size == fc.stride == (1, 1)
-        and fc.padding == (0, 0)
-        and fc.groups == 1
+    one, none = (1, 1), (0, 0)
+    return type(fc) is nn.Conv2d and (
+        (fc.kernel_size, fc.stride, fc.padding, fc.groups) == (one, one, none, 1)
     )
 
 
@@ -266,12 +252,10 @@ class SqueezeExcitation(SqueezeExcite):
     """Mirrors torchvision.ops.SqueezeExcitation, with its five parts in its order."""
 
     def __init__(
-        self,
-        input_channels: int,
-        squeeze_channels: int,
+        self, input_channels: int, squeeze_channels: int,
         activation: Callable[..., nn.Module] = nn.ReLU,
         scale_activation: Callable[..., nn.Module] = nn.Sigmoid,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc1 = nn.Conv2d(input_channels, squeeze_channels, 1)
@@ -298,12 +282,9 @@ class SEModule(SqueezeExcite):
     """
 
     def __init__(
-        self,
-        channels: int,
-        rd_ratio: float = 1 / 16,
-        rd_channels: int | None = None,
+        self, channels: int, rd_ratio: float = 1 / 16, rd_channels: int | None = None,
         rd_divisor: int = 8,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         squeezed = rd_channels or divisible(channels * rd_ratio, rd_divisor, share=0.0)
         self.fc1 = nn.Conv2d(channels, squeezed, kernel_size=1)
@@ -315,10 +296,6 @@ class SEModule(SqueezeExcite):
     def parts(self) -> tuple:
         m = self._modules
         return None, m["fc1"], (m["bn"], m["act"]), m["fc2"], m["gate"]
-
-    def as_modules(self, x: Tensor) -> Tensor:
-        squeezed = self.fc1(x.mean((2, 3), keepdim=True))
-        return x * self.gate(self.fc2(self.act(self.bn(squeezed))))
 
 
 class LegacySEModule(SqueezeExcite):
@@ -334,10 +311,6 @@ class LegacySEModule(SqueezeExcite):
     def parts(self) -> tuple:
         m = self._modules
         return None, m["fc1"], (m["relu"],), m["fc2"], m["sigmoid"]
-
-    def as_modules(self, x: Tensor) -> Tensor:
-        squeezed = self.fc1(x.mean((2, 3), keepdim=True))
-        return x * self.sigmoid(self.fc2(self.relu(squeezed)))
 
 
 OPTIONS.update(

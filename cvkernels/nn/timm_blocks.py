@@ -22,10 +22,6 @@ class TimmSqueezeExcite(SqueezeExcite):
     def parts(self) -> tuple:
         return None, self.conv_reduce, (self.act1,), self.conv_expand, self.gate
 
-    def as_modules(self, x: Tensor) -> Tensor:
-        squeezed = self.conv_reduce(x.mean((2, 3), keepdim=True))
-        return x * self.gate(self.conv_expand(self.act1(squeezed)))
-
 
 class _InvertedResidual(FusedBlock):
     """What timm's blocks share: space-to-depth before them, and the shortcut at their end."""

@@ -179,14 +179,9 @@ class _Walk:
         return not project.why_not_bare() and excitation.takes_sums(x, depthwise, project)
 
     def _apply(
-        self,
-        x: Tensor,
-        part: Layer | nn.Module,
-        excitation: nn.Module | None,
-        last: Layer | nn.Module,
-        residual: Tensor | None = None,
-        act: nn.Module | None = None,
-    ) -> Tensor:
+        self, x: Tensor, part: Layer | nn.Module, excitation: nn.Module | None,
+        last: Layer | nn.Module, residual: Tensor | None = None, act: nn.Module | None = None,
+    ) -> Tensor:  # fmt: skip
         """``part`` alone, or with the excitation and projection behind it; ends with act."""
         if excitation is not None:
             project = last if act is None else last._replace(act=act)
@@ -224,13 +219,9 @@ class _Walk:
         return last.why_not_bare()
 
     def _join(
-        self,
-        x: Tensor,
-        y: Tensor,
-        part: Layer | nn.Module,
-        excitation: nn.Module | None,
+        self, x: Tensor, y: Tensor, part: Layer | nn.Module, excitation: nn.Module | None,
         last: Layer | nn.Module,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """The last step with the shortcut, as one op."""
         shortcut = self._shortcut(x)
         self.shortcut = _kind(shortcut)

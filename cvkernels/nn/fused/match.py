@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cvkernels.nn.fused.watched import has_hooks, why_altered, why_not_called
 from cvkernels.ops.common.autograd import operand_dtype
 from cvkernels.ops.common.pool import checked, window_of
-from cvkernels.ops.conv_bn_act.op import fuses_prologue
+from cvkernels.ops.conv_bn_act.op import supports_prologue_and_slices
 from cvkernels.ops.depthwise_conv_bn_act.op import runs_fused
 
 
@@ -85,7 +85,11 @@ def why_not_input_bn(x: Tensor, norm: nn.Module, relu: nn.Module | None, groups:
     """Why norm and relu have to be called first; empty where they are the op's prologue."""
     if reason := why_not_norm_relu(norm, relu):
         return reason
-    return "" if fuses_prologue(x, groups) else "no backend here normalises a convolution's input"
+    return (
+        ""
+        if supports_prologue_and_slices(x, groups)
+        else "no backend here normalises a convolution's input"
+    )
 
 
 def why_not_norm_relu(norm: nn.Module, relu: nn.Module | None) -> str:

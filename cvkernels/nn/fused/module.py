@@ -134,7 +134,7 @@ class FusedModule(nn.Module):
         """What computes :meth:`fused` for data like this: ``run(x, residual, input_gate, out)``.
 
         ``lasting`` asks for a plan that other calls may run. ``input_bn``, and ``input_gate[N, C]``
-        which multiplies the input, are for convolutions that :func:`fuses_prologue` lets pass.
+        which multiplies the input, need :func:`supports_prologue_and_slices`.
         """
         inner_act, clash = fused_act(bn, act, residual)
         plain = input_bn is None and input_gate is None and out is None

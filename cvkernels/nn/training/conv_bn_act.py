@@ -95,11 +95,9 @@ def siblings(x: Tensor, blocks: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]]) -> l
 
 
 def _run(
-    x: Tensor,
-    blocks: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]],
-    act: str,
+    x: Tensor, blocks: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]], act: str,
     residual: Tensor | None = None,
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     shortcut = None if residual is None else recompute_or_saved(residual)
     nodes, start = [], 0
     for conv, bn in blocks:

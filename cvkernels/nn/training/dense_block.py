@@ -182,14 +182,9 @@ class _DenseBlock(torch.autograd.Function):
 
 
 def _layer_backward(
-    layer: _Layer,
-    features: _Features,
-    gradient: _BufferGradient,
-    tensors: Sequence[Tensor | None],
-    a: Tensor | None,
-    need: Sequence[bool],
-    below: bool,
-) -> tuple[Tensor | None, ...]:
+    layer: _Layer, features: _Features, gradient: _BufferGradient,
+    tensors: Sequence[Tensor | None], a: Tensor | None, need: Sequence[bool], below: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of the layer's tensors that ``need`` asks for; adds to ``gradient`` what the
     layer's inputs get, where something ``below`` needs it. ``a`` is conv1's output, if kept."""
     weight1, bias1, conv1, conv1_bias, _, _, conv2, _ = tensors

@@ -23,6 +23,7 @@ from cvkernels.nn.fused.match import (
 )
 from cvkernels.nn.fused.watched import why_altered, why_not_called
 from cvkernels.ops.common.autograd import operand_dtype
+from cvkernels.ops.common.convolution import output_size
 from cvkernels.ops.common.pool import DTYPES
 
 _ACTS = (nn.ReLU, nn.SiLU, relu_)
@@ -84,12 +85,9 @@ def why_not_train_conv(x: Tensor, channels: int, conv: nn.Module) -> str:
 
 
 def why_not_train_conv_bn_act(
-    x: Tensor,
-    conv: nn.Module,
-    bn: nn.Module | None,
-    act: nn.Module | Callable | None,
+    x: Tensor, conv: nn.Module, bn: nn.Module | None, act: nn.Module | Callable | None,
     residual: Tensor | None = None,
-) -> str:
+) -> str:  # fmt: skip
     """Why :func:`.conv_bn_act.conv_bn_act` does not train these modules as they train."""
     if bn is None or not torch.is_grad_enabled():
         return "nothing is trained"
@@ -113,11 +111,8 @@ def why_not_train_conv_bn_act(
         return reason
     if x.dim() != 4:
         return f"the input has shape {list(x.shape)}, not [N, C, H, W]"
-    sizes = (
-        max(0, (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1)
-        for size, kernel, stride, padding, dilation in zip(x.shape[2:], *geometry, strict=True)
-    )
-    shape = (x.shape[0], conv.out_channels, *sizes)
+    sizes = output_size(x.shape[2:], *geometry)
+    shape = (x.shape[0], conv.out_channels, *(max(0, size) for size in sizes))
     if shape[0] * shape[2] * shape[3] < 2:
         return "there is at most one value per channel behind the convolution"
     if residual is None:

@@ -59,12 +59,10 @@ class _Call(NamedTuple):
 
 
 def squeeze_excite(
-    x: Tensor,
-    recompute: Recompute,
+    x: Tensor, recompute: Recompute,
     layers: tuple[Tensor, Tensor | None, Tensor, Tensor | None, str],
-    residual: Tensor | None = None,
-    out_act: str = "none",
-) -> Tensor:
+    residual: Tensor | None = None, out_act: str = "none",
+) -> Tensor:  # fmt: skip
     """``functional.squeeze_excite`` of an x that has ``recompute``: autograd does not keep x.
 
     It keeps the gates and the means, and a residual that is not recomputed. The result is.

@@ -96,6 +96,15 @@ def check_out(op: str, out: Tensor, x: Tensor, shape: tuple[int, ...], has: str 
         )
 
 
+def check_not_differentiable(op: str, grad: bool) -> None:
+    """For a call with out=: that no gradient is needed."""
+    if grad:
+        raise ValueError(
+            f"{op}: out= is not differentiable, and an argument requires a gradient; "
+            f"call it under torch.no_grad(), or leave out= away"
+        )
+
+
 def check_elementwise_overlap(op: str, out: Tensor, inputs: Mapping[str, Tensor | None]) -> None:
     """out may be the very elements of x or of residual, and else none of any input's."""
     if torch.compiler.is_compiling():  # a traced tensor has no storage to ask about

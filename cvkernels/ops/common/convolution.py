@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
+from cvkernels.ops.common import registration
 from cvkernels.ops.common.activation import ACTIVATIONS
-from cvkernels.ops.common.arguments import pair
+from cvkernels.ops.common.arguments import check_bn, check_device, check_vector, pair
 from cvkernels.ops.common.autograd import to_dtype
 from cvkernels.ops.common.derived_weights import DerivedWeights
 from cvkernels.ops.common.dispatch import Call, Table
+from cvkernels.ops.common.errors import InputTypeError, InputValueError
 from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.common.plan import Plan, PlanTable
 
@@ -24,9 +26,10 @@ BN = "Tensor? bn_weight, Tensor? bn_bias, Tensor? bn_mean, Tensor? bn_var, float
 _grad_enabled = torch.is_grad_enabled
 _EXACT = {int, tuple}
 GEOMETRY = ("stride", "padding", "dilation")
+Pair = int | tuple[int, int]
 
 
-def pairs(op: str, stride: Any, padding: Any, dilation: Any) -> tuple[tuple[int, int], ...]:
+def pairs(op: str, stride: Pair, padding: Pair, dilation: Pair) -> tuple[tuple[int, int], ...]:
     return pair(op, "stride", stride), pair(op, "padding", padding), pair(op, "dilation", dilation)
 
 
@@ -43,10 +46,14 @@ def output_size(
 
 
 def check_options(
-    op: str, dtype: torch.dtype, act: str, geometry: Sequence, error: type[TypeError]
+    op: str, x: torch.Size, dtype: torch.dtype, act: str, geometry: Sequence[Sequence[int]]
 ) -> None:
+    """What is asked of x and of the options before the sizes of a problem are known."""
+    if len(x) != 4:
+        way_out = "; add the batch dimension with x.unsqueeze(0)" if len(x) == 3 else ""
+        raise InputValueError(f"{op}: x must have shape [N, C, H, W], got {list(x)}{way_out}")
     if dtype not in DTYPES:
-        raise error(
+        raise InputTypeError(
             f"{op}: dtype must be float32, float16, bfloat16 or float64, got {dtype}; "
             f"convert x and weight with .to(torch.float32)"
         )
@@ -57,18 +64,53 @@ def check_options(
             raise ValueError(f"{op}: {name} must be at least {least}, got {list(values)}")
 
 
-def check_fits(op: str, problem: Any, error: type[ValueError]) -> None:
+def check_fits(op: str, problem: Any) -> None:
     if problem.P < 1 or problem.Q < 1:
-        raise error(
+        raise InputValueError(
             f"{op}: the {problem.R}x{problem.S} kernel with dilation {list(problem.dilation)} does "
             f"not fit into the map of {problem.H}x{problem.W} with padding "
             f"{list(problem.padding)}; the input is too small"
         )
 
 
-def fake_output(x: Tensor, weight: Tensor, geometry: Sequence) -> Tensor:
-    """What the registered ops return: channels_last."""
-    size = output_size(x.shape[2:], weight.shape[2:], *geometry)
+def check_parameters(
+    op: str, problem: Any, x: Tensor, weight: Tensor, bias: Tensor | None,
+    bn: BatchNormParams | None, autocast: torch.dtype | None,
+) -> None:  # fmt: skip
+    """The dtype and device of weight, and the vectors of bias and norm."""
+    if autocast is None and weight.dtype != x.dtype:
+        raise InputTypeError(
+            f"{op}: weight must have x's dtype {x.dtype}, got {weight.dtype}; "
+            f"convert one with .to(), or run under torch.autocast"
+        )
+    check_device(op, "weight", weight, x)
+    if bias is not None:
+        check_vector(op, "bias", bias, problem.K, x)
+    if bn is not None:
+        check_bn(op, "bn", bn, problem.K, x)
+
+
+def lacks_triton(problem: Any, call: Call) -> str:
+    """Why no Triton kernel convolves in this dtype on this device."""
+    if problem.dtype not in TRITON_DTYPES:
+        return f"Triton computes in float16, bfloat16 and float32, got {problem.dtype}"
+    return backends.lacks_triton(call.device)
+
+
+def norm_of(flat: Sequence[Any]) -> BatchNormParams | None:
+    """The norm of its five arguments of a registered op; None where it has no vector."""
+    return None if tuple(flat[:4]) == (None,) * 4 else BatchNormParams(*flat)
+
+
+def new_output(problem: Any, device: torch.device) -> Tensor:
+    size = (problem.N, problem.K, problem.P, problem.Q)
+    layout = torch.channels_last
+    return torch.empty(size, dtype=problem.dtype, device=device, memory_format=layout)
+
+
+def fake_output(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    """What a registered op on these returns: channels_last. After the norm comes the geometry."""
+    size = output_size(x.shape[2:], weight.shape[2:], *options[5:8])
     shape = (x.shape[0], weight.shape[0], *size)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
@@ -80,13 +122,9 @@ def traced(table: Table, backend: str, x: Tensor) -> str:
 
 
 def kept_plan(
-    cache: DerivedWeights | None,
-    backend: str,
-    data: tuple,
-    parameters: tuple,
-    options: tuple,
+    cache: DerivedWeights | None, backend: str, data: tuple, parameters: tuple, options: tuple,
     make: Callable[[], Plan],
-) -> Plan | None:
+) -> Plan | None:  # fmt: skip
     """The cache's plan of a call of this kind, made where there is none or its weights changed.
 
     ``options`` are the geometry and what else is planned by.
@@ -144,13 +182,12 @@ def fused(
     return build
 
 
-def register_autograd(
-    library: torch.library.Library,
-    op: str,
-    names: Sequence[str],
-    gradients: Callable[[Sequence[Tensor], dict[str, Any]], dict[str, Tensor]],
-) -> None:
-    """A gradient from the op's arguments, ``names``, and for a ReLU from its output, "out"."""
+def register(
+    library: torch.library.Library, op: str, names: Sequence[str], function: Callable[..., Any],
+    fake: Callable[..., Any],
+    gradients: Callable[[Sequence[Tensor], dict[str, Any]], dict[str, Tensor | None]],
+) -> None:  # fmt: skip
+    """The op of the arguments ``names``; ``gradients`` are from these, and for a ReLU "out"."""
 
     def setup_context(ctx, inputs, output):
         named = dict(zip(names, inputs, strict=True))
@@ -170,6 +207,4 @@ def register_autograd(
         found = gradients(grads, named)
         return tuple(found.get(name) if ctx.needs[name] else None for name in names)
 
-    torch.library.register_autograd(
-        f"cvkernels::{op}", backward, setup_context=setup_context, lib=library
-    )
+    registration.register(library, op, function, fake, backward, setup_context)

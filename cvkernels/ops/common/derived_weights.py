@@ -91,3 +91,10 @@ class DerivedWeights:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def derived(
+    cache: DerivedWeights | None, key: Any, sources: Sequence[Tensor | None], build: Callable
+) -> Any:
+    """What ``build()`` gives for ``sources``, from the cache where there is one."""
+    return build() if cache is None else cache.get(key, sources, build)

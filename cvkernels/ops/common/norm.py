@@ -49,6 +49,11 @@ class BatchNormParams(NamedTuple):
         return cls(module.weight, module.bias, module.running_mean, module.running_var, module.eps)
 
 
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums of elements of ``dtype`` are in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 OptionalNorm = TypeVar("OptionalNorm", BatchNormParams, BatchNormParams | None)
 
 
@@ -56,9 +61,8 @@ def vectors_of(bn: OptionalNorm, x: Tensor) -> OptionalNorm:
     """bn with vectors of one dtype, x's or the one that x is computed in, contiguous."""
     if bn is None:
         return bn
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     kinds = {vector.dtype for vector in bn[:4] if vector is not None}
-    kind = x.dtype if kinds == {x.dtype} else wide
+    kind = x.dtype if kinds == {x.dtype} else accumulator(x.dtype)
     weight, bias, mean, var = (v if v is None else v.to(kind).contiguous() for v in bn[:4])
     return BatchNormParams(weight, bias, mean, var, bn.eps)
 
@@ -100,11 +104,9 @@ def scale_shift(
 
 
 def fold(
-    weight: Tensor,
-    bias: Tensor | None,
-    bn: BatchNormParams | None,
+    weight: Tensor, bias: Tensor | None, bn: BatchNormParams | None,
     dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Weight and bias of the one convolution that equals conv + batch norm; computed in float64.
 
     Returns them in ``dtype``, weight's if None, weight's memory format kept. Without a norm they

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels.ops.common.derived_weights import DerivedWeights
+from cvkernels.ops.common.derived_weights import DerivedWeights, derived
 from cvkernels.ops.common.dispatch import Call
 from cvkernels.ops.common.norm import fold, sources_of
 from cvkernels.ops.conv_bn_act.problem import Parameters, Problem
@@ -43,10 +43,8 @@ def plan(
         folded, shift = fold(weight, bias, bn)
         return folded.contiguous(memory_format=torch.channels_last), shift
 
-    if cache is None:
-        folded, shift = build()
-    else:
-        folded, shift = cache.get(("cudnn", bn and bn.eps), sources_of(weight, bias, bn), build)
+    key = ("cudnn", bn and bn.eps)
+    folded, shift = derived(cache, key, sources_of(weight, bias, bn), build)
     geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
 
     def run(x, residual=None, input_gate=None, out=None):

@@ -16,7 +16,7 @@ from torch import Tensor
 from cvkernels import extension
 from cvkernels.ops.common import native
 from cvkernels.ops.common.activation import code
-from cvkernels.ops.common.derived_weights import DerivedWeights
+from cvkernels.ops.common.derived_weights import DerivedWeights, derived
 from cvkernels.ops.common.dispatch import Call
 from cvkernels.ops.common.layout import is_pixel_matrix
 from cvkernels.ops.common.norm import fold, scale_shift, sources_of
@@ -101,13 +101,10 @@ def converts(x: Tensor) -> bool:
 
 
 def plan(
-    problem: Problem,
-    call: Call,
-    parameters: Parameters,
-    like: tuple[Tensor | None, Tensor | None, Tensor | None],
-    cache: DerivedWeights | None,
+    problem: Problem, call: Call, parameters: Parameters,
+    like: tuple[Tensor | None, Tensor | None, Tensor | None], cache: DerivedWeights | None,
     tile: int | None = None,
-) -> Callable[..., Tensor]:
+) -> Callable[..., Tensor]:  # fmt: skip
     """What runs the problem, as (x, residual=None, input_gate=None, out=None).
 
     ``like`` are examples of residual, input_gate and out; ``tile`` overrides :func:`tile_of`.
@@ -183,14 +180,12 @@ def packed_of(
         like = torch.empty(problem.C, 0)
         return torch.cat(scale_shift(None, input_bn, like, torch.float64)).detach().float()
 
-    if cache is None:
-        return *build(), None if input_bn is None else scale_and_shift()
     sources = sources_of(weight, bias, bn)
-    packed, shift = cache.get(("native", tile, bn and bn.eps), sources, build)
+    packed, shift = derived(cache, ("native", tile, bn and bn.eps), sources, build)
     if input_bn is None:
         return packed, shift, None
-    affine = cache.get(("native input", input_bn.eps), list(input_bn[:4]), scale_and_shift)
-    return packed, shift, affine
+    key = ("native input", input_bn.eps)
+    return packed, shift, derived(cache, key, input_bn[:4], scale_and_shift)
 
 
 def pack(weight: Tensor, tile: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cvkernels.ops.common.derived_weights import DerivedWeights
+from cvkernels.ops.common.derived_weights import DerivedWeights, derived
 from cvkernels.ops.common.dispatch import Call
 from cvkernels.ops.common.norm import fold, sources_of
 from cvkernels.ops.conv_bn_act.problem import Parameters, Problem
@@ -85,11 +85,8 @@ def plan(
             packed = reorder(folded.contiguous().to_mkldnn(), *geometry, size)
         return packed, shift
 
-    if cache is None:
-        packed, shift = prepack()
-    else:
-        key = ("onednn", size, problem.dtype, bn and bn.eps)
-        packed, shift = cache.get(key, sources_of(weight, bias, bn), prepack)
+    key = ("onednn", size, problem.dtype, bn and bn.eps)
+    packed, shift = derived(cache, key, sources_of(weight, bias, bn), prepack)
     convolve = _convolve_and_add if fused_add(problem) else _convolve
     act, arguments = problem.act, (packed, shift, *geometry)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,17 +13,25 @@ from torch import Tensor
 from cvkernels import backend as backends
 from cvkernels.backend import Backend, BackendError
 from cvkernels.ops.common import convolution
+from cvkernels.ops.common.arguments import check_not_differentiable
 from cvkernels.ops.common.autograd import autocast_dtype, to_dtype
-from cvkernels.ops.common.convolution import TRITON_DTYPES
+from cvkernels.ops.common.convolution import lacks_triton, new_output, norm_of
 from cvkernels.ops.common.derived_weights import DerivedWeights
 from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, reference, refusal
 from cvkernels.ops.common.layout import in_format, is_pixel_matrix
-from cvkernels.ops.common.native import writes
 from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.common.plan import Plan, plan_of, planned_by
+from cvkernels.ops.common.registration import register
 from cvkernels.ops.common.traffic import Traffic, nbytes
 from cvkernels.ops.conv_bn_act import cudnn, native, onednn, tuning
-from cvkernels.ops.conv_bn_act.problem import OP, Parameters, Problem, check_overlap, problem_of
+from cvkernels.ops.conv_bn_act.problem import (
+    OP,
+    Arguments,
+    Parameters,
+    Problem,
+    check_overlap,
+    problem_of,
+)
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_backward, conv_bn_act_reference
 
 ARGUMENTS = (
@@ -43,60 +51,35 @@ Run = Callable[..., Tensor]
 
 
 def plan(
-    x_like: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    bn: BatchNormParams | None = None,
-    *,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
-    groups: int = 1,
-    act: str = "relu",
-    residual: Tensor | None = None,
-    input_bn: BatchNormParams | None = None,
-    input_gate: Tensor | None = None,
-    out: Tensor | None = None,
-    cache: DerivedWeights | None = None,
-    backend: Backend = "auto",
-    once: bool = False,
-    implementation: Implementation | None = None,
-) -> Plan:
+    x_like: Tensor, weight: Tensor, bias: Tensor | None = None,
+    bn: BatchNormParams | None = None, *,
+    cache: DerivedWeights | None = None, backend: Backend = "auto", once: bool = False,
+    implementation: Implementation | None = None, **options: Any,
+) -> Plan:  # fmt: skip
     """A call of :func:`conv_bn_act`, as ``plan(x, residual=None, input_gate=None, out=None)``.
 
-    ``x_like``, ``residual``, ``input_gate`` and ``out`` are examples; ``once`` says that the plan
-    is called once. ``implementation``, one of ``TABLE`` that can run the call, is not chosen then.
+    ``x_like``, and of the options ``residual``, ``input_gate`` and ``out``, are examples; ``once``
+    says that the plan is called once. ``implementation``, one of ``TABLE`` that can run the call,
+    is not chosen then.
     """
-    tensors = (x_like, weight, bias, bn, residual, input_bn, input_gate)
-    geometry = (stride, padding, dilation, groups)
-    problem, call = _checked(tensors, geometry, act, out, backend, once)
-    parameters = Parameters(weight, bias, bn, input_bn)
-    like = (residual, input_gate, out)
-    planned = _plan(problem, call, parameters, like, cache, implementation)
+    arguments = Arguments(x_like, weight, bias, bn, **options, autocast=autocast_dtype(x_like))
+    problem, call = _checked(arguments, backend, once)
+    planned = _plan(problem, call, arguments, cache, implementation)
+    residual, input_gate, out = arguments.like
     return planned.expecting(
-        call, parameters, x=x_like, residual=residual, input_gate=input_gate, out=out
+        call, arguments.parameters, x=x_like, residual=residual, input_gate=input_gate, out=out
     )
 
 
 @planned_by(plan)
 def conv_bn_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    bn: BatchNormParams | None = None,
-    *,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
-    groups: int = 1,
-    act: str = "relu",
-    residual: Tensor | None = None,
-    input_bn: BatchNormParams | None = None,
-    input_gate: Tensor | None = None,
-    out: Tensor | None = None,
-    cache: DerivedWeights | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, bn: BatchNormParams | None = None, *,
+    stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1, groups: int = 1, act: str = "relu",
+    residual: Tensor | None = None, input_bn: BatchNormParams | None = None,
+    input_gate: Tensor | None = None, out: Tensor | None = None,
+    cache: DerivedWeights | None = None, backend: Backend = "auto",
+) -> Tensor:  # fmt: skip
     """Convolution, inference batch norm, residual and activation as one pass over the output.
 
     ``out = act(bn(conv2d(u, weight) + bias) + residual)`` with
@@ -147,18 +130,18 @@ def conv_bn_act(
     arXiv:1502.03167; He et al. 2016, arXiv:1512.03385; Lavin and Gray 2015, arXiv:1509.09308; the
     prologues: Huang et al. 2017, arXiv:1608.06993, and Hu et al. 2018, arXiv:1709.01507.
     """
-    tensors = (x, weight, bias, bn, residual, input_bn, input_gate)
-    geometry = (stride, padding, dilation, groups)
+    geometry, like = (stride, padding, dilation, groups), (residual, input_gate, out)
+    given = (x, weight, bias, bn, *geometry, act, residual, input_bn, input_gate, out)
     if torch.compiler.is_compiling():
-        return _traced(tensors, geometry, act, out, backend)
-    parameters, like = (weight, bias, bn, input_bn), (residual, input_gate, out)
+        return _traced(Arguments(*given, autocast_dtype(x)), backend)
 
     def make(once: bool = False) -> Plan:
-        problem, call = _checked(tensors, geometry, act, out, backend, once)
-        return _plan(problem, call, Parameters(*parameters), like, cache)
+        arguments = Arguments(*given, autocast_dtype(x))
+        return _plan(*_checked(arguments, backend, once), arguments, cache)
 
     planned = None
     if groups == 1 and x.dtype == torch.float32:
+        parameters = (weight, bias, bn, input_bn)
         planned = convolution.kept_plan(
             cache, backend, (x, *like), parameters, (geometry, act), make
         )
@@ -172,25 +155,11 @@ def conv_bn_act(
 backends.answers(OP, plan)
 
 
-def _checked(
-    tensors: tuple,
-    geometry: tuple[Any, Any, Any, int],
-    act: str,
-    out: Tensor | None,
-    backend: Backend,
-    once: bool,
-) -> tuple[Problem, Call]:
-    x, weight, bias, bn, residual, input_bn, input_gate = tensors
-    autocast = autocast_dtype(x)
-    problem = problem_of(
-        x, weight, bias, bn, *geometry, act, residual, input_bn, input_gate, out, autocast
-    )
-    call = call_of(x, tensors, TABLE, backend, once, autocast)
-    if call.grad and out is not None:
-        raise ValueError(
-            "conv_bn_act: out= is not differentiable, and an argument requires a gradient; "
-            "call it under torch.no_grad(), or leave out= away"
-        )
+def _checked(arguments: Arguments, backend: Backend, once: bool) -> tuple[Problem, Call]:
+    problem, x = problem_of(*arguments), arguments.x
+    tensors = (x, *arguments.parameters, arguments.residual, arguments.input_gate)
+    call = call_of(x, tensors, TABLE, backend, once, arguments.autocast)
+    check_not_differentiable(OP, call.grad and arguments.out is not None)
     return problem, call
 
 
@@ -198,20 +167,14 @@ def _why_not_cudnn(problem: Problem, call: Call) -> str:
     if call.device != "cuda":
         return f"it needs CUDA tensors, got {call.device}"
     reason = cudnn.why_not(problem)
-    if reason or not call.automatic or _why_not_triton(problem, call):
+    if reason or not call.automatic or lacks_triton(problem, call):
         return reason
     config = tuning.choose(problem, *backends.gpu(call.x))
     return "" if config.backend == "cudnn" else "Triton is preferred for this shape"
 
 
 def _why_cudnn(problem: Problem, call: Call) -> str:
-    return _why_not_triton(problem, call) or "cuDNN is preferred for this shape"
-
-
-def _why_not_triton(problem: Problem, call: Call) -> str:
-    if problem.dtype not in TRITON_DTYPES:
-        return f"Triton computes in float16, bfloat16 and float32, got {problem.dtype}"
-    return backends.lacks_triton(call.device)
+    return lacks_triton(problem, call) or "cuDNN is preferred for this shape"
 
 
 def _on_cpu(why_not: Callable[[Problem], str]) -> Callable[[Problem, Call], str]:
@@ -247,32 +210,18 @@ def _plan_triton(
     return run
 
 
-def _plan_reference(
-    problem: Problem, call: Call, parameters: Parameters, like: tuple, cache: DerivedWeights | None
-) -> Run:
+def _plan_reference(problem: Problem, call: Call, parameters: Parameters, *_: Any) -> Run:
     weight, bias, bn, input_bn = parameters
-    options: dict[str, Any] = {
-        "stride": problem.stride, "padding": problem.padding, "dilation": problem.dilation,
-        "groups": problem.groups, "act": problem.act, "input_bn": input_bn,
-    }  # fmt: skip
+    options = (problem.stride, problem.padding, problem.dilation, problem.groups, problem.act)
 
     def run(x, residual=None, input_gate=None, out=None):
-        y = conv_bn_act_reference(
-            x, weight, bias, bn, residual=residual, input_gate=input_gate, **options
-        )
+        y = conv_bn_act_reference(x, weight, bias, bn, *options, residual, input_bn, input_gate)
         return y if out is None else out.copy_(y)
 
     return run
 
 
-def new_output(problem: Problem, device: torch.device) -> Tensor:
-    size = (problem.N, problem.K, problem.P, problem.Q)
-    layout = torch.channels_last
-    return torch.empty(size, dtype=problem.dtype, device=device, memory_format=layout)
-
-
-def _fused(plan: Callable[..., Run]) -> Callable[..., Run]:
-    return convolution.fused(plan, new_output)
+_fused = functools.partial(convolution.fused, allocate=new_output)
 
 
 def _native_by(name: str, tile: int) -> Implementation:
@@ -290,8 +239,7 @@ TABLE = Table(
     OP,
     Implementation("cudnn", _why_not_cudnn, _fused(cudnn.plan), _why_cudnn, "cuda"),
     Implementation(
-        "triton", _why_not_triton, _fused(_plan_triton), "Triton is preferred for this shape",
-        "cuda",
+        "triton", lacks_triton, _fused(_plan_triton), "Triton is preferred for this shape", "cuda"
     ),
     Implementation(
         "native", _on_cpu(native.why_not), _fused(native.plan), "compiled for CPU", "cpu"
@@ -301,34 +249,29 @@ TABLE = Table(
     _native_by("native F(2x4)", 4),
     Implementation("onednn", _on_cpu(onednn.why_not), _fused(onednn.plan), "fused on CPU", "cpu"),
     reference(_plan_reference),
-)  # fmt: skip
+)
 IMPLEMENTATIONS = TABLE.names
 
 
 def _plan(
-    problem: Problem,
-    call: Call,
-    parameters: Parameters,
-    like: tuple,
-    cache: DerivedWeights | None = None,
+    problem: Problem, call: Call, arguments: Arguments, cache: DerivedWeights | None = None,
     implementation: Implementation | None = None,
-) -> Plan:
-    """The plan of a checked call; ``like`` are examples of residual, input_gate and out."""
-    weight, bias, bn, input_bn = parameters
+) -> Plan:  # fmt: skip
+    """The plan of a checked call."""
 
     def traffic(name: str) -> Traffic:
-        return _traffic(problem, name, call.x, *like)
+        return _traffic(problem, name, arguments)
 
     def registered(name: str) -> Run:
-        geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
+        geometry = (problem.stride, problem.padding, problem.dilation)
 
         def run(x, residual=None, input_gate=None, out=None):
-            tensors = (x, weight, bias, bn, residual, input_bn, input_gate)
-            return _registered(tensors, geometry, problem.act, call.autocast, name)
+            data = {"x": x, "residual": residual, "input_gate": input_gate, "out": None}
+            return _registered(arguments._replace(**data), geometry, name)
 
         return run
 
-    operands = (parameters, like, cache)
+    operands = (arguments.parameters, arguments.like, cache)
     planned = plan_of(TABLE, problem, call, operands, traffic, registered, implementation)
     if planned.backend != "onednn" or problem.C > 4:
         return planned
@@ -363,7 +306,7 @@ class ImagePlan(Plan):
         return self._chosen(x).recorded(x, *data)
 
 
-def fuses_prologue(x: Tensor, groups: int = 1) -> bool:
+def supports_prologue_and_slices(x: Tensor, groups: int = 1) -> bool:
     """Whether a call on x can take ``input_bn`` or ``input_gate`` along, and channel slices.
 
     If not, apply them first: the rest is fused. Only Triton and the native convolution have these
@@ -379,15 +322,9 @@ def fuses_prologue(x: Tensor, groups: int = 1) -> bool:
     return device != "cpu" and (torch.compiler.is_compiling() or not backends.lacks_triton(device))
 
 
-def _traffic(
-    problem: Problem,
-    name: str,
-    x: Tensor,
-    residual: Tensor | None,
-    input_gate: Tensor | None,
-    out: Tensor | None,
-) -> Traffic:
+def _traffic(problem: Problem, name: str, arguments: Arguments) -> Traffic:
     """The one kernel's, and each pass around it, which reads and writes as many bytes."""
+    x, residual, out = arguments.x, arguments.residual, arguments.out
     passes: list[int] = []
     if name.startswith("native"):
         passes = [nbytes(x)] * native.converts(x)
@@ -416,61 +353,41 @@ def _fp32_precision() -> str:
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
-def _traced(
-    tensors: tuple, geometry: tuple, act: str, out: Tensor | None, backend: Backend
-) -> Tensor:
+def _traced(arguments: Arguments, backend: Backend) -> Tensor:
     """The call under torch.compile: the registered op, or on CPU the reference for inductor."""
-    x, weight, bias, bn, residual, input_bn, input_gate = tensors
-    stride, padding, dilation, groups = geometry
-    if (name := convolution.traced(TABLE, backend, x)) == "reference":
-        y = conv_bn_act_reference(
-            x, weight, bias, bn, stride=stride, padding=padding, dilation=dilation, groups=groups,
-            act=act, residual=residual, input_bn=input_bn, input_gate=input_gate,
-        )  # fmt: skip
-        return y if out is None else out.copy_(y)
-    pairs = convolution.pairs(OP, stride, padding, dilation)
-    return _registered(tensors, (*pairs, groups), act, autocast_dtype(x), name, out)
+    a = arguments
+    if (name := convolution.traced(TABLE, backend, a.x)) == "reference":
+        y = conv_bn_act_reference(*a[:-2])
+        return y if a.out is None else a.out.copy_(y)
+    return _registered(a, convolution.pairs(OP, a.stride, a.padding, a.dilation), name)
 
 
-def _registered(
-    tensors: tuple,
-    geometry: tuple,
-    act: str,
-    autocast: torch.dtype | None,
-    name: str,
-    out: Tensor | None = None,
-) -> Tensor:
-    x, weight, bias, bn, residual, input_bn, input_gate = tensors
-    if autocast is not None:
-        x, weight = x.to(autocast), weight.to(autocast)
-        residual, input_gate = to_dtype(residual, autocast), to_dtype(input_gate, autocast)
-    flat = (
-        x, weight, bias, *(bn or BatchNormParams()), *geometry, act, residual,
-        *(input_bn or BatchNormParams()), input_gate, name,
-    )  # fmt: skip
+def _registered(a: Arguments, geometry: tuple[tuple[int, int], ...], name: str) -> Tensor:
+    """The call of the registered op, whose operands have autocast's dtype; its norms lie flat."""
+    x, weight, residual, gate, out = a.x, a.weight, a.residual, a.input_gate, a.out
+    if a.autocast is not None:
+        x, weight = x.to(a.autocast), weight.to(a.autocast)
+        residual, gate = to_dtype(residual, a.autocast), to_dtype(gate, a.autocast)
+    norm, input_norm = (a.bn or BatchNormParams()), (a.input_bn or BatchNormParams())
+    options = (*geometry, a.groups, a.act)
+    flat = (x, weight, a.bias, *norm, *options, residual, *input_norm, gate, name)
     if out is None:
         return torch.ops.cvkernels.conv_bn_act(*flat)
     torch.ops.cvkernels.conv_bn_act_out(*flat, out)
     return out
 
 
-def _unflatten(flat: tuple) -> tuple[tuple, tuple[Any, Any, Any, int], str, str]:
-    """(tensors, geometry, act, backend) of a registered op's arguments."""
-    x, weight, bias = flat[:3]
-    norms = BatchNormParams(*flat[3:8]), BatchNormParams(*flat[14:19])
-    bn, input_bn = (None if norm[:4] == (None,) * 4 else norm for norm in norms)
-    stride, padding, dilation, groups, act, residual = flat[8:14]
-    tensors = (x, weight, bias, bn, residual, input_bn, flat[19])
-    return tensors, (tuple(stride), tuple(padding), tuple(dilation), groups), act, flat[20]
+def _arguments_of(flat: Sequence[Any], out: Tensor | None = None) -> Arguments:
+    """Those of a call of the registered op."""
+    norm, input_norm = norm_of(flat[3:8]), norm_of(flat[14:19])
+    return Arguments._make([*flat[:3], norm, *flat[8:14], input_norm, flat[19], out, None])
 
 
 def _compute(flat: tuple, out: Tensor | None) -> Tensor:
-    (x, weight, bias, bn, residual, input_bn, gate), geometry, act, backend = _unflatten(flat)
-    problem = problem_of(x, weight, bias, bn, *geometry, act, residual, input_bn, gate, out)
+    arguments, backend = _arguments_of(flat, out), flat[20]
+    x = arguments.x
     call = Call(x, backends.device_type(x), backend, once=True)
-    parameters = Parameters(weight, bias, bn, input_bn)
-    like = (residual, gate, out)
-    return _plan(problem, call, parameters, like).recorded(x, *like)
+    return _plan(problem_of(*arguments), call, arguments).recorded(x, *arguments.like)
 
 
 def _conv_bn_act(*flat: Any) -> Tensor:
@@ -481,27 +398,10 @@ def _conv_bn_act_out(*flat_and_out: Any) -> None:
     _compute(flat_and_out[:-1], flat_and_out[-1])
 
 
-for key in ("CPU", "CUDA"):
-    library.impl("conv_bn_act", _conv_bn_act, key)
-    library.impl("conv_bn_act_out", _conv_bn_act_out, key)
-
-
-@torch.library.register_fake("cvkernels::conv_bn_act", lib=library)
-def _(*flat):
-    return convolution.fake_output(flat[0], flat[1], flat[8:11])
-
-
-writes(library, "conv_bn_act_out")
-
-
 def _gradients(grads, named):
-    (x, weight, bias, bn, residual, input_bn, gate), geometry, act, _ = _unflatten(
-        tuple(named.get(name) for name in NAMES)
-    )
-    return conv_bn_act_backward(
-        grads[0], x, weight, bias, bn or BatchNormParams(), geometry, act, residual, input_bn, gate,
-        named.get("out"),
-    )  # fmt: skip
+    arguments = _arguments_of([named.get(name) for name in NAMES])
+    return conv_bn_act_backward(grads[0], arguments, named.get("out"))
 
 
-convolution.register_autograd(library, OP, NAMES, _gradients)
+convolution.register(library, OP, NAMES, _conv_bn_act, convolution.fake_output, _gradients)
+register(library, "conv_bn_act_out", _conv_bn_act_out)

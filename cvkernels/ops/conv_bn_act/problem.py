@@ -6,15 +6,22 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cvkernels.ops.common.aliasing import overlap, same_view
-from cvkernels.ops.common.arguments import check_bn, check_device, check_tensor, check_vector
-from cvkernels.ops.common.convolution import check_fits, check_options, output_size, pairs
-from cvkernels.ops.common.errors import InputTypeError, InputValueError
+from cvkernels.ops.common.arguments import check_bn, check_tensor
+from cvkernels.ops.common.convolution import (
+    Pair,
+    check_fits,
+    check_options,
+    check_parameters,
+    output_size,
+    pairs,
+)
+from cvkernels.ops.common.errors import InputValueError
 from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.common.traffic import touched_positions
 
@@ -28,6 +35,34 @@ class Parameters(NamedTuple):
     bias: Tensor | None
     bn: BatchNormParams | None
     input_bn: BatchNormParams | None = None
+
+
+class Arguments(NamedTuple):
+    """What a call is given, in the order of the registered op's arguments, and autocast's part."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    bn: BatchNormParams | None = None
+    stride: Pair = 1
+    padding: Pair = 0
+    dilation: Pair = 1
+    groups: int = 1
+    act: str = "relu"
+    residual: Tensor | None = None
+    input_bn: BatchNormParams | None = None
+    input_gate: Tensor | None = None
+    out: Tensor | None = None
+    autocast: torch.dtype | None = None  # what autocast converts x, weight and residual to
+
+    @property
+    def parameters(self) -> Parameters:
+        return Parameters(self.weight, self.bias, self.bn, self.input_bn)
+
+    @property
+    def like(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Examples of the data beside x."""
+        return self.residual, self.input_gate, self.out
 
 
 @dataclass(frozen=True)
@@ -104,47 +139,18 @@ class Problem:
         return self.N * self.K * self.P * self.Q * self.dtype.itemsize
 
 
-def problem_of(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bn: BatchNormParams | None,
-    stride: int | tuple[int, int],
-    padding: int | tuple[int, int],
-    dilation: int | tuple[int, int],
-    groups: int,
-    act: str,
-    residual: Tensor | None,
-    input_bn: BatchNormParams | None,
-    input_gate: Tensor | None,
-    out: Tensor | None,
-    dtype: torch.dtype | None = None,
-) -> Problem:
-    """The checked call; ``dtype`` is what autocast will convert x, weight and residual to."""
+def problem_of(*given: Any, **named: Any) -> Problem:
+    """The checked call of these :class:`Arguments`."""
+    (
+        x, weight, bias, bn, stride, padding, dilation, groups, act, residual, input_bn, input_gate,
+        out, autocast,
+    ) = Arguments(*given, **named)  # fmt: skip
     problem = _shapes(
-        x.shape,
-        weight.shape,
-        *pairs(OP, stride, padding, dilation),
-        groups,
-        dtype or x.dtype,
-        act,
-        bias is not None,
-        bn is not None,
-        residual is not None,
-        input_bn is not None,
-        input_gate is not None,
-        out is not None,
-    )
-    if dtype is None and weight.dtype != x.dtype:
-        raise InputTypeError(
-            f"conv_bn_act: weight must have x's dtype {x.dtype}, got {weight.dtype}; "
-            f"convert one with .to(), or run under torch.autocast"
-        )
-    check_device(OP, "weight", weight, x)
-    if bias is not None:
-        check_vector(OP, "bias", bias, problem.K, x)
-    if bn is not None:
-        check_bn(OP, "bn", bn, problem.K, x)
+        x.shape, weight.shape, pairs(OP, stride, padding, dilation), groups, autocast or x.dtype,
+        act, bias is not None, bn is not None, residual is not None, input_bn is not None,
+        input_gate is not None, out is not None,
+    )  # fmt: skip
+    check_parameters(OP, problem, x, weight, bias, bn, autocast)
     if input_bn is not None:
         check_bn(OP, "input_bn", input_bn, problem.C, x)
     if input_gate is not None:
@@ -152,10 +158,8 @@ def problem_of(
     shape = (problem.N, problem.K, problem.P, problem.Q)
     if residual is not None:
         check_tensor(OP, "residual", residual, shape, "[N, K, P, Q]", x)
-        if dtype is None and residual.dtype != x.dtype:
-            raise TypeError(
-                f"conv_bn_act: residual must have x's dtype {x.dtype}, got {residual.dtype}"
-            )
+        if autocast is None and residual.dtype != x.dtype:
+            raise TypeError(f"{OP}: residual must have x's dtype {x.dtype}, got {residual.dtype}")
     if out is not None:
         _check_out(out, shape, problem.dtype, x)
     return problem
@@ -163,27 +167,15 @@ def problem_of(
 
 @functools.lru_cache(maxsize=4096)
 def _shapes(
-    x: torch.Size,
-    weight: torch.Size,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    dtype: torch.dtype,
-    act: str,
-    *flags: bool,
-) -> Problem:
-    if len(x) != 4:
-        way_out = "; add the batch dimension with x.unsqueeze(0)" if len(x) == 3 else ""
-        raise InputValueError(
-            f"conv_bn_act: x must have shape [N, C, H, W], got {list(x)}{way_out}"
-        )
+    x: torch.Size, weight: torch.Size, geometry: tuple[tuple[int, int], ...], groups: int,
+    dtype: torch.dtype, act: str, *flags: bool,
+) -> Problem:  # fmt: skip
+    check_options(OP, x, dtype, act, geometry)
     if len(weight) != 4 or 0 in weight:
         raise ValueError(
             f"conv_bn_act: weight must have shape [K, C/groups, R, S], got {list(weight)}"
         )
-    check_options(OP, dtype, act, (stride, padding, dilation), InputTypeError)
-    C, K = x[1], weight[0]
+    (N, C, H, W), (K, _, R, S) = x, weight
     if groups < 1 or C % groups or K % groups:
         raise InputValueError(
             f"conv_bn_act: groups must divide the channels of x (C = {C}) and of the output "
@@ -194,8 +186,9 @@ def _shapes(
             f"conv_bn_act: weight must have C/groups = {C}/{groups} = {C // groups} input channels "
             f"to match x {list(x)}, got {list(weight)}"
         )
-    problem = Problem(*x, K, *weight[2:], stride, padding, dilation, groups, dtype, act, *flags)
-    check_fits(OP, problem, InputValueError)
+    stride, padding, dilation = geometry
+    problem = Problem(N, C, H, W, K, R, S, stride, padding, dilation, groups, dtype, act, *flags)
+    check_fits(OP, problem)
     return problem
 
 

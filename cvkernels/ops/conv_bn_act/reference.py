@@ -18,25 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvkernels.ops.common.activation import activate
-from cvkernels.ops.common.norm import BatchNormParams, normalize, scale_shift
+from cvkernels.ops.common.activation import activate, activation_backward
+from cvkernels.ops.common.convolution import Pair
+from cvkernels.ops.common.norm import BatchNormParams, accumulator, normalize, scale_shift
+from cvkernels.ops.conv_bn_act.problem import Arguments
 
 
 def conv_bn_act_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    bn: BatchNormParams | None = None,
-    *,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
-    groups: int = 1,
-    act: str = "relu",
-    residual: Tensor | None = None,
-    input_bn: BatchNormParams | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, bn: BatchNormParams | None = None,
+    stride: Pair = 1, padding: Pair = 0, dilation: Pair = 1, groups: int = 1, act: str = "relu",
+    residual: Tensor | None = None, input_bn: BatchNormParams | None = None,
     input_gate: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     if input_bn is not None:
         x = F.relu(normalize(x, input_bn))
     if input_gate is not None:
@@ -65,70 +58,46 @@ def prologue(
 
 
 def prologue_backward(
-    du: Tensor,
-    x: Tensor,
-    bn: BatchNormParams | None,
-    gate: Tensor | None,
-    before_gate: Tensor,
-    scale: Any,
-    positive: Any,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    du: Tensor, x: Tensor, bn: BatchNormParams | None, gate: Tensor | None,
+    before_gate: Tensor, scale: Any, positive: Any, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dx, d weight and d bias of input_bn, d gate)."""
-    d_gate = d_weight = d_bias = None
+    d_gate = None
     if gate is not None:
         d_gate = (du * before_gate).sum((2, 3), dtype=dtype).to(gate.dtype)
         du = du * gate[:, :, None, None].to(du.dtype)
     if bn is None:
         return du, None, None, d_gate
     dv = du * positive
-    inverse_std = 1.0 if bn.var is None else torch.rsqrt(bn.var.to(dtype) + bn.eps)
     d_shift = dv.sum((0, 2, 3), dtype=dtype)
     d_scale = (dv * x).sum((0, 2, 3), dtype=dtype)
-    if bn.weight is not None:
-        mean = 0.0 if bn.mean is None else bn.mean.to(dtype)
-        d_weight = (inverse_std * (d_scale - mean * d_shift)).to(bn.weight.dtype)
-    if bn.bias is not None:
-        d_bias = d_shift.to(bn.bias.dtype)
+    d_weight, d_bias = norm_backward(d_scale, d_shift, None, bn, dtype)
     return (dv * scale.view(-1, 1, 1)).to(x.dtype), d_weight, d_bias, d_gate
 
 
-def activation_backward(
-    grad: Tensor, act: str, out: Tensor | None, pre_activation: Tensor | None
-) -> Tensor:
-    if act == "relu":
-        return torch.ops.aten.threshold_backward(grad, out, 0)
-    if act == "relu6":
-        return torch.ops.aten.hardtanh_backward(grad, out, 0.0, 6.0)
-    if act == "silu":
-        assert pre_activation is not None
-        sigmoid = torch.sigmoid(pre_activation)
-        return grad * (sigmoid * (1 + pre_activation * (1 - sigmoid)))
-    return grad
+def norm_backward(
+    d_scale: Tensor, d_shift: Tensor, bias: Tensor | None, bn: BatchNormParams, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients in bn's weight and bias from those in what :func:`scale_shift` gives."""
+    d_weight = None
+    if bn.weight is not None:
+        inverse_std = 1.0 if bn.var is None else torch.rsqrt(bn.var.to(dtype) + bn.eps)
+        offset = torch.zeros_like(d_shift) if bias is None else bias.to(dtype)
+        offset = offset if bn.mean is None else offset - bn.mean.to(dtype)
+        d_weight = (inverse_std * (d_scale + d_shift * offset)).to(bn.weight.dtype)
+    return d_weight, None if bn.bias is None else d_shift.to(bn.bias.dtype)
 
 
 def conv_bn_act_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bn: BatchNormParams,
-    geometry: tuple,
-    act: str,
-    residual: Tensor | None,
-    input_bn: BatchNormParams | None,
-    gate: Tensor | None,
-    out: Tensor | None,
+    grad: Tensor, arguments: Arguments, out: Tensor | None
 ) -> dict[str, Tensor | None]:
-    """Gradients by argument name. ``residual`` and ``out`` are needed by some activations only."""
-    stride, padding, dilation, groups = geometry
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    """Gradients by argument name; relu and relu6 need ``out``, and silu the residual."""
+    x, weight, bias, bn, stride, padding, dilation, groups, act, _, input_bn, gate, _, _ = arguments
+    bn = bn or BatchNormParams()
+    dtype = accumulator(x.dtype)
     pre_activation = None
     if act == "silu":
-        pre_activation = conv_bn_act_reference(
-            x, weight, bias, bn, stride=stride, padding=padding, dilation=dilation, groups=groups,
-            act="none", residual=residual, input_bn=input_bn, input_gate=gate,
-        )  # fmt: skip
+        pre_activation = conv_bn_act_reference(*arguments._replace(act="none")[:-2])
     dz = activation_backward(grad, act, out, pre_activation)
     scale, _ = scale_shift(bias, bn, weight, dtype)
     u, before_gate, input_scale, positive = prologue(x, input_bn, gate, dtype)
@@ -141,7 +110,8 @@ def conv_bn_act_backward(
     dx, d_in_weight, d_in_bias, d_gate = prologue_backward(
         du, x, input_bn, gate, before_gate, input_scale, positive, dtype
     )
-    grads = {
+    d_weight, d_bias = norm_backward(d_scale, d_shift, bias, bn, dtype)
+    return {
         "x": dx,
         "weight": (dw_raw.to(dtype) * scale.view(-1, 1, 1, 1)).to(weight.dtype),
         "residual": dz,
@@ -149,14 +119,6 @@ def conv_bn_act_backward(
         "in_bias": d_in_bias,
         "gate": d_gate,
         "bias": None if bias is None else (d_shift * scale).to(bias.dtype),
-        "bn_weight": None,
-        "bn_bias": None if bn.bias is None else d_shift.to(bn.bias.dtype),
+        "bn_weight": d_weight,
+        "bn_bias": d_bias,
     }
-    if bn.weight is not None:
-        inverse_std = 1.0 if bn.var is None else torch.rsqrt(bn.var.to(dtype) + bn.eps)
-        offset = torch.zeros((), dtype=dtype, device=x.device)
-        offset = offset if bias is None else offset + bias.to(dtype)
-        offset = offset if bn.mean is None else offset - bn.mean.to(dtype)
-        d_weight = inverse_std * (d_scale + d_shift * offset)
-        grads["bn_weight"] = d_weight.to(bn.weight.dtype)
-    return grads

@@ -36,15 +36,10 @@ class Planned(NamedTuple):
 
     @staticmethod
     def operands(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        bn: BatchNormParams | None,
-        residual: Tensor | None,
-        input_bn: BatchNormParams | None,
-        input_gate: Tensor | None,
+        x: Tensor, weight: Tensor, bias: Tensor | None, bn: BatchNormParams | None,
+        residual: Tensor | None, input_bn: BatchNormParams | None, input_gate: Tensor | None,
         out: Tensor,
-    ) -> tuple[Tensor | float | None, ...]:
+    ) -> tuple[Tensor | float | None, ...]:  # fmt: skip
         """The arguments in the order of the kernels' first parameters."""
         norm, input_norm = norm_operands(bn), norm_operands(input_bn)
         return x, weight, out, bias, *norm, residual, *input_norm, input_gate
@@ -54,43 +49,23 @@ class Planned(NamedTuple):
         self.launch(*self.operands(*arguments))
 
 
-def run(
-    problem: Problem,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bn: BatchNormParams | None,
-    residual: Tensor | None,
-    input_bn: BatchNormParams | None,
-    input_gate: Tensor | None,
-    out: Tensor,
-    *,
-    precision: str,
-    config: Config | None = None,
-) -> None:
-    """Compute the op into ``out`` with one launch, or none if ``out`` is empty.
+def run(problem: Problem, *operands: Any, precision: str, config: Config | None = None) -> None:
+    """Compute the op into its output with one launch, or none if that is empty.
 
-    Arguments are the op's, checked by it; the rest is as of :func:`plan_launch`.
+    Takes what :meth:`Planned.operands` takes, checked by the op; the rest is as of
+    :func:`plan_launch`.
     """
-    if out.numel() == 0:
-        return
-    planned = plan_launch(
-        problem, x, weight, residual, input_gate, out, precision=precision, config=config
-    )
-    planned(x, weight, bias, bn, residual, input_bn, input_gate, out)
+    x, weight, _, _, residual, _, gate, out = operands
+    if out.numel():
+        like = (problem, x, weight, residual, gate, out)
+        plan_launch(*like, precision=precision, config=config)(*operands)
 
 
 def plan_launch(
     problem: Problem,
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor | None,
-    input_gate: Tensor | None,
-    out: Tensor,
-    *,
-    precision: str,
-    config: Config | None = None,
-) -> Planned:
+    x: Tensor, weight: Tensor, residual: Tensor | None, input_gate: Tensor | None, out: Tensor, *,
+    precision: str, config: Config | None = None,
+) -> Planned:  # fmt: skip
     """The call for tensors with these strides, which may be on the meta device.
 
     ``precision`` is "ieee" or "tf32", for float32; ``config`` is :func:`tuning.choose`'s if None.
@@ -98,30 +73,20 @@ def plan_launch(
     Raises:
         ValueError: more output pixels than a launch can index.
     """
-    return _plan(
-        problem,
-        config or tuning.choose(problem, *backends.gpu(x)),
-        precision,
-        x.stride(),
-        weight.stride(),
-        (0, 0, 0, 0) if residual is None else residual.stride(),
-        (0, 0) if input_gate is None else input_gate.stride(),
-        out.stride(),
-    )
+    config = config or tuning.choose(problem, *backends.gpu(x))
+    of_residual = (0, 0, 0, 0) if residual is None else residual.stride()
+    of_gate = (0, 0) if input_gate is None else input_gate.stride()
+    strides = (x.stride(), weight.stride(), out.stride(), of_residual, of_gate)
+    return _plan(problem, config, precision, strides)
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    problem: Problem,
-    config: Config,
-    precision: str,
-    x_strides: Strides,
-    weight_strides: Strides,
-    residual_strides: Strides,
-    gate_strides: Strides,
-    out_strides: Strides,
+    problem: Problem, config: Config, precision: str, strides: tuple[Strides, ...]
 ) -> Planned:
+    """``strides`` are those of x, weight, out, residual and gate, 0 where there is none."""
     p, name = problem, tuning.kernel(problem)
+    x_strides, weight_strides, out_strides, residual_strides, gate_strides = strides
     pixels = p.N * p.P * p.Q
     tiles = cdiv(pixels, config.block_m) * cdiv(p.K, config.block_n)
     if pixels > INT32_MAX - config.block_m or tiles > INT32_MAX:
@@ -132,19 +97,11 @@ def _plan(
     # strides of a residual that is not there count as flat
     flat_out = _flat(out_strides, p.P, p.Q) and _flat(residual_strides, p.P, p.Q)
     meta: dict[str, Any] = {
-        "STRIDE_H": p.stride[0],
-        "STRIDE_W": p.stride[1],
-        "ACT": p.act,
-        "PRECISION": precision,
-        "INPUT_BN": p.has_input_bn,
-        "FLAT_OUT": flat_out,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+        "STRIDE_H": p.stride[0], "STRIDE_W": p.stride[1], "ACT": p.act, "PRECISION": precision,
+        "INPUT_BN": p.has_input_bn, "FLAT_OUT": flat_out, "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
     even = p.groups == 1 and p.C % config.block_k == 0
     if name == "1x1":
         sizes: tuple[int, ...] = (pixels, p.C, p.K, p.P, p.Q)
@@ -167,8 +124,9 @@ def _plan(
         sizes = (pixels, p.K, p.H, p.W, p.P, p.Q)
         row = power_of_two(max(p.S * p.C, 16))
         meta.update(C=p.C, CHANNELS_INNER=x_strides[1] <= x_strides[3], BLOCK_K=row)
-    strides = (x_strides, weight_strides, out_strides, residual_strides, gate_strides)
-    fixed = (*sizes, *(stride for tensor in strides for stride in tensor))
+    fixed = (
+        *sizes, *x_strides, *weight_strides, *out_strides, *residual_strides, *gate_strides
+    )  # fmt: skip
     return Planned(Launch(_KERNELS[name], (tiles,), fixed, meta))
 
 

@@ -24,23 +24,17 @@ _BLOCK = 1024
 @triton.jit
 def fold_kernel(
     weight_ptr,  # [K, C, R, S]
-    bias_ptr,  # [K], as the four that follow; None where the call has none
-    bn_weight_ptr,
-    bn_bias_ptr,
-    bn_mean_ptr,
-    bn_var_ptr,
-    bn_eps,
+    bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, bn_eps,  # [K]
     folded_ptr,  # [K, R, S, C]
     shift_ptr,  # [K]
-    C,
-    S,
+    C, S,
     size,  # R * S * C
     stride_k,
     stride_c,
     stride_r,
     stride_s,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """folded = weight * scale and shift = (bias - mean) * scale + bn_bias, in float64.
 
     A program has BLOCK elements of one filter. Reads weight once and writes folded once.

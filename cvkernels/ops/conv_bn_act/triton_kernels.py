@@ -19,11 +19,9 @@ import triton.language as tl
 
 from cvkernels.ops.conv_bn_act.triton_parts import (
     finish_tile,
-    load_gate,
-    load_gate_row,
-    normalize_input,
     pixel_offsets,
-    relu,
+    prologue,
+    row_offsets,
     split_pixels,
     tile_ids,
 )
@@ -37,54 +35,25 @@ def conv_bn_act_1x1_kernel(
     x_ptr,  # [N, C, H, W]
     weight_ptr,  # [K, C]
     out_ptr,  # [N, K, P, Q]
-    bias_ptr,  # [K], as the four that follow
-    bn_weight_ptr,
-    bn_bias_ptr,
-    bn_mean_ptr,
-    bn_var_ptr,
-    bn_eps,
+    bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, bn_eps,  # [K]
     residual_ptr,  # [N, K, P, Q]
-    in_weight_ptr,  # [C], as the three that follow
-    in_bias_ptr,
-    in_mean_ptr,
-    in_var_ptr,
-    in_eps,
+    in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr, in_eps,  # [C]
     gate_ptr,  # [N, C]
-    M,
-    C,
-    K,
-    P,
-    Q,
-    x_stride_n,
-    x_stride_c,
-    x_stride_h,
-    x_stride_w,
-    weight_stride_k,
-    weight_stride_c,
-    out_stride_n,
-    out_stride_k,
-    out_stride_h,
-    out_stride_w,
-    residual_stride_n,
-    residual_stride_k,
-    residual_stride_h,
-    residual_stride_w,
-    gate_stride_n,
-    gate_stride_c,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    ACT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    M, C, K, P, Q,
+    x_stride_n, x_stride_c, x_stride_h, x_stride_w,
+    weight_stride_k, weight_stride_c,
+    out_stride_n, out_stride_k, out_stride_h, out_stride_w,
+    residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
+    gate_stride_n, gate_stride_c,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    ACT: tl.constexpr, PRECISION: tl.constexpr,
     INPUT_BN: tl.constexpr,
     GATE_UNIFORM: tl.constexpr,  # every row tile lies within one image
     EVEN_C: tl.constexpr,  # BLOCK_K divides C
     FLAT_X: tl.constexpr,
     FLAT_OUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
     """1x1 convolution without padding or groups: a matrix product over pixels.
 
     One program makes a tile [BLOCK_M pixels, BLOCK_N channels] of out. It reads BLOCK_M rows of x
@@ -111,7 +80,8 @@ def conv_bn_act_1x1_kernel(
     else:
         image = m_safe // (P * Q)
 
-    gate_strides = (gate_stride_n, gate_stride_c)
+    in_bn = (None, in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr)
+    gate = (gate_ptr, gate_stride_n, gate_stride_c)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for c_start in range(0, C, BLOCK_K):
         c_mask = c_offs < C - c_start
@@ -121,30 +91,17 @@ def conv_bn_act_1x1_kernel(
         else:
             x = tl.load(x_ptrs, mask=c_mask[None, :], other=0.0)
             weight = tl.load(weight_ptrs, mask=c_mask[:, None], other=0.0)
-        if INPUT_BN or gate_ptr is not None:
-            u = x.to(tl.float32)
-            if INPUT_BN:
-                bn = (None, in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr)
-                u = relu(normalize_input(u, bn, in_eps, c_start + c_offs, C))
-            if gate_ptr is not None:
-                if GATE_UNIFORM:
-                    u *= load_gate_row(gate_ptr, gate_strides, image, c_start + c_offs, C)[None, :]
-                else:
-                    u *= load_gate(gate_ptr, gate_strides, image, c_start + c_offs, C)
-            # channels past C are zero after the prologue, whatever it makes of them
-            x = tl.where(c_mask[None, :], u, 0.0).to(x.dtype)
+        # channels past C are zero after the prologue, whatever it makes of them
+        c = c_start + c_offs
+        x = prologue(x, c_mask[None, :], in_bn, in_eps, gate, image, c, C, INPUT_BN, GATE_UNIFORM)
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)
         x_ptrs += c_step * x_stride_c
         weight_ptrs += c_step * weight_stride_c
 
     bn = (bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr)
     residual = (
-        residual_ptr,
-        residual_stride_n,
-        residual_stride_k,
-        residual_stride_h,
-        residual_stride_w,
-    )
+        residual_ptr, residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
+    )  # fmt: skip
     out = (out_ptr, out_stride_n, out_stride_k, out_stride_h, out_stride_w)
     sizes = (M, K, P, Q)
     finish_tile(acc, m_offs, pid_n * BLOCK_N, sizes, bn, bn_eps, residual, out, ACT, FLAT_OUT)
@@ -155,65 +112,29 @@ def conv_bn_act_spatial_kernel(
     x_ptr,  # [N, C, H, W]
     weight_ptr,  # [K, C_GROUP, R, S]
     out_ptr,  # [N, K, P, Q]
-    bias_ptr,  # [K], as the four that follow
-    bn_weight_ptr,
-    bn_bias_ptr,
-    bn_mean_ptr,
-    bn_var_ptr,
-    bn_eps,
+    bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, bn_eps,  # [K]
     residual_ptr,  # [N, K, P, Q]
-    in_weight_ptr,  # [C], as the three that follow
-    in_bias_ptr,
-    in_mean_ptr,
-    in_var_ptr,
-    in_eps,
+    in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr, in_eps,  # [C]
     gate_ptr,  # [N, C]
-    M,
-    C,
-    K,
-    H,
-    W,
-    P,
-    Q,
-    x_stride_n,
-    x_stride_c,
-    x_stride_h,
-    x_stride_w,
-    weight_stride_k,
-    weight_stride_c,
-    weight_stride_r,
-    weight_stride_s,
-    out_stride_n,
-    out_stride_k,
-    out_stride_h,
-    out_stride_w,
-    residual_stride_n,
-    residual_stride_k,
-    residual_stride_h,
-    residual_stride_w,
-    gate_stride_n,
-    gate_stride_c,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
+    M, C, K, H, W, P, Q,
+    x_stride_n, x_stride_c, x_stride_h, x_stride_w,
+    weight_stride_k, weight_stride_c, weight_stride_r, weight_stride_s,
+    out_stride_n, out_stride_k, out_stride_h, out_stride_w,
+    residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
+    gate_stride_n, gate_stride_c,
+    R: tl.constexpr, S: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     C_GROUP: tl.constexpr,  # C / groups
     K_GROUP: tl.constexpr,  # K / groups; 0 if there is one group
     C_STEPS: tl.constexpr,  # blocks of BLOCK_K channels that a column tile reads per tap
-    ACT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ACT: tl.constexpr, PRECISION: tl.constexpr,
     INPUT_BN: tl.constexpr,
     EVEN_C: tl.constexpr,  # one group, and BLOCK_K divides C
     FLAT_OUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
     """Convolution as a sum over taps (r, s) of matrix products over channels.
 
     One program makes a tile [BLOCK_M pixels, BLOCK_N channels] of out. Per tap it reads its
@@ -233,11 +154,7 @@ def conv_bn_act_spatial_kernel(
     image, p, q = split_pixels(m_safe, P, Q)
     h_base = p * STRIDE_H - PADDING_H  # [BLOCK_M], h of tap 0
     w_base = q * STRIDE_W - PADDING_W
-    x_rows = (
-        image.to(tl.int64) * x_stride_n
-        + h_base.to(tl.int64) * x_stride_h
-        + w_base.to(tl.int64) * x_stride_w
-    )
+    x_rows = row_offsets(image, h_base, w_base, (x_stride_n, x_stride_h, x_stride_w))
     weight_rows = k_safe.to(tl.int64) * weight_stride_k
     if K_GROUP > 0:
         c_base = (pid_n * BLOCK_N) // K_GROUP * C_GROUP
@@ -247,7 +164,8 @@ def conv_bn_act_spatial_kernel(
         c_base = 0
         c_first = tl.zeros((BLOCK_N,), tl.int32)
 
-    gate_strides = (gate_stride_n, gate_stride_c)
+    in_bn = (None, in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr)
+    gate = (gate_ptr, gate_stride_n, gate_stride_c)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(0, R * S * C_STEPS):
         tap = step // C_STEPS
@@ -281,25 +199,14 @@ def conv_bn_act_spatial_kernel(
                 weight = tl.load(weight_ptrs)  # [BLOCK_K, BLOCK_N]
             else:
                 weight = tl.load(weight_ptrs, mask=c_mask[:, None], other=0.0)
-        if INPUT_BN or gate_ptr is not None:
-            u = x.to(tl.float32)
-            if INPUT_BN:
-                bn = (None, in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr)
-                u = relu(normalize_input(u, bn, in_eps, c_base + c_offs, C))
-            if gate_ptr is not None:
-                u *= load_gate(gate_ptr, gate_strides, image, c_base + c_offs, C)
-            # padding is zero after the prologue, not before
-            x = tl.where(x_mask, u, 0.0).to(x.dtype)
+        # padding is zero after the prologue, not before
+        x = prologue(x, x_mask, in_bn, in_eps, gate, image, c_base + c_offs, C, INPUT_BN, False)
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)
 
     bn = (bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr)
     residual = (
-        residual_ptr,
-        residual_stride_n,
-        residual_stride_k,
-        residual_stride_h,
-        residual_stride_w,
-    )
+        residual_ptr, residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
+    )  # fmt: skip
     out = (out_ptr, out_stride_n, out_stride_k, out_stride_h, out_stride_w)
     sizes = (M, K, P, Q)
     finish_tile(acc, m_offs, pid_n * BLOCK_N, sizes, bn, bn_eps, residual, out, ACT, FLAT_OUT)
@@ -310,62 +217,28 @@ def conv_bn_act_filter_row_kernel(
     x_ptr,  # [N, C, H, W]
     weight_ptr,  # [K, C, R, S]
     out_ptr,  # [N, K, P, Q]
-    bias_ptr,  # [K], as the four that follow
-    bn_weight_ptr,
-    bn_bias_ptr,
-    bn_mean_ptr,
-    bn_var_ptr,
-    bn_eps,
+    bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, bn_eps,  # [K]
     residual_ptr,  # [N, K, P, Q]
-    in_weight_ptr,  # [C], as the three that follow
-    in_bias_ptr,
-    in_mean_ptr,
-    in_var_ptr,
-    in_eps,
+    in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr, in_eps,  # [C]
     gate_ptr,  # [N, C]
-    M,
-    K,
-    H,
-    W,
-    P,
-    Q,
-    x_stride_n,
-    x_stride_c,
-    x_stride_h,
-    x_stride_w,
-    weight_stride_k,
-    weight_stride_c,
-    weight_stride_r,
-    weight_stride_s,
-    out_stride_n,
-    out_stride_k,
-    out_stride_h,
-    out_stride_w,
-    residual_stride_n,
-    residual_stride_k,
-    residual_stride_h,
-    residual_stride_w,
-    gate_stride_n,
-    gate_stride_c,
-    C: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
+    M, K, H, W, P, Q,
+    x_stride_n, x_stride_c, x_stride_h, x_stride_w,
+    weight_stride_k, weight_stride_c, weight_stride_r, weight_stride_s,
+    out_stride_n, out_stride_k, out_stride_h, out_stride_w,
+    residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
+    gate_stride_n, gate_stride_c,
+    C: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     CHANNELS_INNER: tl.constexpr,  # a filter row is (s, c), as NHWC lies in memory; else (c, s)
-    ACT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ACT: tl.constexpr, PRECISION: tl.constexpr,
     INPUT_BN: tl.constexpr,
     FLAT_OUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,  # at least S * C
     GROUP_M: tl.constexpr,
-):
+):  # fmt: skip
     """Convolution of few channels (the stem): a sum over filter rows of products over (s, c).
 
     One program makes a tile [BLOCK_M pixels, BLOCK_N channels] of out. Per filter row it gathers
@@ -382,11 +255,7 @@ def conv_bn_act_filter_row_kernel(
     image, p, q = split_pixels(m_safe, P, Q)
     h_base = p * STRIDE_H - PADDING_H  # [BLOCK_M], h of tap 0
     w_base = q * STRIDE_W - PADDING_W
-    x_rows = (
-        image.to(tl.int64) * x_stride_n
-        + h_base.to(tl.int64) * x_stride_h
-        + w_base.to(tl.int64) * x_stride_w
-    )
+    x_rows = row_offsets(image, h_base, w_base, (x_stride_n, x_stride_h, x_stride_w))
     weight_rows = k_safe.to(tl.int64) * weight_stride_k
 
     offs = tl.arange(0, BLOCK_K)
@@ -406,34 +275,24 @@ def conv_bn_act_filter_row_kernel(
     weight_cols = c.to(tl.int64) * weight_stride_c + s.to(tl.int64) * weight_stride_s
     weight_ptrs = weight_ptr + weight_rows[:, None] + weight_cols[None, :]
 
-    gate_strides = (gate_stride_n, gate_stride_c)
+    in_bn = (None, in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr)
+    gate = (gate_ptr, gate_stride_n, gate_stride_c)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for r in range(0, R):
         h = (h_base + r * DILATION_H).to(tl.uint32, bitcast=True)
         inside = (h < H)[:, None] & w_mask
         x = tl.load(x_ptrs, mask=inside, other=0.0)  # [BLOCK_M, BLOCK_K]
         weight = tl.load(weight_ptrs, mask=in_row[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
-        if INPUT_BN or gate_ptr is not None:
-            u = x.to(tl.float32)
-            if INPUT_BN:
-                bn = (None, in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr)
-                u = relu(normalize_input(u, bn, in_eps, c, C))
-            if gate_ptr is not None:
-                u *= load_gate(gate_ptr, gate_strides, image, c, C)
-            # padding is zero after the prologue, not before
-            x = tl.where(inside, u, 0.0).to(x.dtype)
+        # padding is zero after the prologue, not before
+        x = prologue(x, inside, in_bn, in_eps, gate, image, c, C, INPUT_BN, False)
         acc = tl.dot(x, weight.trans(), acc, input_precision=PRECISION)
         x_ptrs += x_step
         weight_ptrs += weight_stride_r
 
     bn = (bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr)
     residual = (
-        residual_ptr,
-        residual_stride_n,
-        residual_stride_k,
-        residual_stride_h,
-        residual_stride_w,
-    )
+        residual_ptr, residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
+    )  # fmt: skip
     out = (out_ptr, out_stride_n, out_stride_k, out_stride_h, out_stride_w)
     sizes = (M, K, P, Q)
     finish_tile(acc, m_offs, pid_n * BLOCK_N, sizes, bn, bn_eps, residual, out, ACT, FLAT_OUT)

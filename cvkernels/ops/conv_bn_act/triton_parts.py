@@ -31,14 +31,20 @@ def split_pixels(m_offs, P, Q):
 
 
 @triton.jit
+def row_offsets(n, h, w, strides):
+    """int64 offsets of the pixels (n, h, w)."""
+    stride_n, stride_h, stride_w = strides
+    return n.to(tl.int64) * stride_n + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
+
+
+@triton.jit
 def pixel_offsets(m_offs, P, Q, strides, FLAT: tl.constexpr):
     """int64 offsets of the pixels m = (n, p, q); FLAT: they all lie at one common stride."""
-    stride_n, stride_h, stride_w = strides
     if FLAT:
-        offs = m_offs.to(tl.int64) * stride_w
+        offs = m_offs.to(tl.int64) * strides[2]
     else:
         n, p, q = split_pixels(m_offs, P, Q)
-        offs = n.to(tl.int64) * stride_n + p.to(tl.int64) * stride_h + q.to(tl.int64) * stride_w
+        offs = row_offsets(n, p, q, strides)
     return offs
 
 
@@ -103,35 +109,37 @@ def activate(y, ACT: tl.constexpr):
 
 
 @triton.jit
-def load_gate(gate_ptr, strides, image, c_offs, C):
-    """The gates of c_offs for the image of each row, [rows, channels], float32."""
-    stride_n, stride_c = strides
-    ptrs = gate_ptr + (image.to(tl.int64) * stride_n)[:, None]
-    ptrs += (c_offs.to(tl.int64) * stride_c)[None, :]
-    return tl.load(ptrs, mask=(c_offs < C)[None, :], other=0.0).to(tl.float32)
+def prologue(
+    x, mask, bn, eps, gate, image, c_offs, C, INPUT_BN: tl.constexpr, GATE_UNIFORM: tl.constexpr
+):
+    """relu(bn(x)) * gate of a tile x[rows, c_offs], zero where mask is not; each part optional.
 
-
-@triton.jit
-def load_gate_row(gate_ptr, strides, image, c_offs, C):
-    """The gates of c_offs for one image, [channels], float32."""
-    stride_n, stride_c = strides
-    ptrs = gate_ptr + image.to(tl.int64) * stride_n + c_offs.to(tl.int64) * stride_c
-    return tl.load(ptrs, mask=c_offs < C, other=0.0).to(tl.float32)
+    ``image`` is each row's, or with GATE_UNIFORM one for all of them.
+    """
+    gate_ptr, stride_n, stride_c = gate
+    if INPUT_BN or gate_ptr is not None:
+        u = x.to(tl.float32)
+        if INPUT_BN:
+            u = relu(normalize_input(u, bn, eps, c_offs, C))
+        if gate_ptr is not None:
+            row = gate_ptr + image.to(tl.int64) * stride_n
+            cols = c_offs.to(tl.int64) * stride_c
+            if GATE_UNIFORM:
+                u *= tl.load(row + cols, mask=c_offs < C, other=0.0).to(tl.float32)[None, :]
+            else:
+                ptrs = row[:, None] + cols[None, :]
+                u *= tl.load(ptrs, mask=(c_offs < C)[None, :], other=0.0).to(tl.float32)
+        x = tl.where(mask, u, 0.0).to(x.dtype)
+    return x
 
 
 @triton.jit
 def finish_tile(
     acc,  # [BLOCK_M, BLOCK_N], float32
     m_offs,  # [BLOCK_M]
-    k_start,
-    sizes,
-    bn,
-    bn_eps,
-    residual,
-    out,
-    ACT: tl.constexpr,
-    FLAT_OUT: tl.constexpr,
-):
+    k_start, sizes, bn, bn_eps, residual, out,
+    ACT: tl.constexpr, FLAT_OUT: tl.constexpr,
+):  # fmt: skip
     """out = act(bn(acc) + residual) for the output channels from k_start on."""
     BLOCK_N: tl.constexpr = acc.shape[1]
     if BLOCK_N > 64:
@@ -147,17 +155,9 @@ def finish_tile(
 
 @triton.jit
 def _finish(
-    acc,
-    m_offs,
-    k_start,
-    sizes,
-    bn,
-    bn_eps,
-    residual,
-    out,
-    ACT: tl.constexpr,
-    FLAT_OUT: tl.constexpr,
-):
+    acc, m_offs, k_start, sizes, bn, bn_eps, residual, out,
+    ACT: tl.constexpr, FLAT_OUT: tl.constexpr,
+):  # fmt: skip
     M, K, P, Q = sizes
     k_offs = k_start + tl.arange(0, acc.shape[1])
     mask = (m_offs < M)[:, None] & (k_offs < K)[None, :]

@@ -56,9 +56,7 @@ class Config:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
-        for name in ("block_m", "block_n", "block_k"):
-            value = getattr(self, name)
-            if value < 16 or value > 512 or value & (value - 1):
+            if name.startswith("block") and (value < 16 or value > 512 or value & (value - 1)):
                 raise ValueError(f"{name} must be a power of two from 16 to 512, got {value}")
         if self.num_warps not in (1, 2, 4, 8, 16):
             raise ValueError(f"num_warps must be 1, 2, 4, 8 or 16, got {self.num_warps}")
@@ -206,9 +204,7 @@ _KEY = re.compile(
 def lookup(problem: Problem, device_name: str, capability: tuple[int, int]) -> Config | None:
     """The measured choice for ``problem`` on this device, or None."""
     entries = _entries(device_name)
-    if not entries:
-        return None
-    entry = entries.get(key(problem))
+    entry = entries.get(key(problem)) if entries else None
     if entry is None:
         return None
     return entry if isinstance(entry, Config) else replace(_tile(problem, capability), **entry)
@@ -242,32 +238,34 @@ def _entries(device_name: str) -> dict[str, Config | dict]:
 def _parse(text: str, where: str) -> tuple[str, dict[str, Config | dict]]:
     """(device, entries) of a table's text."""
     try:
-        table = json.loads(text)
+        return _parse_table(json.loads(text))
     except json.JSONDecodeError as error:
         raise ValueError(f"tuning table {where}: not JSON: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"tuning table {where}: {error}") from None
+
+
+def _parse_table(table: object) -> tuple[str, dict[str, Config | dict]]:
     if not isinstance(table, dict) or set(table) != set(_TABLE_FIELDS):
         got = sorted(table) if isinstance(table, dict) else type(table).__name__
-        raise ValueError(f"tuning table {where}: needs the fields {list(_TABLE_FIELDS)}, got {got}")
+        raise ValueError(f"needs the fields {list(_TABLE_FIELDS)}, got {got}")
+    device, capability, entries = table["device"], table["capability"], {}
     if table["op"] != "conv_bn_act":
-        raise ValueError(f"tuning table {where}: op must be 'conv_bn_act', got {table['op']!r}")
-    if not isinstance(table["device"], str) or not table["device"]:
-        raise ValueError(f"tuning table {where}: device must be a name, got {table['device']!r}")
-    capability = table["capability"]
+        raise ValueError(f"op must be 'conv_bn_act', got {table['op']!r}")
+    if not isinstance(device, str) or not device:
+        raise ValueError(f"device must be a name, got {device!r}")
     if not isinstance(capability, list) or [type(v) for v in capability] != [int, int]:
-        raise ValueError(
-            f"tuning table {where}: capability must be [major, minor], got {capability!r}"
-        )
+        raise ValueError(f"capability must be [major, minor], got {capability!r}")
     if not isinstance(table["entries"], dict):
-        raise ValueError(f"tuning table {where}: entries must map keys to configs")
-    entries = {}
+        raise ValueError("entries must map keys to configs")
     for name, entry in table["entries"].items():
         if not _KEY.fullmatch(name):
-            raise ValueError(f"tuning table {where}: {name!r} is not a key; see tuning.key")
+            raise ValueError(f"{name!r} is not a key; see tuning.key")
         try:
             entries[name] = _parse_entry(entry)
         except ValueError as error:
-            raise ValueError(f"tuning table {where}: entry {name!r}: {error}") from None
-    return table["device"], entries
+            raise ValueError(f"entry {name!r}: {error}") from None
+    return device, entries
 
 
 def _parse_entry(entry: object) -> Config | dict:

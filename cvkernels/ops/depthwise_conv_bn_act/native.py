@@ -11,7 +11,7 @@ from torch import Tensor
 from cvkernels import extension
 from cvkernels.ops.common import native
 from cvkernels.ops.common.activation import code
-from cvkernels.ops.common.derived_weights import DerivedWeights
+from cvkernels.ops.common.derived_weights import DerivedWeights, derived
 from cvkernels.ops.common.dispatch import Call
 from cvkernels.ops.common.norm import BatchNormParams, scale_shift, sources_of
 from cvkernels.ops.conv_bn_act.problem import Parameters, Problem
@@ -33,32 +33,31 @@ convolve = torch.ops.cvkernels.depthwise_conv_bn_act_native.default
 native.writes(library, "depthwise_conv_bn_act_native")
 
 
-def why_not(problem: DepthwiseProblem | Problem, device: str) -> str:
-    """Why the compiled op cannot run ``problem`` on ``device``; empty where it can."""
-    if device != "cpu":
-        return f"the native implementation needs CPU tensors, got {device}"
-    if problem.dtype not in DTYPES:
-        return f"the native implementation has no {problem.dtype}"
-    if (
-        problem.R != problem.S
-        or problem.R not in (3, 5)
-        or problem.stride not in ((1, 1), (2, 2))
-        or problem.dilation != (1, 1)
-    ):
+def lacks(dtype: torch.dtype, kernel: tuple[int, int], stride: tuple, dilation: tuple) -> str:
+    """Why there is no such native convolution; empty where there is one."""
+    if dtype not in DTYPES:
+        return f"the native implementation has no {dtype}"
+    strides = ((1, 1), (2, 2))
+    if kernel not in ((3, 3), (5, 5)) or stride not in strides or dilation != (1, 1):
         return "the native implementation has 3x3 and 5x5 kernels of stride 1 and 2, not dilated"
     return "" if extension.has("cpu") else extension.status()["cpu"].reason
 
 
+def why_not(problem: DepthwiseProblem | Problem, device: str) -> str:
+    """Why the compiled op cannot run ``problem`` on ``device``; empty where it can."""
+    if device != "cpu":
+        return f"the native implementation needs CPU tensors, got {device}"
+    return lacks(problem.dtype, (problem.R, problem.S), problem.stride, problem.dilation)
+
+
 def plan(
-    problem: DepthwiseProblem,
-    call: Call,
-    parameters: Parameters,
-    like: tuple,
+    problem: DepthwiseProblem, call: Call, parameters: Parameters, like: tuple,
     cache: DerivedWeights | None,
-) -> Callable[..., tuple[Tensor, Tensor | None]]:
+) -> Callable[..., tuple[Tensor, Tensor | None]]:  # fmt: skip
     """What runs the problem, as x -> (out, sums or None); ``once``, they may be given after x."""
     weight, bias, bn, _ = parameters
-    taps, affine = packed(weight, bias, bn, cache)
+    key, sources = ("native", bn and bn.eps), sources_of(weight, bias, bn)
+    taps, affine = derived(cache, key, sources, lambda: pack(weight, bias, bn))
     options = (problem.R, problem.stride[0], *problem.padding, code(problem.act))
     size = (problem.N, problem.P, problem.Q, problem.C)
     squeeze = problem.squeeze
@@ -92,16 +91,6 @@ def plan(
 
     run_directly.held = (taps, affine)  # type: ignore[attr-defined]  # the memory at its addresses
     return run_directly
-
-
-def packed(
-    weight: Tensor, bias: Tensor | None, bn: BatchNormParams | None, cache: DerivedWeights | None
-) -> tuple[Tensor, Tensor]:
-    """:func:`pack`, from the cache where there is one."""
-    if cache is None:
-        return pack(weight, bias, bn)
-    sources = sources_of(weight, bias, bn)
-    return cache.get(("native", bn and bn.eps), sources, lambda: pack(weight, bias, bn))
 
 
 def pack(weight: Tensor, bias: Tensor | None, bn: BatchNormParams | None) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,21 +10,21 @@ import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
-from cvkernels import extension
 from cvkernels.backend import Backend
 from cvkernels.ops.common import convolution
 from cvkernels.ops.common.autograd import autocast_dtype
-from cvkernels.ops.common.convolution import TRITON_DTYPES
+from cvkernels.ops.common.convolution import TRITON_DTYPES, norm_of
 from cvkernels.ops.common.derived_weights import DerivedWeights
 from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, reference
 from cvkernels.ops.common.layout import in_format
-from cvkernels.ops.common.norm import BatchNormParams
+from cvkernels.ops.common.norm import BatchNormParams, accumulator
 from cvkernels.ops.common.plan import Plan, plan_of, planned_by
 from cvkernels.ops.common.traffic import Traffic
+from cvkernels.ops.conv_bn_act.problem import Arguments as GroupedArguments
 from cvkernels.ops.conv_bn_act.problem import Parameters
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_backward
 from cvkernels.ops.depthwise_conv_bn_act import native
-from cvkernels.ops.depthwise_conv_bn_act.problem import OP, DepthwiseProblem, problem_of, sums_dtype
+from cvkernels.ops.depthwise_conv_bn_act.problem import OP, Arguments, DepthwiseProblem, problem_of
 from cvkernels.ops.depthwise_conv_bn_act.reference import depthwise_conv_bn_act_reference
 from cvkernels.ops.depthwise_conv_bn_act.tiling import tiling
 
@@ -41,50 +42,31 @@ library.define(f"depthwise_conv_bn_act_squeeze({ARGUMENTS}) -> (Tensor, Tensor)"
 
 # x -> (out, sums), which are None where they were not asked for
 Run = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-Tensors = tuple[Tensor, Tensor, Tensor | None, BatchNormParams | None]
-Geometry = tuple[Any, Any, Any]
 
 
 def plan(
-    x_like: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    bn: BatchNormParams | None = None,
-    *,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
-    act: str = "none",
-    squeeze: bool = False,
-    cache: DerivedWeights | None = None,
-    backend: Backend = "auto",
-    once: bool = False,
-) -> Plan:
+    x_like: Tensor, weight: Tensor, bias: Tensor | None = None,
+    bn: BatchNormParams | None = None, *,
+    cache: DerivedWeights | None = None, backend: Backend = "auto", once: bool = False,
+    **options: Any,
+) -> Plan:  # fmt: skip
     """A call of :func:`depthwise_conv_bn_act`, as ``plan(x)``, which gives (out, sums or None).
 
     ``x_like`` is an example; ``once`` says that the plan is called once. The native op's plan for
     once also writes into memory that it is given, as ``plan(x, out, sums)``.
     """
-    tensors, geometry = (x_like, weight, bias, bn), (stride, padding, dilation)
-    problem, call = _checked(tensors, geometry, act, squeeze, backend, once)
-    return _plan(problem, call, tensors, cache).expecting(call, tensors[1:], x=x_like)
+    arguments = Arguments(x_like, weight, bias, bn, **options, autocast=autocast_dtype(x_like))
+    problem, call = _checked(arguments, backend, once)
+    return _plan(problem, call, arguments, cache).expecting(call, arguments[1:4], x=x_like)
 
 
 @planned_by(plan)
 def depthwise_conv_bn_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    bn: BatchNormParams | None = None,
-    *,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
-    act: str = "none",
-    squeeze: bool = False,
-    cache: DerivedWeights | None = None,
-    backend: Backend = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, bn: BatchNormParams | None = None, *,
+    stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1, act: str = "none", squeeze: bool = False,
+    cache: DerivedWeights | None = None, backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Depthwise convolution, inference batch norm and activation in one pass, and its squeeze.
 
     ``out = act(bn(conv2d(x, weight, groups=C) + bias))``, and on request
@@ -117,6 +99,7 @@ def depthwise_conv_bn_act(
     Raises:
         ValueError: a shape, device, stride or option does not fit.
         TypeError: a dtype is not listed above, or dtypes differ; bn is not BatchNormParams.
+        RuntimeError: x and weight do not fit; the error is a ValueError or TypeError as well.
         BackendError: the requested backend cannot run this call.
 
     Differentiable in every tensor but the running statistics, any number of times, through both
@@ -125,16 +108,17 @@ def depthwise_conv_bn_act(
     2017, arXiv:1704.04861; the squeeze: Hu et al. 2018, arXiv:1709.01507; together: Tan and Le
     2019, arXiv:1905.11946.
     """
-    tensors, geometry = (x, weight, bias, bn), (stride, padding, dilation)
+    geometry = (stride, padding, dilation)
+    given = (x, weight, bias, bn, *geometry, act, squeeze)
     if torch.compiler.is_compiling():
-        return _traced(tensors, geometry, act, squeeze, backend)
+        return _traced(Arguments(*given, autocast_dtype(x)), backend)
 
     def make(once: bool = False) -> Plan:
-        problem, call = _checked(tensors, geometry, act, squeeze, backend, once)
-        return _plan(problem, call, tensors, cache)
+        arguments = Arguments(*given, autocast_dtype(x))
+        return _plan(*_checked(arguments, backend, once), arguments, cache)
 
     options = (geometry, act, squeeze)
-    planned = convolution.kept_plan(cache, backend, (x,), tensors[1:], options, make)
+    planned = convolution.kept_plan(cache, backend, (x,), (weight, bias, bn), options, make)
     out, sums = (planned or make(once=True)).recorded(x)
     return (out, sums) if squeeze else out
 
@@ -142,21 +126,15 @@ def depthwise_conv_bn_act(
 backends.answers(OP, plan)
 
 
-def _checked(
-    tensors: Tensors, geometry: Geometry, act: str, squeeze: bool, backend: Backend, once: bool
-) -> tuple[DepthwiseProblem, Call]:
-    x = tensors[0]
-    autocast = autocast_dtype(x)
-    problem = problem_of(*tensors, *geometry, act, squeeze, autocast)
-    return problem, call_of(x, tensors, TABLE, backend, once, autocast)
+def _checked(arguments: Arguments, backend: Backend, once: bool) -> tuple[DepthwiseProblem, Call]:
+    problem, autocast = problem_of(*arguments), arguments.autocast
+    return problem, call_of(arguments.x, arguments[:4], TABLE, backend, once, autocast)
 
 
 def _why_not_triton(problem: DepthwiseProblem, call: Call) -> str:
-    if problem.dtype not in TRITON_DTYPES:
-        return f"Triton computes in float16, bfloat16 and float32, got {problem.dtype}"
-    if (problem.R, problem.S) not in KERNELS:
+    if problem.dtype in TRITON_DTYPES and (problem.R, problem.S) not in KERNELS:
         return f"the Triton kernel is 3x3 or 5x5, got {problem.R}x{problem.S}"
-    return backends.lacks_triton(call.device)
+    return convolution.lacks_triton(problem, call)
 
 
 def _why_not_native(problem: DepthwiseProblem, call: Call) -> str:
@@ -185,16 +163,13 @@ def _plan_triton(
     return run
 
 
-def _plan_reference(
-    problem: DepthwiseProblem, call: Call, parameters: Parameters, like: tuple,
-    cache: DerivedWeights | None,
-) -> Run:  # fmt: skip
-    weight, bias, bn, _ = parameters
-    geometry = (problem.stride, problem.padding, problem.dilation)
-    act, squeeze = problem.act, problem.squeeze
+def _plan_reference(problem: DepthwiseProblem, call: Call, parameters: Parameters, *_: Any) -> Run:
+    weight, bias, bn = parameters[:3]
+    squeeze = problem.squeeze
+    options = (problem.stride, problem.padding, problem.dilation, problem.act, squeeze)
 
     def run(x):
-        result = _reference((x, weight, bias, bn), geometry, act, squeeze)
+        result = depthwise_conv_bn_act_reference(x, weight, bias, bn, *options)
         return result if squeeze else (result, None)
 
     return run
@@ -206,36 +181,28 @@ def _absent(name: str) -> Implementation:
 
 
 def new_outputs(problem: DepthwiseProblem, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    size = (problem.N, problem.C, problem.P, problem.Q)
-    layout = torch.channels_last
-    out = torch.empty(size, dtype=problem.dtype, device=device, memory_format=layout)
+    out = convolution.new_output(problem, device)
     if not problem.squeeze:
         return out, None
-    return out, torch.empty(size[:2], dtype=problem.sums_dtype, device=device)
+    return out, torch.empty(out.shape[:2], dtype=accumulator(problem.dtype), device=device)
 
 
+_fused = functools.partial(convolution.fused, allocate=new_outputs)
 TABLE = Table(
     OP,
-    Implementation(
-        "triton", _why_not_triton, convolution.fused(_plan_triton, new_outputs), "fused on cuda",
-        "cuda",
-    ),
-    Implementation(
-        "native", _why_not_native, convolution.fused(native.plan, new_outputs), "fused on cpu",
-        "cpu",
-    ),
+    Implementation("triton", _why_not_triton, _fused(_plan_triton), "fused on cuda", "cuda"),
+    Implementation("native", _why_not_native, _fused(native.plan), "fused on cpu", "cpu"),
     _absent("cudnn"),
     _absent("onednn"),
     reference(_plan_reference),
-)  # fmt: skip
+)
 IMPLEMENTATIONS = TABLE.names
 
 
 def _plan(
-    problem: DepthwiseProblem, call: Call, tensors: tuple, cache: DerivedWeights | None = None
+    problem: DepthwiseProblem, call: Call, arguments: Arguments, cache: DerivedWeights | None = None
 ) -> Plan:
     """The plan of a checked call."""
-    parameters = Parameters(*tensors[1:])
 
     def traffic(name: str) -> Traffic:
         parts = _bytes_of_parts(problem, backends.gpu(call.x)[1]) if name == "triton" else 0
@@ -245,14 +212,13 @@ def _plan(
         geometry = (problem.stride, problem.padding, problem.dilation)
 
         def run(x):
-            result = _registered(
-                (x, *parameters[:3]), geometry, problem.act, problem.squeeze, call.autocast, name
-            )
+            result = _registered(arguments._replace(x=x), geometry, name)
             return result if problem.squeeze else (result, None)
 
         return run
 
-    return plan_of(TABLE, problem, call, (parameters, (), cache), traffic, registered)
+    operands = (Parameters(*arguments[1:4]), (), cache)
+    return plan_of(TABLE, problem, call, operands, traffic, registered)
 
 
 def _bytes_of_parts(problem: DepthwiseProblem, gpu: tuple[int, int]) -> int:
@@ -271,12 +237,7 @@ def runs_fused(x: Tensor, kernel_size: tuple[int, int], stride: tuple, dilation:
     dtype = autocast_dtype(x) or x.dtype
     device = backends.device_type(x)
     if device == "cpu" and requested != "triton":
-        return (
-            dtype in native.DTYPES
-            and stride in ((1, 1), (2, 2))
-            and dilation == (1, 1)
-            and extension.has("cpu")
-        )
+        return not native.lacks(dtype, kernel_size, stride, dilation)
     return dtype in TRITON_DTYPES and not backends.lacks_triton(device)
 
 
@@ -289,95 +250,51 @@ def _rsc(weight: Tensor, cache: DerivedWeights | None) -> Tensor:
     )
 
 
-def _reference(
-    tensors: tuple, geometry: tuple, act: str, squeeze: bool
-) -> Tensor | tuple[Tensor, Tensor]:
-    stride, padding, dilation = geometry
-    return depthwise_conv_bn_act_reference(
-        *tensors, stride=stride, padding=padding, dilation=dilation, act=act, squeeze=squeeze
-    )
-
-
-def _traced(
-    tensors: tuple, geometry: tuple, act: str, squeeze: bool, backend: Backend
-) -> Tensor | tuple[Tensor, Tensor]:
+def _traced(arguments: Arguments, backend: Backend) -> Tensor | tuple[Tensor, Tensor]:
     """The call under torch.compile: the registered op, or on CPU the reference for inductor."""
-    x = tensors[0]
-    if (name := convolution.traced(TABLE, backend, x)) == "reference":
-        return _reference(tensors, geometry, act, squeeze)
-    pairs = convolution.pairs(OP, *geometry)
-    return _registered(tensors, pairs, act, squeeze, autocast_dtype(x), name)
+    a = arguments
+    if (name := convolution.traced(TABLE, backend, a.x)) == "reference":
+        return depthwise_conv_bn_act_reference(*a[:-1])
+    return _registered(a, convolution.pairs(OP, a.stride, a.padding, a.dilation), name)
 
 
 def _registered(
-    tensors: tuple,
-    geometry: tuple,
-    act: str,
-    squeeze: bool,
-    autocast: torch.dtype | None,
-    name: str,
+    a: Arguments, geometry: tuple[tuple[int, int], ...], name: str
 ) -> Tensor | tuple[Tensor, Tensor]:
-    x, weight, bias, bn = tensors
-    if autocast is not None:
-        x, weight = x.to(autocast), weight.to(autocast)
+    """The call of the registered op, whose operands have autocast's dtype; its norm lies flat."""
+    x, weight = a.x, a.weight
+    if a.autocast is not None:
+        x, weight = x.to(a.autocast), weight.to(a.autocast)
     ops = torch.ops.cvkernels
-    op = ops.depthwise_conv_bn_act_squeeze if squeeze else ops.depthwise_conv_bn_act
-    return op(x, weight, bias, *(bn or BatchNormParams()), *geometry, act, name)
-
-
-def _unflatten(flat: tuple) -> tuple[Tensors, Geometry, str, str]:
-    """(tensors, geometry, act, backend) of a registered op's arguments."""
-    x, weight, bias = flat[:3]
-    bn = BatchNormParams(*flat[3:8])
-    tensors = (x, weight, bias, None if bn[:4] == (None,) * 4 else bn)
-    stride, padding, dilation = (tuple(pair) for pair in flat[8:11])
-    return tensors, (stride, padding, dilation), flat[11], flat[12]
+    op = ops.depthwise_conv_bn_act_squeeze if a.squeeze else ops.depthwise_conv_bn_act
+    return op(x, weight, a.bias, *(a.bn or BatchNormParams()), *geometry, a.act, name)
 
 
 def _compute(flat: tuple, squeeze: bool) -> tuple[Tensor, Tensor | None]:
-    tensors, geometry, act, backend = _unflatten(flat)
-    problem = problem_of(*tensors, *geometry, act, squeeze)
-    call = Call(tensors[0], backends.device_type(tensors[0]), backend, once=True)
-    out, sums = _plan(problem, call, tensors).recorded(tensors[0])
+    x, *_, backend = flat
+    arguments = Arguments._make([*flat[:3], norm_of(flat[3:8]), *flat[8:12], squeeze, None])
+    call = Call(x, backends.device_type(x), backend, once=True)
+    out, sums = _plan(problem_of(*arguments), call, arguments).recorded(x)
     return in_format(out, torch.channels_last), sums
 
 
-def _depthwise_conv_bn_act(*flat: Any) -> Tensor:
-    return _compute(flat, False)[0]
-
-
-def _depthwise_conv_bn_act_squeeze(*flat: Any) -> tuple[Tensor, Tensor | None]:
-    return _compute(flat, True)
-
-
-for key in ("CPU", "CUDA"):
-    library.impl("depthwise_conv_bn_act", _depthwise_conv_bn_act, key)
-    library.impl("depthwise_conv_bn_act_squeeze", _depthwise_conv_bn_act_squeeze, key)
-
-
-def _fake(*flat: Any) -> Tensor:
-    return convolution.fake_output(flat[0], flat[1], flat[8:11])
-
-
-def _fake_squeeze(*flat: Any) -> tuple[Tensor, Tensor]:
-    x = flat[0]
-    return _fake(*flat), torch.empty(x.shape[:2], dtype=sums_dtype(x.dtype), device=x.device)
-
-
-torch.library.register_fake("cvkernels::depthwise_conv_bn_act", _fake, lib=library)
-torch.library.register_fake("cvkernels::depthwise_conv_bn_act_squeeze", _fake_squeeze, lib=library)
+def _fake_squeeze(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    sums = torch.empty(x.shape[:2], dtype=accumulator(x.dtype), device=x.device)
+    return convolution.fake_output(x, *others), sums
 
 
 def _gradients(grads, named):
+    x, weight, bias, *norm, stride, padding, dilation, act, _ = map(named.get, NAMES)
     grad, *of_sums = grads
-    (x, weight, bias, bn), geometry, act, _ = _unflatten(tuple(named.get(n) for n in NAMES))
     if of_sums and of_sums[0] is not None:
         grad = (grad + of_sums[0][:, :, None, None]).to(x.dtype)
-    return conv_bn_act_backward(
-        grad, x, weight, bias, bn or BatchNormParams(), (*geometry, x.shape[1]), act, None, None,
-        None, named.get("out"),
-    )  # fmt: skip
+    geometry = (stride, padding, dilation, x.shape[1])
+    arguments = GroupedArguments(x, weight, bias, norm_of(norm), *geometry, act)
+    return conv_bn_act_backward(grad, arguments, named.get("out"))
 
 
-for name in ("depthwise_conv_bn_act", "depthwise_conv_bn_act_squeeze"):
-    convolution.register_autograd(library, name, NAMES, _gradients)
+for name, function, fake in (
+    (OP, lambda *flat: _compute(flat, False)[0], convolution.fake_output),
+    (f"{OP}_squeeze", lambda *flat: _compute(flat, True), _fake_squeeze),
+):
+    convolution.register(library, name, NAMES, function, fake, _gradients)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cvkernels.ops.common.arguments import check_bn, check_device, check_vector
-from cvkernels.ops.common.convolution import check_fits, check_options, pairs
-from cvkernels.ops.common.norm import BatchNormParams
+from cvkernels.ops.common.convolution import (
+    Pair,
+    check_fits,
+    check_options,
+    check_parameters,
+    pairs,
+)
+from cvkernels.ops.common.norm import BatchNormParams, accumulator
 from cvkernels.ops.conv_bn_act.problem import Problem
 
 OP = "depthwise_conv_bn_act"
-
-
-def sums_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the sums of a map of ``dtype`` are in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -28,76 +29,54 @@ class DepthwiseProblem(Problem):
     squeeze: bool = False
 
     @property
-    def sums_dtype(self) -> torch.dtype:
-        return sums_dtype(self.dtype)
-
-    @property
     def bytes_written(self) -> int:
-        return super().bytes_written + self.N * self.C * self.squeeze * self.sums_dtype.itemsize
+        sums = self.N * self.C * accumulator(self.dtype).itemsize
+        return super().bytes_written + self.squeeze * sums
 
 
-def problem_of(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bn: BatchNormParams | None,
-    stride: int | tuple[int, int],
-    padding: int | tuple[int, int],
-    dilation: int | tuple[int, int],
-    act: str,
-    squeeze: bool,
-    dtype: torch.dtype | None = None,
-) -> DepthwiseProblem:
-    """The checked call; ``dtype`` is what autocast will convert x and weight to."""
+class Arguments(NamedTuple):
+    """What a call is given, in the order of the registered op's arguments, and autocast's part."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    bn: BatchNormParams | None = None
+    stride: Pair = 1
+    padding: Pair = 0
+    dilation: Pair = 1
+    act: str = "none"
+    squeeze: bool = False
+    autocast: torch.dtype | None = None  # what autocast converts x and weight to
+
+
+def problem_of(*given: Any, **named: Any) -> DepthwiseProblem:
+    """The checked call of these :class:`Arguments`."""
+    x, weight, bias, bn, stride, padding, dilation, act, squeeze, dtype = Arguments(*given, **named)
     problem = _shapes(
-        x.shape,
-        weight.shape,
-        *pairs(OP, stride, padding, dilation),
-        dtype or x.dtype,
-        act,
-        bias is not None,
-        bn is not None,
-        bool(squeeze),
-    )
-    if dtype is None and weight.dtype != x.dtype:
-        raise TypeError(
-            f"{OP}: weight must have x's dtype {x.dtype}, got {weight.dtype}; "
-            f"convert one with .to(), or run under torch.autocast"
-        )
-    check_device(OP, "weight", weight, x)
-    if bias is not None:
-        check_vector(OP, "bias", bias, problem.C, x)
-    if bn is not None:
-        check_bn(OP, "bn", bn, problem.C, x)
+        x.shape, weight.shape, pairs(OP, stride, padding, dilation), dtype or x.dtype, act,
+        bias is not None, bn is not None, bool(squeeze),
+    )  # fmt: skip
+    check_parameters(OP, problem, x, weight, bias, bn, dtype)
     return problem
 
 
 @functools.lru_cache(maxsize=4096)
 def _shapes(
-    x: torch.Size,
-    weight: torch.Size,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    dtype: torch.dtype,
-    act: str,
-    has_bias: bool,
-    has_bn: bool,
-    squeeze: bool,
-) -> DepthwiseProblem:
-    if len(x) != 4:
-        way_out = "; add the batch dimension with x.unsqueeze(0)" if len(x) == 3 else ""
-        raise ValueError(f"{OP}: x must have shape [N, C, H, W], got {list(x)}{way_out}")
+    x: torch.Size, weight: torch.Size, geometry: tuple[tuple[int, int], ...],
+    dtype: torch.dtype, act: str, has_bias: bool, has_bn: bool, squeeze: bool,
+) -> DepthwiseProblem:  # fmt: skip
+    check_options(OP, x, dtype, act, geometry)
     N, C, H, W = x
     if len(weight) != 4 or tuple(weight[:2]) != (C, 1) or 0 in weight:
         raise ValueError(
             f"{OP}: weight must have shape [C, 1, R, S] with C = {C} to match x {list(x)}, got "
             f"{list(weight)}; conv_bn_act has groups= for other convolutions"
         )
-    check_options(OP, dtype, act, (stride, padding, dilation), TypeError)
+    _, _, R, S = weight
+    stride, padding, dilation = geometry
     problem = DepthwiseProblem(
-        N, C, H, W, C, *weight[2:], stride, padding, dilation, C, dtype, act, has_bias, has_bn,
+        N, C, H, W, C, R, S, stride, padding, dilation, C, dtype, act, has_bias, has_bn,
         squeeze=squeeze,
     )  # fmt: skip
-    check_fits(OP, problem, ValueError)
+    check_fits(OP, problem)
     return problem

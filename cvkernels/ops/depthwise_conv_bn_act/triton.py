@@ -33,31 +33,21 @@ class Planned(NamedTuple):
     bands: tuple[int, int, int] | None
 
     def operands(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        bn: BatchNormParams | None,
-        out: Tensor,
-        sums: Tensor | None,
-    ) -> tuple[Any, ...]:
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, bn: BatchNormParams | None,
+        out: Tensor, sums: Tensor | None,
+    ) -> tuple[Any, ...]:  # fmt: skip
         """The arguments in the order of the kernel's first parameters, with room for sums."""
         parts = sums
         if sums is not None and self.bands is not None:
             parts = sums.new_empty(self.bands)
         return x, weight, out, parts, bias, *norm_operands(bn)
 
-    def __call__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        bn: BatchNormParams | None,
-        out: Tensor,
-        sums: Tensor | None,
-    ) -> None:
-        """Compute the op into ``out`` and ``sums``, neither of which is empty."""
-        operands = self.operands(x, weight, bias, bn, out, sums)
+    def __call__(self, *arguments: Any) -> None:
+        """Compute the op into ``out`` and ``sums``, neither of which is empty.
+
+        Takes what :meth:`operands` takes.
+        """
+        operands, sums = self.operands(*arguments), arguments[-1]
         self.launch(*operands)
         parts = operands[3]
         if parts is not sums:
@@ -65,15 +55,9 @@ class Planned(NamedTuple):
 
 
 def run(
-    problem: DepthwiseProblem,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bn: BatchNormParams | None,
-    out: Tensor,
-    sums: Tensor | None,
-    tiles: Tiling | None = None,
-) -> None:
+    problem: DepthwiseProblem, x: Tensor, weight: Tensor, bias: Tensor | None,
+    bn: BatchNormParams | None, out: Tensor, sums: Tensor | None, tiles: Tiling | None = None,
+) -> None:  # fmt: skip
     """Compute the op into ``out`` and ``sums``, neither of which is empty.
 
     weight is [R, S, C] or a view of it in that order. Arguments are the op's, checked by it.
@@ -82,11 +66,7 @@ def run(
 
 
 def plan_launch(
-    problem: DepthwiseProblem,
-    x: Tensor,
-    weight: Tensor,
-    out: Tensor,
-    tiles: Tiling | None = None,
+    problem: DepthwiseProblem, x: Tensor, weight: Tensor, out: Tensor, tiles: Tiling | None = None
 ) -> Planned:
     """The call for tensors with these strides, which may be on the meta device."""
     tiles = tiles or tiling(problem, backends.gpu(x)[1])
@@ -95,12 +75,9 @@ def plan_launch(
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    problem: DepthwiseProblem,
-    tiles: Tiling,
-    x_strides: tuple[int, ...],
-    weight_strides: tuple[int, ...],
-    out_strides: tuple[int, ...],
-) -> Planned:
+    problem: DepthwiseProblem, tiles: Tiling,
+    x_strides: tuple[int, ...], weight_strides: tuple[int, ...], out_strides: tuple[int, ...],
+) -> Planned:  # fmt: skip
     p = problem
     x_n, x_c, x_h, x_w = x_strides
     weight_r, weight_s, weight_c = weight_strides
@@ -112,21 +89,12 @@ def _plan(
     fixed += (weight_c, weight_r // vec, weight_s // vec)
     fixed += (out_n // vec, out_c, out_h // vec, out_w // vec)
     meta: dict[str, Any] = {
-        "K": p.R,
-        "STRIDE_H": p.stride[0],
-        "STRIDE_W": p.stride[1],
-        "PADDING_H": p.padding[0],
-        "PADDING_W": p.padding[1],
-        "DILATION_H": p.dilation[0],
-        "DILATION_W": p.dilation[1],
-        "ACT": p.act,
-        "VEC": vec,
-        "EVEN_C": p.C % tiles.block_c == 0,
-        "BLOCK_P": tiles.block_p,
-        "BLOCK_Q": tiles.block_q,
-        "BLOCK_C": tiles.block_c,
-        "num_warps": tiles.num_warps,
-    }
+        "K": p.R, "STRIDE_H": p.stride[0], "STRIDE_W": p.stride[1],
+        "PADDING_H": p.padding[0], "PADDING_W": p.padding[1],
+        "DILATION_H": p.dilation[0], "DILATION_W": p.dilation[1],
+        "ACT": p.act, "VEC": vec, "EVEN_C": p.C % tiles.block_c == 0, "BLOCK_P": tiles.block_p,
+        "BLOCK_Q": tiles.block_q, "BLOCK_C": tiles.block_c, "num_warps": tiles.num_warps,
+    }  # fmt: skip
     limit = _REGISTERS[p.dtype.itemsize].get((p.R, p.stride))
     if limit is not None:
         # no more than lets an SM hold two programs

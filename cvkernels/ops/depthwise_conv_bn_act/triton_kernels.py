@@ -24,44 +24,20 @@ def depthwise_conv_bn_act_kernel(
     weight_ptr,  # [C, K, K]
     out_ptr,  # [N, C, P, Q]
     parts_ptr,  # [N, bands, C]
-    bias_ptr,  # [C], as the four that follow
-    bn_weight_ptr,
-    bn_bias_ptr,
-    bn_mean_ptr,
-    bn_var_ptr,
-    bn_eps,
-    c_packs,
-    H,
-    W,
-    P,
-    Q,
-    bands,
-    band_rows,
-    x_stride_n,
-    x_stride_c,
-    x_stride_h,
-    x_stride_w,
-    weight_stride_c,
-    weight_stride_r,
-    weight_stride_s,
-    out_stride_n,
-    out_stride_c,
-    out_stride_h,
-    out_stride_w,
+    bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, bn_eps,  # [C]
+    c_packs, H, W, P, Q, bands, band_rows,
+    x_stride_n, x_stride_c, x_stride_h, x_stride_w,
+    weight_stride_c, weight_stride_r, weight_stride_s,
+    out_stride_n, out_stride_c, out_stride_h, out_stride_w,
     K: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     ACT: tl.constexpr,
     VEC: tl.constexpr,
     EVEN_C: tl.constexpr,  # BLOCK_C divides C
-    BLOCK_P: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """out = act(depthwise(x) * scale + shift), and the sums of out over the rows of a band.
 
     One program walks one band of rows of one image for BLOCK_C channels, in tiles of BLOCK_P rows

@@ -11,20 +11,22 @@ from cvkernels import backend as backends
 from cvkernels.backend import Backend
 from cvkernels.ops.common.arguments import check_act
 from cvkernels.ops.common.dispatch import Call, call_of
+from cvkernels.ops.common.norm import accumulator
 from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
+from cvkernels.ops.common.registration import register
 from cvkernels.ops.common.traffic import Traffic, nbytes
 from cvkernels.ops.squeeze_excite import native
-from cvkernels.ops.squeeze_excite.native import Layers
 from cvkernels.ops.squeeze_excite.problem import (
     ACTS,
     DTYPES,
+    Layers,
     Problem,
     check_layers,
     check_pooled,
     parameter_dtypes,
     table_of,
 )
-from cvkernels.ops.squeeze_excite.reference import accumulator, excite_backward, excite_reference
+from cvkernels.ops.squeeze_excite.reference import excite_backward, excite_reference
 
 OP = "excite"
 _plans = PlanTable()
@@ -38,38 +40,25 @@ library.define(
 
 def plan(
     pooled_like: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    act: str = "relu",
-    *,
-    sigmoid: bool = False,
-    count: int | None = None,
-    backend: Backend = "auto",
-    once: bool = False,
-) -> Plan:
+    weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
+    act: str = "relu", *, sigmoid: bool = False, count: int | None = None,
+    backend: Backend = "auto", once: bool = False,
+) -> Plan:  # fmt: skip
     """A call of :func:`excite`, as ``plan(pooled)``; ``pooled_like`` is an example."""
     layers = (weight1, bias1, weight2, bias2)
-    call = _checked(pooled_like, layers, act, count, backend, once)
+    problem = Problem(OP, layers, act, sigmoid=sigmoid, pixels=count)
+    call = _checked(problem, pooled_like, backend, once)
     dense = layers if call.grad else native.matrices(*layers)
-    planned = _plan(call, dense, act, sigmoid, count).bind(dense)
+    planned = _plan(problem._replace(layers=dense), call).bind(dense)
     return planned.expecting(call, layers, pooled=pooled_like)
 
 
 @planned_by(plan)
 def excite(
-    pooled: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    act: str = "relu",
-    *,
-    sigmoid: bool = False,
-    count: int | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
+    pooled: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor,
+    bias2: Tensor | None, act: str = "relu", *,
+    sigmoid: bool = False, count: int | None = None, backend: Backend = "auto",
+) -> Tensor:  # fmt: skip
     """The gate's logits: ``out = act(mean @ weight1.T + bias1) @ weight2.T + bias2``.
 
     ``mean`` is ``pooled``, or ``pooled / count`` where ``count`` is given.
@@ -104,12 +93,12 @@ def excite(
     """
     layers = (weight1, bias1, weight2, bias2)
     if torch.compiler.is_compiling():
-        call = _checked(pooled, layers, act, count, backend, once=True)
-        return _plan(call, layers, act, sigmoid, count).run(layers, pooled)
+        problem = Problem(OP, layers, act, sigmoid=sigmoid, pixels=count)
+        return _plan(problem, _checked(problem, pooled, backend, once=True)).run(layers, pooled)
     key = _plans.key(backend, (pooled, *layers), act, sigmoid, count, type(count))  # type: ignore[arg-type]
     if (planned := _plans.get(key)) is None:
-        call = _checked(pooled, layers, act, count, backend, once=key is None)
-        planned = _plan(call, layers, act, sigmoid, count)
+        problem = Problem(OP, layers, act, sigmoid=sigmoid, pixels=count)
+        planned = _plan(problem, _checked(problem, pooled, backend, once=key is None))
         _plans.keep(key, planned, pooled, *layers)
     return planned.recorded(layers, pooled)
 
@@ -117,39 +106,37 @@ def excite(
 backends.answers(OP, plan)
 
 
-def _checked(
-    pooled: Tensor,
-    layers: Layers,
-    act: str,
-    count: int | None,
-    backend: Backend,
-    once: bool = False,
-) -> Call:
+def _checked(problem: Problem, pooled: Tensor, backend: Backend, once: bool) -> Call:
+    layers, count = problem.layers, problem.pixels
     check_pooled(OP, pooled, count)
-    check_act(OP, "act", act, ACTS)
+    check_act(OP, "act", problem.act, ACTS)
     dtypes = parameter_dtypes(pooled.dtype)
     if count is not None:
         dtypes = DTYPES[:3] if pooled.dtype == torch.float32 else (torch.float64,)
-    check_layers(OP, *layers, pooled.shape[1], pooled, dtypes)
+    check_layers(OP, layers, pooled.shape[1], pooled, dtypes)
     return call_of(pooled, (pooled, *layers), TABLE, backend, once)
 
 
-def _plan_triton(
-    problem: Problem, call: Call, layers: Layers, act: str, sigmoid: bool, count: int | None
-) -> Callable[..., Tensor]:
+def _dtype_of(problem: Problem, pooled: Tensor) -> torch.dtype:
+    """The dtype of the result."""
+    return pooled.dtype if problem.pixels is None else problem.layers[0].dtype
+
+
+def _plan_triton(problem: Problem, call: Call) -> Callable[..., Tensor]:
     if call.x.is_meta:
-        dtype = call.x.dtype if count is None else layers[0].dtype
+        dtype = _dtype_of(problem, call.x)
         return lambda layers, pooled: pooled.new_empty(pooled.shape, dtype=dtype)
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
     from cvkernels.ops.squeeze_excite import triton
 
-    launch = triton.plan_excite(call.x, layers[0], act, sigmoid, count)
+    options = (problem.act, problem.sigmoid, problem.pixels)
+    launch = triton.plan_excite(call.x, problem.layers[0], *options)
     return lambda layers, pooled: launch(pooled, layers)
 
 
-def _plan_reference(
-    problem: Problem, call: Call, layers: Layers, act: str, sigmoid: bool, count: int | None
-) -> Callable[..., Tensor]:
+def _plan_reference(problem: Problem, call: Call) -> Callable[..., Tensor]:
+    act, sigmoid, count = problem.act, problem.sigmoid, problem.pixels
+
     def run(layers: Layers, pooled: Tensor) -> Tensor:
         return excite_reference(pooled, *layers, act, sigmoid=sigmoid, count=count)
 
@@ -159,37 +146,25 @@ def _plan_reference(
 TABLE = table_of(OP, _plan_triton, native.plan_excite, _plan_reference)
 
 
-def _plan(call: Call, layers: Layers, act: str, sigmoid: bool, count: int | None) -> Plan:
+def _plan(problem: Problem, call: Call) -> Plan:
     """The plan of a checked call, as (layers, pooled)."""
-    pooled = call.x
+    options = (problem.act, problem.sigmoid, problem.pixels or 0)
 
     def traffic(name: str) -> Traffic:
-        itemsize = pooled.element_size() if count is None else layers[0].element_size()
-        return Traffic(1, nbytes(pooled, *layers), pooled.numel() * itemsize)
+        pooled, dtype = call.x, _dtype_of(problem, call.x)
+        return Traffic(1, nbytes(pooled, *problem.layers), pooled.numel() * dtype.itemsize)
 
     def registered(name: str) -> Callable[..., Tensor]:
-        def run(layers, pooled):
-            return torch.ops.cvkernels.excite(pooled, *layers, act, sigmoid, count or 0, name)
+        return lambda layers, pooled: torch.ops.cvkernels.excite(pooled, *layers, *options, name)
 
-        return run
-
-    problem, operands = Problem(OP, layers[0].shape[0]), (layers, act, sigmoid, count)
-    return plan_of(TABLE, problem, call, operands, traffic, registered)
+    return plan_of(TABLE, problem, call, (), traffic, registered)
 
 
 def _excite(pooled, weight1, bias1, weight2, bias2, act, sigmoid, count, backend):
     layers = (weight1, bias1, weight2, bias2)
+    problem = Problem(OP, layers, act, sigmoid=sigmoid, pixels=count or None)
     call = Call(pooled, backends.device_type(pooled), backend, once=True)
-    return _plan(call, layers, act, sigmoid, count or None).run(layers, pooled)
-
-
-for key in ("CPU", "CUDA"):
-    library.impl("excite", _excite, key)
-
-
-@torch.library.register_fake("cvkernels::excite", lib=library)
-def _(pooled, weight1, bias1, weight2, bias2, act, sigmoid, count, backend):
-    return pooled.new_empty(pooled.shape, dtype=weight1.dtype if count else pooled.dtype)
+    return _plan(problem, call).run(layers, pooled)
 
 
 def _context(ctx, inputs, output):
@@ -209,4 +184,4 @@ def _backward(ctx, grad):
     return (d_mean / count).to(pooled.dtype), *d_layers, None, None, None, None
 
 
-torch.library.register_autograd("cvkernels::excite", _backward, setup_context=_context, lib=library)
+register(library, OP, _excite, native.fake_excite, _backward, _context)

@@ -16,29 +16,24 @@ from cvkernels.ops.common import native
 from cvkernels.ops.common.autograd import mark_written
 from cvkernels.ops.common.dispatch import Call
 from cvkernels.ops.common.layout import fits, fitting, is_nhwc, new_like
+from cvkernels.ops.squeeze_excite.problem import Layers, Problem
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTS = {"none": 0, "relu": 1, "silu": 3}  # as csrc/common/act.h counts them
 _LAYERS = "Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, int act"
 
 library = torch.library.Library("cvkernels", "FRAGMENT")
-library.define("squeeze_native(Tensor x) -> Tensor")
-library.define("squeeze_native_out(Tensor x, Tensor(a!) out) -> ()")
-library.define(f"excite_native(Tensor pooled, {_LAYERS}, bool sigmoid, int count) -> Tensor")
-library.define(
-    "se_scale_native_out(Tensor x, Tensor gate, Tensor? residual, int act, Tensor(a!) out) -> ()"
-)
-library.define(
+for schema in (
+    "squeeze_native(Tensor x) -> Tensor",
+    "squeeze_native_out(Tensor x, Tensor(a!) out) -> ()",
+    f"excite_native(Tensor pooled, {_LAYERS}, bool sigmoid, int count) -> Tensor",
+    "se_scale_native_out(Tensor x, Tensor gate, Tensor? residual, int act, Tensor(a!) out) -> ()",
     f"squeeze_excite_native_out(Tensor x, {_LAYERS}, Tensor? residual, int out_act, "
-    f"Tensor(a!) out) -> ()"
-)
-library.define(
+    "Tensor(a!) out) -> ()",
     "se_scale_native_sums(Tensor grad, Tensor x, Tensor? out, Tensor(a!)? masked, "
-    "Tensor(b!) sums) -> ()"
-)
-library.define(
-    "se_scale_native_shifted(Tensor x, Tensor scale, Tensor shift, Tensor(a!) out) -> ()"
-)
+    "Tensor(b!) sums) -> ()",
+    "se_scale_native_shifted(Tensor x, Tensor scale, Tensor shift, Tensor(a!) out) -> ()",
+):
+    library.define(schema)
 extension.load()
 
 squeeze_of = torch.ops.cvkernels.squeeze_native.default
@@ -47,18 +42,8 @@ excite_of = torch.ops.cvkernels.excite_native.default
 se_scale_out = torch.ops.cvkernels.se_scale_native_out.default
 squeeze_excite_out = torch.ops.cvkernels.squeeze_excite_native_out.default
 
-Layers = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
 _fresh = torch.empty_like
-
-
-def why_not(dtype: torch.dtype, device: str) -> str:
-    """Why the compiled ops cannot run on tensors of ``device``; empty where they can."""
-    if device != "cpu":
-        return f"the native implementation needs CPU tensors, got {device}"
-    if dtype not in DTYPES:
-        return f"the native implementation computes in float32, float16 and bfloat16, got {dtype}"
-    return "" if extension.has("cpu") else extension.status()["cpu"].reason
 
 
 def matrices(
@@ -72,16 +57,36 @@ def _dense(t: OptionalTensor) -> OptionalTensor:
     return t if t is None or t.is_contiguous() else t.contiguous()
 
 
-def plan_squeeze(problem: object, call: Call) -> Callable[..., Tensor]:
+def _directs(problem: Problem, call: Call) -> bool:
+    """Whether a plan may call the op past the dispatcher: the operands are read as they are."""
+    x, dense = call.x, (problem.gate, *problem.layers)
+    return (
+        native.directs(call)
+        and x.shape[0] > 0
+        and all(t is None or t.is_contiguous() for t in dense)
+        and (_fits(problem, x) if x.dim() == 4 else x.is_contiguous())
+    )
+
+
+def _fits(problem: Problem, x: Tensor) -> bool:
+    """Whether all maps are read and written as they are."""
+    nhwc = is_nhwc(x)
+    return all(t is None or fits(t, nhwc) for t in (x, problem.residual, problem.out))
+
+
+def _detached(problem: Problem) -> Any:
+    return tuple([t if t is None else t.detach() for t in problem.layers])
+
+
+def plan_squeeze(problem: Problem, call: Call) -> Callable[..., Tensor]:
     """What squeezes maps like x."""
-    x = call.x
 
     def run(x):
         return squeeze_of(fitting(x, is_nhwc(x)))
 
-    if not native.directs(call) or not fits(x, is_nhwc(x)) or not x.shape[0]:
+    if not _directs(problem, call):
         return run
-    out = x.new_empty(x.shape[:2])
+    x, out = call.x, call.x.new_empty(call.x.shape[:2])
     work, like, fresh = native.direct(lambda: squeeze_out(x, out)), native.template(out), _fresh
 
     def run_directly(x):
@@ -92,22 +97,18 @@ def plan_squeeze(problem: object, call: Call) -> Callable[..., Tensor]:
     return run_directly
 
 
-def plan_excite(
-    problem: object, call: Call, layers: Layers, act: str, sigmoid: bool, count: int | None
-) -> Callable[..., Tensor]:
+def plan_excite(problem: Problem, call: Call) -> Callable[..., Tensor]:
     """What runs layers like these, as (layers, pooled)."""
-    options = (ACTS[act], sigmoid, count or 0)
+    options = (ACTS[problem.act], problem.sigmoid, problem.pixels or 0)
 
     def run(layers, pooled):
         return excite_of(pooled.contiguous(), *matrices(*layers), *options)
 
-    x = call.x
-    dense = all(t is None or t.is_contiguous() for t in (x, *layers))
-    if not native.directs(call) or not dense or not x.shape[0]:
+    if not _directs(problem, call):
         return run
-    weights: Any = tuple([t if t is None else t.detach() for t in layers])
-    out = x.new_empty(x.shape, dtype=x.dtype if count is None else layers[0].dtype)
-    work = native.direct(lambda: excite_of(x, *matrices(*weights), *options))
+    x, weights = call.x, _detached(problem)
+    work = native.direct(lambda: run(weights, x))
+    out = x.new_empty(x.shape, dtype=x.dtype if problem.pixels is None else weights[0].dtype)
     like, fresh = native.template(out), _fresh
 
     def run_directly(layers, pooled):
@@ -118,11 +119,9 @@ def plan_excite(
     return run_directly
 
 
-def plan_se_scale(
-    problem: object, call: Call, gate: Tensor, residual: Tensor | None, act: str, out: Tensor | None
-) -> Callable[..., Tensor]:
+def plan_se_scale(problem: Problem, call: Call) -> Callable[..., Tensor]:
     """What scales maps like x, as (x, gate, residual, out)."""
-    code = ACTS[act]
+    code = ACTS[problem.out_act]
 
     def run(x, gate, residual=None, out=None):
         nhwc = is_nhwc(x)
@@ -131,10 +130,10 @@ def plan_se_scale(
         se_scale_out(fitting(x, nhwc), gate.contiguous(), residual, code, y)
         return y
 
-    fitted = _all_fit(call.x, residual, out)
-    if not native.directs(call) or not fitted or not gate.is_contiguous() or not call.x.shape[0]:
-        return writing(run, fitted)
-    x, y = call.x, new_like(call.x) if out is None else out
+    if not _directs(problem, call):
+        return writing(run, _fits(problem, call.x))
+    x, gate, residual, out = call.x, problem.gate, problem.residual, problem.out
+    y = new_like(x) if out is None else out
     work, like, fresh = native.direct(lambda: run(x, gate, residual, y)), native.template(y), _fresh
 
     def run_directly(x, gate, residual=None, out=None):
@@ -148,17 +147,9 @@ def plan_se_scale(
     return run_directly
 
 
-def plan_squeeze_excite(
-    problem: object,
-    call: Call,
-    layers: Layers,
-    act: str,
-    residual: Tensor | None,
-    out_act: str,
-    out: Tensor | None,
-) -> Callable[..., Tensor]:
+def plan_squeeze_excite(problem: Problem, call: Call) -> Callable[..., Tensor]:
     """What runs the block on maps like x, as (layers, x, residual, out)."""
-    code, out_code = ACTS[act], ACTS[out_act]
+    code, out_code = ACTS[problem.act], ACTS[problem.out_act]
 
     def run(layers, x, residual=None, out=None):
         nhwc = is_nhwc(x)
@@ -168,12 +159,10 @@ def plan_squeeze_excite(
         squeeze_excite_out(fitting(x, nhwc), *layers, code, residual, out_code, y)
         return y
 
-    fitted = _all_fit(call.x, residual, out)
-    dense = all(t is None or t.is_contiguous() for t in layers)
-    if not native.directs(call) or not fitted or not dense or not call.x.shape[0]:
-        return writing(run, fitted)
-    x, y = call.x, new_like(call.x) if out is None else out
-    weights: Any = tuple([t if t is None else t.detach() for t in layers])
+    if not _directs(problem, call):
+        return writing(run, _fits(problem, call.x))
+    x, weights, residual, out = call.x, _detached(problem), problem.residual, problem.out
+    y = new_like(x) if out is None else out
     work = native.direct(lambda: run(weights, x, residual, y))
     like, fresh = native.template(y), _fresh
 
@@ -201,11 +190,6 @@ def writing(run: Callable[..., Tensor], fitted: bool) -> Callable[..., Tensor]:
         return run(*data)
 
     return run_into
-
-
-def _all_fit(x: Tensor, residual: Tensor | None, out: Tensor | None) -> bool:
-    nhwc = is_nhwc(x)
-    return all(t is None or fits(t, nhwc) for t in (x, residual, out))
 
 
 def has_gradient(x: Tensor, act: str) -> bool:
@@ -240,16 +224,16 @@ def scale_shifted(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return out
 
 
-@torch.library.register_fake("cvkernels::squeeze_native", lib=library)
-def _(x):
-    return x.new_empty(x.shape[:2])
+torch.library.register_fake(
+    "cvkernels::squeeze_native", lambda x: x.new_empty(x.shape[:2]), lib=library
+)
 
 
-@torch.library.register_fake("cvkernels::excite_native", lib=library)
-def _(pooled, weight1, bias1, weight2, bias2, act, sigmoid, count):
+def fake_excite(pooled, weight1, bias1, weight2, bias2, act, sigmoid, count, backend=""):
     return pooled.new_empty(pooled.shape, dtype=weight1.dtype if count else pooled.dtype)
 
 
+torch.library.register_fake("cvkernels::excite_native", fake_excite, lib=library)
 native.writes(
     library, "squeeze_native_out", "se_scale_native_out", "squeeze_excite_native_out",
     "se_scale_native_sums", "se_scale_native_shifted",

@@ -9,31 +9,27 @@ from torch import Tensor
 
 from cvkernels import backend as backends
 from cvkernels.backend import Backend
-from cvkernels.ops.common.arguments import (
-    check_act,
-    check_elementwise_overlap,
-    check_out,
-    check_residual,
-)
-from cvkernels.ops.common.dispatch import Call, call_of, choose
+from cvkernels.ops.common.arguments import check_act, check_elementwise_overlap
+from cvkernels.ops.common.dispatch import Call, choose
 from cvkernels.ops.common.layout import format_of, in_format, is_nhwc, new_like
+from cvkernels.ops.common.norm import accumulator
 from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
+from cvkernels.ops.common.registration import register
 from cvkernels.ops.common.traffic import Traffic, nbytes
 from cvkernels.ops.squeeze_excite import native, tiles
-from cvkernels.ops.squeeze_excite.native import Layers
 from cvkernels.ops.squeeze_excite.problem import (
     ACTS,
     OUT_ACTS,
+    Layers,
     Problem,
-    check_differentiable,
     check_layers,
     check_map,
+    checked_call,
     copies,
     parameter_dtypes,
     table_of,
 )
 from cvkernels.ops.squeeze_excite.reference import (
-    accumulator,
     excite_reference,
     se_scale_reference,
     squeeze_excite_backward,
@@ -53,43 +49,28 @@ library.define(
 
 def plan(
     x_like: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    act: str = "relu",
-    residual: Tensor | None = None,
-    out_act: str = "none",
-    *,
-    out: Tensor | None = None,
-    backend: Backend = "auto",
-    once: bool = False,
-) -> Plan:
+    weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
+    act: str = "relu", residual: Tensor | None = None, out_act: str = "none", *,
+    out: Tensor | None = None, backend: Backend = "auto", once: bool = False,
+) -> Plan:  # fmt: skip
     """A call of :func:`squeeze_excite`, as ``plan(x, residual=None, out=None)``.
 
     ``x_like``, ``residual`` and ``out`` are examples.
     """
     layers = (weight1, bias1, weight2, bias2)
-    call = _checked(x_like, layers, act, residual, out_act, out, backend, once)
+    problem = Problem(OP, layers, act, None, residual, out_act, out)
+    call = _checked(problem, x_like, backend, once)
     dense = layers if call.grad else native.matrices(*layers)
-    planned = _plan(call, dense, act, residual, out_act, out).bind(dense)
+    planned = _plan(problem._replace(layers=dense), call).bind(dense)
     return planned.expecting(call, layers, x=x_like, residual=residual, out=out)
 
 
 @planned_by(plan)
 def squeeze_excite(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    act: str = "relu",
-    residual: Tensor | None = None,
-    out_act: str = "none",
-    *,
-    out: Tensor | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
+    act: str = "relu", residual: Tensor | None = None, out_act: str = "none", *,
+    out: Tensor | None = None, backend: Backend = "auto",
+) -> Tensor:  # fmt: skip
     """The whole block: ``out = out_act(x * sigmoid(logits)[:, :, None, None] + residual)``.
 
     ``logits = excite(squeeze(x), weight1, bias1, weight2, bias2, act)``. On CUDA three launches,
@@ -127,13 +108,13 @@ def squeeze_excite(
     """
     layers = (weight1, bias1, weight2, bias2)
     if torch.compiler.is_compiling():
-        call = _checked(x, layers, act, residual, out_act, out, backend, once=True)
-        y = _plan(call, layers, act, residual, out_act, out).run(layers, x, residual)
+        problem = Problem(OP, layers, act, None, residual, out_act, out)
+        y = _plan(problem, _checked(problem, x, backend, once=True)).run(layers, x, residual)
         return y if out is None else out.copy_(y)
     key = _plans.key(backend, (x, *layers, residual, out), act, out_act)
     if (planned := _plans.get(key)) is None:
-        call = _checked(x, layers, act, residual, out_act, out, backend, once=key is None)
-        planned = _plan(call, layers, act, residual, out_act, out)
+        problem = Problem(OP, layers, act, None, residual, out_act, out)
+        planned = _plan(problem, _checked(problem, x, backend, once=key is None))
         _plans.keep(key, planned, x, *layers, residual, out)
     if out is not None:
         names = ("weight1", "bias1", "weight2", "bias2")
@@ -159,42 +140,20 @@ def squeeze_excite_kept(
         return Plan(OP, planned.backend, planned.reason, run, lambda: planned.traffic)()
 
 
-def _checked(
-    x: Tensor,
-    layers: Layers,
-    act: str,
-    residual: Tensor | None,
-    out_act: str,
-    out: Tensor | None,
-    backend: Backend,
-    once: bool = False,
-) -> Call:
+def _checked(problem: Problem, x: Tensor, backend: Backend, once: bool) -> Call:
+    layers = problem.layers
     check_map(OP, x)
-    check_act(OP, "act", act, ACTS)
-    check_act(OP, "out_act", out_act, OUT_ACTS)
-    check_layers(OP, *layers, x.shape[1], x, parameter_dtypes(x.dtype))
-    if residual is not None:
-        check_residual(OP, residual, x)
-    call = call_of(x, (x, residual, *layers), TABLE, backend, once)
-    if out is not None:
-        check_out(OP, out, x, x.shape, "x's shape,")
-    check_differentiable(OP, out, call.grad)
-    return call
+    check_act(OP, "act", problem.act, ACTS)
+    check_act(OP, "out_act", problem.out_act, OUT_ACTS)
+    check_layers(OP, layers, x.shape[1], x, parameter_dtypes(x.dtype))
+    return checked_call(problem, x, layers, TABLE, backend, once)
 
 
-def _plan_triton(
-    problem: Problem,
-    call: Call,
-    layers: Layers,
-    act: str,
-    residual: Tensor | None,
-    out_act: str,
-    out: Tensor | None,
-) -> Callable[..., Tensor]:
+def _plan_triton(problem: Problem, call: Call) -> Callable[..., Tensor]:
     if call.x.is_meta:
         return lambda layers, x, residual=None, out=None: new_like(x) if out is None else out
-    fitted = not copies(call.x, residual, out)
-    launch = _triton(call.x, problem.R, act, residual, out_act, out if fitted else None, False)
+    fitted = not copies(problem, call.x)
+    launch = _triton(problem if fitted else problem._replace(out=None), call.x, False)
 
     def run(layers, x, residual=None, out=None):
         return launch(x, layers, residual, out)[0]
@@ -203,31 +162,19 @@ def _plan_triton(
 
 
 def _triton(
-    x: Tensor,
-    R: int,
-    act: str,
-    residual: Tensor | None,
-    out_act: str,
-    out: Tensor | None,
-    keep_mean: bool,
+    problem: Problem, x: Tensor, keep_mean: bool
 ) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
     """(x, layers, residual, out) -> (out, the means where they are kept, the logits)."""
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
     from cvkernels.ops.squeeze_excite import triton
 
-    whole = tiles.one_launch(x, R)
-    return triton.plan_squeeze_excite(x, R, act, residual, out_act, out, keep_mean, whole)
+    options = (problem.R, problem.act, problem.residual, problem.out_act, problem.out)
+    return triton.plan_squeeze_excite(x, *options, keep_mean, tiles.one_launch(x, problem.R))
 
 
-def _plan_reference(
-    problem: Problem,
-    call: Call,
-    layers: Layers,
-    act: str,
-    residual: Tensor | None,
-    out_act: str,
-    out: Tensor | None,
-) -> Callable[..., Tensor]:
+def _plan_reference(problem: Problem, call: Call) -> Callable[..., Tensor]:
+    act, out_act = problem.act, problem.out_act
+
     def run(
         layers: Layers, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
@@ -240,15 +187,14 @@ def _plan_reference(
 TABLE = table_of(OP, _plan_triton, native.plan_squeeze_excite, _plan_reference)
 
 
-def _plan(
-    call: Call, layers: Layers, act: str, residual: Tensor | None, out_act: str, out: Tensor | None
-) -> Plan:
+def _plan(problem: Problem, call: Call) -> Plan:
     """The plan of a checked call, as (layers, x, residual, out)."""
-    x, problem = call.x, Problem(OP, layers[0].shape[0])
+    act, out_act = problem.act, problem.out_act
 
     def traffic(name: str) -> Traffic:
+        x, others = call.x, nbytes(problem.residual, *problem.layers)
         three = name == "triton" and not tiles.one_launch(x, problem.R)
-        copied, size, others = copies(x, residual, out), nbytes(x), nbytes(residual, *layers)
+        copied, size = copies(problem, x), nbytes(x)
         moved = size * copied + (2 * 4 * x.shape[:2].numel() if three else 0)
         return Traffic(
             (3 if three else 1) + copied, (2 if three else 1) * size + others + moved, size + moved
@@ -261,21 +207,20 @@ def _plan(
 
         return run
 
-    operands = (layers, act, residual, out_act, out)
-    return plan_of(TABLE, problem, call, operands, traffic, registered)
+    return plan_of(TABLE, problem, call, (), traffic, registered)
 
 
 def _squeeze_excite(x, weight1, bias1, weight2, bias2, act, residual, out_act, backend):
     layers = (weight1, bias1, weight2, bias2)
+    problem = Problem(OP, layers, act, None, residual, out_act)
     call = Call(x, backends.device_type(x), backend, once=True)
-    name = choose(TABLE, Problem(OP, weight1.shape[0]), call)[1].backend
+    name = choose(TABLE, problem, call)[1].backend
     if name == "triton":
-        launch = _triton(x, weight1.shape[0], act, residual, out_act, None, True)
-        out, mean, gate = launch(x, layers, residual)
+        out, mean, gate = _triton(problem, x, True)(x, layers, residual)
     elif name == "native" and x.dtype == torch.float32:
-        mean = native.plan_squeeze(None, call)(x)
-        gate = native.plan_excite(None, call, layers, act, False, None)(layers, mean)
-        out = native.plan_se_scale(None, call, gate, residual, out_act, None)(x, gate, residual)
+        mean = native.plan_squeeze(problem, call)(x)
+        gate = native.plan_excite(problem, call)(layers, mean)
+        out = native.plan_se_scale(problem, call)(x, gate, residual)
     else:
         mean = x.mean((2, 3), dtype=accumulator(x.dtype))
         gate = excite_reference(mean, *layers, act)
@@ -283,12 +228,7 @@ def _squeeze_excite(x, weight1, bias1, weight2, bias2, act, residual, out_act, b
     return in_format(out, format_of(is_nhwc(x))), mean, gate
 
 
-for key in ("CPU", "CUDA"):
-    library.impl("squeeze_excite", _squeeze_excite, key)
-
-
-@torch.library.register_fake("cvkernels::squeeze_excite", lib=library)
-def _(x, weight1, bias1, weight2, bias2, act, residual, out_act, backend):
+def _fake(x, *_):
     gate = x.new_empty(x.shape[:2], dtype=accumulator(x.dtype))
     return new_like(x), gate, torch.empty_like(gate)
 
@@ -310,6 +250,4 @@ def _backward(ctx, grad, *_):
     return dx, *d_layers, None, dz if ctx.has_residual else None, None, None
 
 
-torch.library.register_autograd(
-    "cvkernels::squeeze_excite", _backward, setup_context=_context, lib=library
-)
+register(library, OP, _squeeze_excite, _fake, _backward, _context)

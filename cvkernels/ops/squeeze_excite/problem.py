@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cvkernels import backend as backends
+from cvkernels import extension
 from cvkernels.ops.common import layout
-from cvkernels.ops.common.dispatch import Call, Implementation, Table, reference
-from cvkernels.ops.squeeze_excite import native, tiles
+from cvkernels.ops.common.arguments import check_not_differentiable, check_out, check_residual
+from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, reference
+from cvkernels.ops.squeeze_excite import tiles
+
+# The two weights, each before its bias.
+Layers = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_MAP = 2**31 - 2**13
@@ -21,18 +26,28 @@ OUT_ACTS = ("none", "relu", "silu")
 
 
 class Problem(NamedTuple):
-    """What a backend is chosen by: the op, and the width of the hidden layer, 0 without one."""
+    """What a call of one of the ops has beside its first argument; the tensors are examples."""
 
     op: str
-    R: int = 0
+    layers: Any = ()  # Layers, where the op has some
+    act: str = "relu"  # between the layers
+    gate: Tensor | None = None
+    residual: Tensor | None = None
+    out_act: str = "none"  # behind the residual
+    out: Tensor | None = None
+    sigmoid: bool = False
+    pixels: int | None = None  # whose sums are given for their mean
+
+    @property
+    def R(self) -> int:
+        """Width of the hidden layer; 0 without one."""
+        return self.layers[0].shape[0] if self.layers else 0
 
 
-def table_of(
-    op: str,
-    triton: Callable[..., Callable],
-    compiled: Callable[..., Callable],
-    stock: Callable[..., Callable],
-) -> Table:
+Planner = Callable[[Problem, Call], Callable[..., Any]]
+
+
+def table_of(op: str, triton: Planner, compiled: Planner, stock: Planner) -> Table:
     """The table of one of the ops, by what plans each implementation."""
     return Table(
         op,
@@ -60,25 +75,38 @@ def _why_not_triton(problem: Problem, call: Call) -> str:
 def _why_not_native(problem: Problem, call: Call) -> str:
     if call.grad:
         return f"a gradient is needed, and the native {problem.op} has none"
-    reason = native.why_not(call.x.dtype, call.device)
-    if not reason and call.automatic and torch.compiler.is_compiling():
+    dtype = call.x.dtype
+    if call.device != "cpu":
+        return f"the native implementation needs CPU tensors, got {call.device}"
+    if dtype not in DTYPES[:3]:
+        return f"the native implementation computes in float32, float16 and bfloat16, got {dtype}"
+    if not extension.has("cpu"):
+        return extension.status()["cpu"].reason
+    if call.automatic and torch.compiler.is_compiling():
         return "torch.compile generates the op on CPU"
-    return reason
+    return ""
 
 
-def copies(x: Tensor, residual: Tensor | None, out: Tensor | None) -> int:
+def copies(problem: Problem, x: Tensor) -> int:
     """How many maps are copied around the kernels, each of x's size."""
-    nhwc = layout.is_nhwc(x)
+    nhwc, residual, out = layout.is_nhwc(x), problem.residual, problem.out
     around = sum(t is not None and not layout.fits(t, nhwc) for t in (x, residual))
     return around + (out is not None and bool(around or not layout.fits(out, nhwc)))
 
 
-def check_differentiable(op: str, out: Tensor | None, grad: bool) -> None:
-    if out is not None and (grad or (torch.is_grad_enabled() and out.requires_grad)):
-        raise ValueError(
-            f"{op}: out= is not differentiable, and an argument requires a gradient; "
-            f"call it under torch.no_grad(), or leave out= away"
-        )
+def checked_call(
+    problem: Problem, x: Tensor, tensors: tuple, table: Table, backend: str, once: bool
+) -> Call:
+    """The call on x of ``tensors`` beside x and residual; checks residual and out."""
+    op, residual, out = problem.op, problem.residual, problem.out
+    if residual is not None:
+        check_residual(op, residual, x)
+    call = call_of(x, (x, residual, *tensors), table, backend, once)
+    if out is None:
+        return call
+    check_out(op, out, x, x.shape, "x's shape,")
+    check_not_differentiable(op, call.grad or (torch.is_grad_enabled() and out.requires_grad))
+    return call
 
 
 def check_map(op: str, x: Tensor) -> None:
@@ -116,46 +144,28 @@ def check_gate(op: str, gate: Tensor, x: Tensor) -> None:
 
 
 def check_layers(
-    op: str,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    C: int,
-    like: Tensor,
-    dtypes: tuple[torch.dtype, ...],
+    op: str, layers: Layers, C: int, like: Tensor, dtypes: tuple[torch.dtype, ...]
 ) -> None:
     """The two layers from C channels to R and back, on like's device, all in one of ``dtypes``."""
-    R, dtype, device = weight1.shape[0], weight1.dtype, like.device
-    if (
-        R > 0
-        and dtype in dtypes
-        and weight1.shape in ((R, C), (R, C, 1, 1))
-        and weight2.shape in ((C, R), (C, R, 1, 1))
-        and weight1.device == device
-        and (weight2.dtype, weight2.device) == (dtype, device)
-        and (bias1 is None or (bias1.shape, bias1.dtype, bias1.device) == ((R,), dtype, device))
-        and (bias2 is None or (bias2.shape, bias2.dtype, bias2.device) == ((C,), dtype, device))
-    ):
-        return
+    weight1, bias1, weight2, bias2 = layers
+    R = weight1.shape[0]
     for name, weight in (("weight1", weight1), ("weight2", weight2)):
         if weight.dim() not in (2, 4) or weight.shape[2:].numel() != 1:
             raise ValueError(
                 f"{op}: {name} must be a matrix or the weight of a 1x1 convolution, "
                 f"got shape {list(weight.shape)}"
             )
-    for name, tensor, shape in (
-        ("weight1", weight1, (R, C)),
-        ("bias1", bias1, (R,)),
-        ("weight2", weight2, (C, R)),
-        ("bias2", bias2, (C,)),
+    for name, tensor, shape, letters in (
+        ("weight1", weight1, (R, C), "[R, C]"),
+        ("bias1", bias1, (R,), "[R]"),
+        ("weight2", weight2, (C, R), "[C, R]"),
+        ("bias2", bias2, (C,), "[C]"),
     ):
         if tensor is None:
             continue
         if tuple(tensor.shape[:2]) != shape or R == 0:
-            letters = {"weight1": "[R, C]", "bias1": "[R]", "weight2": "[C, R]", "bias2": "[C]"}
             raise ValueError(
-                f"{op}: {name} must have shape {letters[name]} = {list(shape)} with R > 0 and "
+                f"{op}: {name} must have shape {letters} = {list(shape)} with R > 0 and "
                 f"C = {C}, got {list(tensor.shape)}"
             )
         if tensor.dtype != weight1.dtype:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvkernels.ops.common.activation import activate
+from cvkernels.ops.common.activation import activate, activation_backward
+from cvkernels.ops.common.norm import accumulator
 
 
 def squeeze_reference(x: Tensor) -> Tensor:
@@ -23,15 +24,9 @@ def squeeze_reference(x: Tensor) -> Tensor:
 
 def excite_reference(
     pooled: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    act: str = "relu",
-    *,
-    sigmoid: bool = False,
-    count: int | None = None,
-) -> Tensor:
+    weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
+    act: str = "relu", *, sigmoid: bool = False, count: int | None = None,
+) -> Tensor:  # fmt: skip
     dtype = pooled.dtype if count is None else weight1.dtype
     mean = pooled if count is None else pooled / count
     hidden = activate(F.linear(mean.to(weight1.dtype), weight1.flatten(1), bias1), act)
@@ -50,49 +45,24 @@ def se_scale_reference(
 
 def squeeze_excite_reference(
     x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    act: str = "relu",
-    residual: Tensor | None = None,
-    out_act: str = "none",
-) -> Tensor:
+    weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
+    act: str = "relu", residual: Tensor | None = None, out_act: str = "none",
+) -> Tensor:  # fmt: skip
     logits = excite_reference(squeeze_reference(x), weight1, bias1, weight2, bias2, act)
     return se_scale_reference(x, logits, residual, out_act)
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def activation_grad(grad: Tensor, act: str, z: Tensor | None, out: Tensor | None) -> Tensor:
-    """The gradient in z of act(z); relu needs out, silu z."""
-    if act == "relu":
-        return torch.ops.aten.threshold_backward(grad, out, 0)
-    if act == "silu":
-        assert z is not None
-        s = torch.sigmoid(z)
-        return grad * (s * (1 + z * (1 - s)))
-    return grad
-
-
 def se_scale_backward(
-    grad: Tensor,
-    x: Tensor,
-    gate: Tensor,
-    residual: Tensor | None,
-    out: Tensor | None,
-    act: str,
+    grad: Tensor, x: Tensor, gate: Tensor, residual: Tensor | None, out: Tensor | None, act: str,
     input_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(d x where it is wanted, d gate, d residual unless it is grad); what is not made is empty."""
     dtype = accumulator(x.dtype)
     scale = torch.sigmoid(gate.to(dtype))[:, :, None, None]
     z = None
     if act == "silu":
         z = x * scale if residual is None else x * scale + residual
-    dz = activation_grad(grad, act, z, out)
+    dz = activation_backward(grad, act, out, z)
     s = scale[:, :, 0, 0]
     d_gate = (dz * x.to(dtype)).sum((2, 3)) * (s * (1 - s))
     dx = (dz * scale).to(x.dtype) if input_grad else x.new_empty(0)
@@ -100,14 +70,10 @@ def se_scale_backward(
 
 
 def excite_backward(
-    grad: Tensor,
-    mean: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
+    grad: Tensor, mean: Tensor,
+    weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
     act: str,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
     """(d mean, d weight1, d bias1, d weight2, d bias2), d mean in the accumulator's dtype.
 
     The products are small: [N, C] with [C, R], by PyTorch's own matrix product.
@@ -119,7 +85,7 @@ def excite_backward(
     if bias1 is not None:
         z = z + bias1.to(dtype)
     hidden = torch.relu(z) if act == "relu" else z * torch.sigmoid(z)
-    dz = activation_grad(grad @ second, act, z, hidden)
+    dz = activation_backward(grad @ second, act, hidden, z)
     return (
         dz @ first,
         (dz.T @ mean).to(weight1.dtype).view(weight1.shape),
@@ -130,18 +96,10 @@ def excite_backward(
 
 
 def squeeze_excite_backward(
-    grad: Tensor,
-    x: Tensor,
-    layers: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
-    mean: Tensor,
-    gate: Tensor,
-    residual: Tensor | None,
-    out: Tensor | None,
-    act: str,
-    out_act: str,
-    input_grad: bool,
-    backend: str = "auto",
-) -> tuple[Tensor | None, tuple[Tensor | None, ...], Tensor]:
+    grad: Tensor, x: Tensor, layers: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    mean: Tensor, gate: Tensor, residual: Tensor | None, out: Tensor | None,
+    act: str, out_act: str, input_grad: bool, backend: str = "auto",
+) -> tuple[Tensor | None, tuple[Tensor | None, ...], Tensor]:  # fmt: skip
     """(d x where it is wanted, those of the layers' tensors, d residual)."""
     ops = torch.ops.cvkernels
     _, d_gate, dz = ops.se_scale_backward(grad, x, gate, residual, out, out_act, False, backend)

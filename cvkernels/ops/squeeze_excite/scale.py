@@ -9,30 +9,25 @@ from torch import Tensor
 
 from cvkernels import backend as backends
 from cvkernels.backend import Backend
-from cvkernels.ops.common.arguments import (
-    check_act,
-    check_elementwise_overlap,
-    check_out,
-    check_residual,
-)
-from cvkernels.ops.common.dispatch import Call, call_of, choose
+from cvkernels.ops.common.arguments import check_act, check_elementwise_overlap
+from cvkernels.ops.common.dispatch import Call, choose
 from cvkernels.ops.common.layout import format_of, in_format, is_nhwc, new_like
 from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
+from cvkernels.ops.common.registration import register
 from cvkernels.ops.common.traffic import Traffic, nbytes
 from cvkernels.ops.squeeze_excite import native
 from cvkernels.ops.squeeze_excite.problem import (
     OUT_ACTS,
     Problem,
-    check_differentiable,
     check_gate,
     check_map,
+    checked_call,
     copies,
     table_of,
 )
 from cvkernels.ops.squeeze_excite.reference import se_scale_backward, se_scale_reference
 
 OP = "se_scale"
-PROBLEM = Problem(OP)
 _plans = PlanTable()
 
 library = torch.library.Library("cvkernels", "FRAGMENT")
@@ -45,34 +40,27 @@ library.define("se_scale_shifted(Tensor x, Tensor gate, Tensor shift, str backen
 
 
 def plan(
-    x_like: Tensor,
-    gate_like: Tensor,
-    residual: Tensor | None = None,
-    act: str = "none",
-    *,
-    out: Tensor | None = None,
-    backend: Backend = "auto",
-    once: bool = False,
-) -> Plan:
+    x_like: Tensor, gate_like: Tensor, residual: Tensor | None = None, act: str = "none", *,
+    out: Tensor | None = None, backend: Backend = "auto", once: bool = False,
+) -> Plan:  # fmt: skip
     """A call of :func:`se_scale`, as ``plan(x, gate, residual=None, out=None)``.
 
     The tensors are examples.
     """
-    call = _checked(x_like, gate_like, residual, act, out, backend, once)
-    planned = _plan(call, gate_like, residual, act, out)
+    problem = Problem(OP, gate=gate_like, residual=residual, out_act=act, out=out)
+    check_map(OP, x_like)
+    check_act(OP, "act", act, OUT_ACTS)
+    check_gate(OP, gate_like, x_like)
+    call = checked_call(problem, x_like, (gate_like,), TABLE, backend, once)
+    planned = _plan(problem, call)
     return planned.expecting(call, x=x_like, gate=gate_like, residual=residual, out=out)
 
 
 @planned_by(plan)
 def se_scale(
-    x: Tensor,
-    gate: Tensor,
-    residual: Tensor | None = None,
-    act: str = "none",
-    *,
-    out: Tensor | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
+    x: Tensor, gate: Tensor, residual: Tensor | None = None, act: str = "none", *,
+    out: Tensor | None = None, backend: Backend = "auto",
+) -> Tensor:  # fmt: skip
     """Scale each channel by its gate: ``out = act(x * sigmoid(gate) + residual)``, gate per (n, c).
 
     Args:
@@ -118,57 +106,21 @@ def se_scale(
 backends.answers(OP, plan)
 
 
-def _checked(
-    x: Tensor,
-    gate: Tensor,
-    residual: Tensor | None,
-    act: str,
-    out: Tensor | None,
-    backend: Backend,
-    once: bool = False,
-) -> Call:
-    check_map(OP, x)
-    check_act(OP, "act", act, OUT_ACTS)
-    check_gate(OP, gate, x)
-    if residual is not None:
-        check_residual(OP, residual, x)
-    call = call_of(x, (x, gate, residual), TABLE, backend, once)
-    if out is not None:
-        check_out(OP, out, x, x.shape, "x's shape,")
-    check_differentiable(OP, out, call.grad)
-    return call
-
-
-def _plan_triton(
-    problem: Problem,
-    call: Call,
-    gate: Tensor,
-    residual: Tensor | None,
-    act: str,
-    out: Tensor | None,
-) -> Callable[..., Tensor]:
+def _plan_triton(problem: Problem, call: Call) -> Callable[..., Tensor]:
     if call.x.is_meta:
         return lambda x, gate, residual=None, out=None: new_like(x) if out is None else out
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
     from cvkernels.ops.squeeze_excite import triton
 
-    fitted = not copies(call.x, residual, out)
-    launch = triton.plan_se_scale(call.x, residual, act, out if fitted else None)
-
-    def run(x, gate, residual=None, out=None):
-        return launch(x, gate, residual, out)
-
-    return native.writing(run, fitted)
+    fitted = not copies(problem, call.x)
+    out = problem.out if fitted else None
+    launch = triton.plan_se_scale(call.x, problem.residual, problem.out_act, out)
+    return native.writing(launch, fitted)
 
 
-def _plan_reference(
-    problem: Problem,
-    call: Call,
-    gate: Tensor,
-    residual: Tensor | None,
-    act: str,
-    out: Tensor | None,
-) -> Callable[..., Tensor]:
+def _plan_reference(problem: Problem, call: Call) -> Callable[..., Tensor]:
+    act = problem.out_act
+
     def run(x, gate, residual=None, out=None):
         y = se_scale_reference(x, gate, residual, act)
         return y if out is None else out.copy_(y)
@@ -179,13 +131,13 @@ def _plan_reference(
 TABLE = table_of(OP, _plan_triton, native.plan_se_scale, _plan_reference)
 
 
-def _plan(call: Call, gate: Tensor, residual: Tensor | None, act: str, out: Tensor | None) -> Plan:
+def _plan(problem: Problem, call: Call) -> Plan:
     """The plan of a checked call."""
-    x = call.x
+    act = problem.out_act
 
     def traffic(name: str) -> Traffic:
-        copied, size = copies(x, residual, out), nbytes(x)
-        read = size + nbytes(gate, residual)
+        copied, size = copies(problem, call.x), nbytes(call.x)
+        read = size + nbytes(problem.gate, problem.residual)
         return Traffic(1 + copied, read + size * copied, size + size * copied)
 
     def registered(name: str) -> Callable[..., Tensor]:
@@ -194,31 +146,31 @@ def _plan(call: Call, gate: Tensor, residual: Tensor | None, act: str, out: Tens
 
         return run
 
-    return plan_of(TABLE, PROBLEM, call, (gate, residual, act, out), traffic, registered)
+    return plan_of(TABLE, problem, call, (), traffic, registered)
 
 
 def _se_scale(x, gate, residual, act, backend):
+    problem = Problem(OP, gate=gate, residual=residual, out_act=act)
     call = Call(x, backends.device_type(x), backend, once=True)
-    y = _plan(call, gate, residual, act, None).run(x, gate, residual)
-    return in_format(y, format_of(is_nhwc(x)))
+    return in_format(_plan(problem, call).run(x, gate, residual), format_of(is_nhwc(x)))
 
 
 def _backend_of(x: Tensor, backend: str) -> str:
     call = Call(x, backends.device_type(x), backend, once=True)
-    return choose(TABLE, PROBLEM, call)[1].backend
+    return choose(TABLE, Problem(OP), call)[1].backend
 
 
 def _se_scale_backward(grad, x, gate, residual, out, act, input_grad, backend):
-    arguments = (grad, x, gate, residual, out, act, input_grad)
-    name = _backend_of(x, backend)
+    name, options = _backend_of(x, backend), (residual, out, act, input_grad)
     if name == "triton":
         from cvkernels.ops.squeeze_excite import triton
 
-        dx, d_gate, dz = triton.se_scale_backward(*arguments)
+        run = triton.plan_se_scale_backward(grad, x, *options)
+        dx, d_gate, dz = run((grad, x, residual, out), gate)
     elif name == "native" and native.has_gradient(x, act):
         dx, d_gate, dz = native.backward(grad, x, gate, out, act, input_grad)
     else:
-        dx, d_gate, dz = se_scale_backward(*arguments)
+        dx, d_gate, dz = se_scale_backward(grad, x, gate, *options)
     layout = format_of(is_nhwc(x))
     made = [in_format(d, layout) if d.dim() == 4 else d for d in (dx, dz)]
     return made[0], d_gate, made[1]
@@ -229,7 +181,7 @@ def _se_scale_shifted(x, gate, shift, backend):
     if name == "triton":
         from cvkernels.ops.squeeze_excite import triton
 
-        y = triton.se_scale(x, gate, None, "none", shift=shift.contiguous())
+        y = triton.plan_se_scale(x, None, "none")(x, gate, None, None, shift.contiguous())
     elif name == "native" and native.has_gradient(x, "none"):
         y = native.scale_shifted(x, torch.sigmoid(gate.float()), shift.float())
     else:
@@ -238,28 +190,11 @@ def _se_scale_shifted(x, gate, shift, backend):
     return in_format(y, format_of(is_nhwc(x)))
 
 
-for key in ("CPU", "CUDA"):
-    library.impl("se_scale", _se_scale, key)
-    library.impl("se_scale_backward", _se_scale_backward, key)
-    library.impl("se_scale_shifted", _se_scale_shifted, key)
-
-
-@torch.library.register_fake("cvkernels::se_scale", lib=library)
-def _(x, gate, residual, act, backend):
-    return new_like(x)
-
-
-@torch.library.register_fake("cvkernels::se_scale_backward", lib=library)
-def _(grad, x, gate, residual, out, act, input_grad, backend):
+def _fake_backward(grad, x, gate, residual, out, act, input_grad, backend):
     nothing = x.new_empty(0)
-    dz = x.new_empty(0) if act == "none" else new_like(x)
     d_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    dz = nothing if act == "none" else new_like(x)
     return new_like(x) if input_grad else nothing, d_gate, dz
-
-
-@torch.library.register_fake("cvkernels::se_scale_shifted", lib=library)
-def _(x, gate, shift, backend):
-    return new_like(x)
 
 
 def saved_for_act(
@@ -286,6 +221,6 @@ def _backward(ctx, grad):
     return dx if ctx.needs_input_grad[0] else None, d_gate, d_residual, None, None
 
 
-torch.library.register_autograd(
-    "cvkernels::se_scale", _backward, setup_context=_context, lib=library
-)
+register(library, OP, _se_scale, lambda x, *_: new_like(x), _backward, _context)
+register(library, "se_scale_backward", _se_scale_backward, _fake_backward)
+register(library, "se_scale_shifted", _se_scale_shifted, lambda x, *_: new_like(x))

@@ -12,6 +12,7 @@ from cvkernels.backend import Backend
 from cvkernels.ops.common.dispatch import Call, call_of
 from cvkernels.ops.common.layout import fits, is_nhwc
 from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
+from cvkernels.ops.common.registration import register
 from cvkernels.ops.common.traffic import Traffic, nbytes
 from cvkernels.ops.squeeze_excite import native, tiles
 from cvkernels.ops.squeeze_excite.problem import Problem, check_map, table_of
@@ -73,11 +74,7 @@ def _plan_triton(problem: Problem, call: Call) -> Callable[..., Tensor]:
     return triton.plan_squeeze(call.x)
 
 
-def _plan_reference(problem: Problem, call: Call) -> Callable[..., Tensor]:
-    return squeeze_reference
-
-
-TABLE = table_of(OP, _plan_triton, native.plan_squeeze, _plan_reference)
+TABLE = table_of(OP, _plan_triton, native.plan_squeeze, lambda problem, call: squeeze_reference)
 
 
 def _plan(call: Call) -> Plan:
@@ -99,15 +96,6 @@ def _squeeze(x: Tensor, backend: str) -> Tensor:
     return _plan(Call(x, backends.device_type(x), backend, once=True)).run(x)
 
 
-for key in ("CPU", "CUDA"):
-    library.impl("squeeze", _squeeze, key)
-
-
-@torch.library.register_fake("cvkernels::squeeze", lib=library)
-def _(x, backend):
-    return x.new_empty(x.shape[:2])
-
-
 def _context(ctx, inputs, output):
     ctx.shape = inputs[0].shape
 
@@ -117,6 +105,4 @@ def _backward(ctx, grad):
     return (grad / pixels)[:, :, None, None].expand(ctx.shape), None
 
 
-torch.library.register_autograd(
-    "cvkernels::squeeze", _backward, setup_context=_context, lib=library
-)
+register(library, OP, _squeeze, lambda x, backend: x.new_empty(x.shape[:2]), _backward, _context)

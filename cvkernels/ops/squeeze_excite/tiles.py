@@ -32,8 +32,8 @@ class Tile(NamedTuple):
     parts: int
 
 
-def elementwise(N: int, C: int, HW: int, vec: int) -> Tile:
-    block_c = _block_c(C, 128)
+def elementwise(C: int, HW: int, vec: int, widest: int = 128) -> Tile:
+    block_c = _block_c(C, widest)
     block_p = max(1, min(4096 // block_c, power_of_two(HW)))
     return Tile(vec, block_p, block_c, HW, 1)
 
@@ -61,20 +61,15 @@ def one_launch(x: Tensor, R: int) -> bool:
     return is_nhwc(x) and fits and N >= IMAGES
 
 
-def image(C: int, HW: int, R: int, vec: int) -> tuple[Tile, int]:
-    """(the tile, BLOCK_R) of a program that makes a whole image."""
-    block_r = max(16, power_of_two(R))
-    block_c = _block_c(C, 64)
-    block_p = max(1, min(4096 // block_c, power_of_two(HW)))
-    return Tile(vec, block_p, block_c, HW, 1), block_r
+def block_r(R: int) -> int:
+    return max(16, power_of_two(R))
 
 
-def excite(N: int, C: int, R: int) -> tuple[int, int, int]:
-    """(BLOCK_R, BLOCK_C, programs per image)."""
-    block_r = max(16, power_of_two(R))
-    block_c = max(16, min(4096 // block_r, 128))
+def excite(N: int, C: int, R: int) -> tuple[int, int]:
+    """(BLOCK_C, programs per image)."""
+    block_c = max(16, min(4096 // block_r(R), 128))
     splits = min(cdiv(C, 4 * block_c), max(1, PROGRAMS // (4 * max(1, N))))
-    return block_r, block_c, splits
+    return block_c, splits
 
 
 def vec_of(*maps: Tensor | None) -> int:
@@ -88,12 +83,10 @@ def vec_of(*maps: Tensor | None) -> int:
     return 8
 
 
-def parts_of(x: Tensor) -> int:
-    """In how many parts the squeeze of x is summed."""
-    if not is_nhwc(x):
-        return 1
+def parts_of(x: Tensor, elements: int = SQUEEZE) -> int:
+    """In how many parts a reduction of x is summed, the squeeze or another one."""
     N, C, H, W = x.shape
-    return reduction(N, C, H * W, 1, SQUEEZE).parts
+    return reduction(N, C, H * W, 1, elements).parts if is_nhwc(x) else 1
 
 
 def _block_c(C: int, largest: int) -> int:

@@ -45,40 +45,30 @@ class _Layout(NamedTuple):
     strides: tuple[int, ...]
     dtype: torch.dtype
 
+    def on_meta(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
+
 
 def _kept(plan: Callable[..., Callable]) -> Callable[..., Callable]:
     """``plan``, once for all tensors of equal layouts: it is given some on the meta device."""
 
     @functools.lru_cache(maxsize=4096)
     def planned_once(*arguments: Any) -> Callable:
-        return plan(
-            *(
-                torch.empty_strided(a.shape, a.strides, dtype=a.dtype, device="meta")
-                if isinstance(a, _Layout)
-                else a
-                for a in arguments
-            )
-        )
+        return plan(*[a.on_meta() if isinstance(a, _Layout) else a for a in arguments])
 
     @functools.wraps(plan)
     def planned(*arguments: Any) -> Callable:
-        return planned_once(
-            *(
-                _Layout(a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a
-                for a in arguments
-            )
-        )
+        layouts = [
+            _Layout(a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in arguments
+        ]
+        return planned_once(*layouts)
 
     return planned
 
 
-def squeeze(x: Tensor) -> Tensor:
-    """The means, in x's dtype: one launch, or two where the sum is in parts."""
-    return plan_squeeze(x)(x)
-
-
 @_kept
 def plan_squeeze(x: Tensor) -> Callable[[Tensor], Tensor]:
+    """x -> the means, in x's dtype: one launch, or two where the sum is in parts."""
     x, read = _read(x, is_nhwc(x))
     N, C, H, W = x.shape
     sums, size = squeeze_launch(x, H * W), parts_shape(x)
@@ -98,20 +88,6 @@ def plan_squeeze(x: Tensor) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def excite(
-    pooled: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    act: str,
-    sigmoid: bool,
-    count: int | None,
-) -> Tensor:
-    layers = (weight1, bias1, weight2, bias2)
-    return plan_excite(pooled, weight1, act, sigmoid, count)(pooled, layers)
-
-
 @_kept
 def plan_excite(
     pooled: Tensor, weight1: Tensor, act: str, sigmoid: bool, count: int | None
@@ -129,36 +105,19 @@ def plan_excite(
     return run
 
 
-def se_scale(
-    x: Tensor,
-    gate: Tensor,
-    residual: Tensor | None,
-    act: str,
-    out: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> Tensor:
-    """``act(x * sigmoid(gate) + shift + residual)``; out is one that x's kernels can write."""
-    return plan_se_scale(x, residual, act, out)(x, gate, residual, out, shift)
-
-
 @_kept
 def plan_se_scale(
     x: Tensor, residual: Tensor | None, act: str, out: Tensor | None = None
 ) -> Callable[..., Tensor]:
-    """(x, gate, residual, out=None, shift=None) -> the output."""
+    """(x, gate, residual=None, out=None, shift=None) -> the output, to which shift[N, C] is added;
+    out is one that x's kernels can write."""
     nhwc = is_nhwc(x)
     x, read = _read(x, nhwc)
     residual, read_residual = _read(residual, nhwc)
     made = new_like(x) if out is None else out
     launch, shape, strides = se_scale_launch(x, residual, act, made), made.shape, made.stride()
 
-    def run(
-        x: Tensor,
-        gate: Tensor,
-        residual: Tensor | None,
-        out: Tensor | None = None,
-        shift: Tensor | None = None,
-    ) -> Tensor:
+    def run(x, gate, residual=None, out=None, shift=None):
         out = x.new_empty_strided(shape, strides) if out is None else out
         launch(read(x), gate.contiguous(), shift, read_residual(residual), out)
         return out
@@ -166,40 +125,14 @@ def plan_se_scale(
     return run
 
 
-def squeeze_excite(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    act: str,
-    residual: Tensor | None,
-    out_act: str,
-    out: Tensor | None = None,
-    keep_mean: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(out, the means where they are kept, the logits), the last two in float32.
-
-    One launch or three, as :func:`tiles.one_launch` says.
-    """
-    R = weight1.shape[0]
-    whole = tiles.one_launch(x, R)
-    run = plan_squeeze_excite(x, R, act, residual, out_act, out, keep_mean, whole)
-    return run(x, (weight1, bias1, weight2, bias2), residual, out)
-
-
 @_kept
 def plan_squeeze_excite(
-    x: Tensor,
-    R: int,
-    act: str,
-    residual: Tensor | None,
-    out_act: str,
-    out: Tensor | None,
-    keep_mean: bool,
-    whole_images: bool,
-) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
-    """(x, layers, residual, out=None) -> (out, the means where they are kept, the logits)."""
+    x: Tensor, R: int, act: str, residual: Tensor | None, out_act: str, out: Tensor | None,
+    keep_mean: bool, whole_images: bool,
+) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:  # fmt: skip
+    """(x, layers, residual, out=None) -> (out, the means where they are kept, the logits), the last
+    two in float32. One launch or three, as :func:`tiles.one_launch` says.
+    """
     x, read = _read(x, is_nhwc(x))
     N, C, H, W = x.shape
     if whole_images:
@@ -212,9 +145,7 @@ def plan_squeeze_excite(
         sums, hidden = squeeze_launch(x, 1), excite_launch(size, R, act, False, H * W)
         scale = plan_se_scale(x, residual, out_act, out)
 
-    def run(
-        x: Tensor, layers: tuple, residual: Tensor | None, out: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    def run(x, layers, residual, out=None):
         x, layers = read(x), matrices(*layers)
         gate = x.new_empty((N, C), dtype=torch.float32)
         mean = torch.empty_like(gate) if keep_mean else None
@@ -230,30 +161,12 @@ def plan_squeeze_excite(
     return run
 
 
-def se_scale_backward(
-    grad: Tensor,
-    x: Tensor,
-    gate: Tensor,
-    residual: Tensor | None,
-    out: Tensor | None,
-    act: str,
-    input_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(d x where it is wanted, d gate, d residual unless it is grad); what is not made is empty."""
-    run = plan_se_scale_backward(grad, x, residual, out, act, input_grad)
-    return run((grad, x, residual, out), gate)
-
-
 @_kept
 def plan_se_scale_backward(
-    grad: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    out: Tensor | None,
-    act: str,
-    input_grad: bool,
+    grad: Tensor, x: Tensor, residual: Tensor | None, out: Tensor | None, act: str, input_grad: bool
 ) -> Callable[[tuple, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """((grad, x, residual, out), gate) -> what :func:`se_scale_backward` returns."""
+    """((grad, x, residual, out), gate) -> (d x where it is wanted, d gate, d residual unless it is
+    grad); what is not made is empty."""
     nhwc = is_nhwc(x)
     maps, readers = zip(*(_read(t, nhwc) for t in (grad, x, residual, out)), strict=True)
     launch = backward_launch(maps[0], maps[1], maps[2], maps[3], act)
@@ -278,9 +191,7 @@ def plan_se_scale_backward(
 
 def parts_shape(x: Tensor, elements: int = tiles.SQUEEZE) -> tuple[int, int, int]:
     """Of the partial sums of x: [N, parts, C]."""
-    N, C, H, W = x.shape
-    parts = tiles.reduction(N, C, H * W, 1, elements).parts if is_nhwc(x) else 1
-    return N, parts, C
+    return x.shape[0], tiles.parts_of(x, elements), x.shape[1]
 
 
 def squeeze_launch(x: Tensor, divisor: int) -> Launch:
@@ -293,7 +204,7 @@ def squeeze_launch(x: Tensor, divisor: int) -> Launch:
         fixed = (N * C, HW, float(divisor))
         return Launch(squeeze_nchw_kernel, (cdiv(N * C, rows),), fixed, meta)
     tile = tiles.reduction(N, C, HW, tiles.vec_of(x), tiles.SQUEEZE)
-    sizes = (HW, C // tile.vec, *_packs(x, tile.vec), tile.pixels_per_part, tile.parts)
+    sizes = (HW, C // tile.vec, *_packs(tile.vec, x), tile.pixels_per_part, tile.parts)
     grid = (N * tile.parts * cdiv(C, tile.block_c),)
     return Launch(squeeze_nhwc_kernel, grid, (*sizes, float(divisor)), _blocks(tile))
 
@@ -310,11 +221,11 @@ def excite_launch(
 ) -> Launch:
     """(parts, weight1, bias1, weight2, bias2, out, mean): both layers on the sums / divisor."""
     N, count, C = parts
-    block_r, block_c, splits = tiles.excite(N, C, R)
+    block_c, splits = tiles.excite(N, C, R)
     c_per_program = cdiv(cdiv(C, splits), block_c) * block_c
     splits = cdiv(C, c_per_program)
     fixed = (C, R, count, float(divisor), splits, c_per_program)
-    meta = {"ACT": act, "SIGMOID": sigmoid, "BLOCK_C": block_c, "BLOCK_R": block_r}
+    meta = {"ACT": act, "SIGMOID": sigmoid, "BLOCK_C": block_c, "BLOCK_R": tiles.block_r(R)}
     return Launch(excite_kernel, (N * splits,), fixed, meta)
 
 
@@ -323,12 +234,10 @@ def image_launch(
 ) -> Launch:
     """(x, weight1, bias1, weight2, bias2, residual, out, gate, mean): a program for each image."""
     N, C, H, W = x.shape
-    tile, block_r = tiles.image(C, H * W, R, tiles.vec_of(x, residual, out))
-    fixed: tuple[int, ...] = (H * W, C // tile.vec, R)
-    for part in (x, residual, out):
-        fixed += _packs(part, tile.vec)
-    meta = {"ACT": act, "OUT_ACT": out_act, "BLOCK_R": block_r, "num_warps": 8, **_blocks(tile)}
-    return Launch(squeeze_excite_image_nhwc_kernel, (N,), fixed, meta)
+    tile = tiles.elementwise(C, H * W, tiles.vec_of(x, residual, out), widest=64)
+    fixed = (H * W, C // tile.vec, R, *_packs(tile.vec, x, residual, out))
+    meta = {"ACT": act, "OUT_ACT": out_act, "BLOCK_R": tiles.block_r(R), "num_warps": 8}
+    return Launch(squeeze_excite_image_nhwc_kernel, (N,), fixed, {**meta, **_blocks(tile)})
 
 
 def se_scale_launch(x: Tensor, residual: Tensor | None, act: str, out: Tensor) -> Launch:
@@ -340,10 +249,8 @@ def se_scale_launch(x: Tensor, residual: Tensor | None, act: str, out: Tensor) -
         meta = {"ACT": act, "BLOCK_ROWS": rows, "BLOCK_P": block_p, **_REGISTERS}
         grid = (cdiv(N * C, rows) * cdiv(HW, block_p),)
         return Launch(se_scale_nchw_kernel, grid, (N * C, HW), meta)
-    tile = tiles.elementwise(N, C, HW, tiles.vec_of(x, residual, out))
-    fixed: tuple[int, ...] = (HW, C // tile.vec)
-    for part in (x, residual, out):
-        fixed += _packs(part, tile.vec)
+    tile = tiles.elementwise(C, HW, tiles.vec_of(x, residual, out))
+    fixed = (HW, C // tile.vec, *_packs(tile.vec, x, residual, out))
     grid = (N * cdiv(HW, tile.block_p) * cdiv(C, tile.block_c),)
     return Launch(se_scale_nhwc_kernel, grid, fixed, {"ACT": act, **_blocks(tile)})
 
@@ -359,11 +266,9 @@ def backward_launch(
         meta = {"ACT": act, "BLOCK_ROWS": rows, "BLOCK_P": block_p, **_REGISTERS}
         return Launch(se_scale_bwd_nchw_kernel, (cdiv(N * C, rows),), (N * C, HW), meta)
     tile = tiles.reduction(N, C, HW, tiles.vec_of(grad, x, residual, out), tiles.BACKWARD)
-    fixed: tuple[int, ...] = (HW, C // tile.vec)
-    for part in (grad, x, residual, out):
-        fixed += _packs(part, tile.vec)
+    strides = _packs(tile.vec, grad, x, residual, out)
+    fixed = (HW, C // tile.vec, *strides, tile.pixels_per_part, tile.parts)
     grid = (N * tile.parts * cdiv(C, tile.block_c),)
-    fixed += (tile.pixels_per_part, tile.parts)
     return Launch(se_scale_bwd_nhwc_kernel, grid, fixed, {"ACT": act, **_blocks(tile)})
 
 
@@ -374,13 +279,14 @@ def _read(x: Tensor | None, nhwc: bool) -> tuple[Any, Callable[[Any], Any]]:
     return fitting(x, nhwc), lambda x: fitting(x, nhwc)
 
 
-def _packs(x: Tensor | None, vec: int) -> tuple[int, int]:
-    """(stride of images, stride of pixels) in packs."""
-    if x is None:
-        return 0, 0
-    step = pixel_stride(x)
-    assert step is not None, "the maps fit"
-    return x.stride(0) // vec, step // vec
+def _packs(vec: int, *maps: Tensor | None) -> list[int]:
+    """In packs, the strides of images and of pixels of each map."""
+    strides = []
+    for x in maps:
+        step = 0 if x is None else pixel_stride(x)
+        assert step is not None, "the maps fit"
+        strides += [0 if x is None else x.stride(0) // vec, step // vec]
+    return strides
 
 
 def _blocks(tile: tiles.Tile) -> dict[str, int]:

@@ -37,23 +37,15 @@ def se_scale_bwd_nhwc_kernel(
     dx_ptr,  # written, as the next two
     dz_ptr,
     parts_ptr,  # [N, parts, C]
-    HW,
-    c_packs,
-    grad_stride_n,
-    grad_stride_p,
-    x_stride_n,
-    x_stride_p,
-    residual_stride_n,
-    residual_stride_p,
-    out_stride_n,
-    out_stride_p,
-    pixels_per_part,
-    parts,
+    HW, c_packs,
+    grad_stride_n, grad_stride_p,
+    x_stride_n, x_stride_p,
+    residual_stride_n, residual_stride_p,
+    out_stride_n, out_stride_p,
+    pixels_per_part, parts,
     ACT: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    VEC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """dz = act'(z) * grad, dx = dz * sigmoid(gate), and the sum of dz * x over a part's pixels.
 
     dx and dz are dense, and written where they are wanted.
@@ -96,12 +88,10 @@ def se_scale_bwd_nchw_kernel(
     dx_ptr,
     dz_ptr,
     parts_ptr,  # [planes]
-    planes,
-    HW,
+    planes, HW,
     ACT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
+    BLOCK_ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
     """The same for BLOCK_ROWS whole planes."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = rows < planes
@@ -112,14 +102,9 @@ def se_scale_bwd_nchw_kernel(
         mask = row_mask[:, None] & (p_offs < HW)[None, :]
         offs = rows[:, None] * HW + p_offs[None, :]
         x = load_tile(x_ptr, offs, mask)
-        dz = activation_grad(
-            load_tile(grad_ptr, offs, mask),
-            x,
-            scale,
-            load_tile(residual_ptr, offs, mask),
-            load_tile(out_ptr, offs, mask),
-            ACT,
-        )
+        grad = load_tile(grad_ptr, offs, mask)
+        residual, out = load_tile(residual_ptr, offs, mask), load_tile(out_ptr, offs, mask)
+        dz = activation_grad(grad, x, scale, residual, out, ACT)
         acc += dz * x
         if dz_ptr is not None:
             store_tile(dz_ptr, offs, dz, mask)

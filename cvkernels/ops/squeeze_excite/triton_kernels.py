@@ -71,17 +71,11 @@ def tile_offsets(n, p_offs, c_offs, stride_n, stride_p, VEC: tl.constexpr):
 def squeeze_nhwc_kernel(
     x_ptr,  # [N, HW, C]
     out_ptr,  # [N, parts, C]
-    HW,
-    c_packs,
-    x_stride_n,
-    x_stride_p,
-    pixels_per_part,
-    parts,
-    divisor,
-    VEC: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    HW, c_packs,
+    x_stride_n, x_stride_p,
+    pixels_per_part, parts, divisor,
+    VEC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """One program sums BLOCK_C channels of one image over the pixels of one part, and divides."""
     C = c_packs * VEC
     n, part, c_offs = split_program(C, parts, BLOCK_C)
@@ -102,12 +96,9 @@ def squeeze_nhwc_kernel(
 def squeeze_nchw_kernel(
     x_ptr,  # [planes, HW]
     out_ptr,  # [planes]
-    planes,
-    HW,
-    divisor,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
+    planes, HW, divisor,
+    BLOCK_ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
     """One program sums BLOCK_ROWS whole planes, and divides."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = rows < planes
@@ -151,17 +142,10 @@ def excite_kernel(
     bias2_ptr,  # [C]
     out_ptr,  # [N, C]
     mean_ptr,  # [N, C], written
-    C,
-    R,
-    parts,
-    divisor,
-    c_splits,
-    c_per_program,
-    ACT: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    C, R, parts, divisor, c_splits, c_per_program,
+    ACT: tl.constexpr, SIGMOID: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """Both layers for one image, float32 between them.
 
     One program has the whole hidden layer, and c_per_program of the channels that come out. It
@@ -209,22 +193,13 @@ def squeeze_excite_image_nhwc_kernel(
     out_ptr,
     gate_ptr,  # [N, C], written
     mean_ptr,  # [N, C], written
-    HW,
-    c_packs,
-    R,
-    x_stride_n,
-    x_stride_p,
-    residual_stride_n,
-    residual_stride_p,
-    out_stride_n,
-    out_stride_p,
-    ACT: tl.constexpr,
-    OUT_ACT: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    HW, c_packs, R,
+    x_stride_n, x_stride_p,
+    residual_stride_n, residual_stride_p,
+    out_stride_n, out_stride_p,
+    ACT: tl.constexpr, OUT_ACT: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """The whole block for one image: squeeze, both layers, scale.
 
     Reads x twice, the second time from the cache, residual and the parameters once, and writes out.
@@ -279,19 +254,13 @@ def se_scale_nhwc_kernel(
     shift_ptr,  # [N, C]
     residual_ptr,
     out_ptr,
-    HW,
-    c_packs,
-    x_stride_n,
-    x_stride_p,
-    residual_stride_n,
-    residual_stride_p,
-    out_stride_n,
-    out_stride_p,
+    HW, c_packs,
+    x_stride_n, x_stride_p,
+    residual_stride_n, residual_stride_p,
+    out_stride_n, out_stride_p,
     ACT: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    VEC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """out = act(x * sigmoid(gate) + shift + residual). One program makes BLOCK_P x BLOCK_C of it.
 
     Reads x and residual once and writes out once: the minimum for this op.
@@ -319,12 +288,10 @@ def se_scale_nchw_kernel(
     shift_ptr,  # [planes]
     residual_ptr,
     out_ptr,
-    planes,
-    HW,
+    planes, HW,
     ACT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
+    BLOCK_ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
     """The same for dense planes: BLOCK_ROWS planes, BLOCK_P pixels of each."""
     p_blocks = tl.cdiv(HW, BLOCK_P)
     pid = tl.program_id(0)
