@@ -128,6 +128,12 @@ def cases_of(
     return cases
 
 
+def network_case(name: str, batch: int, dtype: torch.dtype, part: str, **others: Any) -> Case:
+    """The case of a network on images of 224 x 224."""
+    shape = f"{batch}x3x224x224"
+    return Case(name, f"batch {batch}", shape, dtype, part=part, network=True, **others)
+
+
 def image(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A random Tensor[N, C, H, W] in channels_last."""
     x = torch.randn(shape, device=device).to(dtype)
