@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from cvkernels.freeze.convert import CALLABLES, Converter, convert_module
+from cvkernels.freeze.convert import CALLABLES, convert_call, convert_module
 from cvkernels.freeze.graph import Graph, Node, Op, Ref
 from cvkernels.freeze.ops import Call, Input
 from cvkernels.nn.fused.watched import has_hooks
@@ -101,7 +102,6 @@ class _Reader:
         self.nodes: list[Node] = []
         # What each node of torch.fx stands for: a Node, a value, or a structure of them.
         self.values: dict[fx.Node, Any] = {}
-        self.converter = Converter(self.emit)
         self.copies: dict[int, nn.Module] = {}
 
     def read(self, traced: fx.Graph) -> Graph:
@@ -145,7 +145,7 @@ class _Reader:
             if hasattr(node.target, "_fields") and not kwargs:
                 return node.target(*args)  # a named tuple, which torch.fx makes a call of
             in_place = _writes_in_place(node, kwargs)
-            value = self.converter.convert(name, layer, args, kwargs)
+            value = convert_call(partial(self.emit, layer=layer), name, args, kwargs)
             if value is None:
                 kind = "method" if node.op == "call_method" else "function"
                 value = self._call(kind, node.target, layer, args, kwargs, in_place)
@@ -175,7 +175,7 @@ class _Reader:
         module = self.model.get_submodule(layer)
         value = None
         if layer not in self.tracer.opaque and not has_hooks(module) and not kwargs:
-            value = convert_module(self.converter, module, layer, *args)
+            value = convert_module(partial(self.emit, layer=layer), module, *args)
         in_place = bool(getattr(module, "inplace", False)) and type(module) is not nn.Dropout
         if value is None:
             # The model may train on: the frozen one keeps the module as it is now.
