@@ -37,11 +37,8 @@ each_source = pytest.mark.parametrize("path", SOURCES, ids=named)
 
 @pytest.mark.parametrize("op", OPS)
 def test_op_is_complete(op):
-    for path in (
-        f"cvkernels/ops/{op}/reference.py",
-        f"tests/ops/test_{op}.py",
-        f"benchmarks/bench_{op}.py",
-    ):
+    reference, test = f"cvkernels/ops/{op}/reference.py", f"tests/ops/test_{op}.py"
+    for path in (reference, test, f"benchmarks/bench_{op}.py"):
         assert (ROOT / path).is_file(), f"op {op!r} lacks {path}"
 
 
@@ -50,9 +47,8 @@ def test_op_is_public_under_its_name(op):
     import cvkernels
 
     function = getattr(cvkernels.functional, op)
-    sections = [
-        function.__doc__.find(title) for title in ("Args:", "Returns:", "Raises:", "Source: ")
-    ]
+    titles = ("Args:", "Returns:", "Raises:", "Source: ")
+    sections = [function.__doc__.find(title) for title in titles]
     assert -1 not in sections and sections == sorted(sections)
 
 
@@ -94,9 +90,10 @@ def test_top_level_holds_nothing_else():
     assert {name for name in top if not name.startswith(".")} <= set(ALLOWED_TOP)
 
 
-def imported_names(path):
-    """(module, name or None) of each import in a file, those in functions included."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imported_names(path, anywhere=True):
+    """(module, name or None) of each import in a file, or of those outside of functions."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if anywhere else tree.body:
         if isinstance(node, ast.ImportFrom):
             assert not node.level, f"{named(path)} has a relative import"
             yield from ((node.module, alias.name) for alias in node.names)
@@ -121,13 +118,7 @@ def test_layers_import_only_downwards(path):
 
 @each_source
 def test_triton_and_torchvision_are_imported_where_they_are_used(path):
-    body = ast.parse(path.read_text()).body
-    names = {
-        alias.name.split(".")[0]
-        for node in body
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    } | {(node.module or "").split(".")[0] for node in body if isinstance(node, ast.ImportFrom)}
+    names = {module.split(".")[0] for module, _ in imported_names(path, anywhere=False)}
     optional = {"torchvision", "timm", "rich", "PIL", "sklearn", "numpy"}
     assert not names & optional
     if not path.stem.startswith("triton"):

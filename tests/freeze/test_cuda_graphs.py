@@ -5,7 +5,7 @@ that it read then to the memory that it wrote then, as a CUDA graph does.
 """
 
 import contextlib
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -227,43 +227,36 @@ def test_the_capture_comes_after_warm_up_calls(monkeypatch):
     assert calls == [0] * WARM_UP + [1]
 
 
-class Waiting(nn.Module):
-    """Somebody's module, which torch.fx cannot trace."""
+class Calling(nn.Module):
+    """Somebody's module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
 
     def forward(self, x):
-        return x * 2 if x.sum().item() > 0 else x
+        return self.function(x)
 
 
-class Hooked(nn.Sequential):
-    def __init__(self):
-        super().__init__(nn.Conv2d(3, 4, 1), nn.ReLU())
-        self[1].register_forward_hook(lambda module, args, out: out.mul_(2))
+def hooked():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    model[1].register_forward_hook(lambda module, args, out: out.mul_(2))
+    return model
 
 
-class Masked(nn.Module):
-    def forward(self, x):
-        return x[x > 0]
+MAY_WAIT = {
+    "cannot be traced": Calling(lambda x: x * 2 if x.sum().item() > 0 else x),
+    "hooked": hooked(),
+    "masked": Calling(lambda x: x[x > 0]),
+    "masked columns": Calling(lambda x: x[:, :, (x > 0).all(1)[0].all(1)]),
+    "where": Calling(lambda x: torch.where(x > 0)[0]),
+    "moved": Calling(lambda x: (x + 1).to("cpu")),
+}
 
 
-class MaskedColumns(nn.Module):
-    def forward(self, x):
-        return x[:, :, (x > 0).all(1)[0].all(1)]
-
-
-class Where(nn.Module):
-    def forward(self, x):
-        return torch.where(x > 0)[0]
-
-
-class Moved(nn.Module):
-    def forward(self, x):
-        return (x + 1).to("cpu")
-
-
-@pytest.mark.parametrize("kind", [Waiting, Hooked, Masked, MaskedColumns, Where, Moved])
-def test_a_plan_that_may_wait_for_the_gpu_is_not_captured(kind):
-    model = kind() if kind is Hooked else nn.Sequential(kind(), nn.Identity())
-    frozen, _ = graphed(SMALL, model=model)
+@pytest.mark.parametrize("model", MAY_WAIT.values(), ids=MAY_WAIT.keys())
+def test_a_plan_that_may_wait_for_the_gpu_is_not_captured(model):
+    frozen, _ = graphed(SMALL, model=nn.Sequential(model, nn.Identity()))
     plan = frozen.plan_for(torch.empty(SMALL))
     assert not all(may_be_captured(step) for step, _ in plan.steps)
     assert frozen._captured(plan) is plan and not Graph.made
@@ -348,10 +341,7 @@ def test_threads_take_turns():
         for i in range(first, 24, 4):
             results[i] = graphs[tuple(inputs[i].shape)](inputs[i])
 
-    threads = [threading.Thread(target=serve, args=(first,)) for first in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(serve, range(4)))
     for actual, right in zip(results, expected, strict=True):
         torch.testing.assert_close(actual, right)
