@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -134,25 +135,24 @@ class _Reader:
                 return self.emit(Input(), [])
             return node.args[0] if node.args else None
         if node.op == "get_attr":
-            value = _attribute(self.model, node.target)
+            value = operator.attrgetter(node.target)(self.model)
             return value.detach().clone() if isinstance(value, Tensor) else value
         args, kwargs = (map_aggregate(part, self._resolve) for part in (node.args, node.kwargs))
         layer = self._layer(node)
         if node.op == "call_module":
             return self._module(node, layer, args, kwargs)
-        if node.op == "call_function" or node.op == "call_method":
-            name = node.target if node.op == "call_method" else CALLABLES.get(node.target, "")
-            if hasattr(node.target, "_fields") and not kwargs:
-                return node.target(*args)  # a named tuple, which torch.fx makes a call of
-            in_place = _writes_in_place(node, kwargs)
-            value = convert_call(partial(self.emit, layer=layer), name, args, kwargs)
-            if value is None:
-                kind = "method" if node.op == "call_method" else "function"
-                value = self._call(kind, node.target, layer, args, kwargs, in_place)
-            if in_place:
-                self._rename(node, value)
-            return value
-        raise AssertionError(node.op)
+        if hasattr(node.target, "_fields") and not kwargs:
+            return node.target(*args)  # a named tuple, which torch.fx makes a call of
+        is_method = node.op == "call_method"
+        name = node.target if is_method else CALLABLES.get(node.target, "")
+        in_place = _writes_in_place(node, kwargs)
+        value = convert_call(partial(self.emit, layer=layer), name, args, kwargs)
+        if value is None:
+            kind = "method" if is_method else "function"
+            value = self._call(kind, node.target, layer, args, kwargs, in_place)
+        if in_place:
+            self._rename(node, value)
+        return value
 
     def _resolve(self, leaf: Any) -> Any:
         return self.values[leaf] if isinstance(leaf, fx.Node) else leaf
@@ -179,9 +179,9 @@ class _Reader:
         in_place = bool(getattr(module, "inplace", False)) and type(module) is not nn.Dropout
         if value is None:
             # The model may train on: the frozen one keeps the module as it is now.
-            twin = self.copies.get(id(module))
-            if twin is None:
-                twin = self.copies[id(module)] = copy.deepcopy(module)
+            if id(module) not in self.copies:
+                self.copies[id(module)] = copy.deepcopy(module)
+            twin = self.copies[id(module)]
             value = self._call("module", twin, layer, args, kwargs, in_place)
         if in_place:
             self._rename(node, value)
@@ -203,11 +203,7 @@ class _Reader:
         if not inputs:
             # Nothing in it depends on the input: it is a constant.
             with torch.no_grad():
-                return (
-                    getattr(args[0], target)(*args[1:], **kwargs)
-                    if kind == "method"
-                    else target(*args, **kwargs)
-                )
+                return Call(kind, target, args, kwargs, False).function()([])
         return self.emit(Call(kind, target, args, kwargs, in_place), inputs, layer)
 
 
@@ -221,13 +217,6 @@ def _writes_in_place(node: fx.Node, kwargs: dict) -> bool:
     if module == "_operator":
         return name in ("iadd", "imul", "isub", "itruediv")
     return bool(kwargs.get("inplace")) or (name.endswith("_") and not name.endswith("__"))
-
-
-def _attribute(model: nn.Module, path: str) -> Any:
-    value: Any = model
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
 
 
 def _plain(value: Any) -> Any:

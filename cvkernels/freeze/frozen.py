@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import threading
 import time
@@ -358,15 +357,9 @@ class Frozen(nn.Module):
             ValueError: the model holds modules or functions that are called as they are; pickle it
                 with torch.save(frozen, path), and load it with weights_only=False.
         """
-        content = {
-            "format": FORMAT,
-            **saving.encode(self.graph),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": str(self.device),
-            "channels": self.channels,
-            "table": dict(self.table),
-        }
-        torch.save(content, path)
+        about = {"format": FORMAT, "channels": self.channels, "table": dict(self.table)}
+        about |= {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
+        torch.save(about | saving.encode(self.graph), path)
 
     def train(self, mode: bool = True) -> Frozen:
         if mode:
@@ -399,12 +392,6 @@ class Frozen(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._start_empty()
-
-    def __deepcopy__(self, memo: dict) -> Frozen:
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return twin
 
     def extra_repr(self) -> str:
         return f"{len(self.graph.nodes) - 1} ops, dtype={self.dtype}, device={self.device}"
