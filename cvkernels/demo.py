@@ -139,26 +139,19 @@ def load_photos(paths: Sequence[str]) -> Tensor:
     from PIL import Image, UnidentifiedImageError
     from torchvision.transforms import v2
 
-    if paths:
-        pictures = []
-        for path in paths:
-            try:
-                pictures.append(Image.open(Path(path)).convert("RGB"))
-            except UnidentifiedImageError as error:
-                raise ValueError(f"demo: {path!r} is not an image that pillow can read") from error
-    else:
+    pictures = []
+    for path in paths:
+        try:
+            pictures.append(Image.open(Path(path)).convert("RGB"))
+        except UnidentifiedImageError as error:
+            raise ValueError(f"demo: {path!r} is not an image that pillow can read") from error
+    if not paths:
         from sklearn.datasets import load_sample_images
 
         pictures = [Image.fromarray(array) for array in load_sample_images().images]
-    transform = v2.Compose(
-        [
-            v2.ToImage(),
-            v2.Resize(256, antialias=True),
-            v2.CenterCrop(224),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-        ]
-    )
+    size = (v2.Resize(256, antialias=True), v2.CenterCrop(224))
+    norm = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    transform = v2.Compose([v2.ToImage(), *size, v2.ToDtype(torch.float32, scale=True), norm])
     return torch.stack([transform(picture) for picture in pictures])
 
 
@@ -174,11 +167,8 @@ def stock_and_ours(
     torch.manual_seed(0)
     ours = models.create_model(network, weights=weights, **kwargs).eval()
     if network == "googlenet":
-        kwargs = {
-            "init_weights": False,
-            "aux_logits": ours.aux_logits,
-            "transform_input": ours.transform_input,
-        }
+        own = {name: getattr(ours, name) for name in ("aux_logits", "transform_input")}
+        kwargs = {"init_weights": False, **own}
     if NETWORKS.get(network) == "timm":
         import timm
 
