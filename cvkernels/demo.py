@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cvkernels import extension, models
+from cvkernels.info import cpu_name
 from cvkernels.memory_use import peak_memory
 from cvkernels.tables import text_table
 
@@ -114,7 +114,8 @@ def demo(
                 progress.update(task, description=f"{network}, batch {batch}")
                 x = images[torch.arange(batch) % len(images)]
                 rows.append(_compare(network, stock, ours, x, runs, lambda: progress.advance(task)))
-    where = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    cpu = f"{torch.get_num_threads()} threads of {cpu_name()}"
+    where = torch.cuda.get_device_name() if device == "cuda" else cpu
     revision = extension.build_info().get("git_revision", "")
     source = f"weights {weights}" if weights else "seeded random weights"
     return Table(
@@ -123,15 +124,6 @@ def demo(
         f"commit {revision or 'unknown'}, {source}; stock is torchvision's, of "
         f"SENet timm's, in channels_last; medians of {runs} interleaved runs",
     )
-
-
-def _processor() -> str:
-    """The CPU's model, where the system tells, and the threads that PyTorch uses."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = models[0] if models else platform.processor()
-    return f"{torch.get_num_threads()} threads of {name}"
 
 
 def load_photos(paths: Sequence[str]) -> Tensor:

@@ -26,6 +26,7 @@ from cvkernels.freeze.plan import Plan
 from cvkernels.freeze.report import Report, report
 from cvkernels.freeze.siblings import merge_siblings
 from cvkernels.functional import DerivedWeights
+from cvkernels.memory_use import out_of_memory
 from cvkernels.ops.common.errors import InputTypeError, InputValueError
 from cvkernels.ops.conv_bn_act.problem import Problem
 
@@ -159,15 +160,12 @@ def _planning(device: torch.device) -> Iterator[None]:
             with record.paused():
                 yield
     except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        out = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-            "can't allocate memory" in text or "not enough memory" in text
-        )
-        if not out:
+        if not out_of_memory(error):
             raise
+        why = str(error).partition("\n")[0] or "no room"
         raise MemoryError(
-            f"freeze: out of memory while planning ({text.splitlines()[0] if text else 'no room'});"
-            f" the model is unchanged. Free memory, or give a smaller batch"
+            f"freeze: out of memory while planning ({why}); the model is unchanged. Free memory, "
+            f"or give a smaller batch"
         ) from error
 
 
