@@ -255,10 +255,8 @@ def report(results: Sequence[Found], calls: Counter[Problem]) -> str:
         times = (f"{1e6 * expected:.1f}", f"{1e6 * best:.1f}", f"{expected / best:.2f}x")
         rows.append((str(calls[found.problem]), tuning.key(found.problem), *times, words))
     measured = [found for found in results if found.heuristic in found.seconds]
-    before, after = (
-        sum(calls[f.problem] * f.seconds[getattr(f, name)] for f in measured)
-        for name in ("heuristic", "best")
-    )
+    before = sum(calls[f.problem] * f.seconds[f.heuristic] for f in measured)
+    after = sum(calls[f.problem] * f.seconds[f.best] for f in measured)
     total = f"all calls: {1e6 * before:.0f} us by the heuristic, {1e6 * after:.0f} us by the table"
     return f"{text_table(header, rows)}\n{total}"
 

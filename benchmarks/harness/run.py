@@ -33,6 +33,7 @@ from benchmarks.harness.report import Rates, Report, Row, dtype_name, summarize
 from benchmarks.harness.trial import Trial, WrongResult
 from cvkernels.backend import BackendError
 from cvkernels.memory_use import out_of_memory, peak_memory, resident_memory
+from cvkernels.tables import first_line
 
 # By how much more than eager a peer may err and still be timed: others sum in orders that the
 # tests' rule refuses, and their error stands in their rows.
@@ -61,12 +62,12 @@ def prepare(trial: Trial, row: Row) -> Timed | None:
         for _ in range(0 if trial.case.network else WARM_UP):
             timed.run(*timed.setup())
     except WrongResult as error:
-        row.status, row.note = "wrong", _one_line(error)
+        row.status, row.note = "wrong", first_line(error)
     except (BackendError, PeerMissing) as error:
-        row.status, row.note = "unavailable", _one_line(error)
+        row.status, row.note = "unavailable", first_line(error)
     except Exception as error:  # noqa: BLE001 - a compiler may raise anything, and other rows count too
         row.status = "unavailable" if row.peer or out_of_memory(error) else "failed"
-        row.note = f"{type(error).__name__}: {_one_line(error)}"
+        row.note = f"{type(error).__name__}: {first_line(error)}"
     else:
         return timed
     row.max_error = row.eager_error = None
@@ -99,10 +100,6 @@ def forget_triton_kernels() -> None:
             for value in vars(module).values():
                 if isinstance(caches := getattr(value, "device_caches", None), dict):
                     caches.clear()
-
-
-def _one_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def fill(row: Row, samples: Sequence[float], rates: Rates) -> None:
@@ -183,7 +180,7 @@ def measure_case(
         for row in rows.values():
             if row.status == "pending":
                 row.status = "unavailable" if missing else "failed"
-                row.note = _one_line(error)
+                row.note = first_line(error)
     finally:
         for name, row in rows.items():
             if row.status == "pending" and samples.get(name):

@@ -49,15 +49,10 @@ class Graph:
 
 class Stream:
     waited_for = ()
+    wait_stream = synchronize = lambda self, *other: None
 
     def wait_event(self, event):
         self.waited_for = (*self.waited_for, event)
-
-    def wait_stream(self, stream):
-        pass
-
-    def synchronize(self):
-        pass
 
 
 class Event:
@@ -72,6 +67,7 @@ class Cuda:
 
     def __init__(self):
         self.current, self.capturing, self.pools = Stream(), False, 0
+        self.end_capture = lambda: None
         self.Event, self.Stream, self.CUDAGraph = Event, Stream, Graph
 
     def graph_pool_handle(self):
@@ -87,9 +83,6 @@ class Cuda:
             self.end_capture()
         self.capturing = False
 
-    def end_capture(self):
-        pass
-
     @contextlib.contextmanager
     def stream(self, stream):
         before, self.current = self.current, stream
@@ -99,8 +92,7 @@ class Cuda:
     def set_stream(self, stream):
         self.current = stream
 
-    def device(self, device):
-        return contextlib.nullcontext()
+    device = staticmethod(contextlib.nullcontext)
 
     def current_stream(self, device=None):
         return self.current
