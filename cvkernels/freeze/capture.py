@@ -21,6 +21,7 @@ from cvkernels.freeze.convert import CALLABLES, convert_call, convert_module
 from cvkernels.freeze.graph import Graph, Node, Op, Ref
 from cvkernels.freeze.ops import Call, Input
 from cvkernels.nn.fused.watched import has_hooks
+from cvkernels.tables import first_line
 
 # What torch.fx would trace into, and the graph knows as one op or as none.
 WHOLE = {
@@ -60,12 +61,8 @@ class _Tracer(fx.Tracer):
             for node in reversed(list(self.graph.nodes)[len(nodes) :]):
                 self.graph.erase_node(node)
             name = self.path_of_module(m)
-            self.opaque[name] = f"torch.fx cannot trace it: {_first_line(error)}"
+            self.opaque[name] = f"torch.fx cannot trace it: {first_line(error)}"
             return self.create_proxy("call_module", name, args, kwargs)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def capture(model: nn.Module) -> Graph:
@@ -81,7 +78,7 @@ def capture(model: nn.Module) -> Graph:
     # A forward may do anything with a proxy; all of it means the same.
     except Exception as error:  # noqa: BLE001
         raise CaptureError(
-            f"freeze: {kind}.forward cannot be captured: {_first_line(error)}. Its control flow "
+            f"freeze: {kind}.forward cannot be captured: {first_line(error)}. Its control flow "
             f"depends on the input's values, or it is no function of one tensor; move that into a "
             f"child module, which freeze calls as it is, or freeze the part of the model around it"
         ) from error

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cvkernels.models.checkpoint_names import advice
+from cvkernels.tables import first_line
 
 CONTAINERS = ("state_dict", "model", "model_state_dict")
 # What torch.load raises for a file that is none of its own, or damaged.
@@ -143,10 +144,9 @@ def _read_file(path: str | os.PathLike) -> Any:
                 f"beside or instead of tensors; if you trust the file, read it once with "
                 f"torch.load(path, weights_only=False) and save the state dict alone"
             ) from error
-        cause = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
             f"checkpoint {os.fspath(path)!r} cannot be read, it is damaged or not a file of "
-            f"torch.save's tensors: {cause}"
+            f"torch.save's tensors: {first_line(error)}"
         ) from error
 
 
