@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+import timeit
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -351,14 +352,9 @@ def pre_run_hooks():
 def microseconds(call, calls=1000, rounds=7):
     for _ in range(20):
         call()
-    times = []
-    for _ in range(rounds):
-        start = time.thread_time()
-        for _ in range(calls):
-            call()
-        times.append((time.thread_time() - start) / calls * 1e6)
-        Launcher.calls.clear()
-    return statistics.median(times)
+    clear, clock = Launcher.calls.clear, time.thread_time
+    spent = timeit.repeat(call, clear, clock, repeat=rounds, number=calls)
+    return statistics.median(spent) / calls * 1e6
 
 
 def times():
