@@ -19,16 +19,8 @@ import sys
 from pathlib import Path
 
 from benchmarks import bench_models, bench_training, everything, kernels, saved_memory, tune
-from benchmarks.harness.command_line import (
-    Refused,
-    add_network_options,
-    add_options,
-    add_run_options,
-    chosen,
-    count,
-    dtypes_of,
-    measure,
-)
+from benchmarks.harness import command_line
+from benchmarks.harness.command_line import Refused, add_network_options, add_options, dtypes_of
 from benchmarks.harness.environment import default_batch
 from benchmarks.output import guard, readme, results
 
@@ -65,15 +57,15 @@ def _parser() -> argparse.ArgumentParser:
         help="cases with torch.compile as a peer: seconds for each; few: the quick ones",
     )
     command.add_argument("--case", action="append", help="a case's name, or a pattern: 'layer4*'")
-    command.add_argument("--batch", type=count, help="images; default: 16 on CPU, 128 on a GPU")
+    command.add_argument(
+        "--batch", type=command_line.count, help="images; default: 16 on CPU, 128 on a GPU"
+    )
     command.add_argument("--quick", action="store_true", help="fewer cases and fewer rounds")
-    add_run_options(command)
     add_options(command)
 
     for name, module in NETWORKS.items():
         command = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
         add_network_options(command, module.NETWORKS)
-        add_run_options(command)
         add_options(command)
 
     command = commands.add_parser("all", help="everything that this machine can run; also --all")
@@ -91,22 +83,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _kernels(options: argparse.Namespace) -> int:
     batch = options.batch or default_batch(options.device)
-    cases = kernels.cases(
-        options.device,
-        dtypes_of(options),
-        batch,
-        options.op,
-        quick=options.quick,
-        compiled=options.compiled,
-    )
-    return measure(chosen(cases, options.case), options)
+    kinds = {"quick": options.quick, "compiled": options.compiled}
+    cases = kernels.cases(options.device, dtypes_of(options), batch, options.op, **kinds)
+    return command_line.measure(command_line.chosen(cases, options.case), options)
 
 
 def _networks(options: argparse.Namespace) -> int:
     module = NETWORKS[options.command]
     batches = options.batch or module.BATCHES[options.device.type]
     networks = options.network or module.NETWORKS
-    return measure(module.cases(options.device, dtypes_of(options), batches, networks), options)
+    cases = module.cases(options.device, dtypes_of(options), batches, networks)
+    return command_line.measure(cases, options)
 
 
 def _plots(options: argparse.Namespace) -> int:

@@ -5,13 +5,11 @@ There is no backward row: with a gradient the op runs PyTorch's own.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from benchmarks.harness.case import Case, batch_norm, cases_of, image, variants_of
-from benchmarks.harness.pool import Pool, pool_case
+from benchmarks.harness.case import batch_norm
+from benchmarks.harness.pool import Pool, pool_cases
 from cvkernels.functional import BatchNormParams, avg_pool
 from cvkernels.ops.avg_pool.reference import avg_pool_reference
 
@@ -27,12 +25,9 @@ QUICK = ("densenet-transition1", "without-norm", "odd")
 HOST = ("one-pixel", Pool(8, 1, 1, 1, 1))
 
 
-def inputs_of(
-    pool: Pool, batch: int, dtype: torch.dtype, device: torch.device
-) -> tuple[tuple, dict]:
-    x = image(batch, pool.C, pool.H, pool.W, dtype=dtype, device=device)
+def arguments_of(pool: Pool, device: torch.device) -> tuple:
     bn = batch_norm(pool.C, device) if pool.norm else None
-    return (x, pool.kernel_size, pool.stride, pool.padding, bn), {}
+    return (pool.kernel_size, pool.stride, pool.padding, bn)
 
 
 def reference(x: Tensor, kernel_size: int, stride: int, padding: int, bn: BatchNormParams | None):
@@ -43,18 +38,10 @@ def fused(x: Tensor, kernel_size: int, stride: int, padding: int, bn: BatchNormP
     return avg_pool(x, kernel_size, stride, padding, input_bn=bn)
 
 
-def case_of(
-    name: str, pool: Pool, batch: int, dtype: torch.dtype, device: torch.device, part: str
-) -> Case:
-    return pool_case(
-        "avg_pool", name, pool, batch, dtype, part,
-        inputs=functools.partial(inputs_of, pool, batch, dtype, device),
-        reference=reference,
-        variants=variants_of(reference, lambda: fused),
-    )  # fmt: skip
-
-
-cases = cases_of(case_of, POOLS, QUICK, HOST)
+cases = pool_cases(
+    "avg_pool", POOLS, QUICK, HOST, arguments_of=arguments_of, stock=reference,
+    reference=reference, ours=fused,
+)  # fmt: skip
 
 
 def test_avg_pool(measure):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.harness.case import Case, cases_of, image, variants_of
+from benchmarks.harness.case import Case, Conditions, cases_of, variants_of
 from cvkernels.functional import batch_norm_act
 from cvkernels.ops.batch_norm_act.reference import batch_norm_act_reference
 
@@ -39,24 +39,24 @@ QUICK = ("densenet121-block1-norm1", "resnet50-layer1-bn3", "efficientnet_b0-2.1
 HOST = ("one-pixel", Norm(8, 1, 1, 8))
 
 
-def traffic(norm: Norm, batch: int, dtype: torch.dtype, part: str) -> int:
+def traffic(norm: Norm, at: Conditions) -> int:
     """Forward: x read for its statistics and to be normalised, out written. Backward, sums and
     gradient: grad and x read twice, d x written. With a shortcut it is read once, and in backward
     the output is read and the shortcut's gradient written."""
-    elements = batch * norm.C * norm.H * norm.W
-    maps = 3 + norm.adds if part == "forward" else 5 + 2 * norm.adds
-    return maps * elements * dtype.itemsize
+    elements = at.batch * norm.C * norm.H * norm.W
+    maps = 3 + norm.adds if at.part == "forward" else 5 + 2 * norm.adds
+    return maps * elements * at.dtype.itemsize
 
 
-def inputs_of(
-    norm: Norm, batch: int, dtype: torch.dtype, device: torch.device, grad: bool
-) -> tuple[tuple, dict]:
+def inputs_of(norm: Norm, at: Conditions) -> tuple[tuple, dict]:
     def make() -> Tensor:
-        return image(batch, norm.total, norm.H, norm.W, dtype=dtype, device=device)[:, : norm.C]
+        return at.image(norm.total, norm.H, norm.W)[:, : norm.C]
 
-    weight, bias = torch.randn(2, norm.C, device=device)
-    shortcut = make().requires_grad_(grad) if norm.adds else None
-    return (make().requires_grad_(grad), weight, bias, shortcut), {}
+    weight, bias = torch.randn(2, norm.C, device=at.device)
+    shortcut = make() if norm.adds else None
+    x = make()
+    at.leaves(x, shortcut)
+    return (x, weight, bias, shortcut), {}
 
 
 def stock(act: str, x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None) -> Tensor:
@@ -75,25 +75,21 @@ def fused(act: str, x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | 
     return batch_norm_act(x, weight, bias, act=act, residual=shortcut).out
 
 
-def case_of(
-    name: str, norm: Norm, batch: int, dtype: torch.dtype, device: torch.device, part: str
-) -> Case:
-    return Case(
-        op="batch_norm_act",
-        name=name,
-        shape=f"{batch}x{norm.C}x{norm.H}x{norm.W} of {norm.total}",
-        dtype=dtype,
-        inputs=functools.partial(inputs_of, norm, batch, dtype, device, part == "backward"),
+def case_of(name: str, norm: Norm, at: Conditions) -> Case:
+    return at.case(
+        "batch_norm_act",
+        name,
+        f"{at.batch}x{norm.C}x{norm.H}x{norm.W} of {norm.total}",
+        inputs=functools.partial(inputs_of, norm, at),
         reference=functools.partial(stock, norm.act),
         variants=variants_of(
             functools.partial(eager, norm.act), lambda: functools.partial(fused, norm.act)
         ),
-        bytes=None if part == "host" else traffic(norm, batch, dtype, part),
-        part=part,
+        bytes=traffic(norm, at),
     )
 
 
-cases = cases_of(case_of, NORMS, QUICK, HOST, ("forward", "backward"))
+cases = cases_of(case_of, NORMS, QUICK, HOST, backward=NORMS)
 
 
 def test_batch_norm_act(measure):

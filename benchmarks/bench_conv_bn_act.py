@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness.case import Case, image, variants_of
+from benchmarks.harness.case import Case, Conditions, cases_of, variants_of
 from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
@@ -24,18 +24,13 @@ QUICK = (
 )  # fmt: skip
 BACKWARD = ("stem", "layer2.1.conv2", "layer3.conv3")
 ODD_ONES = ("channels-not-8", "rectangle-kernel", "dilated", "grouped", "resnext-groups")
-HOST = "one-pixel"
+HOST = ("one-pixel", ODD["one-pixel"])
 
 
 def stock(
-    x: Tensor,
-    weight: Tensor,
-    bn: BatchNormParams,
-    *,
-    act: str,
-    residual: Tensor | None = None,
+    x: Tensor, weight: Tensor, bn: BatchNormParams, *, act: str, residual: Tensor | None = None,
     **geometry,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """What the stock block calls: nn.Conv2d, nn.BatchNorm2d, the addition and nn.ReLU, in place."""
     y = F.conv2d(x, weight, None, **geometry)
     y = F.batch_norm(y, bn.mean, bn.var, bn.weight, bn.bias, training=False, eps=bn.eps)
@@ -78,20 +73,14 @@ def problem_of(name: str, conv: Conv, dtype: torch.dtype) -> Problem:
     )  # fmt: skip
 
 
-def inputs_of(
-    name: str, conv: Conv, dtype: torch.dtype, device: torch.device, grad: bool
-) -> tuple[tuple, dict]:
-    act, residual = options_of(name)
-    (x, weight, _, bn), options = make_inputs(conv, dtype, torch.channels_last, device)
+def inputs_of(name: str, conv: Conv, at: Conditions) -> tuple[tuple, dict]:
+    act, has_residual = options_of(name)
+    (x, weight, _, bn), options = make_inputs(conv, at.dtype, torch.channels_last, at.device)
     options["act"] = act
-    if residual:
-        problem = problem_of(name, conv, dtype)
-        size = (conv.N, conv.K, problem.P, problem.Q)
-        options["residual"] = image(*size, dtype=dtype, device=device)
-    if grad:
-        leaves = [x, weight, bn.weight, bn.bias, *([options["residual"]] if residual else [])]
-        for leaf in leaves:
-            leaf.requires_grad_()
+    if has_residual:
+        problem = problem_of(name, conv, at.dtype)
+        options["residual"] = at.image(conv.K, problem.P, problem.Q)
+    at.leaves(x, weight, bn.weight, bn.bias, options.get("residual"))
     return (x, weight, bn), options
 
 
@@ -117,30 +106,24 @@ def backward_traffic(problem: Problem) -> int:
     return read + written
 
 
-def case_of(
-    name: str, conv: Conv, dtype: torch.dtype, device: torch.device, part: str = "forward"
-) -> Case:
-    problem = problem_of(name, conv, dtype)
-    traffic = {
-        "forward": problem.bytes_read + problem.bytes_written,
-        "backward": backward_traffic(problem),
-        "host": None,
-    }
-    # Backward is two convolutions: for the gradient of x and for that of weight.
-    flops = {"forward": problem.flops, "backward": 2 * problem.flops, "host": None}
+def case_of(name: str, conv: Conv, at: Conditions) -> Case:
+    conv = replace(conv, N=at.batch)
+    problem = problem_of(name, conv, at.dtype)
+    traffic, flops = problem.bytes_read + problem.bytes_written, problem.flops
+    if at.part == "backward":
+        # Two convolutions: for the gradient of x and for that of weight.
+        traffic, flops = backward_traffic(problem), 2 * flops
     window = f"{conv.R}x{conv.S}/{conv.stride}"
     added = " + residual" if problem.has_residual else ""
-    return Case(
-        op="conv_bn_act",
-        name=name,
-        shape=f"{conv.N}x{conv.C}x{conv.H}x{conv.W} {window} -> {conv.K}{added}",
-        dtype=dtype,
-        inputs=functools.partial(inputs_of, name, conv, dtype, device, part == "backward"),
+    return at.case(
+        "conv_bn_act",
+        name,
+        f"{conv.N}x{conv.C}x{conv.H}x{conv.W} {window} -> {conv.K}{added}",
+        inputs=functools.partial(inputs_of, name, conv, at),
         reference=reference,
-        variants=variants_on(device),
-        bytes=traffic[part],
-        flops=flops[part],
-        part=part,
+        variants=variants_on(at.device),
+        bytes=traffic,
+        flops=flops,
     )
 
 
@@ -152,19 +135,9 @@ def distinct(convs: dict[str, Conv]) -> dict[str, Conv]:
     return {name: convs[name] for name in names.values()}
 
 
-def cases(
-    device: torch.device, dtypes: list[torch.dtype], batch: int, quick: bool = False
-) -> list[Case]:
-    resnet = {name: replace(conv, N=batch) for name, conv in distinct(RESNET50).items()}
-    odd = {name: replace(ODD[name], N=batch) for name in ODD_ONES}
-    forward = {name: c for name, c in (resnet | odd).items() if name in QUICK or not quick}
-    backward = {name: resnet[name] for name in BACKWARD if name in QUICK or not quick}
-    made = []
-    for dtype in dtypes:
-        made += [case_of(name, conv, dtype, device) for name, conv in forward.items()]
-        made += [case_of(name, conv, dtype, device, "backward") for name, conv in backward.items()]
-        made.append(case_of(HOST, ODD[HOST], dtype, device, "host"))
-    return made
+cases = cases_of(
+    case_of, distinct(RESNET50) | {name: ODD[name] for name in ODD_ONES}, QUICK, HOST, BACKWARD
+)
 
 
 def test_conv_bn_act(measure):

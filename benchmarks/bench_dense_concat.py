@@ -8,10 +8,9 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from benchmarks.harness.case import Case, batch_norm, cases_of, image, variants_of
+from benchmarks.harness.case import Case, Conditions, batch_norm, cases_of, variants_of
 from cvkernels.functional import BatchNormParams, dense_concat
 from cvkernels.ops.dense_concat.reference import appended
 
@@ -42,21 +41,17 @@ QUICK = ("densenet121-block1", "norm1-of-a-prefix", "odd")
 HOST = ("one-pixel", Append(8, 1, 1, 8, 16, 8))
 
 
-def traffic(append: Append, batch: int, dtype: torch.dtype) -> int:
+def traffic(append: Append, at: Conditions) -> int:
     """src read once, the slice written once, the norm's four vectors."""
-    elements = 2 * batch * append.C * append.H * append.W
-    return elements * dtype.itemsize + 4 * 4 * append.C * append.norm
+    elements = 2 * at.batch * append.C * append.H * append.W
+    return elements * at.dtype.itemsize + 4 * 4 * append.C * append.norm
 
 
-def inputs_of(
-    append: Append, batch: int, dtype: torch.dtype, device: torch.device
-) -> tuple[tuple, dict]:
-    def made(channels: int) -> Tensor:
-        return image(batch, channels, append.H, append.W, dtype=dtype, device=device)
-
-    bn = batch_norm(append.C, device) if append.norm else None
-    src = made(append.width)[:, : append.C]
-    return (made(append.total), src, append.start, bn, append.norm), {}
+def inputs_of(append: Append, at: Conditions) -> tuple[tuple, dict]:
+    bn = batch_norm(append.C, at.device) if append.norm else None
+    src = at.image(append.width, append.H, append.W)[:, : append.C]
+    buffer = at.image(append.total, append.H, append.W)
+    return (buffer, src, append.start, bn, append.norm), {}
 
 
 def copied(buffer: Tensor, src: Tensor, start: int, bn: BatchNormParams | None, relu: bool):
@@ -70,20 +65,16 @@ def written(buffer: Tensor, src: Tensor, start: int, bn: BatchNormParams | None,
     return dense_concat(buffer, src, start, bn, relu)[:, start : start + src.shape[1]]
 
 
-def case_of(
-    name: str, append: Append, batch: int, dtype: torch.dtype, device: torch.device, part: str
-) -> Case:
+def case_of(name: str, append: Append, at: Conditions) -> Case:
     norm = " norm + relu" if append.norm else ""
-    return Case(
-        op="dense_concat",
-        name=name,
-        shape=f"{batch}x{append.C}x{append.H}x{append.W} into {append.total}{norm}",
-        dtype=dtype,
-        inputs=functools.partial(inputs_of, append, batch, dtype, device),
+    return at.case(
+        "dense_concat",
+        name,
+        f"{at.batch}x{append.C}x{append.H}x{append.W} into {append.total}{norm}",
+        inputs=functools.partial(inputs_of, append, at),
         reference=lambda buffer, src, start, bn, relu: appended(src, bn, relu),
         variants=variants_of(copied, lambda: written),
-        bytes=traffic(append, batch, dtype) if part == "forward" else None,
-        part=part,
+        bytes=traffic(append, at),
         bitwise=not append.norm,
     )
 

@@ -8,21 +8,36 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness.case import Case, compiled, image, variants_of
+from benchmarks.harness.case import Case, Conditions, cases_of, compiled, variants_of
 from cvkernels.functional import BatchNormParams, DerivedWeights, depthwise_conv_bn_act
 from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
 from cvkernels.ops.depthwise_conv_bn_act.reference import depthwise_conv_bn_act_reference
 from tests.support.cases.conv_bn_act import make_bn
 from tests.support.cases.depthwise_conv_bn_act import NETWORKS, Depthwise
 
-QUICK = ("b0.1.0", "b0.3.0", "b0.5.1", "v2_s.4.1")
+
+class Unit(NamedTuple):
+    """A convolution, and whether the sums that squeeze-and-excitation takes come with it."""
+
+    conv: Depthwise
+    squeeze: bool = False
+
+
+UNITS = {
+    f"{name}.squeeze" if squeeze else name: Unit(conv, squeeze)
+    for name, conv in NETWORKS.items()
+    for squeeze in (False, True)
+}
+QUICK = {f"{name}{end}" for name in ("b0.1.0", "b0.3.0", "b0.5.1", "v2_s.4.1")
+         for end in ("", ".squeeze")}  # fmt: skip
 BACKWARD = ("b0.2.1", "b0.5.1")
-HOST = ("small", Depthwise(32, 4, 3, 1))
+HOST = ("small", Unit(Depthwise(32, 4, 3, 1)))
 
 
 def stock(x: Tensor, weight: Tensor, bn: BatchNormParams, **geometry) -> Tensor:
@@ -38,11 +53,11 @@ def stock_squeeze(x: Tensor, weight: Tensor, bn: BatchNormParams, **geometry):
     return y, y.mean((2, 3))
 
 
-def reference(squeeze: bool) -> Callable[..., Tensor]:
+def in_unit(function: Callable, squeeze: bool, **options) -> Callable[..., Tensor]:
+    """``function`` as the networks call it; of the sums the mean, which is what is checked."""
+
     def call(x: Tensor, weight: Tensor, bn: BatchNormParams, **geometry) -> Tensor:
-        y = depthwise_conv_bn_act_reference(
-            x, weight, None, bn, **geometry, act="silu", squeeze=squeeze
-        )
+        y = function(x, weight, None, bn, **geometry, act="silu", squeeze=squeeze, **options)
         return y[1] / (y[0].shape[2] * y[0].shape[3]) if squeeze else y
 
     return call
@@ -50,25 +65,17 @@ def reference(squeeze: bool) -> Callable[..., Tensor]:
 
 def fused(squeeze: bool) -> Callable[..., Tensor]:
     """As the modules call it: with a cache of what it derives from the weights."""
-    cache = DerivedWeights()
-
-    def call(x: Tensor, weight: Tensor, bn: BatchNormParams, **geometry) -> Tensor:
-        y = depthwise_conv_bn_act(
-            x, weight, None, bn, **geometry, act="silu", squeeze=squeeze, cache=cache
-        )
-        return y[1] / (y[0].shape[2] * y[0].shape[3]) if squeeze else y
-
-    return call
-
-
-def mean_of(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
-    """The second result, which is checked; both are computed."""
-    return lambda *args, **kwargs: function(*args, **kwargs)[1]
+    return in_unit(depthwise_conv_bn_act, squeeze, cache=DerivedWeights())
 
 
 def variants_with(squeeze: bool) -> dict[str, Callable[[], Callable]]:
     if not squeeze:
         return variants_of(stock, lambda: fused(False))
+
+    def mean_of(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+        """The second result, which is checked; both are computed."""
+        return lambda *args, **kwargs: function(*args, **kwargs)[1]
+
     return {
         "eager": lambda: mean_of(stock_squeeze),
         "compile": lambda: mean_of(compiled(stock_squeeze)),
@@ -76,83 +83,51 @@ def variants_with(squeeze: bool) -> dict[str, Callable[[], Callable]]:
     }
 
 
-def problem_of(conv: Depthwise, batch: int, dtype: torch.dtype, squeeze: bool) -> DepthwiseProblem:
+def problem_of(conv: Depthwise, squeeze: bool, at: Conditions) -> DepthwiseProblem:
     pairs = [(v, v) for v in (conv.stride, conv.kernel // 2, 1)]
     return DepthwiseProblem(
-        batch, conv.C, conv.size, conv.size, conv.C, conv.kernel, conv.kernel, *pairs, conv.C,
-        dtype, "silu", has_bn=True, squeeze=squeeze,
+        at.batch, conv.C, conv.size, conv.size, conv.C, conv.kernel, conv.kernel, *pairs, conv.C,
+        at.dtype, "silu", has_bn=True, squeeze=squeeze,
     )  # fmt: skip
 
 
-def inputs_of(
-    conv: Depthwise, batch: int, dtype: torch.dtype, device: torch.device, grad: bool
-) -> tuple[tuple, dict]:
-    x = image(batch, conv.C, conv.size, conv.size, dtype=dtype, device=device)
-    weight = torch.randn(conv.C, 1, conv.kernel, conv.kernel, device=device) / conv.kernel
-    weight, bn = weight.to(dtype), make_bn(conv.C, device=device)
-    if grad:
-        for leaf in (x, weight, bn.weight, bn.bias):
-            leaf.requires_grad_()
+def inputs_of(conv: Depthwise, at: Conditions) -> tuple[tuple, dict]:
+    x = at.image(conv.C, conv.size, conv.size)
+    weight = torch.randn(conv.C, 1, conv.kernel, conv.kernel, device=at.device) / conv.kernel
+    weight, bn = weight.to(at.dtype), make_bn(conv.C, device=at.device)
+    at.leaves(x, weight, bn.weight, bn.bias)
     return (x, weight, bn), {"stride": conv.stride, "padding": conv.kernel // 2}
 
 
-def traffic(problem: DepthwiseProblem, part: str) -> int | None:
+def traffic(problem: DepthwiseProblem, part: str) -> int:
     """Compulsory bytes: x, weight and the norm read, out and sums written, each once.
 
     Backward reads x, weight, the norm and the gradient of out, since SiLU's derivative is computed
     again from x, and writes the gradients of x, weight and the norm's affine vectors.
     """
-    if part == "host":
-        return None
-    if part == "forward":
-        return problem.bytes_read + problem.bytes_written
+    forward = problem.bytes_read + problem.bytes_written
+    if part != "backward":
+        return forward
     elements = problem.N * problem.C * problem.H * problem.W
     elements += problem.C * problem.R * problem.S
-    written = elements * problem.dtype.itemsize + 2 * 4 * problem.C
-    return problem.bytes_read + problem.bytes_written + written
+    return forward + elements * problem.dtype.itemsize + 2 * 4 * problem.C
 
 
-def case_of(
-    name: str,
-    conv: Depthwise,
-    batch: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    squeeze: bool = False,
-    part: str = "forward",
-) -> Case:
-    problem = problem_of(conv, batch, dtype, squeeze)
+def case_of(name: str, unit: Unit, at: Conditions) -> Case:
+    conv, squeeze = unit
     window = f"{conv.kernel}x{conv.kernel}/{conv.stride}"
-    return Case(
-        op="depthwise_conv_bn_act",
-        name=f"{name}.squeeze" if squeeze else name,
-        shape=f"{batch}x{conv.C}x{conv.size}x{conv.size} {window}",
-        dtype=dtype,
-        inputs=functools.partial(inputs_of, conv, batch, dtype, device, part == "backward"),
-        reference=reference(squeeze),
+    return at.case(
+        "depthwise_conv_bn_act",
+        name,
+        f"{at.batch}x{conv.C}x{conv.size}x{conv.size} {window}",
+        inputs=functools.partial(inputs_of, conv, at),
+        reference=in_unit(depthwise_conv_bn_act_reference, squeeze),
         variants=variants_with(squeeze),
-        bytes=traffic(problem, part),
-        part=part,
+        bytes=traffic(problem_of(conv, squeeze, at), at.part),
     )
 
 
-def cases(
-    device: torch.device, dtypes: list[torch.dtype], batch: int, quick: bool = False
-) -> list[Case]:
-    convs = {name: conv for name, conv in NETWORKS.items() if name in QUICK or not quick}
-    made = []
-    for dtype in dtypes:
-        for name, conv in convs.items():
-            made += [
-                case_of(name, conv, batch, dtype, device, squeeze) for squeeze in (False, True)
-            ]
-        made += [
-            case_of(name, convs[name], batch, dtype, device, part="backward")
-            for name in BACKWARD
-            if name in convs
-        ]
-        made.append(case_of(*HOST, 2, dtype, device, part="host"))
-    return made
+cases = cases_of(case_of, UNITS, QUICK, HOST, BACKWARD)
 
 
 def test_depthwise_conv_bn_act(measure):

@@ -5,13 +5,10 @@ There is no backward row: with a gradient the op runs PyTorch's own.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness.case import Case, cases_of, image, variants_of
-from benchmarks.harness.pool import Pool, pool_case
+from benchmarks.harness.pool import Pool, pool_cases
 from cvkernels.functional import max_pool
 from cvkernels.ops.max_pool.reference import max_pool_reference
 
@@ -28,26 +25,14 @@ QUICK = ("resnet-stem", "googlenet-branch-3a", "odd")
 HOST = ("one-pixel", Pool(8, 1, 1, 3, 2, 1))
 
 
-def inputs_of(
-    pool: Pool, batch: int, dtype: torch.dtype, device: torch.device
-) -> tuple[tuple, dict]:
-    x = image(batch, pool.C, pool.H, pool.W, dtype=dtype, device=device)
-    return (x, pool.kernel_size, pool.stride, pool.padding, 1, pool.ceil_mode), {}
+def arguments_of(pool: Pool, device: torch.device) -> tuple:
+    return (pool.kernel_size, pool.stride, pool.padding, 1, pool.ceil_mode)
 
 
-def case_of(
-    name: str, pool: Pool, batch: int, dtype: torch.dtype, device: torch.device, part: str
-) -> Case:
-    return pool_case(
-        "max_pool", name, pool, batch, dtype, part,
-        inputs=functools.partial(inputs_of, pool, batch, dtype, device),
-        reference=max_pool_reference,
-        variants=variants_of(F.max_pool2d, lambda: max_pool),
-        bitwise=True,
-    )  # fmt: skip
-
-
-cases = cases_of(case_of, POOLS, QUICK, HOST)
+cases = pool_cases(
+    "max_pool", POOLS, QUICK, HOST, arguments_of=arguments_of, stock=F.max_pool2d,
+    reference=max_pool_reference, ours=max_pool, bitwise=True,
+)  # fmt: skip
 
 
 def test_max_pool(measure):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import cvkernels
 from benchmarks.bench_models import networks_of
-from benchmarks.harness.case import Case, compiled
+from benchmarks.harness.case import Case, Conditions, compiled
 
 STAGES = range(1, 8)
 QUICK = ("1.0", "4.1", "6.1")
@@ -44,34 +44,29 @@ def traffic(name: str, batch: int, dtype: torch.dtype) -> int:
     return totals["bytes_read"] + totals["bytes_written"]
 
 
-def case_of(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> Case:
+def case_of(name: str, at: Conditions) -> Case:
     C, H, W = shapes()[name]
     stage, index = map(int, name.split("."))
 
     def block_of(network: str) -> nn.Module:
-        networks = networks_of("efficientnet_b0", dtype, device)
+        networks = networks_of("efficientnet_b0", at.dtype, at.device)
         return getattr(networks, network).features[stage][index]
 
     def reference(x: Tensor) -> Tensor:
         return block_of("exact" if x.dtype == torch.float64 else "stock")(x)
 
-    def inputs() -> tuple[tuple, dict]:
-        x = torch.randn(batch, C, H, W, device=device).to(dtype)
-        return (x.contiguous(memory_format=torch.channels_last),), {}
-
-    return Case(
-        op="mbconv",
-        name=name,
-        shape=f"{batch}x{C}x{H}x{W}",
-        dtype=dtype,
-        inputs=inputs,
+    return at.case(
+        "mbconv",
+        name,
+        f"{at.batch}x{C}x{H}x{W}",
+        inputs=lambda: ((at.image(C, H, W),), {}),
         reference=reference,
         variants={
             "eager": lambda: block_of("stock"),
             "compile": lambda: compiled(copy.deepcopy(block_of("stock"))),
             "cvkernels": lambda: block_of("ours"),
         },
-        bytes=traffic(name, batch, dtype),
+        bytes=traffic(name, at.batch, at.dtype),
     )
 
 
@@ -79,7 +74,7 @@ def cases(
     device: torch.device, dtypes: list[torch.dtype], batch: int, quick: bool = False
 ) -> list[Case]:
     names = [name for name in shapes() if name in QUICK or not quick]
-    return [case_of(name, batch, dtype, device) for dtype in dtypes for name in names]
+    return [case_of(name, Conditions(batch, dtype, device)) for dtype in dtypes for name in names]
 
 
 def test_mbconv(measure):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import cvkernels
 from benchmarks.harness import peers
-from benchmarks.harness.case import Case
+from benchmarks.harness.case import Case, network_case
 from cvkernels.demo import NETWORKS, load_photos, stock_and_ours
 
 BATCHES = {"cpu": (1, 16), "cuda": (1, 128)}
@@ -67,63 +67,60 @@ def of_nhwc(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], 
     return lambda nchw, nhwc: function(nhwc)
 
 
+def live(model: nn.Module, example: Tensor) -> nn.Module:
+    return model
+
+
+def peers_on(device: torch.device) -> dict[str, tuple[Callable, Callable]]:
+    """What stock runs as on this device, and the layout that it takes."""
+    found = {
+        "eager channels_last": (live, of_nhwc),
+        "eager NCHW": (live, of_nchw),
+        "compile": (peers.compiled, of_nhwc),
+        "compile freezing": (peers.frozen, of_nhwc),
+    }
+    if device.type == "cuda":
+        found["compile max-autotune"] = (peers.autotuned, of_nhwc)
+        found["eager graph"] = (peers.graphed, of_nhwc)
+        if importlib.util.find_spec("torch_tensorrt"):
+            found["tensorrt"] = (peers.tensorrt, of_nhwc)
+    else:
+        found["openvino"] = (peers.openvino, of_nchw)
+        found["onnxruntime"] = (peers.onnxruntime, of_nchw)
+    return found
+
+
+def ours_on(device: torch.device) -> dict[str, Callable]:
+    graphed = {"cvkernels graph": peers.graphed} if device.type == "cuda" else {}
+    return {"cvkernels": live, **graphed, "cvkernels freeze": cvkernels.freeze}
+
+
 def case_of(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> Case:
     networks = functools.partial(networks_of, name, dtype, device)
 
     def reference(nchw: Tensor, nhwc: Tensor) -> Tensor:
-        stock, _, exact, _ = networks()
-        return (exact if nhwc.dtype == torch.float64 else stock)(nhwc)
+        return (networks().exact if nhwc.dtype == torch.float64 else networks().stock)(nhwc)
 
     def inputs() -> tuple[tuple, dict]:
         networks()  # made before any variant, none of which pays for it
         peers.warm_up()
         return inputs_of(batch, dtype, device)
 
-    def on_stock(peer: Callable, layout: Callable = of_nhwc) -> Callable[[], Callable]:
-        def make() -> Callable:
-            examples = inputs_of(batch, dtype, device)[0]
-            model = networks().stock if layout is of_nhwc else networks().stock_nchw
-            return layout(peer(model, examples[layout is of_nhwc]))
-
-        return make
-
-    def on_ours(deploy: Callable) -> Callable[[], Callable]:
-        return lambda: of_nhwc(deploy(networks().ours, inputs_of(batch, dtype, device)[0][1]))
+    def made(deploy: Callable, layout: Callable, network: str) -> Callable:
+        nchw, nhwc = inputs_of(batch, dtype, device)[0]
+        return layout(deploy(getattr(networks(), network), nhwc if layout is of_nhwc else nchw))
 
     variants = {
-        "eager channels_last": on_stock(_live),
-        "eager NCHW": on_stock(_live, of_nchw),
-        "compile": on_stock(peers.compiled),
-        "compile freezing": on_stock(peers.frozen),
+        variant: functools.partial(
+            made, peer, layout, "stock" if layout is of_nhwc else "stock_nchw"
+        )
+        for variant, (peer, layout) in peers_on(device).items()
     }
-    if device.type == "cuda":
-        variants["compile max-autotune"] = on_stock(peers.autotuned)
-        variants["eager graph"] = on_stock(peers.graphed)
-        if importlib.util.find_spec("torch_tensorrt"):
-            variants["tensorrt"] = on_stock(peers.tensorrt)
-    else:
-        variants["openvino"] = on_stock(peers.openvino, of_nchw)
-        variants["onnxruntime"] = on_stock(peers.onnxruntime, of_nchw)
-    variants["cvkernels"] = on_ours(_live)
-    if device.type == "cuda":
-        variants["cvkernels graph"] = on_ours(peers.graphed)
-    if hasattr(cvkernels, "freeze"):
-        variants["cvkernels freeze"] = on_ours(cvkernels.freeze)
-    return Case(
-        op=name,
-        name=f"batch {batch}",
-        shape=f"{batch}x3x224x224",
-        dtype=dtype,
-        inputs=inputs,
-        reference=reference,
-        variants=variants,
-        part="inference",
-        network=True,
+    for variant, deploy in ours_on(device).items():
+        variants[variant] = functools.partial(made, deploy, of_nhwc, "ours")
+    return network_case(
+        name, batch, dtype, "inference", inputs=inputs, reference=reference, variants=variants
     )
-
-
-def _live(model: nn.Module, example: Tensor) -> nn.Module:
-    return model
 
 
 def cases(

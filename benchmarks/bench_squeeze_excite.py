@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness.case import Case, variants_of
+from benchmarks.harness.case import Case, Conditions, cases_of, variants_of
 from cvkernels import record
 from cvkernels.functional import se_scale, squeeze, squeeze_excite
 from cvkernels.ops.squeeze_excite.reference import (
@@ -30,14 +30,9 @@ HOST = ("small", Map(2, 32, 8, 4, 4, "silu"))
 
 
 def stock(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    act: str,
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, act: str,
     residual: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """What timm's and torchvision's modules call: the mean, two 1x1 convolutions, the product."""
     y = F.conv2d(x.mean((2, 3), keepdim=True), weight1, bias1)
     y = y.relu_() if act == "relu" else F.silu(y, inplace=True)
@@ -48,16 +43,14 @@ def stock(
     return y.relu_()
 
 
+def in_order(weight1, bias1, weight2, bias2, act: str, residual: Tensor | None = None) -> tuple:
+    """Stock's arguments after x as those of squeeze_excite: an addition is followed by a ReLU."""
+    return weight1, bias1, weight2, bias2, act, residual, "none" if residual is None else "relu"
+
+
 def block(function: Callable) -> Callable:
     """The whole block, ours or the reference's, with stock's arguments."""
-
-    def call(x: Tensor, *layers_act_residual) -> Tensor:
-        *layers, act = layers_act_residual[:5]
-        residual = layers_act_residual[5] if len(layers_act_residual) > 5 else None
-        out_act = "none" if residual is None else "relu"
-        return function(x, *layers, act, residual, out_act)
-
-    return call
+    return lambda x, *others: function(x, *in_order(*others))
 
 
 class InBlock:
@@ -72,19 +65,14 @@ class InBlock:
 
     def fresh(self, x: Tensor, *others) -> tuple:
         self._x = x.clone() if self._x is None else self._x.copy_(x)
-        self._run = squeeze_excite.plan(self._x, *self._call(*others), out=self._x).run
+        self._run = squeeze_excite.plan(self._x, *in_order(*others), out=self._x).run
         return self._x, *others
-
-    @staticmethod
-    def _call(*layers_act_residual) -> tuple:
-        residual = layers_act_residual[5] if len(layers_act_residual) > 5 else None
-        return *layers_act_residual[:5], residual, "none" if residual is None else "relu"
 
     def answers(self, *arguments) -> list[Tensor]:
         return [self(*self.fresh(*arguments))]
 
-    def __call__(self, x: Tensor, *layers_act_residual) -> Tensor:
-        call = self._call(*layers_act_residual)
+    def __call__(self, x: Tensor, *others) -> Tensor:
+        call = in_order(*others)
         if self._run is None or record.current() is not None:
             return squeeze_excite(x, *call, out=x)
         return self._run(x, call[5], x)
@@ -94,27 +82,23 @@ def scaled(x: Tensor, gate: Tensor) -> Tensor:
     return x * torch.sigmoid(gate)[:, :, None, None]
 
 
-def block_inputs(
-    m: Map, dtype: torch.dtype, device: torch.device, residual: bool, grad: bool
-) -> tuple[tuple, dict]:
-    x = make_map(m, dtype, torch.channels_last, device)
+def block_inputs(m: Map, at: Conditions, residual: bool) -> tuple[tuple, dict]:
+    x = make_map(m, at.dtype, torch.channels_last, at.device)
     layers = [
         layer.contiguous(memory_format=torch.channels_last) if layer.dim() == 4 else layer
-        for layer in make_layers(m, dtype, device)
+        for layer in make_layers(m, at.dtype, at.device)
     ]
-    added = [make_map(m, dtype, torch.channels_last, device)] if residual else []
-    if grad:
-        for leaf in (x, *layers, *added):
-            leaf.requires_grad_()
+    added = [make_map(m, at.dtype, torch.channels_last, at.device)] if residual else []
+    at.leaves(x, *layers, *added)
     return (x, *layers, m.act, *added), {}
 
 
-def map_inputs(m: Map, dtype: torch.dtype, device: torch.device, gate: bool) -> tuple[tuple, dict]:
-    x = make_map(m, dtype, torch.channels_last, device)
-    return (x, torch.randn(m.N, m.C, device=device).to(dtype))[: 1 + gate], {}
+def map_inputs(m: Map, at: Conditions, gate: bool) -> tuple[tuple, dict]:
+    x = make_map(m, at.dtype, torch.channels_last, at.device)
+    return (x, torch.randn(m.N, m.C, device=at.device).to(at.dtype))[: 1 + gate], {}
 
 
-def traffic(m: Map, dtype: torch.dtype, residual: bool, part: str) -> int | None:
+def traffic(m: Map, at: Conditions, residual: bool) -> int:
     """Compulsory bytes: maps, parameters, and what the two passes over a map cannot share.
 
     Forward reads x for the squeeze and again for the scale, but where the cache holds an image: on
@@ -122,71 +106,66 @@ def traffic(m: Map, dtype: torch.dtype, residual: bool, part: str) -> int | None
     the gradient again for that of x; with a ReLU also its output, and it writes the gradient behind
     it.
     """
-    if part == "host":
-        return None
     size = m.N * m.C * m.H * m.W
     layers = 2 * m.C * m.R + m.C + m.R
-    if part == "forward":
-        return ((3 + residual) * size + layers) * dtype.itemsize
-    return ((4 + 2 * residual) * size + 2 * layers) * dtype.itemsize
+    if at.part == "backward":
+        return ((4 + 2 * residual) * size + 2 * layers) * at.dtype.itemsize
+    return ((3 + residual) * size + layers) * at.dtype.itemsize
 
 
-def block_case(
-    name: str, m: Map, dtype: torch.dtype, device: torch.device, part: str = "forward"
-) -> Case:
+def block_case(name: str, m: Map, at: Conditions) -> Case:
+    m = m._replace(N=at.batch)
     residual = name.startswith("seresnet")
     variants = variants_of(stock, lambda: block(squeeze_excite))
-    if part == "forward":
+    if at.part == "forward":
         variants["cvkernels in a block"] = InBlock
-    grad = part == "backward"
-    return Case(
-        op="squeeze_excite",
-        name=name,
-        shape=f"{m.N}x{m.C}x{m.H}x{m.W} R {m.R}{' + residual' * residual}",
-        dtype=dtype,
-        inputs=functools.partial(block_inputs, m, dtype, device, residual, grad),
+    return at.case(
+        "squeeze_excite",
+        name,
+        f"{m.N}x{m.C}x{m.H}x{m.W} R {m.R}{' + residual' * residual}",
+        inputs=functools.partial(block_inputs, m, at, residual),
         reference=block(squeeze_excite_reference),
         variants=variants,
-        bytes=traffic(m, dtype, residual, part),
-        part=part,
+        bytes=traffic(m, at, residual),
     )
 
 
-def part_cases(name: str, m: Map, dtype: torch.dtype, device: torch.device) -> list[Case]:
-    """squeeze and se_scale alone."""
-    size = m.N * m.C * m.H * m.W * dtype.itemsize
-    vector = m.N * m.C * dtype.itemsize
-    peers = {"squeeze": squeeze_reference, "se_scale": scaled}
-    ours = {"squeeze": squeeze, "se_scale": se_scale}
-    references = {"squeeze": squeeze_reference, "se_scale": se_scale_reference}
+# op, stock, reference, ours, maps that are read or written: squeeze and se_scale alone
+PARTS = (
+    ("squeeze", squeeze_reference, squeeze_reference, squeeze, 1),
+    ("se_scale", scaled, se_scale_reference, se_scale, 2),
+)
+
+
+def part_cases(name: str, m: Map, at: Conditions) -> list[Case]:
+    vectors = m.N * m.C * at.dtype.itemsize
     return [
-        Case(
-            op=op,
-            name=name,
-            shape=f"{m.N}x{m.C}x{m.H}x{m.W}",
-            dtype=dtype,
-            inputs=functools.partial(map_inputs, m, dtype, device, op == "se_scale"),
-            reference=references[op],
-            variants=variants_of(peers[op], lambda op=op: ours[op]),
-            bytes=vector + size * (1 if op == "squeeze" else 2),
+        at.case(
+            op,
+            name,
+            f"{m.N}x{m.C}x{m.H}x{m.W}",
+            inputs=functools.partial(map_inputs, m, at, op == "se_scale"),
+            reference=reference,
+            variants=variants_of(peer, lambda ours=ours: ours),
+            bytes=vectors * (1 + maps * m.H * m.W),
         )
-        for op in peers
+        for op, peer, reference, ours, maps in PARTS
     ]
+
+
+block_cases = cases_of(block_case, NETWORKS, QUICK, HOST, BACKWARD)
 
 
 def cases(
     device: torch.device, dtypes: list[torch.dtype], batch: int, quick: bool = False
 ) -> list[Case]:
-    maps = {name: m._replace(N=batch) for name, m in NETWORKS.items() if name in QUICK or not quick}
-    made = []
+    """The blocks', and then those of squeeze and se_scale."""
+    made = block_cases(device, dtypes, batch, quick)
     for dtype in dtypes:
-        made += [block_case(name, m, dtype, device) for name, m in maps.items()]
         for name in ALONE:
-            if name in maps:
-                made += part_cases(name, maps[name], dtype, device)
-        backward = [name for name in BACKWARD if name in maps]
-        made += [block_case(name, maps[name], dtype, device, "backward") for name in backward]
-        made.append(block_case(*HOST, dtype, device, "host"))
+            if name in QUICK or not quick:
+                m = NETWORKS[name]._replace(N=batch)
+                made += part_cases(name, m, Conditions(batch, dtype, device))
     return made
 
 

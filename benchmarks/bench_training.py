@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import cvkernels
 from benchmarks.bench_models import inputs_of, networks_of
-from benchmarks.harness.case import Case
+from benchmarks.harness.case import Case, network_case
 from cvkernels import demo
 from tests.support.autograd_memory import saved_bytes
 
@@ -77,16 +77,13 @@ class Step:
 @contextlib.contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """Dropout and stochastic depth draw other numbers in float64, so a check goes without."""
-    chances = [
-        module for module in model.modules() if isinstance(getattr(module, "p", None), float)
-    ]
-    kept = [module.p for module in chances]
+    kept = {m: m.p for m in model.modules() if isinstance(getattr(m, "p", None), float)}
     try:
-        for module in chances:
+        for module in kept:
             module.p = 0.0
         yield
     finally:
-        for module, p in zip(chances, kept, strict=True):
+        for module, p in kept.items():
             module.p = p
 
 
@@ -140,19 +137,13 @@ def case_of(
         models["cvkernels memory_efficient"] = lambda: _memory_efficient(
             name, networks().ours, cvkernels.create_model
         )
-    return Case(
-        op=name,
-        name=f"batch {batch}",
-        shape=f"{batch}x3x224x224",
-        dtype=dtype,
-        inputs=inputs,
-        reference=Reference(name, dtype, device),
-        variants={
-            variant: lambda model=model: Step(model(), _autocast(dtype))
-            for variant, model in models.items()
-        },
-        part=part,
-        network=True,
+    variants = {
+        variant: lambda model=model: Step(model(), _autocast(dtype))
+        for variant, model in models.items()
+    }
+    reference = Reference(name, dtype, device)
+    return network_case(
+        name, batch, dtype, part, inputs=inputs, reference=reference, variants=variants
     )
 
 

@@ -47,13 +47,13 @@ class Part(NamedTuple):
 def parts(device: str) -> list[Part]:
     """What there is to measure on a "cpu" or "cuda", what matters most first."""
     cpu = device == "cpu"
-    made = []
-    for network in NETWORKS:
-        options = ("--network", network, "--seconds", "12" if cpu else "4")
-        made.append(_part("models", network, options, 4 if cpu else 1.5))
-    for network in NETWORKS:
-        options = ("--network", network, "--seconds", "15" if cpu else "4")
-        made.append(_part("training", network, options, 1.2 if cpu else 0.8))
+
+    def of_networks(kind: str, seconds: str, minutes: float) -> list[Part]:
+        options = ("--seconds", seconds)
+        return [_part(kind, n, ("--network", n, *options), minutes) for n in NETWORKS]
+
+    made = of_networks("models", *(("12", 4) if cpu else ("4", 1.5)))
+    made += of_networks("training", *(("15", 1.2) if cpu else ("4", 0.8)))
     depths = ("--network", "densenet169", "--network", "densenet201")
     made.append(_part("training", "depths", depths, 1))
     for op in kernels.ops():
@@ -96,7 +96,7 @@ def main(options: argparse.Namespace) -> int:
     prepare(partial, keep)
     chosen = [part for part in planned if not options.part or part.name in options.part]
     try:
-        failed = run_parts(chosen, partial, 60 * TOTAL[device.type])
+        failed = run_parts(chosen, partial, 60 * TOTAL[device.type], run_process)
     except KeyboardInterrupt:
         print(f"interrupted: {partial} holds what was measured; go on with --all --resume")
         return 130
@@ -129,10 +129,9 @@ def run_parts(
     chosen: Sequence[Part],
     partial: Path,
     seconds: float,
-    run: Callable[[Sequence[str], float], int] | None = None,
+    run: Callable[[Sequence[str], float], int],
 ) -> list[str]:
     """Run those that are not complete, ``seconds`` in all; the names of those that went wrong."""
-    run = run or run_process
     end = time.monotonic() + seconds
     failed = []
     for index, part in enumerate(chosen):

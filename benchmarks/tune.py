@@ -28,16 +28,10 @@ import torch
 from torch import Tensor
 
 import cvkernels
+from benchmarks.harness import command_line
 from benchmarks.harness.case import batch_norm
 from benchmarks.harness.case import image as random_image
-from benchmarks.harness.command_line import (
-    Refused,
-    add_network_options,
-    check_writable,
-    dtypes_of,
-    write_json,
-)
-from benchmarks.harness.command_line import add_options as add_shared_options
+from benchmarks.harness.command_line import Refused, dtypes_of
 from benchmarks.harness.environment import environment
 from benchmarks.harness.machine import Machine, Settings, Timed, interleave
 from benchmarks.harness.report import summarize
@@ -261,17 +255,15 @@ def report(results: Sequence[Found], calls: Counter[Problem]) -> str:
         times = (f"{1e6 * expected:.1f}", f"{1e6 * best:.1f}", f"{expected / best:.2f}x")
         rows.append((str(calls[found.problem]), tuning.key(found.problem), *times, words))
     measured = [found for found in results if found.heuristic in found.seconds]
-    before, after = (
-        sum(calls[f.problem] * f.seconds[getattr(f, name)] for f in measured)
-        for name in ("heuristic", "best")
-    )
+    before = sum(calls[f.problem] * f.seconds[f.heuristic] for f in measured)
+    after = sum(calls[f.problem] * f.seconds[f.best] for f in measured)
     total = f"all calls: {1e6 * before:.0f} us by the heuristic, {1e6 * after:.0f} us by the table"
     return f"{text_table(header, rows)}\n{total}"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    add_network_options(parser, list(NETWORKS))
-    add_shared_options(parser)
+    command_line.add_network_options(parser, list(NETWORKS))
+    command_line.add_options(parser, rounds=False)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -282,16 +274,14 @@ def main(options: argparse.Namespace) -> int:
     path = options.json or tuning.shipped_table(name)
     path.parent.mkdir(exist_ok=True)
     old = json.loads(path.read_text()) if path.exists() else {}
-    check_writable(path)
+    command_line.check_writable(path)
     calls = problems(options.network or NETWORKS, options.batch or BATCHES, dtypes_of(options))
     machine = Machine(device)
     rates = {dtype: machine.rates(dtype) for dtype in {problem.dtype for problem in calls}}
 
     def least(problem: Problem) -> float:
-        copy = (
-            (problem.bytes_read + problem.bytes_written) / rates[problem.dtype].copy_gb_per_s / 1e9
-        )
-        return max(copy, problem.flops / rates[problem.dtype].matrix_tflop_per_s / 1e12)
+        traffic, (copy, matrix) = problem.bytes_read + problem.bytes_written, rates[problem.dtype]
+        return max(traffic / copy / 1e9, problem.flops / matrix / 1e12)
 
     chosen = sorted(calls, key=lambda problem: -calls[problem] * least(problem))
     results: list[Found] = []
@@ -304,6 +294,6 @@ def main(options: argparse.Namespace) -> int:
     finally:  # after Ctrl-C, too
         if len(results) < len(chosen):
             print(f"{len(chosen) - len(results)} problems are not measured", file=sys.stderr)
-        write_json(path, table_of(results, name, capability, old))
+        command_line.write_json(path, table_of(results, name, capability, old))
         print(report(results, calls))
     return 0

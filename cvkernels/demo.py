@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cvkernels import extension, models
+from cvkernels.info import cpu_name
 from cvkernels.memory_use import peak_memory
 from cvkernels.tables import text_table
 
@@ -114,7 +114,8 @@ def demo(
                 progress.update(task, description=f"{network}, batch {batch}")
                 x = images[torch.arange(batch) % len(images)]
                 rows.append(_compare(network, stock, ours, x, runs, lambda: progress.advance(task)))
-    where = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    cpu = f"{torch.get_num_threads()} threads of {cpu_name()}"
+    where = torch.cuda.get_device_name() if device == "cuda" else cpu
     revision = extension.build_info().get("git_revision", "")
     source = f"weights {weights}" if weights else "seeded random weights"
     return Table(
@@ -125,40 +126,24 @@ def demo(
     )
 
 
-def _processor() -> str:
-    """The CPU's model, where the system tells, and the threads that PyTorch uses."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = models[0] if models else platform.processor()
-    return f"{torch.get_num_threads()} threads of {name}"
-
-
 def load_photos(paths: Sequence[str]) -> Tensor:
     """Tensor[N, 3, 224, 224], normalised as ImageNet's: the files, or scikit-learn's photos."""
     from PIL import Image, UnidentifiedImageError
     from torchvision.transforms import v2
 
-    if paths:
-        pictures = []
-        for path in paths:
-            try:
-                pictures.append(Image.open(Path(path)).convert("RGB"))
-            except UnidentifiedImageError as error:
-                raise ValueError(f"demo: {path!r} is not an image that pillow can read") from error
-    else:
+    pictures = []
+    for path in paths:
+        try:
+            pictures.append(Image.open(Path(path)).convert("RGB"))
+        except UnidentifiedImageError as error:
+            raise ValueError(f"demo: {path!r} is not an image that pillow can read") from error
+    if not paths:
         from sklearn.datasets import load_sample_images
 
         pictures = [Image.fromarray(array) for array in load_sample_images().images]
-    transform = v2.Compose(
-        [
-            v2.ToImage(),
-            v2.Resize(256, antialias=True),
-            v2.CenterCrop(224),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-        ]
-    )
+    size = (v2.Resize(256, antialias=True), v2.CenterCrop(224))
+    norm = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    transform = v2.Compose([v2.ToImage(), *size, v2.ToDtype(torch.float32, scale=True), norm])
     return torch.stack([transform(picture) for picture in pictures])
 
 
@@ -174,11 +159,8 @@ def stock_and_ours(
     torch.manual_seed(0)
     ours = models.create_model(network, weights=weights, **kwargs).eval()
     if network == "googlenet":
-        kwargs = {
-            "init_weights": False,
-            "aux_logits": ours.aux_logits,
-            "transform_input": ours.transform_input,
-        }
+        own = {name: getattr(ours, name) for name in ("aux_logits", "transform_input")}
+        kwargs = {"init_weights": False, **own}
     if NETWORKS.get(network) == "timm":
         import timm
 

@@ -17,12 +17,8 @@ from cvkernels.tables import text_table
 NOT_OURS = "not an op of cvkernels"
 # Allocation, metadata and a copy to the host launch nothing.
 LAUNCH_NOTHING = {
-    "aten::empty",
-    "aten::empty_like",
-    "aten::empty_strided",
-    "aten::new_empty",
-    "aten::as_strided_",
-    "aten::_local_scalar_dense",
+    f"aten::{name}"
+    for name in "empty empty_like empty_strided new_empty as_strided_ _local_scalar_dense".split()
 }
 # Their destination is written without being read.
 OVERWRITES = {"aten::copy_", "aten::fill_", "aten::zero_"}
@@ -134,14 +130,9 @@ class _AtenCalls(TorchDispatchMode):
         if name in OVERWRITES:
             reads = [t for t in reads if t is not args[0]]
         reason = self.recorder.reason
-        with self.recorder.call(
-            name.replace("::", "."),
-            "reference" if reason else "aten",
-            reason or NOT_OURS,
-            1,
-            sum(t.numel() * t.element_size() for t in reads),
-            sum(t.numel() * t.element_size() for t in writes),
-        ):
+        about = (name.replace("::", "."), "reference" if reason else "aten", reason or NOT_OURS)
+        traffic = (sum(t.numel() * t.element_size() for t in ts) for ts in (reads, writes))
+        with self.recorder.call(*about, 1, *traffic):
             return out
 
 

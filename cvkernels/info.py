@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import platform
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -57,6 +59,15 @@ def info() -> Info:
             _package("timm", "pip install timm"),
         ]
     )
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The processor's model, where the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _package(name: str, remedy: str) -> Item:

@@ -1,4 +1,4 @@
-"""What a call holds of memory, as the demo and the benchmarks report it."""
+"""What a call holds of memory, as the demo and the benchmarks report it; and when it runs out."""
 
 from __future__ import annotations
 
@@ -41,6 +41,14 @@ def resident_memory(device: torch.device) -> float:
     # What malloc keeps of freed memory would hide as much of what comes.
     ctypes.CDLL(None).malloc_trim(0)
     return _status_bytes("VmRSS")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that memory ran out, of Python's allocator or of PyTorch's."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # A RuntimeError of PyTorch's CPU allocator.
+    return any(text in str(error) for text in ("can't allocate memory", "not enough memory"))
 
 
 def _graphs_bytes(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Plain text tables, for what ``explain``, ``verify``, ``info`` and the demo print."""
+"""Plain text, for what is printed: tables, and errors in one line."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def first_line(error: BaseException) -> str:
+    """Of the error's message; the name of its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _cell(value: object) -> str:

@@ -49,13 +49,7 @@ class Verification:
     def __str__(self) -> str:
         header = ("layer", "max error", "stock's", "allowed", "verdict")
         lines = [
-            (
-                r.layer,
-                f"{r.ours:.3e}",
-                f"{r.stock:.3e}",
-                f"{r.allowed:.3e}",
-                "ok" if r.ok else "FAILS",
-            )
+            (r.layer, *(f"{error:.3e}" for error in r[1:]), "ok" if r.ok else "FAILS")
             for r in self.rows
         ]
         table = text_table(header, lines)
@@ -142,14 +136,9 @@ def _verify_frozen(frozen: Frozen, original: nn.Module, example: Tensor) -> Veri
     with torch.no_grad(), backend.use("reference"):
         exact = tree_leaves(copy.deepcopy(original).double()(example.double()))
         model = copy.deepcopy(original).to(frozen.dtype)
-        stock = zip(
-            *(tree_leaves(copied(x)) for copied, x in _both_layouts(model, image)), strict=True
-        )
-    triples = [
-        parts
-        for parts in zip(tree_leaves(frozen(image)), stock, exact, strict=True)
-        if isinstance(parts[0], Tensor)
-    ]
+        layouts = [tree_leaves(twin(x)) for twin, x in _both_layouts(model, image)]
+    outputs = zip(tree_leaves(frozen(image)), zip(*layouts, strict=True), exact, strict=True)
+    triples = [parts for parts in outputs if isinstance(parts[0], Tensor)]
     names = [f"output {number}" if len(triples) > 1 else "" for number in range(len(triples))]
     rows = [_layer_error(name, *parts) for name, parts in zip(names, triples, strict=True)]
     return Verification(rows, _agreement(triples[0][0], triples[0][2]))

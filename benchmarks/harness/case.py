@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,33 @@ class Case:
         return f"{self.name}-{dtype_name(self.dtype)}-{self.part}"
 
 
+class Conditions(NamedTuple):
+    """What a shape is measured under; ``part`` as of :class:`Case`."""
+
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+    part: str = "forward"
+
+    def image(self, *shape: int) -> Tensor:
+        """A random batch of maps [C, H, W], in channels_last."""
+        return image(self.batch, *shape, dtype=self.dtype, device=self.device)
+
+    def leaves(self, *tensors: Tensor | None) -> None:
+        """Have backward compute the gradients of these, where it is what is measured."""
+        for tensor in tensors:
+            if tensor is not None:
+                tensor.requires_grad_(self.part == "backward")
+
+    def case(
+        self, op: str, name: str, shape: str, *, bytes: int, flops: int | None = None, **others: Any
+    ) -> Case:
+        """The case of ``op``; for the host's time, bytes and flops do not count."""
+        if self.part == "host":
+            return Case(op, name, shape, self.dtype, part="host", **others)
+        return Case(op, name, shape, self.dtype, bytes=bytes, flops=flops, part=self.part, **others)
+
+
 class PeerMissing(Exception):
     """A peer that is not installed; the message says which extra has it."""
 
@@ -72,17 +99,17 @@ def variants_of(stock: Callable, make_ours: Callable[[], Callable]) -> dict[str,
 
 
 def cases_of(
-    case_of: Callable[..., Case],
+    case_of: Callable[[str, Any, Conditions], Case],
     shapes: Mapping[str, Any],
-    quick_names: Sequence[str],
+    quick_names: Container[str],
     host: tuple[str, Any],
-    parts: Sequence[str] = ("forward",),
+    backward: Container[str] = (),
 ) -> Callable[..., list[Case]]:
     """A benchmark's ``cases(device, dtypes, batch, quick)``.
 
-    Each part at each shape, with ``quick`` at those of ``quick_names``; then the time that the host
-    spends on a batch of 2 at ``host``'s shape. ``case_of(name, shape, batch, dtype, device, part)``
-    makes one.
+    Forward at each shape and backward at those of ``backward``, with ``quick`` only at those of
+    ``quick_names``; then the time that the host spends on a batch of 2 at ``host``'s shape.
+    ``case_of(name, shape, conditions)`` makes one.
     """
 
     def cases(
@@ -91,12 +118,20 @@ def cases_of(
         chosen = {name: shapes[name] for name in shapes if name in quick_names or not quick}
         made = []
         for dtype in dtypes:
-            for part in parts:
-                made += [case_of(*item, batch, dtype, device, part) for item in chosen.items()]
-            made.append(case_of(*host, 2, dtype, device, "host"))
+            forward = Conditions(batch, dtype, device)
+            made += [case_of(*item, forward) for item in chosen.items()]
+            grads = forward._replace(part="backward")
+            made += [case_of(name, chosen[name], grads) for name in chosen if name in backward]
+            made.append(case_of(*host, Conditions(2, dtype, device, "host")))
         return made
 
     return cases
+
+
+def network_case(name: str, batch: int, dtype: torch.dtype, part: str, **others: Any) -> Case:
+    """The case of a network on images of 224 x 224."""
+    shape = f"{batch}x3x224x224"
+    return Case(name, f"batch {batch}", shape, dtype, part=part, network=True, **others)
 
 
 def image(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:

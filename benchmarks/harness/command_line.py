@@ -21,22 +21,20 @@ class Refused(Exception):
     """The command cannot do what was asked; the message is what to tell."""
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=count, help="of timing per case, at most")
-    parser.add_argument("--seconds", type=float, help="of timing per case, about")
+def add_options(parser: argparse.ArgumentParser, rounds: bool = True) -> None:
+    """What every command that measures takes; ``rounds``: how long, too."""
+    if rounds:
+        parser.add_argument("--rounds", type=count, help="of timing per case, at most")
+        parser.add_argument("--seconds", type=float, help="of timing per case, about")
+    parser.add_argument("--dtype", action="append", choices=list(DTYPES))
+    parser.add_argument("--device", type=device_of, default=default_device())
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="in all, about")
+    parser.add_argument("--json", "--json-out", type=Path, metavar="FILE", help="write the result")
 
 
 def add_network_options(parser: argparse.ArgumentParser, networks: Sequence[str]) -> None:
     parser.add_argument("--network", action="append", choices=networks, help="default: all")
     parser.add_argument("--batch", action="append", type=count, help="repeatable")
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What every command that measures takes."""
-    parser.add_argument("--dtype", action="append", choices=list(DTYPES))
-    parser.add_argument("--device", type=device_of, default=default_device())
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="in all, about")
-    parser.add_argument("--json", "--json-out", type=Path, metavar="FILE", help="write the result")
 
 
 def count(text: str) -> int:
@@ -68,8 +66,8 @@ def chosen(cases: list[Case], patterns: Sequence[str] | None) -> list[Case]:
     return [case for case in cases if case.name in wanted]
 
 
-def settings_of(options: argparse.Namespace) -> Settings:
-    settings = QUICK if getattr(options, "quick", False) else Settings()
+def settings_of(options: argparse.Namespace, quick: bool) -> Settings:
+    settings = QUICK if quick else Settings()
     rounds = options.rounds or settings.rounds
     seconds = settings.seconds if options.seconds is None else options.seconds
     return Settings(rounds, seconds, min(settings.least, rounds))
@@ -85,7 +83,7 @@ def measure(cases: Sequence[Case], options: argparse.Namespace) -> int:
         if path is not None:
             write_report(path, report)
 
-    settings = settings_of(options)
+    settings = settings_of(options, getattr(options, "quick", False))
     report = _run_with_progress(cases, Machine(options.device), settings, save, options.minutes)
     save(report)
     print(report)

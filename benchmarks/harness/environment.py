@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import platform
 import subprocess
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from cvkernels.info import cpu_name
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,14 +30,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "cache": f"{last_level_cache(device) / 2**20:.0f} MB, cold",
     }
-
-
-@functools.cache
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _driver() -> str:

@@ -87,7 +87,7 @@ class Machine:
             return
         self._evictions = 1
         eviction = self.sample(Timed(self._evictor.sum))
-        hidden = [_as_host(call) for call in calls if not call.latency]
+        hidden = [Timed(call.run, call.setup, host=True) for call in calls if not call.latency]
         launch = max(map(self.sample, hidden), default=0.0)
         self._evictions = 1 + math.ceil(launch / eviction)
 
@@ -153,10 +153,6 @@ def _precision_of_convolutions() -> Iterator[None]:
         yield
     finally:
         products.fp32_precision = before
-
-
-def _as_host(timed: Timed) -> Timed:
-    return Timed(timed.run, timed.setup, host=True)
 
 
 def interleave(

@@ -121,11 +121,8 @@ def _imported(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise PeerMissing(
-            f"{name} is not installed; pip install 'cvkernels[bench]'"
-            if name != "torch_tensorrt"
-            else "torch_tensorrt is not installed; pip install torch-tensorrt"
-        ) from None
+        package = "torch-tensorrt" if name == "torch_tensorrt" else "'cvkernels[bench]'"
+        raise PeerMissing(f"{name} is not installed; pip install {package}") from None
 
 
 def _refuse_half(name: str, example: Tensor) -> None:

@@ -1,13 +1,14 @@
-"""What the benchmarks of max_pool and avg_pool share: shapes, compulsory bytes, and the case."""
+"""What the benchmarks of max_pool and avg_pool share: shapes, compulsory bytes, and the cases."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Container, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.harness.case import Case
+from benchmarks.harness.case import Case, Conditions, cases_of, variants_of
 from cvkernels.ops.common.traffic import touched_positions
 
 
@@ -39,17 +40,32 @@ def traffic(pool: Pool, batch: int, dtype: torch.dtype) -> int:
     return elements * dtype.itemsize + 4 * 4 * pool.C * pool.norm
 
 
-def pool_case(
-    op: str, name: str, pool: Pool, batch: int, dtype: torch.dtype, part: str, **options
-) -> Case:
-    window = f"{pool.kernel_size}x{pool.kernel_size}/{pool.stride}"
-    norm = " of relu(norm)" if pool.norm else ""
-    return Case(
-        op=op,
-        name=name,
-        shape=f"{batch}x{pool.C}x{pool.H}x{pool.W} {window}{norm}",
-        dtype=dtype,
-        bytes=traffic(pool, batch, dtype) if part == "forward" else None,
-        part=part,
-        **options,
-    )
+def pool_cases(
+    op: str,
+    pools: Mapping[str, Pool],
+    quick: Container[str],
+    host: tuple[str, Pool],
+    *,
+    arguments_of: Callable[[Pool, torch.device], tuple],
+    stock: Callable,
+    reference: Callable,
+    ours: Callable,
+    **options: Any,
+) -> Callable[..., list[Case]]:
+    """The ``cases`` of a pool; ``arguments_of`` has what the three functions take after x."""
+
+    def case_of(name: str, pool: Pool, at: Conditions) -> Case:
+        window = f"{pool.kernel_size}x{pool.kernel_size}/{pool.stride}"
+        norm = " of relu(norm)" if pool.norm else ""
+        return at.case(
+            op,
+            name,
+            f"{at.batch}x{pool.C}x{pool.H}x{pool.W} {window}{norm}",
+            inputs=lambda: ((at.image(*pool[:3]), *arguments_of(pool, at.device)), {}),
+            reference=reference,
+            variants=variants_of(stock, lambda: ours),
+            bytes=traffic(pool, at.batch, at.dtype),
+            **options,
+        )
+
+    return cases_of(case_of, pools, quick, host)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,11 @@ BASELINES = {
 TOO_NOISY = 0.05
 
 
+def column(title: str, form: str) -> Any:
+    """A field that is None until it is measured, with its title and format in a printed table."""
+    return field(default=None, metadata={"title": title, "form": form})
+
+
 @dataclass
 class Row:
     """One variant of one case. Times are per call; a share is a fraction of the measured rate.
@@ -54,26 +59,26 @@ class Row:
     variant: str
     backend: str = ""
     status: str = "pending"
-    time_us: float | None = None
-    p20_us: float | None = None
-    p80_us: float | None = None
+    time_us: float | None = column("us", "{:.1f}")
+    p20_us: float | None = column("p20", "{:.1f}")
+    p80_us: float | None = column("p80", "{:.1f}")
     samples: int = 0
     bytes: int | None = None
     flops: int | None = None
-    gb_per_s: float | None = None
-    copy_share: float | None = None
-    tflop_per_s: float | None = None
-    matrix_share: float | None = None
-    bound_share: float | None = None
-    vs_eager: float | None = None
-    vs_compile: float | None = None
-    vs_freezing: float | None = None
-    max_error: float | None = None
-    eager_error: float | None = None
-    first_batch_s: float | None = None
-    peak_bytes: int | None = None
-    kept_bytes: int | None = None
-    saved_bytes: float | None = None
+    gb_per_s: float | None = column("GB/s", "{:.1f}")
+    copy_share: float | None = column("% copy", "{:.0%}")
+    tflop_per_s: float | None = column("TFLOP/s", "{:.3f}")
+    matrix_share: float | None = column("% matrix", "{:.0%}")
+    bound_share: float | None = column("% bound", "{:.0%}")
+    vs_eager: float | None = column("vs eager", "{:.2f}x")
+    vs_compile: float | None = column("vs compile", "{:.2f}x")
+    vs_freezing: float | None = column("vs freezing", "{:.2f}x")
+    max_error: float | None = column("max error", "{:.1e}")
+    eager_error: float | None = column("eager's", "{:.1e}")
+    first_batch_s: float | None = column("s to first", "{:.2f}")
+    peak_bytes: int | None = column("peak bytes", "{:.2e}")
+    kept_bytes: int | None = column("kept bytes", "{:.2e}")
+    saved_bytes: float | None = column("saved bytes/image", "{:.2e}")
     again: float | None = None
     drift: float | None = None
     note: str = ""
@@ -199,37 +204,16 @@ class Report:
         return "\n".join(lines)
 
 
-# title, field, how the field prints
-COLUMNS = (
-    ("us", "time_us", "{:.1f}"),
-    ("p20", "p20_us", "{:.1f}"),
-    ("p80", "p80_us", "{:.1f}"),
-    ("GB/s", "gb_per_s", "{:.1f}"),
-    ("% copy", "copy_share", "{:.0%}"),
-    ("TFLOP/s", "tflop_per_s", "{:.3f}"),
-    ("% matrix", "matrix_share", "{:.0%}"),
-    ("% bound", "bound_share", "{:.0%}"),
-    ("vs eager", "vs_eager", "{:.2f}x"),
-    ("vs compile", "vs_compile", "{:.2f}x"),
-    ("vs freezing", "vs_freezing", "{:.2f}x"),
-    ("max error", "max_error", "{:.1e}"),
-    ("eager's", "eager_error", "{:.1e}"),
-    ("s to first", "first_batch_s", "{:.2f}"),
-    ("peak bytes", "peak_bytes", "{:.2e}"),
-    ("kept bytes", "kept_bytes", "{:.2e}"),
-    ("saved bytes/image", "saved_bytes", "{:.2e}"),
-)
-
-
 def _table(rows: Sequence[Row]) -> str:
-    used = [c for c in COLUMNS if any(getattr(row, c[1]) is not None for row in rows)]
-    titles = [title.rjust(8) for title, _, _ in used]
+    columns = [f for f in fields(Row) if f.metadata]
+    used = [f for f in columns if any(getattr(row, f.name) is not None for row in rows)]
+    titles = [f.metadata["title"].rjust(8) for f in used]
     header = ["op", "case", "shape", "dtype", "variant", "backend", *titles, "note"]
     lines = []
     for row in rows:
         op = row.op if row.part == "forward" else f"{row.op} {row.part}"
         note = row.note if row.status == "measured" else f"{row.status}: {row.note}"
-        cells = [_cell(getattr(row, name), form) for _, name, form in used]
+        cells = [_cell(getattr(row, f.name), f.metadata["form"]) for f in used]
         lines.append([op, row.case, row.shape, row.dtype, row.variant, row.backend, *cells, note])
     return text_table(header, lines)
 

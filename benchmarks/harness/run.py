@@ -25,21 +25,15 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch._inductor.utils import fresh_cache
 
+from benchmarks.harness import report as reports
 from benchmarks.harness.case import Case, PeerMissing, grad_mode
 from benchmarks.harness.environment import environment
 from benchmarks.harness.machine import Machine, Settings, Timed, interleave
-from benchmarks.harness.report import (
-    BASELINES,
-    TOO_NOISY,
-    Rates,
-    Report,
-    Row,
-    dtype_name,
-    summarize,
-)
+from benchmarks.harness.report import Rates, Report, Row, dtype_name, summarize
 from benchmarks.harness.trial import Trial, WrongResult
 from cvkernels.backend import BackendError
-from cvkernels.memory_use import peak_memory, resident_memory
+from cvkernels.memory_use import out_of_memory, peak_memory, resident_memory
+from cvkernels.tables import first_line
 
 # By how much more than eager a peer may err and still be timed: others sum in orders that the
 # tests' rule refuses, and their error stands in their rows.
@@ -68,12 +62,12 @@ def prepare(trial: Trial, row: Row) -> Timed | None:
         for _ in range(0 if trial.case.network else WARM_UP):
             timed.run(*timed.setup())
     except WrongResult as error:
-        row.status, row.note = "wrong", _one_line(error)
+        row.status, row.note = "wrong", first_line(error)
     except (BackendError, PeerMissing) as error:
-        row.status, row.note = "unavailable", _one_line(error)
+        row.status, row.note = "unavailable", first_line(error)
     except Exception as error:  # noqa: BLE001 - a compiler may raise anything, and other rows count too
         row.status = "unavailable" if row.peer or out_of_memory(error) else "failed"
-        row.note = f"{type(error).__name__}: {_one_line(error)}"
+        row.note = f"{type(error).__name__}: {first_line(error)}"
     else:
         return timed
     row.max_error = row.eager_error = None
@@ -108,37 +102,25 @@ def forget_triton_kernels() -> None:
                     caches.clear()
 
 
-def out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return "can't allocate memory" in str(error)  # a RuntimeError of PyTorch's CPU allocator
-
-
-def _one_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def fill(row: Row, samples: Sequence[float], rates: Rates) -> None:
     """The row's columns that come from its time."""
     timing = summarize(samples)
     row.status, row.samples = "measured", len(samples)
     row.time_us, row.p20_us, row.p80_us = (seconds * 1e6 for seconds in timing)
-    bounds = []
     if row.bytes is not None:
         row.gb_per_s = row.bytes / timing.median / 1e9
         row.copy_share = row.gb_per_s / rates.copy_gb_per_s
-        bounds.append(row.copy_share)
     if row.flops is not None:
         row.tflop_per_s = row.flops / timing.median / 1e12
         row.matrix_share = row.tflop_per_s / rates.matrix_tflop_per_s
-        bounds.append(row.matrix_share)
-    row.bound_share = max(bounds, default=None)
+    shares = (row.copy_share, row.matrix_share)
+    row.bound_share = max((share for share in shares if share is not None), default=None)
 
 
 def compare(rows: Sequence[Row]) -> None:
     """Speed-ups over the peers, among the rows of one case."""
     times = {row.variant: row.time_us for row in rows if row.time_us is not None}
-    for column, names in BASELINES.items():
+    for column, names in reports.BASELINES.items():
         baseline = next((times[name] for name in names if name in times), None)
         for row in rows:
             if baseline is not None and row.time_us is not None:
@@ -147,7 +129,7 @@ def compare(rows: Sequence[Row]) -> None:
 
 def drift(rows: Mapping[str, Row], samples: Mapping[str, Sequence[float]]) -> None:
     """How far the first and the second half of the rounds agree on the speed-ups over eager."""
-    baseline = next((name for name in BASELINES["vs_eager"] if samples.get(name)), None)
+    baseline = next((name for name in reports.BASELINES["vs_eager"] if samples.get(name)), None)
     for name, row in rows.items():
         rounds = len(samples.get(name, ()))
         if row.peer or row.status != "measured" or baseline is None or rounds < 4:
@@ -198,7 +180,7 @@ def measure_case(
         for row in rows.values():
             if row.status == "pending":
                 row.status = "unavailable" if missing else "failed"
-                row.note = _one_line(error)
+                row.note = first_line(error)
     finally:
         for name, row in rows.items():
             if row.status == "pending" and samples.get(name):
@@ -206,7 +188,7 @@ def measure_case(
         if samples.get(AGAIN) and rows[first].time_us:
             again = summarize(samples[AGAIN]).median * 1e6 / rows[first].time_us
             rows[first].again = again
-            if abs(math.log(again)) > TOO_NOISY:
+            if abs(math.log(again)) > reports.TOO_NOISY:
                 rows[first].note = f"noisy: {again:.2f}x when timed again"
         compare(list(rows.values()))
         drift(rows, samples)

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import kernels
-from benchmarks.harness.command_line import Refused, add_run_options, dtypes_of
-from benchmarks.harness.command_line import add_options as add_shared_options
+from benchmarks.harness import command_line
+from benchmarks.harness.command_line import Refused, dtypes_of
 from benchmarks.harness.environment import default_batch, environment
-from benchmarks.harness.machine import QUICK, Machine, Settings
+from benchmarks.harness.machine import Machine
 from benchmarks.harness.report import Row
 from benchmarks.harness.run import new_row, run_cases
 from benchmarks.output import results
@@ -121,12 +121,12 @@ def _spreads(rows: Iterable[Row]) -> dict[Key, float]:
 def better(first: Sequence[Row], second: Sequence[Row]) -> list[Row]:
     """The first run's rows, but the second's where its speed-up over eager is higher."""
     again = _ours(second)
-    return [
-        again[key_of(row)]
-        if key_of(row) in again and again[key_of(row)].vs_eager > (row.vs_eager or 0.0)
-        else row
-        for row in first
-    ]
+
+    def chosen(row: Row) -> Row:
+        other = again.get(key_of(row), row)
+        return other if (other.vs_eager or 0.0) > (row.vs_eager or 0.0) else row
+
+    return list(map(chosen, first))
 
 
 def guarded(
@@ -147,8 +147,7 @@ def guarded(
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", action="append", choices=kernels.ops(), help="default: all")
     parser.add_argument("--against", type=Path, help="a folder; default: this machine's results")
-    add_run_options(parser)
-    add_shared_options(parser)
+    command_line.add_options(parser)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -160,26 +159,25 @@ def main(options: argparse.Namespace) -> int:
         raise Refused(f"{folder} holds no kernels-*.json; measure with --all, or name --against")
     here = environment(device)
     there = reports[0].environment
-    differing = [name for name in SAME if there.get(name) != here.get(name)]
+    differing = [
+        f"{name} {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in SAME
+        if there.get(name) != here.get(name)
+    ]
     if differing:
-        raise Refused(
-            f"{folder} is of another machine: "
-            + ", ".join(f"{n} {there.get(n)!r} there, {here.get(n)!r} here" for n in differing)
-        )
+        raise Refused(f"{folder} is of another machine: {', '.join(differing)}")
     committed = [row for report in reports for row in report.rows]
     machine = Machine(device)
-    rounds, seconds = options.rounds or QUICK.rounds, options.seconds or QUICK.seconds
+    settings = command_line.settings_of(options, quick=True)
     cases = kernels.cases(
         device, dtypes_of(options), default_batch(device), options.op, quick=True, compiled="none"
     )
 
     def measure(keys: set[Key] | None) -> list[Row]:
-        wanted = None if keys is None else {key[:-1] for key in keys}
-        chosen = [
-            case for case in cases if wanted is None or key_of(new_row(case, ""))[:-1] in wanted
-        ]
+        wanted = {key[:-1] for key in keys or ()}
+        chosen = [c for c in cases if keys is None or key_of(new_row(c, ""))[:-1] in wanted]
         print(f"{len(chosen)} cases", file=sys.stderr)
-        return run_cases(chosen, machine, Settings(rounds, seconds, min(5, rounds))).rows
+        return run_cases(chosen, machine, settings).rows
 
     comparison = guarded(committed, measure)
     print(comparison)

@@ -22,19 +22,18 @@ DEPTH = {"densenet121": 121, "densenet169": 169, "densenet201": 201}
 
 def draw(folder: Path) -> list[Path]:
     """Every plot that the folder has rows for."""
-    drawn = []
-    for kind, dtype, rates, rows in _kernels(folder):
-        drawn.append(
-            _save(roofline(rows, rates, f"{kind}, {dtype}"), folder, f"roofline-{kind}-{dtype}")
-        )
+    figures = {
+        f"roofline-{kind}-{dtype}": roofline(rows, rates, f"{kind}, {dtype}")
+        for kind, dtype, rates, rows in _kernels(folder)
+    }
     inference = [row for row in results.rows(folder, "models") if row.time_us]
     training = results.rows(folder, "training")
     if inference:
-        drawn.append(_save(network_bars(inference), folder, "networks"))
-        drawn.append(_save(first_batch(inference), folder, "first-batch"))
+        figures["networks"] = network_bars(inference)
+        figures["first-batch"] = first_batch(inference)
     if any(row.op in DEPTH and row.saved_bytes for row in training):
-        drawn.append(_save(depth_memory(training), folder, "densenet-memory"))
-    return drawn
+        figures["densenet-memory"] = depth_memory(training)
+    return [_save(figure, folder, name) for name, figure in figures.items()]
 
 
 def _kernels(folder: Path) -> list[tuple[str, str, Rates, list[Row]]]:

@@ -92,16 +92,18 @@ def provenance(folder: Path) -> str:
         for kind in TABLES
         for report in results.reports(machine, kind)
     }
-    cpus = [name for name, gpu in devices.items() if not gpu]
-    gpus = [name for name, gpu in devices.items() if gpu]
-    cpu = f"Figures of CPUs are measured on {', '.join(cpus)}." if cpus else ""
-    gpu = (
-        f"Figures of GPUs are measured on {', '.join(gpus)}."
+    cpus, gpus = (
+        ", ".join(name for name, is_gpu in devices.items() if is_gpu == wanted)
+        for wanted in (False, True)
+    )
+    texts = [f"Figures of CPUs are measured on {cpus}."] if cpus else []
+    texts.append(
+        f"Figures of GPUs are measured on {gpus}."
         if gpus
         else "No figure of a GPU is measured: what `explain` says for a meta example "
         "(kernels, bytes) is counted from the plan, and no time of a GPU is claimed."
     )
-    return f"{cpu} {gpu}".strip()
+    return " ".join(texts)
 
 
 def _link(path: Path, page: Path) -> str:
@@ -127,7 +129,7 @@ def inference_table(reports: Sequence[Report]) -> str:
             found.append(runtimes.get((network, case, dtype, name)))
             for what, ratio in zip(compared, found, strict=False):
                 ratios[f"{name} {what}"] += [] if ratio is None else [ratio]
-            cells += ["" if ratio is None else f"{ratio:.2f}x" for ratio in found]
+            cells += map(_ratio, found)
             cells.append(_errors(row))
         lines.append([network, case.removeprefix("batch "), dtype, *cells])
     means = [
@@ -166,20 +168,15 @@ def training_table(reports: Sequence[Report]) -> str:
     header = [
         "network", "batch", "variant", "step ms", "vs eager", "saved MB/image", "peak MB", "error"
     ]  # fmt: skip
-    rows = [row for report in reports for row in report.rows]
     lines = [
         [
-            row.op,
-            row.case.removeprefix("batch "),
-            row.variant,
-            _ms(row),
-            _ratio(row, "vs_eager"),
-            _number(row.saved_bytes, 1e6, "{:.1f}"),
-            _number(row.peak_bytes, 1e6, "{:.0f}"),
+            row.op, row.case.removeprefix("batch "), row.variant, _ms(row), _ratio(row.vs_eager),
+            _number(row.saved_bytes, 1e6, "{:.1f}"), _number(row.peak_bytes, 1e6, "{:.0f}"),
             _errors(row),
         ]
-        for row in rows
-    ]
+        for report in reports
+        for row in report.rows
+    ]  # fmt: skip
     return _markdown(header, lines)
 
 
@@ -233,17 +230,15 @@ def _conditions(reports: Sequence[Report]) -> str:
     worst = max((n.drift for n in noise), default=0.0)
     noisy = sum(n.too_noisy for n in noise)
     parts = [f"{environment}."]
-    parts += (
-        [f"Parts are of different commits: {', '.join(sorted(commits))}."]
-        if len(commits) > 1
-        else []
-    )
+    if len(commits) > 1:
+        parts.append(f"Parts are of different commits: {', '.join(sorted(commits))}.")
     if noise:
         parts.append(
             f"Speed-ups of the two halves of a run differ by at most {worst:.1%} (geomean); "
             f"{noisy} of {len(noise)} parts say that the machine was too noisy."
         )
-    parts += [] if all(report.complete for report in reports) else ["A part was interrupted."]
+    if not all(report.complete for report in reports):
+        parts.append("A part was interrupted.")
     return " ".join(parts)
 
 
@@ -255,8 +250,7 @@ def _ms(row: Row | None) -> str:
     return f"{row.time_us / 1e3:.1f} ({row.p20_us / 1e3:.1f}-{row.p80_us / 1e3:.1f})"
 
 
-def _ratio(row: Row | None, name: str) -> str:
-    value = getattr(row, name, None)
+def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
 
 

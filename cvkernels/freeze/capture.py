@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from cvkernels.freeze.convert import CALLABLES, Converter, convert_module
+from cvkernels.freeze.convert import CALLABLES, convert_call, convert_module
 from cvkernels.freeze.graph import Graph, Node, Op, Ref
 from cvkernels.freeze.ops import Call, Input
 from cvkernels.nn.fused.watched import has_hooks
+from cvkernels.tables import first_line
 
 # What torch.fx would trace into, and the graph knows as one op or as none.
 WHOLE = {
@@ -58,12 +61,8 @@ class _Tracer(fx.Tracer):
             for node in reversed(list(self.graph.nodes)[len(nodes) :]):
                 self.graph.erase_node(node)
             name = self.path_of_module(m)
-            self.opaque[name] = f"torch.fx cannot trace it: {_first_line(error)}"
+            self.opaque[name] = f"torch.fx cannot trace it: {first_line(error)}"
             return self.create_proxy("call_module", name, args, kwargs)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def capture(model: nn.Module) -> Graph:
@@ -79,7 +78,7 @@ def capture(model: nn.Module) -> Graph:
     # A forward may do anything with a proxy; all of it means the same.
     except Exception as error:  # noqa: BLE001
         raise CaptureError(
-            f"freeze: {kind}.forward cannot be captured: {_first_line(error)}. Its control flow "
+            f"freeze: {kind}.forward cannot be captured: {first_line(error)}. Its control flow "
             f"depends on the input's values, or it is no function of one tensor; move that into a "
             f"child module, which freeze calls as it is, or freeze the part of the model around it"
         ) from error
@@ -101,7 +100,6 @@ class _Reader:
         self.nodes: list[Node] = []
         # What each node of torch.fx stands for: a Node, a value, or a structure of them.
         self.values: dict[fx.Node, Any] = {}
-        self.converter = Converter(self.emit)
         self.copies: dict[int, nn.Module] = {}
 
     def read(self, traced: fx.Graph) -> Graph:
@@ -134,25 +132,24 @@ class _Reader:
                 return self.emit(Input(), [])
             return node.args[0] if node.args else None
         if node.op == "get_attr":
-            value = _attribute(self.model, node.target)
+            value = operator.attrgetter(node.target)(self.model)
             return value.detach().clone() if isinstance(value, Tensor) else value
         args, kwargs = (map_aggregate(part, self._resolve) for part in (node.args, node.kwargs))
         layer = self._layer(node)
         if node.op == "call_module":
             return self._module(node, layer, args, kwargs)
-        if node.op == "call_function" or node.op == "call_method":
-            name = node.target if node.op == "call_method" else CALLABLES.get(node.target, "")
-            if hasattr(node.target, "_fields") and not kwargs:
-                return node.target(*args)  # a named tuple, which torch.fx makes a call of
-            in_place = _writes_in_place(node, kwargs)
-            value = self.converter.convert(name, layer, args, kwargs)
-            if value is None:
-                kind = "method" if node.op == "call_method" else "function"
-                value = self._call(kind, node.target, layer, args, kwargs, in_place)
-            if in_place:
-                self._rename(node, value)
-            return value
-        raise AssertionError(node.op)
+        if hasattr(node.target, "_fields") and not kwargs:
+            return node.target(*args)  # a named tuple, which torch.fx makes a call of
+        is_method = node.op == "call_method"
+        name = node.target if is_method else CALLABLES.get(node.target, "")
+        in_place = _writes_in_place(node, kwargs)
+        value = convert_call(partial(self.emit, layer=layer), name, args, kwargs)
+        if value is None:
+            kind = "method" if is_method else "function"
+            value = self._call(kind, node.target, layer, args, kwargs, in_place)
+        if in_place:
+            self._rename(node, value)
+        return value
 
     def _resolve(self, leaf: Any) -> Any:
         return self.values[leaf] if isinstance(leaf, fx.Node) else leaf
@@ -175,13 +172,13 @@ class _Reader:
         module = self.model.get_submodule(layer)
         value = None
         if layer not in self.tracer.opaque and not has_hooks(module) and not kwargs:
-            value = convert_module(self.converter, module, layer, *args)
+            value = convert_module(partial(self.emit, layer=layer), module, *args)
         in_place = bool(getattr(module, "inplace", False)) and type(module) is not nn.Dropout
         if value is None:
             # The model may train on: the frozen one keeps the module as it is now.
-            twin = self.copies.get(id(module))
-            if twin is None:
-                twin = self.copies[id(module)] = copy.deepcopy(module)
+            if id(module) not in self.copies:
+                self.copies[id(module)] = copy.deepcopy(module)
+            twin = self.copies[id(module)]
             value = self._call("module", twin, layer, args, kwargs, in_place)
         if in_place:
             self._rename(node, value)
@@ -203,11 +200,7 @@ class _Reader:
         if not inputs:
             # Nothing in it depends on the input: it is a constant.
             with torch.no_grad():
-                return (
-                    getattr(args[0], target)(*args[1:], **kwargs)
-                    if kind == "method"
-                    else target(*args, **kwargs)
-                )
+                return Call(kind, target, args, kwargs, False).function()([])
         return self.emit(Call(kind, target, args, kwargs, in_place), inputs, layer)
 
 
@@ -221,13 +214,6 @@ def _writes_in_place(node: fx.Node, kwargs: dict) -> bool:
     if module == "_operator":
         return name in ("iadd", "imul", "isub", "itruediv")
     return bool(kwargs.get("inplace")) or (name.endswith("_") and not name.endswith("__"))
-
-
-def _attribute(model: nn.Module, path: str) -> Any:
-    value: Any = model
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
 
 
 def _plain(value: Any) -> Any:

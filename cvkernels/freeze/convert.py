@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,125 +30,132 @@ CALLABLES: dict[Any, str] = {
     F.adaptive_avg_pool2d: "adaptive_avg_pool2d", F.max_pool2d: "max_pool2d",
     F.avg_pool2d: "avg_pool2d", F.dropout: "dropout",
 }  # fmt: skip
-_ACTS = ("relu", "relu6", "silu", "sigmoid")
 _ACT_MODULES = {**ACTIVATIONS, nn.Sigmoid: "sigmoid"}
-_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d)
-# Modules that call a function with these of their attributes.
-_FUNCTIONS = {
-    nn.Flatten: ("flatten", "start_dim end_dim"),
-    nn.AdaptiveAvgPool2d: ("adaptive_avg_pool2d", "output_size"),
-    nn.MaxPool2d: ("max_pool2d", "kernel_size stride padding dilation ceil_mode return_indices"),
-    nn.AvgPool2d: (
-        "avg_pool2d", "kernel_size stride padding ceil_mode count_include_pad divisor_override"
-    ),
+# Adds the node of an op on these inputs to the graph, as part of the layer at hand.
+Emit = Callable[[Op, list[Node]], Node]
+
+
+def convert_call(emit: Emit, name: str, args: tuple, kwargs: dict) -> Any:
+    """The node that computes this call, or None; a node of the input where it does nothing.
+
+    ``name`` is a method's, or that of a function in :data:`CALLABLES`.
+    """
+    rule = CALLS.get(name.rstrip("_"))
+    return None if rule is None or not args else rule(emit, *args, **kwargs)
+
+
+def convert_module(emit: Emit, module: nn.Module, x: Any, *rest: Any) -> Any:
+    """The node that computes ``module(x)``, or None; x where it does nothing in eval."""
+    if rest or not isinstance(x, Node):
+        return None
+    if is_norm_act(module):
+        return _norm(emit, module, x)
+    if type(module).__name__ in ("StochasticDepth", "DropPath"):
+        return x
+    rule = MODULES.get(type(module))
+    return None if rule is None else rule(emit, module, x)
+
+
+def _act(act: str, emit: Emit, x: Any, *inplace: Any, **kwargs: Any) -> Node | None:
+    return emit(ops.Act(act), [x]) if isinstance(x, Node) and not inplace else None
+
+
+def _binary(op: type[Op], emit: Emit, a: Any, b: Any = None, **others: Any) -> Node | None:
+    plain = isinstance(a, Node) and isinstance(b, Node) and not others
+    return emit(op(), [a, b]) if plain else None
+
+
+def _cat(emit: Emit, parts: Any, dim: int = 0, axis: int | None = None) -> Node | None:
+    if dim != 1 or axis is not None or not all(isinstance(part, Node) for part in parts):
+        return None
+    if len(parts) == 1:
+        return parts[0]
+    if (affine := _channels_apart(parts)) is not None:
+        x, scale, shift = affine
+        return emit(ops.Affine(scale, shift), [x])
+    return emit(ops.Cat(), parts)
+
+
+def _channels_apart(parts: list[Node]) -> tuple[Node, Tensor, Tensor] | None:
+    """(x, scale, shift) where each part is one channel of the input x, scaled and shifted.
+
+    GoogLeNet's ``transform_input`` concatenates these.
+    """
+    scales, shifts = [], []
+    for channel, part in enumerate(parts):
+        shifted = _operand(part, "add", operator.add)
+        scaled = shifted and _operand(shifted[0], "mul", operator.mul)
+        added = scaled and _operand(scaled[0], "unsqueeze", torch.unsqueeze)
+        picked = added and _operand(added[0], "", operator.getitem)
+        if not picked or added[1] != 1 or picked[1] != (slice(None), channel):
+            return None
+        if not isinstance(picked[0].op, ops.Input) or picked[0] is not _root(parts[0]):
+            return None
+        scales.append(scaled[1])
+        shifts.append(shifted[1])
+    vectors = (torch.tensor(values, dtype=torch.float64) for values in (scales, shifts))
+    return (picked[0], *vectors)
+
+
+def _flatten(emit: Emit, x: Any, start_dim: int = 0, end_dim: int = -1) -> Node | None:
+    plain = isinstance(x, Node) and (start_dim, end_dim) == (1, -1)
+    return emit(ops.Flatten(), [x]) if plain else None
+
+
+def _view(emit: Emit, x: Any, *sizes: Any) -> Node | None:
+    """``x.view(x.size(0), -1)``."""
+    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+        sizes = tuple(sizes[0])
+    plain = len(sizes) == 2 and sizes[1] == -1 and _is_batch(sizes[0], x)
+    return emit(ops.Flatten(), [x]) if plain else None
+
+
+def _mean(emit: Emit, x: Any, dim: Any = None, keepdim: bool = False, **o: Any) -> Node | None:
+    over = tuple(dim) if isinstance(dim, (tuple, list)) else ()
+    if not isinstance(x, Node) or o or over not in ((2, 3), (-2, -1)):
+        return None
+    mean = emit(ops.Mean(), [x])
+    return mean if keepdim else emit(ops.Flatten(), [mean])
+
+
+def _adaptive_avg_pool2d(emit: Emit, x: Any, output_size: Any) -> Node | None:
+    return emit(ops.Mean(), [x]) if output_size in (1, (1, 1), [1, 1]) else None
+
+
+def _max_pool2d(
+    emit: Emit, x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+    ceil_mode: bool = False, return_indices: bool = False,
+) -> Node | None:  # fmt: skip
+    window = _window(kernel_size, stride, padding, dilation, ceil_mode)
+    return None if return_indices else emit(ops.MaxPool(window), [x])
+
+
+def _avg_pool2d(
+    emit: Emit, x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0,
+    ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None,
+) -> Node:  # fmt: skip
+    window = _window(kernel_size, stride, padding, 1, ceil_mode)
+    return emit(ops.AvgPool(window, count_include_pad, divisor_override), [x])
+
+
+def _dropout(
+    emit: Emit, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Node | None:
+    return None if training else x
+
+
+def _contiguous(emit: Emit, x: Any, **kwargs: Any) -> Node | None:
+    return x if isinstance(x, Node) else None
+
+
+# What converts the calls of each function and method; takes Emit and the call's arguments.
+CALLS: dict[str, Callable[..., Any]] = {
+    **{act: partial(_act, act) for act in ("relu", "relu6", "silu", "sigmoid")},
+    "add": partial(_binary, ops.Add), "mul": partial(_binary, ops.Mul),
+    "cat": _cat, "flatten": _flatten, "view": _view, "reshape": _view, "mean": _mean,
+    "adaptive_avg_pool2d": _adaptive_avg_pool2d, "max_pool2d": _max_pool2d,
+    "avg_pool2d": _avg_pool2d, "dropout": _dropout, "contiguous": _contiguous,
 }  # fmt: skip
-
-
-class Converter:
-    """Emits a graph's nodes for functions and methods."""
-
-    def __init__(self, emit: Callable[..., Node]) -> None:
-        self.emit = emit
-
-    def convert(self, name: str, layer: str, args: tuple, kwargs: dict) -> Any:
-        """The node that computes this call, or None; a node of the input where it does nothing."""
-        if not args:
-            return None
-        name = name.rstrip("_")
-        if name in _ACTS:
-            plain = isinstance(args[0], Node) and len(args) == 1
-            return self.emit(ops.Act(name), [args[0]], layer) if plain else None
-        rule = getattr(self, f"_{name}", None)
-        return None if rule is None else rule(layer, *args, **kwargs)
-
-    def _add(
-        self, layer: str, a: Any, b: Any = None, *, op: type[Op] = ops.Add, **others: Any
-    ) -> Node | None:
-        if not isinstance(a, Node) or not isinstance(b, Node) or others:
-            return None
-        return self.emit(op(), [a, b], layer)
-
-    def _mul(self, layer: str, a: Any, b: Any = None, **others: Any) -> Node | None:
-        return self._add(layer, a, b, op=ops.Mul, **others)
-
-    def _cat(self, layer: str, parts: Any, dim: int = 0, axis: int | None = None) -> Any:
-        if dim != 1 or axis is not None or not all(isinstance(part, Node) for part in parts):
-            return None
-        if len(parts) == 1:
-            return parts[0]
-        if (affine := self._channels_apart(parts)) is not None:
-            x, scale, shift = affine
-            return self.emit(ops.Affine(scale, shift), [x], layer)
-        return self.emit(ops.Cat(), parts, layer)
-
-    def _channels_apart(self, parts: list[Node]) -> tuple[Node, Tensor, Tensor] | None:
-        """GoogLeNet's transform_input: each channel alone, scaled and shifted, and all again."""
-        scales, shifts = [], []
-        for channel, part in enumerate(parts):
-            shifted = _operand(part, "add", operator.add)
-            scaled = shifted and _operand(shifted[0], "mul", operator.mul)
-            added = scaled and _operand(scaled[0], "unsqueeze", torch.unsqueeze)
-            picked = added and _operand(added[0], "", operator.getitem)
-            if not picked or added[1] != 1 or picked[1] != (slice(None), channel):
-                return None
-            if not isinstance(picked[0].op, ops.Input) or picked[0] is not _root(parts[0]):
-                return None
-            scales.append(scaled[1])
-            shifts.append(shifted[1])
-        vectors = (torch.tensor(values, dtype=torch.float64) for values in (scales, shifts))
-        return (picked[0], *vectors)
-
-    def _flatten(self, layer: str, x: Any, start_dim: int = 0, end_dim: int = -1) -> Node | None:
-        if isinstance(x, Node) and (start_dim, end_dim) == (1, -1):
-            return self.emit(ops.Flatten(), [x], layer)
-        return None
-
-    def _view(self, layer: str, x: Any, *sizes: Any) -> Node | None:
-        """``x.view(x.size(0), -1)``."""
-        sizes = (
-            tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-        )
-        if len(sizes) == 2 and sizes[1] == -1 and _is_batch(sizes[0], x):
-            return self.emit(ops.Flatten(), [x], layer)
-        return None
-
-    _reshape = _view
-
-    def _mean(self, layer: str, x: Any, dim: Any = None, keepdim: bool = False, **o) -> Node | None:
-        if not isinstance(x, Node) or o or tuple(dim or ()) not in ((2, 3), (-2, -1)):
-            return None
-        mean = self.emit(ops.Mean(), [x], layer)
-        return mean if keepdim else self.emit(ops.Flatten(), [mean], layer)
-
-    def _adaptive_avg_pool2d(self, layer: str, x: Any, output_size: Any) -> Node | None:
-        if output_size in (1, (1, 1), [1, 1]):
-            return self.emit(ops.Mean(), [x], layer)
-        return None
-
-    def _max_pool2d(
-        self, layer: str, x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0,
-        dilation: Any = 1, ceil_mode: bool = False, return_indices: bool = False,
-    ) -> Node | None:  # fmt: skip
-        if return_indices:
-            return None
-        window = _window(kernel_size, stride, padding, dilation, ceil_mode)
-        return self.emit(ops.MaxPool(window), [x], layer)
-
-    def _avg_pool2d(
-        self, layer: str, x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0,
-        ceil_mode: bool = False, count_include_pad: bool = True,
-        divisor_override: int | None = None,
-    ) -> Node:  # fmt: skip
-        window = _window(kernel_size, stride, padding, 1, ceil_mode)
-        return self.emit(ops.AvgPool(window, count_include_pad, divisor_override), [x], layer)
-
-    def _dropout(
-        self, layer: str, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False
-    ) -> Node | None:
-        return None if training else x
-
-    def _contiguous(self, layer: str, x: Any, **kwargs: Any) -> Any:
-        return x if isinstance(x, Node) else None
 
 
 def _operand(node: Any, method: str, function: Callable) -> tuple | None:
@@ -191,37 +199,15 @@ def _window(kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil: bo
     return (kernel_size, stride, _pair(padding), _pair(dilation), bool(ceil))
 
 
-def convert_module(converter: Converter, module: nn.Module, layer: str, x: Any, *rest: Any) -> Any:
-    """The node that computes ``module(x)``, or None."""
-    if rest or not isinstance(x, Node):
-        return None
-    kind, emit = type(module), converter.emit
-    if kind is nn.Conv2d:
-        return _conv(converter, module, layer, x)
-    if kind is nn.BatchNorm2d or is_norm_act(module):
-        return _norm(converter, module, layer, x)
-    if kind in _ACT_MODULES:
-        return emit(ops.Act(_ACT_MODULES[kind]), [x], layer)
-    if kind in _IDENTITIES or kind.__name__ in ("StochasticDepth", "DropPath"):
-        return x
-    if kind is nn.Linear:
-        return emit(ops.Linear(module.weight, module.bias), [x], layer)
-    if kind in _FUNCTIONS:
-        name, attributes = _FUNCTIONS[kind]
-        options = [getattr(module, attribute) for attribute in attributes.split()]
-        return converter.convert(name, layer, (x, *options), {})
-    return None
-
-
-def _conv(converter: Converter, conv: nn.Conv2d, layer: str, x: Node) -> Node | None:
+def _conv(emit: Emit, conv: nn.Conv2d, x: Node) -> Node | None:
     padding = (0, 0) if conv.padding == "valid" else conv.padding
     if conv.padding_mode != "zeros" or isinstance(padding, str):
         return None
     op = ops.Conv(conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
-    return converter.emit(op, [x], layer)
+    return emit(op, [x])
 
 
-def _norm(converter: Converter, bn: nn.Module, layer: str, x: Node) -> Node | None:
+def _norm(emit: Emit, bn: nn.Module, x: Node) -> Node | None:
     if why_not_affine(bn):
         return None
     act = "none"
@@ -232,5 +218,26 @@ def _norm(converter: Converter, bn: nn.Module, layer: str, x: Node) -> Node | No
     params = BatchNormParams(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
     with torch.no_grad():
         scale, shift = scale_shift(None, params, bn.running_mean, torch.float64)
-    node = converter.emit(ops.Affine(scale, shift), [x], layer)
-    return node if act == "none" else converter.emit(ops.Act(act), [node], layer)
+    node = emit(ops.Affine(scale, shift), [x])
+    return node if act == "none" else emit(ops.Act(act), [node])
+
+
+def _of(rule: Callable[..., Any], names: str = "") -> Callable[..., Any]:
+    """The rule of a call, with these attributes of a module as its arguments after x."""
+    return lambda emit, m, x: rule(emit, x, *(getattr(m, name) for name in names.split()))
+
+
+# What converts a module of each kind; takes Emit, the module and its input.
+MODULES: dict[type[nn.Module], Callable[..., Any]] = {
+    **{kind: _of(CALLS[act]) for kind, act in _ACT_MODULES.items()},
+    **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout2d), lambda emit, m, x: x),
+    nn.Conv2d: _conv,
+    nn.BatchNorm2d: _norm,
+    nn.Linear: lambda emit, m, x: emit(ops.Linear(m.weight, m.bias), [x]),
+    nn.Flatten: _of(_flatten, "start_dim end_dim"),
+    nn.AdaptiveAvgPool2d: _of(_adaptive_avg_pool2d, "output_size"),
+    nn.MaxPool2d: _of(_max_pool2d, "kernel_size stride padding dilation ceil_mode return_indices"),
+    nn.AvgPool2d: _of(
+        _avg_pool2d, "kernel_size stride padding ceil_mode count_include_pad divisor_override"
+    ),
+}

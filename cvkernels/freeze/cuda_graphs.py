@@ -17,6 +17,7 @@ from cvkernels import record
 from cvkernels.freeze.graph import Ref, Step
 from cvkernels.freeze.ops import Call
 from cvkernels.freeze.plan import Plan
+from cvkernels.tables import first_line
 
 # Calls before the capture: Triton compiles and cuDNN chooses in them.
 WARM_UP = 2
@@ -113,9 +114,9 @@ class CudaGraph:
                 pass
         torch.cuda.set_stream(stream)
         self._pool.handle = torch.cuda.graph_pool_handle()
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
         warnings.warn(
-            f"freeze: the model cannot be captured as a CUDA graph and runs step by step ({why})",
+            f"freeze: the model cannot be captured as a CUDA graph and runs step by step "
+            f"({first_line(error)})",
             stacklevel=4,
         )
 
@@ -128,8 +129,8 @@ def may_be_captured(step: Step) -> bool:
     target, args = call.target, call.args
     if call.kind == "method":
         # A device is a string or torch.device: to() another one waits.
-        moves = target == "to" and any(isinstance(arg, (str, torch.device)) for arg in args[1:])
-        moves = moves or (target == "to" and "device" in call.kwargs)
+        devices = [arg for arg in args[1:] if isinstance(arg, (str, torch.device))]
+        moves = target == "to" and (devices or "device" in call.kwargs)
         return target not in WAITS and not moves
     if isinstance(target, nn.Module):
         return all(

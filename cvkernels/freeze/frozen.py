@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import threading
 import time
@@ -27,6 +26,7 @@ from cvkernels.freeze.plan import Plan
 from cvkernels.freeze.report import Report, report
 from cvkernels.freeze.siblings import merge_siblings
 from cvkernels.functional import DerivedWeights
+from cvkernels.memory_use import out_of_memory
 from cvkernels.ops.common.errors import InputTypeError, InputValueError
 from cvkernels.ops.conv_bn_act.problem import Problem
 
@@ -160,15 +160,12 @@ def _planning(device: torch.device) -> Iterator[None]:
             with record.paused():
                 yield
     except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        out = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-            "can't allocate memory" in text or "not enough memory" in text
-        )
-        if not out:
+        if not out_of_memory(error):
             raise
+        why = str(error).partition("\n")[0] or "no room"
         raise MemoryError(
-            f"freeze: out of memory while planning ({text.splitlines()[0] if text else 'no room'});"
-            f" the model is unchanged. Free memory, or give a smaller batch"
+            f"freeze: out of memory while planning ({why}); the model is unchanged. Free memory, "
+            f"or give a smaller batch"
         ) from error
 
 
@@ -358,15 +355,9 @@ class Frozen(nn.Module):
             ValueError: the model holds modules or functions that are called as they are; pickle it
                 with torch.save(frozen, path), and load it with weights_only=False.
         """
-        content = {
-            "format": FORMAT,
-            **saving.encode(self.graph),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": str(self.device),
-            "channels": self.channels,
-            "table": dict(self.table),
-        }
-        torch.save(content, path)
+        about = {"format": FORMAT, "channels": self.channels, "table": dict(self.table)}
+        about |= {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
+        torch.save(about | saving.encode(self.graph), path)
 
     def train(self, mode: bool = True) -> Frozen:
         if mode:
@@ -399,12 +390,6 @@ class Frozen(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._start_empty()
-
-    def __deepcopy__(self, memo: dict) -> Frozen:
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return twin
 
     def extra_repr(self) -> str:
         return f"{len(self.graph.nodes) - 1} ops, dtype={self.dtype}, device={self.device}"

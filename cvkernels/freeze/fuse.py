@@ -114,15 +114,16 @@ class _Fuser:
         if not self._only(gate, ops.Act) or gate.op.act != "sigmoid":
             return None
         fc2 = gate.inputs[0]
-        if not self._only(fc2, ops.Conv) or fc2.op.act != "none" or not _is_matrix(fc2.op):
+        if not self._is_layer(fc2, ("none",)) or not self._is_layer(fc2.inputs[0], SE_ACTS):
             return None
         fc1 = fc2.inputs[0]
-        if not self._only(fc1, ops.Conv) or fc1.op.act not in SE_ACTS or not _is_matrix(fc1.op):
-            return None
         mean = fc1.inputs[0]
-        if not self._only(mean, ops.Mean) or mean.op.input_affine is not None:
-            return None
-        return (fc1, fc2) if mean.inputs == [x] else None
+        plain = self._only(mean, ops.Mean) and mean.op.input_affine is None
+        return (fc1, fc2) if plain and mean.inputs == [x] else None
+
+    def _is_layer(self, node: Node, acts: tuple[str, ...]) -> bool:
+        """Whether node is a matrix and a bias with such an activation, and read once."""
+        return self._only(node, ops.Conv) and node.op.act in acts and _is_matrix(node.op)
 
     def _conv(self, node: Node) -> None:
         """What a 1x1 convolution can do to its input: a norm with ReLU, or the gates of SE."""

@@ -29,21 +29,25 @@ class Interval:
     offset: int = 0
 
 
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 def pack(intervals: Iterable[Interval]) -> int:
     """Give every interval its offset; the bytes of all together."""
     placed: list[Interval] = []
     for interval in sorted(intervals, key=lambda i: (-i.nbytes, i.first)):
-        size = -(-interval.nbytes // ALIGNMENT) * ALIGNMENT
+        size = _aligned(interval.nbytes)
         others = [o for o in placed if o.first <= interval.last and interval.first <= o.last]
         best, gap_of_best, end = None, 0, 0
         for other in sorted(others, key=lambda o: o.offset):
             gap = other.offset - end
             if gap >= size and (best is None or gap < gap_of_best):
                 best, gap_of_best = end, gap
-            end = max(end, -(-(other.offset + other.nbytes) // ALIGNMENT) * ALIGNMENT)
+            end = max(end, _aligned(other.offset + other.nbytes))
         interval.offset = end if best is None else best
         placed.append(interval)
-    return max((-(-(i.offset + i.nbytes) // ALIGNMENT) * ALIGNMENT for i in placed), default=0)
+    return max((_aligned(i.offset + i.nbytes) for i in placed), default=0)
 
 
 class Memory:
@@ -181,15 +185,11 @@ class Memory:
             root, _ = self.root(step)
             if not root.op.writes:
                 continue
-            first, last = self.index[step], self.last[step]
-            if isinstance(step.op, Sums):
-                first = self.index[step.inputs[0]]
-            if root in intervals:
-                interval = intervals[root]
-                interval.first = min(interval.first, first)
-                interval.last = max(interval.last, last)
-            else:
-                intervals[root] = Interval(root.nbytes, first, last)
+            computed = step.inputs[0] if isinstance(step.op, Sums) else step
+            first, last = self.index[computed], self.last[step]
+            interval = intervals.setdefault(root, Interval(root.nbytes, first, last))
+            interval.first = min(interval.first, first)
+            interval.last = max(interval.last, last)
         return intervals
 
 

@@ -21,11 +21,13 @@ from cvkernels.ops.common.traffic import Traffic
 
 
 class Site:
-    """One step's numbers in ``env``: its value's, its inputs', and ``none`` of what is always None.
+    """Where one step finds its values in ``env``.
 
-    ``out`` is the number of the memory that the value is written to, ``none`` where the step
-    allocates it. ``env`` holds the memory of an arena, ``caches`` keeps what backends derive from a
-    node's weights. ``plans`` are those that the step runs in a call, each as often as it does.
+    ``number`` is the index of its value, ``inputs`` has those of its inputs, and ``none`` is that
+    of an entry that is always None. ``out`` is the index of the memory that the value is written
+    to, or ``none`` where the step allocates it. The ``env`` given here holds the memory of an
+    arena; ``caches`` keeps what backends derive from a node's weights. ``plans`` are the plans that
+    the step runs in a call, each as often as it runs it.
     """
 
     def __init__(

@@ -27,25 +27,17 @@ _SENETS = (
 _SHARED = (*_RESNETS, *_DENSENETS, *(f"efficientnet_b{i}" for i in range(5)))
 _SIZES_V2 = ("s", "m", "l")
 
+_TORCHVISION = (
+    *_SHARED,
+    *(f"efficientnet_b{i}" for i in (5, 6, 7)),
+    *(f"efficientnet_v2_{size}" for size in _SIZES_V2),
+)
+_TIMM = (*_SHARED, *_SENETS, "seresnext101_32x8d", *(f"legacy_{name}" for name in _SENETS))
+
 # The builder of each library's network in cvkernels.models.
 BUILDERS: dict[str, dict[str, str]] = {
-    "torchvision": {
-        name: name
-        for name in (
-            *_SHARED,
-            *(f"efficientnet_b{i}" for i in (5, 6, 7)),
-            *(f"efficientnet_v2_{size}" for size in _SIZES_V2),
-        )
-    },
-    "timm": {
-        name: name
-        for name in (
-            *_SHARED,
-            *_SENETS,
-            "seresnext101_32x8d",
-            *(f"legacy_{name}" for name in _SENETS),
-        )
-    },
+    "torchvision": {name: name for name in _TORCHVISION},
+    "timm": {name: name for name in _TIMM},
     "cadene": {
         name.replace("seres", "se_res"): f"legacy_{name}"
         for name in _SENETS

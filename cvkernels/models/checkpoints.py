@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from cvkernels.models.checkpoint_names import advice
+from cvkernels.tables import first_line
 
 CONTAINERS = ("state_dict", "model", "model_state_dict")
+# What torch.load raises for a file that is none of its own, or damaged.
+UNREADABLE = (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError)
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 
@@ -134,23 +137,16 @@ def _read_file(path: str | os.PathLike) -> Any:
     try:
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(Path(path), map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        RuntimeError,
-        EOFError,
-        ValueError,
-    ) as error:
+    except UNREADABLE as error:
         if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
             raise ValueError(
                 f"checkpoint {os.fspath(path)!r} cannot be read safely, it holds {refused[1]} "
                 f"beside or instead of tensors; if you trust the file, read it once with "
                 f"torch.load(path, weights_only=False) and save the state dict alone"
             ) from error
-        cause = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
             f"checkpoint {os.fspath(path)!r} cannot be read, it is damaged or not a file of "
-            f"torch.save's tensors: {cause}"
+            f"torch.save's tensors: {first_line(error)}"
         ) from error
 
 
@@ -207,16 +203,9 @@ def load_checkpoint(
     own = {key: list(value.shape) for key, value in model.state_dict().items()}
     if found := complaints(own, state, "the model"):
         way_out = advice(state, own, builder)
-        raise RuntimeError(
-            "\n\t".join(
-                [
-                    f"Error(s) in loading state_dict for {type(model).__name__}; "
-                    f"the model is unchanged:",
-                    *found,
-                    *([way_out] if way_out else []),
-                ]
-            )
-        )
+        kind = type(model).__name__
+        first = f"Error(s) in loading state_dict for {kind}; the model is unchanged:"
+        raise RuntimeError("\n\t".join([first, *found, *([way_out] if way_out else [])]))
     model.load_state_dict(state)
 
 
@@ -232,15 +221,11 @@ def complaints(own: Mapping[str, list[int]], state: Mapping[str, Tensor], owner:
         for key, shape in own.items()
         if key in state and _shape(state[key]) != shape
     ]
-    return [
-        f"{what}: {', '.join(names)}."
-        for what, names in (
-            (f"{len(missing)} missing key(s)", missing),
-            (f"{len(unexpected)} unexpected key(s)", unexpected),
-            (f"{len(mismatched)} size mismatch(es)", mismatched),
-        )
-        if names
-    ]
+    found = {"missing key": missing, "unexpected key": unexpected}
+    shown = [f"{len(keys)} {what}(s): {', '.join(keys)}." for what, keys in found.items() if keys]
+    if mismatched:
+        shown.append(f"{len(mismatched)} size mismatch(es): {', '.join(mismatched)}.")
+    return shown
 
 
 def _shape(value: Any) -> list[int] | None:

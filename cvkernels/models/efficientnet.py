@@ -185,15 +185,8 @@ def efficientnet(
             f"efficientnet: resolution must be a positive integer, the height and width of the "
             f"images in pixels, got {resolution!r}"
         )
-    return _network(
-        _scaled(width, depth),
-        dropout,
-        None,
-        resolution,
-        stochastic_depth_prob=stochastic_depth_prob,
-        num_classes=num_classes,
-        norm_layer=norm_layer,
-    )
+    kwargs = {"stochastic_depth_prob": stochastic_depth_prob, "num_classes": num_classes}
+    return _network(_scaled(width, depth), dropout, resolution, kwargs, norm_layer=norm_layer)
 
 
 def _scaled(width: float, depth: float) -> list[MBConvConfig]:
@@ -206,13 +199,16 @@ def _v2(stages: tuple[tuple, tuple]) -> list[MBConvConfig | FusedMBConvConfig]:
 
 
 def _network(
-    inverted_residual_setting: Sequence[MBConvConfig | FusedMBConvConfig],
+    stages: Sequence[MBConvConfig | FusedMBConvConfig],
     dropout: float,
-    last_channel: int | None,
     resolution: int,
-    **kwargs: Any,
+    kwargs: dict[str, Any],
+    last_channel: int | None = None,
+    **own: Any,
 ) -> EfficientNet:
-    model = EfficientNet(inverted_residual_setting, dropout, last_channel=last_channel, **kwargs)
+    """A network with ``dropout`` unless the caller gives another, and with options of its own."""
+    kwargs = {"dropout": dropout, **kwargs}
+    model = EfficientNet(stages, last_channel=last_channel, **kwargs, **own)
     model.resolution = resolution
     return model
 
@@ -220,70 +216,64 @@ def _network(
 @model_builder("EfficientNet_B0_Weights")
 def efficientnet_b0(**kwargs) -> EfficientNet:
     """EfficientNet-B0, for 224 x 224: 5.3 M parameters."""
-    return _network(_scaled(1.0, 1.0), kwargs.pop("dropout", 0.2), None, 224, **kwargs)
+    return _network(_scaled(1.0, 1.0), 0.2, 224, kwargs)
 
 
 @model_builder("EfficientNet_B1_Weights")
 def efficientnet_b1(**kwargs) -> EfficientNet:
     """EfficientNet-B1, for 240 x 240: 7.8 M parameters."""
-    return _network(_scaled(1.0, 1.1), kwargs.pop("dropout", 0.2), None, 240, **kwargs)
+    return _network(_scaled(1.0, 1.1), 0.2, 240, kwargs)
 
 
 @model_builder("EfficientNet_B2_Weights")
 def efficientnet_b2(**kwargs) -> EfficientNet:
     """EfficientNet-B2: 9.1 M parameters. The weights are for 288 x 288, the paper has 260."""
-    return _network(_scaled(1.1, 1.2), kwargs.pop("dropout", 0.3), None, 288, **kwargs)
+    return _network(_scaled(1.1, 1.2), 0.3, 288, kwargs)
 
 
 @model_builder("EfficientNet_B3_Weights")
 def efficientnet_b3(**kwargs) -> EfficientNet:
     """EfficientNet-B3, for 300 x 300: 12.2 M parameters."""
-    return _network(_scaled(1.2, 1.4), kwargs.pop("dropout", 0.3), None, 300, **kwargs)
+    return _network(_scaled(1.2, 1.4), 0.3, 300, kwargs)
 
 
 @model_builder("EfficientNet_B4_Weights")
 def efficientnet_b4(**kwargs) -> EfficientNet:
     """EfficientNet-B4, for 380 x 380: 19.3 M parameters."""
-    return _network(_scaled(1.4, 1.8), kwargs.pop("dropout", 0.4), None, 380, **kwargs)
+    return _network(_scaled(1.4, 1.8), 0.4, 380, kwargs)
 
 
 @model_builder("EfficientNet_B5_Weights")
 def efficientnet_b5(**kwargs) -> EfficientNet:
     """EfficientNet-B5, for 456 x 456: 30.4 M parameters; norms with eps 1e-3 and momentum 0.01."""
-    dropout = kwargs.pop("dropout", 0.4)
-    return _network(_scaled(1.6, 2.2), dropout, None, 456, norm_layer=B5_TO_B7_NORM, **kwargs)
+    return _network(_scaled(1.6, 2.2), 0.4, 456, kwargs, norm_layer=B5_TO_B7_NORM)
 
 
 @model_builder("EfficientNet_B6_Weights")
 def efficientnet_b6(**kwargs) -> EfficientNet:
     """EfficientNet-B6, for 528 x 528: 43.0 M parameters; norms with eps 1e-3 and momentum 0.01."""
-    dropout = kwargs.pop("dropout", 0.5)
-    return _network(_scaled(1.8, 2.6), dropout, None, 528, norm_layer=B5_TO_B7_NORM, **kwargs)
+    return _network(_scaled(1.8, 2.6), 0.5, 528, kwargs, norm_layer=B5_TO_B7_NORM)
 
 
 @model_builder("EfficientNet_B7_Weights")
 def efficientnet_b7(**kwargs) -> EfficientNet:
     """EfficientNet-B7, for 600 x 600: 66.3 M parameters; norms with eps 1e-3 and momentum 0.01."""
-    dropout = kwargs.pop("dropout", 0.5)
-    return _network(_scaled(2.0, 3.1), dropout, None, 600, norm_layer=B5_TO_B7_NORM, **kwargs)
+    return _network(_scaled(2.0, 3.1), 0.5, 600, kwargs, norm_layer=B5_TO_B7_NORM)
 
 
 @model_builder("EfficientNet_V2_S_Weights")
 def efficientnet_v2_s(**kwargs) -> EfficientNet:
     """EfficientNetV2-S, for 384 x 384: 21.5 M parameters; norms with eps 1e-3."""
-    dropout = kwargs.pop("dropout", 0.2)
-    return _network(_v2(V2_S_STAGES), dropout, 1280, 384, norm_layer=V2_NORM, **kwargs)
+    return _network(_v2(V2_S_STAGES), 0.2, 384, kwargs, last_channel=1280, norm_layer=V2_NORM)
 
 
 @model_builder("EfficientNet_V2_M_Weights")
 def efficientnet_v2_m(**kwargs) -> EfficientNet:
     """EfficientNetV2-M, for 480 x 480: 54.1 M parameters; norms with eps 1e-3."""
-    dropout = kwargs.pop("dropout", 0.3)
-    return _network(_v2(V2_M_STAGES), dropout, 1280, 480, norm_layer=V2_NORM, **kwargs)
+    return _network(_v2(V2_M_STAGES), 0.3, 480, kwargs, last_channel=1280, norm_layer=V2_NORM)
 
 
 @model_builder("EfficientNet_V2_L_Weights")
 def efficientnet_v2_l(**kwargs) -> EfficientNet:
     """EfficientNetV2-L, for 480 x 480: 118.5 M parameters; norms with eps 1e-3."""
-    dropout = kwargs.pop("dropout", 0.4)
-    return _network(_v2(V2_L_STAGES), dropout, 1280, 480, norm_layer=V2_NORM, **kwargs)
+    return _network(_v2(V2_L_STAGES), 0.4, 480, kwargs, last_channel=1280, norm_layer=V2_NORM)

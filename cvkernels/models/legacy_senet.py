@@ -93,9 +93,8 @@ class LegacySENet(TimmClassifier):
                 stride=2 if index else 1, shortcut=shortcut if index else (1, 0),
             )  # fmt: skip
             setattr(self, name, stage)
-            self.feature_info.append(
-                {"num_chs": self.inplanes, "reduction": 4 * 2**index, "module": name}
-            )  # fmt: skip
+            info = {"num_chs": self.inplanes, "reduction": 4 * 2**index, "module": name}
+            self.feature_info.append(info)
         self._add_head(self.inplanes, global_pool)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):

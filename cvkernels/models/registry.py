@@ -18,6 +18,13 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
 Finish = Callable[[nn.Module], None]
 
 
+def _as_called(*, weights=None, progress=True, **kwargs) -> nn.Module:
+    """How a builder is called; older ways are understood too."""
+
+
+_SIGNATURE = inspect.signature(_as_called, eval_str=True)
+
+
 def model_builder(
     weights_enum: str,
     *,
@@ -50,14 +57,7 @@ def model_builder(
                 finish(model)
             return model
 
-        builder.__signature__ = inspect.Signature(
-            [
-                inspect.Parameter("weights", inspect.Parameter.KEYWORD_ONLY, default=None),
-                inspect.Parameter("progress", inspect.Parameter.KEYWORD_ONLY, default=True),
-                inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
-            ],
-            return_annotation=nn.Module,
-        )
+        builder.__signature__ = _SIGNATURE
         builder.weights_enum = weights_enum
         return register_builder(builder)
 

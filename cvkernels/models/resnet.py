@@ -95,37 +95,26 @@ class ResNet(FusedModule):
         stride: int = 1,
         dilate: bool = False,
     ) -> nn.Sequential:
-        previous_dilation = self.dilation
+        first_dilation = self.dilation
         if dilate:
             self.dilation *= stride
             stride = 1
+        outplanes = planes * block.expansion
         downsample = None
-        if stride != 1 or self.inplanes != planes * block.expansion:
+        if stride != 1 or self.inplanes != outplanes:
             downsample = ConvBNAct(
-                self.inplanes,
-                planes * block.expansion,
-                kernel_size=1,
-                stride=stride,
-                norm_layer=self._norm_layer,
-                activation_layer=None,
+                self.inplanes, outplanes, kernel_size=1, stride=stride,
+                norm_layer=self._norm_layer, activation_layer=None,
+            )  # fmt: skip
+        width, norm = (self.groups, self.base_width), self._norm_layer
+        stage = nn.Sequential()
+        for _ in range(blocks):
+            stage.append(
+                block(self.inplanes, planes, stride, downsample, *width, first_dilation, norm)
             )
-        layers = []
-        for index in range(blocks):
-            first = index == 0
-            layers.append(
-                block(
-                    self.inplanes,
-                    planes,
-                    stride if first else 1,
-                    downsample if first else None,
-                    self.groups,
-                    self.base_width,
-                    previous_dilation if first else self.dilation,
-                    self._norm_layer,
-                )
-            )
-            self.inplanes = planes * block.expansion
-        return nn.Sequential(*layers)
+            self.inplanes, stride, downsample = outplanes, 1, None
+            first_dilation = self.dilation
+        return stage
 
     def forward(self, x: Tensor) -> Tensor:
         return self._forward_impl(x)

@@ -6,7 +6,7 @@ something else: :mod:`cvkernels.models.legacy_senet`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -89,27 +89,10 @@ class SEResNet(TimmClassifier):
             raise ValueError(f"stem_type must be '', 'deep' or 'deep_tiered', got {stem_type!r}")
         act_layer = _named("act_layer", act_layer, ACTIVATIONS)
         norm_layer = _named("norm_layer", norm_layer, NORMS)
-
-        inplanes = stem_width * 2 if stem_type else 64
-        if stem_type:
-            first = 3 * (stem_width // 4) if stem_type == "deep_tiered" else stem_width
-            self.conv1 = nn.Sequential(
-                nn.Conv2d(in_chans, first, 3, stride=2, padding=1, bias=False),
-                norm_layer(first),
-                act_layer(inplace=True),
-                nn.Conv2d(first, stem_width, 3, padding=1, bias=False),
-                norm_layer(stem_width),
-                act_layer(inplace=True),
-                nn.Conv2d(stem_width, inplanes, 3, padding=1, bias=False),
-            )
-        else:
-            self.conv1 = nn.Conv2d(in_chans, inplanes, 7, stride=2, padding=3, bias=False)
-        self.bn1 = norm_layer(inplanes)
-        self.act1 = act_layer(inplace=True)
-        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        inplanes = self._add_stem(stem_width, stem_type, act_layer, norm_layer)
         self.feature_info = [{"num_chs": inplanes, "reduction": 2, "module": "act1"}]
 
-        total, built = sum(layers), 0
+        drop_paths = _drop_paths(drop_path_rate, sum(layers))
         net_stride, dilation, previous_dilation = 4, 1, 1
         for name, planes, count in zip(STAGES, channels, layers, strict=True):
             stride = 1 if name == "layer1" else 2
@@ -124,34 +107,45 @@ class SEResNet(TimmClassifier):
                     inplanes, outplanes, down_kernel_size, stride, dilation, previous_dilation,
                     norm_layer,
                 )  # fmt: skip
-            blocks = []
-            for index in range(count):
-                drop = drop_path_rate * built / (total - 1) if drop_path_rate else 0.0
-                blocks.append(
-                    block(
-                        inplanes,
-                        planes,
-                        stride if index == 0 else 1,
-                        downsample if index == 0 else None,
-                        cardinality,
-                        base_width,
-                        block_reduce_first,
-                        dilation,
-                        previous_dilation,
-                        act_layer,
-                        norm_layer,
-                        DropPath(drop) if drop > 0 else None,
-                    )
-                )
-                previous_dilation = dilation
-                inplanes = outplanes
-                built += 1
-            setattr(self, name, nn.Sequential(*blocks))
-            self.feature_info.append(
-                {"num_chs": inplanes, "reduction": net_stride, "module": name}
-            )  # fmt: skip
+            stage = nn.Sequential()
+            for _ in range(count):
+                stage.append(block(
+                    inplanes, planes, stride, downsample, cardinality, base_width,
+                    block_reduce_first, dilation, previous_dilation, act_layer, norm_layer,
+                    next(drop_paths),
+                ))  # fmt: skip
+                inplanes, stride, downsample, previous_dilation = outplanes, 1, None, dilation
+            setattr(self, name, stage)
+            self.feature_info.append({"num_chs": inplanes, "reduction": net_stride, "module": name})
         self._add_head(inplanes, global_pool)
         self._initialise(zero_init_last)
+
+    def _add_stem(
+        self,
+        width: int,
+        kind: str,
+        act_layer: Callable[..., nn.Module],
+        norm_layer: Callable[..., nn.Module],
+    ) -> int:
+        """Add what comes before ``layer1``; how many channels it gives."""
+        inplanes = width * 2 if kind else 64
+        if kind:
+            first = 3 * (width // 4) if kind == "deep_tiered" else width
+            self.conv1 = nn.Sequential(
+                nn.Conv2d(self.in_chans, first, 3, stride=2, padding=1, bias=False),
+                norm_layer(first),
+                act_layer(inplace=True),
+                nn.Conv2d(first, width, 3, padding=1, bias=False),
+                norm_layer(width),
+                act_layer(inplace=True),
+                nn.Conv2d(width, inplanes, 3, padding=1, bias=False),
+            )
+        else:
+            self.conv1 = nn.Conv2d(self.in_chans, inplanes, 7, stride=2, padding=3, bias=False)
+        self.bn1 = norm_layer(inplanes)
+        self.act1 = act_layer(inplace=True)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        return inplanes
 
     def _initialise(self, zero_init_last: bool) -> None:
         for m in self.modules():
@@ -184,6 +178,12 @@ def _named(argument: str, layer: Layer, known: dict[str, type]) -> Callable[...,
             f"layer, got {layer!r}"
         )
     return known[layer.lower()]
+
+
+def _drop_paths(rate: float, blocks: int) -> Iterator[DropPath | None]:
+    """The stochastic depth of each block, whose rate grows linearly from 0 to ``rate``."""
+    for index in range(blocks):
+        yield DropPath(rate * index / (blocks - 1)) if index and rate > 0 else None
 
 
 def _downsample(

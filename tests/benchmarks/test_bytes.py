@@ -12,7 +12,7 @@ from benchmarks import (
     kernels,
 )
 from benchmarks.harness import machine
-from benchmarks.harness.case import grad_mode
+from benchmarks.harness.case import Conditions, grad_mode
 from benchmarks.harness.machine import Settings
 from benchmarks.harness.report import Rates
 from benchmarks.harness.run import run_cases
@@ -68,7 +68,8 @@ def test_byte_model_of_a_native_op_is_explain_s(bench):
 def test_explain_reports_the_same_bytes():
     """The recorder that the two tests above read is the one behind the public explain."""
     name, conv = "one-pixel", bench_conv_bn_act.ODD["one-pixel"]
-    case = bench_conv_bn_act.case_of(name, conv, torch.float32, torch.device("meta"))
+    at = Conditions(conv.N, torch.float32, torch.device("meta"))
+    case = bench_conv_bn_act.case_of(name, conv, at)
     args, kwargs = case.inputs()
 
     class Call(torch.nn.Module):
@@ -90,7 +91,8 @@ def test_stock_is_the_reference():
     for part in ("forward", "backward"):
         conv = bench_conv_bn_act.ODD["grouped"]
         for name in ("layer1.conv3", "layer1.0.downsample", "layer1.0.conv1"):
-            case = bench_conv_bn_act.case_of(name, conv, torch.float32, CPU, part)
+            at = Conditions(conv.N, torch.float32, CPU, part)
+            case = bench_conv_bn_act.case_of(name, conv, at)
             with grad_mode(case):
                 trial = Trial(case)
                 for variant in ("eager", "cvkernels"):

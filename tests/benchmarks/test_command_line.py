@@ -37,9 +37,8 @@ def test_json_holds_rows_rates_and_conditions(monkeypatch, tmp_path, capsys):
     written = json.loads(path.read_text())
     assert set(written) == {"schema", "complete", "environment", "rates", "noise", "rows"}
     assert written["schema"] == SCHEMA and written["complete"] is True
-    assert {"device", "threads", "torch", "triton", "commit", "cache"} <= set(
-        written["environment"]
-    )
+    conditions = {"device", "threads", "torch", "triton", "commit", "cache"}
+    assert conditions <= set(written["environment"])
     assert set(written["rates"]["fp32"]) == {"copy_gb_per_s", "matrix_tflop_per_s"}
     assert set(written["noise"]) == {*Noise._fields, "too_noisy"}
     assert [row["variant"] for row in written["rows"]] == ["eager", "cvkernels"]
@@ -103,19 +102,13 @@ def test_exit_status_tells_wrong_and_interrupted():
 def test_rows_under_pytest_benchmark(tmp_path):
     path = tmp_path / "rows.json"
     chosen = "odd-fp32 and not compile or one-pixel and eager"
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/bench_max_pool.py"]
+    pytest_of = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/bench_max_pool.py"]
+    command = [sys.executable, *pytest_of, "-k", chosen, "--benchmark-json", str(path)]
     if torch.cuda.is_available():
         pytest.skip("the rows' names are those of a machine without a GPU")
     # Under pytest-xdist, which this run may be, pytest-benchmark measures nothing.
     alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    done = subprocess.run(
-        [sys.executable, *command, "-k", chosen, "--benchmark-json", str(path)],
-        env=alone,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = subprocess.run(command, env=alone, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads(path.read_text())
     assert "commit" in written["machine_info"]["cvkernels"]

@@ -31,6 +31,11 @@ def machine(clock, monkeypatch):
     return made
 
 
+def measured(machine, variants, **options):
+    """The report of one case with these variants."""
+    return run_cases([make_case(variants, **options)], machine, FEW)
+
+
 def test_summary_is_median_and_quintiles():
     assert summarize([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == (3.5, 2.0, 5.0)
     assert summarize([7.0]) == (7.0, 7.0, 7.0)
@@ -99,9 +104,9 @@ def test_rounds_end_when_the_seconds_are_spent(machine):
 
 
 def test_columns_follow_from_the_time(machine, clock):
-    case = make_case({"eager": slow(clock, 4e-6), "compile": slow(clock, 2e-6),
-                      "cvkernels": slow(clock, 1e-6)})  # fmt: skip
-    eager, compiled, ours = run_cases([case], machine, FEW).rows
+    times = {"eager": 4e-6, "compile": 2e-6, "cvkernels": 1e-6}
+    variants = {name: slow(clock, seconds) for name, seconds in times.items()}
+    eager, compiled, ours = measured(machine, variants).rows
     assert (eager.status, eager.backend, compiled.backend) == ("measured", "aten", "inductor")
     assert ours.time_us == pytest.approx(1.0) and ours.samples == 6
     assert (ours.vs_eager, ours.vs_compile) == (pytest.approx(4.0), pytest.approx(2.0))
@@ -146,7 +151,7 @@ def test_wrong_result_is_refused_before_timing(machine):
         calls.append(1)
         return x * 2 + 1e-3
 
-    report = run_cases([make_case({"eager": doubled, "cvkernels": wrong})], machine, FEW)
+    report = measured(machine, {"eager": doubled, "cvkernels": wrong})
     eager, ours = report.rows
     assert (eager.status, ours.status, ours.time_us) == ("measured", "wrong", None)
     assert "max error 1.0" in ours.note and "allowed" in ours.note
@@ -155,15 +160,15 @@ def test_wrong_result_is_refused_before_timing(machine):
 
 
 def test_nan_is_wrong(machine):
-    case = make_case({"eager": doubled, "cvkernels": lambda x: x * torch.nan})
-    assert run_cases([case], machine, FEW).rows[1].status == "wrong"
+    variants = {"eager": doubled, "cvkernels": lambda x: x * torch.nan}
+    assert measured(machine, variants).rows[1].status == "wrong"
 
 
 def test_moved_data_must_be_equal(machine):
-    nudged = make_case({"eager": doubled, "cvkernels": lambda x: x * 2 * (1 + 2**-23)})
-    assert run_cases([nudged], machine, FEW).rows[1].status == "measured"
-    nudged = dataclasses.replace(nudged, bitwise=True)
-    assert run_cases([nudged], machine, FEW).rows[1].note == "not equal to the reference"
+    nudged = {"eager": doubled, "cvkernels": lambda x: x * 2 * (1 + 2**-23)}
+    assert measured(machine, nudged).rows[1].status == "measured"
+    row = measured(machine, nudged, bitwise=True).rows[1]
+    assert row.note == "not equal to the reference"
 
 
 def test_wrong_gradient_is_refused(machine):
@@ -180,14 +185,12 @@ def test_wrong_gradient_is_refused(machine):
         return (torch.randn(4, 4, requires_grad=True),), {}
 
     variants = {"eager": doubled, "cvkernels": Skewed.apply}
-    case = make_case(variants, inputs=inputs, part="backward")
-    eager, ours = run_cases([case], machine, FEW).rows
+    eager, ours = measured(machine, variants, inputs=inputs, part="backward").rows
     assert (eager.status, ours.status) == ("measured", "wrong")
 
 
 def test_zeros_are_not_timed(machine):
-    case = make_case({"eager": doubled}, inputs=lambda: ((torch.zeros(4, 4),), {}))
-    (row,) = run_cases([case], machine, FEW).rows
+    (row,) = measured(machine, {"eager": doubled}, inputs=lambda: ((torch.zeros(4, 4),), {})).rows
     assert row.status == "failed" and "all zeros" in row.note and row.time_us is None
 
 
@@ -217,9 +220,8 @@ def test_backend_that_cannot_run_is_unavailable_and_a_crash_is_failed(machine):
     def too_large(x):
         raise torch.OutOfMemoryError("out of memory")
 
-    case = make_case({"eager": doubled, "cvkernels cudnn": refuses, "cvkernels": crashes,
-                      "cvkernels triton": too_large})  # fmt: skip
-    report = run_cases([case], machine, FEW)
+    ours = {"cvkernels cudnn": refuses, "cvkernels": crashes, "cvkernels triton": too_large}
+    report = measured(machine, {"eager": doubled, **ours})
     statuses = [row.status for row in report.rows]
     assert statuses == ["measured", "unavailable", "failed", "unavailable"]
     assert not report.sound
@@ -267,8 +269,7 @@ def test_interrupt_keeps_what_was_measured(machine, clock):
 
 
 def test_same_variant_twice_tells_the_noise(machine, clock):
-    quiet = make_case({"eager": slow(clock, 1e-6), "cvkernels": slow(clock, 2e-6)})
-    report = run_cases([quiet], machine, FEW)
+    report = measured(machine, {"eager": slow(clock, 1e-6), "cvkernels": slow(clock, 2e-6)})
     assert report.rows[0].again == pytest.approx(1.0) and report.rows[1].again is None
     assert report.noise.worst < 1e-6 and report.noise.spread < 1e-6
     assert not report.noise.too_noisy
@@ -286,7 +287,7 @@ def test_fallback_to_the_reference_says_why(machine):
         with recorder.fallback("no such kernel") if recorder else contextlib.nullcontext():
             return x * 2
 
-    (row,) = run_cases([make_case({"cvkernels": fallen_back})], machine, FEW).rows
+    (row,) = measured(machine, {"cvkernels": fallen_back}).rows
     assert (row.backend, row.note) == ("reference", "no such kernel")
 
 
@@ -299,7 +300,7 @@ def test_a_graph_s_backend_is_that_of_what_it_was_captured_of(machine):
         return doubled(x)
 
     replays.eager = lambda x: reports(x) if record.active() else doubled(x)
-    (row,) = run_cases([make_case({"cvkernels graph": replays})], machine, FEW).rows
+    (row,) = measured(machine, {"cvkernels graph": replays}).rows
     assert row.backend == "native"
 
 

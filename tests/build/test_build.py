@@ -3,7 +3,6 @@
 Builds run on a copy of the sources in this environment's torch, without build isolation.
 """
 
-import functools
 import importlib.util
 import os
 import re
@@ -21,13 +20,19 @@ ROOT = Path(__file__).resolve().parents[2]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the compiled part needs Linux")
 
 
-@functools.cache
-def missing_tools() -> str:
-    """Why nothing can be compiled here; empty if it can."""
+@pytest.fixture(scope="module")
+def tools():
+    """Skips what compiles, where nothing can be compiled."""
     for module in ("pybind11", "ninja", "setuptools"):
         if subprocess.run([sys.executable, "-c", f"import {module}"]).returncode:
-            return f"{module} is not installed"
-    return "" if shutil.which("c++") or shutil.which("g++") else "no C++ compiler"
+            pytest.skip(f"{module} is not installed")
+    if not (shutil.which("c++") or shutil.which("g++")):
+        pytest.skip("no C++ compiler")
+
+
+def skip_without(program: str) -> None:
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
 
 
 @pytest.fixture
@@ -63,18 +68,17 @@ def without(tool: str, folder: Path) -> str:
     return str(folder)
 
 
+def run(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **options)
+
+
 def setup(source: Path, *arguments: str, **variables: str | None) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "setup.py", "-q", *arguments],
-        cwd=source,
-        env=environment(**variables),
-        capture_output=True,
-        text=True,
-    )
+    return run("setup.py", "-q", *arguments, cwd=source, env=environment(**variables))
 
 
-def assert_one_line(result: subprocess.CompletedProcess, pattern: str) -> None:
-    """The build failed, and said why in one line and no traceback."""
+def assert_refused(source: Path, pattern: str, **variables: str | None) -> None:
+    """The build fails, and says why in one line and no traceback."""
+    result = setup(source, "build_ext", **variables)
     assert result.returncode != 0
     assert "Traceback" not in result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("cvkernels: ")]
@@ -82,21 +86,36 @@ def assert_one_line(result: subprocess.CompletedProcess, pattern: str) -> None:
 
 
 def test_unknown_build_mode(source):
-    result = setup(source, "--version", CVKERNELS_BUILD="gpu")
-    assert_one_line(result, "CVKERNELS_BUILD must be one of auto, cpu, cuda, none, got 'gpu'")
+    modes = "auto, cpu, cuda, none"
+    refused = f"CVKERNELS_BUILD must be one of {modes}, got 'gpu'"
+    assert_refused(source, refused, CVKERNELS_BUILD="gpu")
+
+
+# What is set, the programs that PATH lacks, and what is said.
+MISSING = {
+    "toolkit": (
+        {"CVKERNELS_BUILD": "cuda"},
+        "nvcc",
+        "CVKERNELS_BUILD=cuda needs a CUDA toolkit: no nvcc on PATH",
+    ),
+    "toolkit in CUDA_HOME": (
+        {"CVKERNELS_BUILD": "cuda", "CUDA_HOME": str(ROOT)},
+        "nvcc",
+        "CUDA_HOME or CUDA_PATH is .*, which has no bin/nvcc",
+    ),
+    "compiler": (
+        {"CVKERNELS_BUILD": "cpu", "CXX": None},
+        r"^(c\+\+|g\+\+|clang\+\+)",
+        "no C.. compiler .*: install g.. or set CVKERNELS_BUILD=none",
+    ),
+}
 
 
 @LINUX
-def test_cuda_without_a_toolkit(source, tmp_path):
-    path = without("nvcc", tmp_path / "bin")
-    result = setup(source, "build_ext", CVKERNELS_BUILD="cuda", PATH=path)
-    assert_one_line(result, "CVKERNELS_BUILD=cuda needs a CUDA toolkit: no nvcc on PATH")
-
-
-@LINUX
-def test_cuda_home_without_a_toolkit(source, tmp_path):
-    result = setup(source, "build_ext", CVKERNELS_BUILD="cuda", CUDA_HOME=str(tmp_path))
-    assert_one_line(result, "CUDA_HOME or CUDA_PATH is .*, which has no bin/nvcc")
+@pytest.mark.parametrize(("variables", "hidden", "pattern"), MISSING.values(), ids=MISSING.keys())
+def test_missing_tools(variables, hidden, pattern, source, tmp_path):
+    path = without(hidden, tmp_path / "bin")
+    assert_refused(source, pattern, PATH=path, **variables)
 
 
 @LINUX
@@ -106,47 +125,32 @@ def test_toolkit_without_headers(source, tmp_path):
     nvcc = root / "bin" / "nvcc"
     nvcc.write_text(f"#!/bin/sh\necho 'release 13.0, V13.0.88'\necho '#$ TOP={root}'\n")
     nvcc.chmod(0o755)
-    result = setup(source, "build_ext", CVKERNELS_BUILD="cuda", CUDA_HOME=str(root))
-    assert_one_line(result, "the toolkit of .* has no cuda_runtime.h")
+    cuda = {"CVKERNELS_BUILD": "cuda", "CUDA_HOME": str(root)}
+    assert_refused(source, "the toolkit of .* has no cuda_runtime.h", **cuda)
     (root / "include").mkdir()
     (root / "include" / "cuda_runtime.h").touch()
-    result = setup(source, "build_ext", CVKERNELS_BUILD="cuda", CUDA_HOME=str(root))
-    assert_one_line(result, "the toolkit of .* has no libcudart_static.a")
+    assert_refused(source, "the toolkit of .* has no libcudart_static.a", **cuda)
 
 
 @LINUX
 @pytest.mark.parametrize("archs", ["75", "9.0", "eighty", "80;1"])
-def test_unknown_architecture(source, archs):
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc on PATH")
-    if missing_tools():
-        pytest.skip(missing_tools())
-    result = setup(source, "build_ext", CVKERNELS_BUILD="cuda", CVKERNELS_CUDA_ARCHS=archs)
-    assert_one_line(result, f"CVKERNELS_CUDA_ARCHS='{archs}': .* is not one of")
+def test_unknown_architecture(source, archs, tools):
+    skip_without("nvcc")
+    pattern = f"CVKERNELS_CUDA_ARCHS='{archs}': .* is not one of"
+    assert_refused(source, pattern, CVKERNELS_BUILD="cuda", CVKERNELS_CUDA_ARCHS=archs)
 
 
 @LINUX
-def test_no_compiler(source, tmp_path):
-    path = without(r"^(c\+\+|g\+\+|clang\+\+)", tmp_path / "bin")
-    result = setup(source, "build_ext", CVKERNELS_BUILD="cpu", PATH=path, CXX=None)
-    assert_one_line(result, "no C.. compiler .*: install g.. or set CVKERNELS_BUILD=none")
-
-
-@LINUX
-def test_bad_max_jobs(source):
-    if missing_tools():
-        pytest.skip(missing_tools())
-    result = setup(source, "build_ext", CVKERNELS_BUILD="cpu", MAX_JOBS="many")
-    assert_one_line(result, "MAX_JOBS must be a positive number, got 'many'")
+def test_bad_max_jobs(source, tools):
+    pattern = "MAX_JOBS must be a positive number, got 'many'"
+    assert_refused(source, pattern, CVKERNELS_BUILD="cpu", MAX_JOBS="many")
 
 
 @LINUX
 @pytest.mark.parametrize("nvcc", [False, True], ids=["no-toolkit", "toolkit"])
-def test_says_once_what_it_builds(nvcc, source, tmp_path):
-    if missing_tools():
-        pytest.skip(missing_tools())
-    if nvcc and shutil.which("nvcc") is None:
-        pytest.skip("no nvcc on PATH")
+def test_says_once_what_it_builds(nvcc, source, tmp_path, tools):
+    if nvcc:
+        skip_without("nvcc")
     path = os.environ["PATH"] if nvcc else without("nvcc", tmp_path / "bin")
     # It ends before it compiles.
     result = setup(source, "build_ext", CVKERNELS_BUILD="auto", PATH=path, MAX_JOBS="0")
@@ -156,32 +160,21 @@ def test_says_once_what_it_builds(nvcc, source, tmp_path):
 
 
 @LINUX
-def test_pybind11_is_its_own_package(source, tmp_path):
+def test_pybind11_is_its_own_package(source, tmp_path, tools):
     # Not the copy that some torch carry, which refuses to be included beside the stable ABI.
-    if missing_tools():
-        pytest.skip(missing_tools())
     compiler = tmp_path / "compiler"
     compiler.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/commands\nexit 1\n')
     compiler.chmod(0o755)
     setup(source, "build_ext", CVKERNELS_BUILD="cpu", CXX=str(compiler), MAX_JOBS="1")
     command = (tmp_path / "commands").read_text().splitlines()[0]
-    holds = [
-        name
-        for folder in re.findall(r"-isystem (\S+)", command)
-        for name in ("pybind11", "torch")
-        if Path(folder).parent.name == name
-    ]
-    assert holds == ["pybind11", "torch"]
+    homes = [Path(folder).parent.name for folder in re.findall(r"-isystem (\S+)", command)]
+    assert [name for name in homes if name in ("pybind11", "torch")] == ["pybind11", "torch"]
 
 
 def pip_wheel(source: Path, target: Path, mode: str) -> Path:
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps"]
-    result = subprocess.run(
-        [*command, "-w", str(target), str(source)],
-        env=environment(CVKERNELS_BUILD=mode, CUDA_HOME=os.environ.get("CUDA_HOME")),
-        capture_output=True,
-        text=True,
-    )
+    options = ("-q", "--no-build-isolation", "--no-deps", "-w", str(target), str(source))
+    env = environment(CVKERNELS_BUILD=mode, CUDA_HOME=os.environ.get("CUDA_HOME"))
+    result = run("-m", "pip", "wheel", *options, env=env)
     assert result.returncode == 0, result.stdout + result.stderr
     (wheel,) = target.glob("*.whl")
     return wheel
@@ -217,8 +210,7 @@ def test_source_distribution_carries_the_native_sources(source):
 
 
 def tool(*command: str) -> str:
-    if shutil.which(command[0]) is None:
-        pytest.skip(f"{command[0]} is not installed")
+    skip_without(command[0])
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
@@ -262,28 +254,26 @@ def test_holds_no_build_path(find):
     assert str(ROOT).encode() not in data and b"site-packages" not in data
 
 
-def triton_cuobjdump() -> str:
+def cuobjdump(*arguments: str) -> str:
+    """The toolkit's or Triton's."""
     spec = importlib.util.find_spec("triton")
-    path = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump" if spec else Path()
-    if not path.is_file():
+    carried = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump" if spec else Path()
+    program = shutil.which("cuobjdump") or str(carried)
+    if not Path(program).is_file():
         pytest.skip("neither the toolkit nor Triton has cuobjdump here")
-    return str(path)
+    return tool(program, *arguments)
 
 
 def test_cuda_code_for_every_architecture():
     path = cuda_object()
     archs = extension.build_info()["cuda_archs"].split(";")
-    cuobjdump = shutil.which("cuobjdump") or triton_cuobjdump()
-    elf = tool(cuobjdump, "--list-elf", path)
+    elf, ptx = cuobjdump("--list-elf", path), cuobjdump("--list-ptx", path)
     assert {f"sm_{arch}" for arch in archs} == set(re.findall(r"sm_\d+", elf))
-    ptx = tool(cuobjdump, "--list-ptx", path)
     assert set(re.findall(r"sm_\d+", ptx)) == {f"sm_{archs[-1]}"}
 
 
 def test_cuda_kernels_keep_to_registers():
-    path = cuda_object()
-    cuobjdump = shutil.which("cuobjdump") or triton_cuobjdump()
-    usage = tool(cuobjdump, "--dump-resource-usage", path)
+    usage = cuobjdump("--dump-resource-usage", cuda_object())
     kernels = re.findall(r"Function (\w+):\s*\n?.*?REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
     ops = {path.parent.name for path in (ROOT / "csrc").rglob("*.cu")}
     names = " ".join(name for name, *_ in kernels)

@@ -66,53 +66,53 @@ def native():
     pass
 
 
-@pytest.mark.usefixtures("on_host")
-class TestMaxPool:
-    source = "max_pool"
-    test_calls = staticmethod(test_max_pool.test_equals_max_pool2d)
-    test_infinities = staticmethod(test_max_pool.test_every_bit_pattern_of_infinities_and_nan)
-    test_every_16_bit_number = staticmethod(test_max_pool.test_every_16_bit_number)
-    test_any_strides = staticmethod(test_max_pool.test_any_strides)
-    test_out = staticmethod(test_pools.test_out_is_a_channel_slice)
-    test_out_beside_x = staticmethod(test_pools.test_out_beside_x_in_one_buffer)
-
-    @pytest.fixture
-    def pool(self):
-        return max_pool
+def held_to(source, *tests, pool=None):
+    """A class of the ops' own tests, run with the ops of a .cu file; ``pool`` is their fixture."""
+    members = {test.__name__: staticmethod(test) for test in tests}
+    members |= {"source": source, "pool": pytest.fixture(lambda self: pool)}
+    return pytest.mark.usefixtures("on_host")(type(f"TestOf_{source}", (), members))
 
 
-@pytest.mark.usefixtures("on_host")
-class TestAvgPool:
-    source = "avg_pool"
-    test_calls = staticmethod(test_avg_pool.test_matches_avg_pool2d)
-    test_infinities = staticmethod(test_avg_pool.test_nan_and_infinity_stay_where_their_windows_are)
-    test_any_strides = staticmethod(test_avg_pool.test_any_strides)
-    test_out = staticmethod(test_pools.test_out_is_a_channel_slice)
-    test_out_beside_x = staticmethod(test_pools.test_out_beside_x_in_one_buffer)
+TestMaxPool = held_to(
+    "max_pool",
+    test_max_pool.test_equals_max_pool2d,
+    test_max_pool.test_every_bit_pattern_of_infinities_and_nan,
+    test_max_pool.test_every_16_bit_number,
+    test_max_pool.test_any_strides,
+    test_pools.test_out_is_a_channel_slice,
+    test_pools.test_out_beside_x_in_one_buffer,
+    pool=max_pool,
+)
+TestAvgPool = held_to(
+    "avg_pool",
+    test_avg_pool.test_matches_avg_pool2d,
+    test_avg_pool.test_nan_and_infinity_stay_where_their_windows_are,
+    test_avg_pool.test_any_strides,
+    test_pools.test_out_is_a_channel_slice,
+    test_pools.test_out_beside_x_in_one_buffer,
+    pool=avg_pool,
+)
+TestDenseConcat = held_to(
+    "dense_concat",
+    test_dense_concat.test_moves_bits,
+    test_dense_concat.test_norm_and_relu_match_the_reference,
+    test_dense_concat.test_parts_of_a_norm,
+    test_dense_concat.test_nan_and_infinity_go_through,
+    test_dense_concat.test_every_16_bit_number_widens_and_rounds_as_in_torch,
+    test_dense_concat.test_any_strides_of_both,
+    test_dense_concat.test_source_may_be_broadcast,
+)
+OfBatchNormAct = held_to(
+    "batch_norm_act",
+    test_batch_norm_act.test_a_residual_of_other_strides_and_gradients,
+    test_batch_norm_act.test_vectors_may_be_absent_or_of_x_s_dtype,
+    test_batch_norm_act.test_far_from_zero,
+    test_batch_norm_act.test_several_norms_share_one_gradient,
+    test_batch_norm_act.test_passes_match_their_references,
+)
 
-    @pytest.fixture
-    def pool(self):
-        return avg_pool
 
-
-@pytest.mark.usefixtures("on_host")
-class TestDenseConcat:
-    source = "dense_concat"
-    test_moves_bits = staticmethod(test_dense_concat.test_moves_bits)
-    test_norms = staticmethod(test_dense_concat.test_norm_and_relu_match_the_reference)
-    test_parts_of_a_norm = staticmethod(test_dense_concat.test_parts_of_a_norm)
-    test_infinities = staticmethod(test_dense_concat.test_nan_and_infinity_go_through)
-    test_every_16_bit_number = staticmethod(
-        test_dense_concat.test_every_16_bit_number_widens_and_rounds_as_in_torch
-    )
-    test_any_strides = staticmethod(test_dense_concat.test_any_strides_of_both)
-    test_broadcast = staticmethod(test_dense_concat.test_source_may_be_broadcast)
-
-
-@pytest.mark.usefixtures("on_host")
-class TestBatchNormAct:
-    source = "batch_norm_act"
-
+class TestBatchNormAct(OfBatchNormAct):
     # CPU eager, which they are held to, sums in double: of one channel that is most of it.
     @pytest.mark.parametrize(("act", "adds"), test_batch_norm_act.ENDS)
     @pytest.mark.parametrize("dtype", test_batch_norm_act.DTYPES, ids=str)
@@ -121,14 +121,6 @@ class TestBatchNormAct:
     )
     def test_calls(self, shape, dtype, act, adds):
         test_batch_norm_act.check_shape(shape, dtype, act, adds)
-
-    test_residuals = staticmethod(
-        test_batch_norm_act.test_a_residual_of_other_strides_and_gradients
-    )
-    test_vectors = staticmethod(test_batch_norm_act.test_vectors_may_be_absent_or_of_x_s_dtype)
-    test_far_from_zero = staticmethod(test_batch_norm_act.test_far_from_zero)
-    test_several_norms = staticmethod(test_batch_norm_act.test_several_norms_share_one_gradient)
-    test_passes = staticmethod(test_batch_norm_act.test_passes_match_their_references)
 
     @pytest.mark.parametrize("absent", [(), ("weight",), ("bias",), ("running",)], ids=str)
     @pytest.mark.parametrize("dtype", test_batch_norm_act.DTYPES, ids=str)
@@ -226,11 +218,7 @@ def test_finds_a_missing_barrier_and_a_misaligned_access(tmp_path, capfd):
     folder = tmp_path / "batch_norm_act"
     folder.mkdir()
     for name, right, wrong in (
-        (
-            "pixels.cuh",
-            "    __syncthreads();\n    if (place.row",
-            "    if (place.row",
-        ),
+        ("pixels.cuh", "    __syncthreads();\n    if (place.row", "    if (place.row"),
         ("cuda.cu", "return C % LANES == 0", "return true; false"),
     ):
         text = (cuda_on_host.ROOT / "csrc/batch_norm_act" / name).read_text()

@@ -13,6 +13,9 @@ import cvkernels
 from cvkernels import extension
 
 PACKAGE = Path(cvkernels.__file__).parent
+needs_cpu = pytest.mark.skipif(
+    not extension.has("cpu"), reason=extension.status()["cpu"].reason or "it is there"
+)
 
 
 @pytest.fixture
@@ -91,9 +94,8 @@ def test_built_for_another_python(copy):
     assert run(copy, USE).startswith("cpu cvkernels._C does not load: No module named")
 
 
+@needs_cpu
 def test_broken_cuda_half_leaves_the_cpu_half(copy):
-    if not extension.has("cpu"):
-        pytest.skip(extension.status()["cpu"].reason)
     for path in PACKAGE.glob("_C.*"):
         shutil.copy(path, copy)
     (copy / "_C_cuda.so").write_bytes(b"garbage")
@@ -101,9 +103,8 @@ def test_broken_cuda_half_leaves_the_cpu_half(copy):
     assert out.split() == ["True", "False"]
 
 
+@needs_cpu
 def test_build_info():
-    if not extension.has("cpu"):
-        pytest.skip(extension.status()["cpu"].reason)
     info = extension.build_info()
     assert set(info) == {"cuda_archs", "cuda_toolkit", "compiler", "torch_target", "git_revision"}
     assert info["torch_target"] == "2.11" and info["compiler"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from cvkernels.ops.conv_bn_act import tuning
+from tests.support.cases.conv_bn_act import RESNET50
 from tests.support.triton_compiled import compile_cases, compiled_once
 
 pytest.importorskip("triton")
@@ -39,33 +40,8 @@ def problem(C, K, R, size, stride=1, batch=128, dtype="bfloat16", act="relu", **
     return shape | geometry | {"dtype": dtype, "act": act, "has_bn": True} | options
 
 
-# C, K, R, size, stride, has_residual: every convolution of ResNet-50 at 224 x 224
-RESNET50 = [
-    (3, 64, 7, 224, 2, False),
-    (64, 64, 1, 56, 1, False),
-    (64, 64, 3, 56, 1, False),
-    (64, 256, 1, 56, 1, True),
-    (64, 256, 1, 56, 1, False),
-    (256, 64, 1, 56, 1, False),
-    (256, 128, 1, 56, 1, False),
-    (128, 128, 3, 56, 2, False),
-    (128, 512, 1, 28, 1, True),
-    (256, 512, 1, 56, 2, False),
-    (512, 128, 1, 28, 1, False),
-    (128, 128, 3, 28, 1, False),
-    (512, 256, 1, 28, 1, False),
-    (256, 256, 3, 28, 2, False),
-    (256, 1024, 1, 14, 1, True),
-    (512, 1024, 1, 28, 2, False),
-    (1024, 256, 1, 14, 1, False),
-    (256, 256, 3, 14, 1, False),
-    (1024, 512, 1, 14, 1, False),
-    (512, 512, 3, 14, 2, False),
-    (512, 2048, 1, 7, 1, True),
-    (1024, 2048, 1, 14, 2, False),
-    (2048, 512, 1, 7, 1, False),
-    (512, 512, 3, 7, 1, False),
-]
+# every convolution of ResNet-50, and whether a shortcut is added: its name
+CONVOLUTIONS = {(conv, name.endswith("conv3")): name for name, conv in RESNET50.items()}
 
 # one problem per kernel for the sweep over configurations; the prologues are DenseNet's and SENet's
 SWEEP = {
@@ -112,10 +88,12 @@ def awkward_cases():
 def all_cases():
     cases = []
     for arch in ARCHS:
-        for C, K, R, size, stride, residual in RESNET50:
+        for (conv, residual), name in CONVOLUTIONS.items():
             for batch in (1, 128):
-                p = problem(C, K, R, size, stride, batch, has_residual=residual)
-                cases.append(Case(f"resnet50-{C}-{K}-{R}x{R}-{size}-n{batch}", arch, p))
+                p = problem(
+                    conv.C, conv.K, conv.R, conv.H, conv.stride, batch, has_residual=residual
+                )
+                cases.append(Case(f"resnet50-{name}-n{batch}", arch, p))
         for name, p in OTHERS.items():
             cases.append(Case(name, arch, p))
         cases.append(Case("stem-nchw", arch, problem(3, 64, 7, 224, 2), nchw=True))

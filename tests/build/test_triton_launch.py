@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+import timeit
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,12 +101,15 @@ STRIDES = {
 }
 
 
+def pointwise(x, weight, act="relu"):
+    return problem_of(x, weight, None, None, 1, 0, 1, 1, act, None, None, None, None)
+
+
 def test_plans_are_kept_by_what_they_depend_on():
     """Equal strides share a plan; others, and another problem, tile or precision do not."""
     weight = torch.empty(16, 16, 1, 1, device="meta")
     maps = [view(torch.empty(2, 16, 5, 5, device="meta")) for view in STRIDES.values()]
-    problem = problem_of(maps[0], weight, None, None, 1, 0, 1, 1, "relu", None, None, None, None)
-    silu = problem_of(maps[0], weight, None, None, 1, 0, 1, 1, "silu", None, None, None, None)
+    problem, silu = (pointwise(maps[0], weight, act) for act in ("relu", "silu"))
     tile = tuning.CONFIGS["1x1", 4][0]
 
     def plans():
@@ -126,7 +130,7 @@ def test_plans_are_kept_by_what_they_depend_on():
 
 def test_a_table_that_is_loaded_reaches_the_next_plan(monkeypatch):
     x, weight = torch.empty(2, 16, 5, 5, device="meta"), torch.empty(16, 16, 1, 1, device="meta")
-    problem = problem_of(x, weight, None, None, 1, 0, 1, 1, "relu", None, None, None, None)
+    problem = pointwise(x, weight)
 
     def plan():
         return conv_launches.plan_launch(problem, x, weight, None, None, x, precision="ieee")
@@ -176,24 +180,18 @@ def test_each_kind_has_its_kernel(found):
     assert {kernels[kind] for kind in SAME_KIND} == {kernels["aligned"]}
 
 
-def test_triton_is_asked_once_for_each_kind(found):
-    assert found["asked"] == len(KINDS)
+EXPECTED = {
+    "asked of Triton, once for each kind": len(KINDS),
+    "hooks around a launch": [["enter", "scaled_kernel"], ["exit", "scaled_kernel"]] * 2,
+    "recompiled what Triton dropped": True,
+    "left a launcher of another kind to Triton": 3,
+    "hooks before a run": 3,
+}
 
 
-def test_launch_hooks_are_called(found):
-    assert found["hooks"] == [["enter", "scaled_kernel"], ["exit", "scaled_kernel"]] * 2
-
-
-def test_kernels_that_triton_dropped_are_compiled_again(found):
-    assert found["recompiled"]
-
-
-def test_a_launcher_of_another_kind_is_left_to_triton(found):
-    assert found["unknown"] == 3
-
-
-def test_hooks_before_a_run_see_every_launch(found):
-    assert found["pre_run_hooks"] == 3
+@pytest.mark.parametrize("what", EXPECTED)
+def test_triton_is_gone_through_where_it_must_be(what, found):
+    assert found[what] == EXPECTED[what]
 
 
 @pytest.mark.parametrize("op", ["conv_bn_act", "depthwise_conv_bn_act", "se_scale"])
@@ -288,37 +286,34 @@ def kinds_found():
     for _ in range(2):
         for name, given in calls.items():
             results[name].append(launched(lambda g=given: launch(*g)))
-    return results, len(asked)
+    return {"kinds": results, "asked of Triton, once for each kind": len(asked)}
 
 
 def hooks_found():
     launch, given, heard = scaled_launch(), operands(), []
     launch(*given)
 
-    def entered(metadata):
-        heard.append(("enter", metadata.get()["name"]))
-
-    def left(metadata):
-        heard.append(("exit", metadata.get()["name"]))
+    def listener(what):
+        return lambda metadata: heard.append((what, metadata.get()["name"]))
 
     def hooked(self, *arguments):
-        before, after = (
-            a for a in arguments if isinstance(a, type(triton.knobs.runtime.launch_enter_hook))
-        )
+        before, after = (a for a in arguments if isinstance(a, type(chains[0])))
         (metadata,) = (a for a in arguments if hasattr(a, "extras"))
         before(metadata)
         after(metadata)
 
-    triton.knobs.runtime.launch_enter_hook.add(entered)
-    triton.knobs.runtime.launch_exit_hook.add(left)
+    chains = (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook)
+    listeners = (listener("enter"), listener("exit"))
+    for chain, listening in zip(chains, listeners, strict=True):
+        chain.add(listening)
     plain, Launcher.launch = Launcher.launch, hooked
     try:
         launch(*given)
         by_triton(launch, given)
     finally:
         Launcher.launch = plain
-        triton.knobs.runtime.launch_enter_hook.remove(entered)
-        triton.knobs.runtime.launch_exit_hook.remove(left)
+        for chain, listening in zip(chains, listeners, strict=True):
+            chain.remove(listening)
     return heard
 
 
@@ -357,14 +352,9 @@ def pre_run_hooks():
 def microseconds(call, calls=1000, rounds=7):
     for _ in range(20):
         call()
-    times = []
-    for _ in range(rounds):
-        start = time.thread_time()
-        for _ in range(calls):
-            call()
-        times.append((time.thread_time() - start) / calls * 1e6)
-        Launcher.calls.clear()
-    return statistics.median(times)
+    clear, clock = Launcher.calls.clear, time.thread_time
+    spent = timeit.repeat(call, clear, clock, repeat=rounds, number=calls)
+    return statistics.median(spent) / calls * 1e6
 
 
 def times():
@@ -395,9 +385,13 @@ def times():
 def main():
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(Driver())
-    kinds, asked = kinds_found()
-    found = {"kinds": kinds, "asked": asked, "hooks": hooks_found(), "recompiled": recompiled()}
-    found |= {"unknown": unknown(), "pre_run_hooks": pre_run_hooks(), "times": times()}
+    found = kinds_found() | {
+        "hooks around a launch": hooks_found(),
+        "recompiled what Triton dropped": recompiled(),
+        "left a launcher of another kind to Triton": unknown(),
+        "hooks before a run": pre_run_hooks(),
+        "times": times(),
+    }
     json.dump(found, sys.stdout)
 
 

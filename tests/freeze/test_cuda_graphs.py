@@ -5,7 +5,7 @@ that it read then to the memory that it wrote then, as a CUDA graph does.
 """
 
 import contextlib
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -49,15 +49,10 @@ class Graph:
 
 class Stream:
     waited_for = ()
+    wait_stream = synchronize = lambda self, *other: None
 
     def wait_event(self, event):
         self.waited_for = (*self.waited_for, event)
-
-    def wait_stream(self, stream):
-        pass
-
-    def synchronize(self):
-        pass
 
 
 class Event:
@@ -72,6 +67,7 @@ class Cuda:
 
     def __init__(self):
         self.current, self.capturing, self.pools = Stream(), False, 0
+        self.end_capture = lambda: None
         self.Event, self.Stream, self.CUDAGraph = Event, Stream, Graph
 
     def graph_pool_handle(self):
@@ -87,9 +83,6 @@ class Cuda:
             self.end_capture()
         self.capturing = False
 
-    def end_capture(self):
-        pass
-
     @contextlib.contextmanager
     def stream(self, stream):
         before, self.current = self.current, stream
@@ -99,8 +92,7 @@ class Cuda:
     def set_stream(self, stream):
         self.current = stream
 
-    def device(self, device):
-        return contextlib.nullcontext()
+    device = staticmethod(contextlib.nullcontext)
 
     def current_stream(self, device=None):
         return self.current
@@ -227,43 +219,36 @@ def test_the_capture_comes_after_warm_up_calls(monkeypatch):
     assert calls == [0] * WARM_UP + [1]
 
 
-class Waiting(nn.Module):
-    """Somebody's module, which torch.fx cannot trace."""
+class Calling(nn.Module):
+    """Somebody's module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
 
     def forward(self, x):
-        return x * 2 if x.sum().item() > 0 else x
+        return self.function(x)
 
 
-class Hooked(nn.Sequential):
-    def __init__(self):
-        super().__init__(nn.Conv2d(3, 4, 1), nn.ReLU())
-        self[1].register_forward_hook(lambda module, args, out: out.mul_(2))
+def hooked():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    model[1].register_forward_hook(lambda module, args, out: out.mul_(2))
+    return model
 
 
-class Masked(nn.Module):
-    def forward(self, x):
-        return x[x > 0]
+MAY_WAIT = {
+    "cannot be traced": Calling(lambda x: x * 2 if x.sum().item() > 0 else x),
+    "hooked": hooked(),
+    "masked": Calling(lambda x: x[x > 0]),
+    "masked columns": Calling(lambda x: x[:, :, (x > 0).all(1)[0].all(1)]),
+    "where": Calling(lambda x: torch.where(x > 0)[0]),
+    "moved": Calling(lambda x: (x + 1).to("cpu")),
+}
 
 
-class MaskedColumns(nn.Module):
-    def forward(self, x):
-        return x[:, :, (x > 0).all(1)[0].all(1)]
-
-
-class Where(nn.Module):
-    def forward(self, x):
-        return torch.where(x > 0)[0]
-
-
-class Moved(nn.Module):
-    def forward(self, x):
-        return (x + 1).to("cpu")
-
-
-@pytest.mark.parametrize("kind", [Waiting, Hooked, Masked, MaskedColumns, Where, Moved])
-def test_a_plan_that_may_wait_for_the_gpu_is_not_captured(kind):
-    model = kind() if kind is Hooked else nn.Sequential(kind(), nn.Identity())
-    frozen, _ = graphed(SMALL, model=model)
+@pytest.mark.parametrize("model", MAY_WAIT.values(), ids=MAY_WAIT.keys())
+def test_a_plan_that_may_wait_for_the_gpu_is_not_captured(model):
+    frozen, _ = graphed(SMALL, model=nn.Sequential(model, nn.Identity()))
     plan = frozen.plan_for(torch.empty(SMALL))
     assert not all(may_be_captured(step) for step, _ in plan.steps)
     assert frozen._captured(plan) is plan and not Graph.made
@@ -348,10 +333,7 @@ def test_threads_take_turns():
         for i in range(first, 24, 4):
             results[i] = graphs[tuple(inputs[i].shape)](inputs[i])
 
-    threads = [threading.Thread(target=serve, args=(first,)) for first in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(serve, range(4)))
     for actual, right in zip(results, expected, strict=True):
         torch.testing.assert_close(actual, right)

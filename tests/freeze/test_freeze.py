@@ -4,7 +4,7 @@ import copy
 import io
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -172,20 +172,15 @@ def test_what_no_plain_file_can_hold_is_refused(resnet, tmp_path):
 def test_threads_get_the_bits_of_one(frozen):
     images = [image(1 + number % 2) for number in range(4)]
     expected = [frozen(x) for x in images]
-    wrong = []
 
-    def work(first):
-        for number in range(60):
-            which = (first + number) % len(images)
-            if not torch.equal(frozen(images[which]), expected[which]):
-                wrong.append(which)
+    def right(first):
+        return all(
+            torch.equal(frozen(images[which % 4]), expected[which % 4])
+            for which in range(first, first + 60)
+        )
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(right, range(4)))
 
 
 def test_nothing_grows(resnet):

@@ -91,6 +91,14 @@ def test_branches_and_in_place_ops():
     assert all(map(torch.equal, kept, copied)), "a later call wrote into an earlier result"
 
 
+def test_means_over_other_axes_are_calls():
+    class Means(nn.Module):
+        def forward(self, x):
+            return x.mean(1), x.mean((1, 2)), x.mean()
+
+    assert cvkernels.verify(cvkernels.freeze(Means().eval(), image(2))).ok
+
+
 def test_children_that_cannot_be_traced_or_are_watched_run_as_they_are():
     class Sorting(nn.Module):
         def forward(self, x):

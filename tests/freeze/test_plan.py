@@ -1,5 +1,6 @@
 """The planner: no two values that live at the same time share memory; none has more than enough."""
 
+import itertools
 import random
 
 import pytest
@@ -14,6 +15,14 @@ def aligned(nbytes):
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
+def assert_apart(intervals):
+    """No two that live at the same time share a byte."""
+    for a, b in itertools.combinations(intervals, 2):
+        together = a.first <= b.last and b.first <= a.last
+        apart = a.offset + a.nbytes <= b.offset or b.offset + b.nbytes <= a.offset
+        assert apart or not together
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_packed_intervals_do_not_overlap(seed):
     draw = random.Random(seed)
@@ -23,12 +32,8 @@ def test_packed_intervals_do_not_overlap(seed):
         nbytes = draw.choice([0, 1, 63, 64, 100, 4096, draw.randrange(10_000)])
         intervals.append(Interval(nbytes, first, first + draw.randrange(8)))
     total = pack(intervals)
-    for number, a in enumerate(intervals):
-        assert a.offset % ALIGNMENT == 0 and a.offset + a.nbytes <= total
-        for b in intervals[:number]:
-            together = a.first <= b.last and b.first <= a.last
-            apart = a.offset + a.nbytes <= b.offset or b.offset + b.nbytes <= a.offset
-            assert apart or not together
+    assert all(i.offset % ALIGNMENT == 0 and i.offset + i.nbytes <= total for i in intervals)
+    assert_apart(intervals)
     busiest = max(
         sum(aligned(i.nbytes) for i in intervals if i.first <= step <= i.last) for step in range(48)
     )
@@ -102,17 +107,7 @@ def test_random_networks(seed):
     verification = cvkernels.verify(frozen)
     assert verification.ok, verification
     plan = frozen._plans[x.shape]
-    intervals = plan.memory.intervals
-    for root, interval in intervals.items():
-        for other, another in intervals.items():
-            if other is root:
-                continue
-            together = interval.first <= another.last and another.first <= interval.last
-            apart = (
-                interval.offset + interval.nbytes <= another.offset
-                or another.offset + another.nbytes <= interval.offset
-            )
-            assert apart or not together
+    assert_apart(plan.memory.intervals.values())
     (env,) = plan.drop_arenas()
     starts = {value.data_ptr() % ALIGNMENT for value in env if value is not None}
     assert starts <= {0} or any(plan.memory.slices(step) for step in plan.memory.index)

@@ -12,13 +12,7 @@ from cvkernels.functional import excite
 from tests.support.model_checks import calibrated
 from tests.support.pairs import image
 
-NETWORKS = {
-    "googlenet": {"init_weights": False},
-    "resnet18": {},
-    "densenet121": {},
-    "seresnet50": {},
-    "efficientnet_b0": {},
-}
+NETWORKS = ("googlenet", "resnet18", "densenet121", "seresnet50", "efficientnet_b0")
 scale = torch.ops.cvkernels.se_scale_native_out.default
 
 
@@ -28,20 +22,17 @@ def native():
         pytest.skip(extension.status()["cpu"].reason)
 
 
-def frozen_and_plan(model, x):
-    frozen = cvkernels.freeze(model, x)
-    return frozen, frozen._plans[x.shape]
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_nearly_every_step_is_recorded_and_none_changes(name, batch, monkeypatch):
-    model = calibrated(getattr(cvkernels.models, name), num_classes=10, **NETWORKS[name])
+    options = {"init_weights": False} if name == "googlenet" else {}
+    model = calibrated(getattr(cvkernels.models, name), num_classes=10, **options)
     x, other = image(batch), image(batch)
-    frozen, plan = frozen_and_plan(model, x)
+    frozen = cvkernels.freeze(model, x)
+    plan = frozen._plans[x.shape]
     monkeypatch.setattr(plans, "recordable", lambda *_: set())
-    by_steps, plan_of_steps = frozen_and_plan(model, x)
-    assert not any(isinstance(run, Segment) for run in plan_of_steps.run_order)
+    by_steps = cvkernels.freeze(model, x)
+    assert not any(isinstance(run, Segment) for run in by_steps._plans[x.shape].run_order)
     for data in (x, other, x):
         assert torch.equal(frozen(data), by_steps(data))
     steps = sum(run is not None for _, run in plan.steps)
@@ -111,16 +102,9 @@ def test_results_stay_as_they_were_given():
     assert cvkernels.verify(frozen).ok
 
 
-def make_env():
-    x, gate = (
-        torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last),
-        torch.ones(2, 8),
-    )
-    return Env([x, gate, torch.empty_like(x)])
-
-
 def test_recorded_work_reads_what_its_memory_holds_then():
-    env = make_env()
+    x = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    env = Env([x, torch.ones(2, 8), torch.empty_like(x)])
     segment = Segment([lambda env: scale(env[0], env[1], None, 0, env[2])])
     for _ in range(3):
         env[0].normal_()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cvkernels
@@ -49,54 +50,47 @@ class Siblings(nn.Module):
         return self.combine(self, self.first(x), self.second(x), self.third(x))
 
 
-def two_are_convolved(model, a, b, c):
-    return model.after(a), model.last(b), c
-
-
-def one_begins_a_concatenation(model, a, b, c):
-    return torch.cat([c, model.after(a)], 1).relu(), model.last(b)
-
-
-def one_is_inside_a_concatenation(model, a, b, c):
-    return torch.cat([model.after(a), c], 1), model.last(b)
-
-
-def one_is_concatenated_twice(model, a, b, c):
+def twice(model, a, b, c):
     inner = torch.cat([c, model.after(a)], 1)
     return torch.cat([inner, c], 1), torch.cat([c, inner], 1), model.last(b)
 
 
-def one_is_returned(model, a, b, c):
-    return torch.cat([a, c], 1), model.after(a), b
+def convolved(model, a, b, c):
+    return model.after(a), model.last(b), c
 
 
-def none_is_read_by_convolutions(model, a, b, c):
-    return a.relu(), b.mean((2, 3)), torch.nn.functional.max_pool2d(c, 2)
+def begins(model, a, b, c):
+    return torch.cat([c, model.after(a)], 1).relu(), model.last(b)
 
 
-@pytest.mark.parametrize(
-    "combine, merged",
-    [
-        (two_are_convolved, 2),
-        (one_begins_a_concatenation, 3),
-        (one_is_inside_a_concatenation, 2),
-        (one_is_concatenated_twice, 2),
-        (one_is_returned, 0),
-        (none_is_read_by_convolutions, 0),
-    ],
-)
+# What is made of the three values, and how many of the convolutions are then merged.
+COMBINATIONS = {
+    "two are convolved": (convolved, 2),
+    "one begins a concatenation": (begins, 3),
+    "one is inside a concatenation": (
+        lambda model, a, b, c: (torch.cat([model.after(a), c], 1), model.last(b)), 2
+    ),
+    "one is concatenated twice": (twice, 2),
+    "one is returned": (lambda model, a, b, c: (torch.cat([a, c], 1), model.after(a), b), 0),
+    "none is read by convolutions": (
+        lambda model, a, b, c: (a.relu(), b.mean((2, 3)), F.max_pool2d(c, 2)), 0
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("combine, merged", COMBINATIONS.values(), ids=COMBINATIONS.keys())
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_siblings_are_merged_where_their_readers_take_slices(combine, merged, kernel_size):
     torch.manual_seed(0)
     model = Siblings(combine, kernel_size).eval()
     frozen, count = frozen_and_merged(model, torch.randn(2, 6, 5, 4))
     assert count == merged
-    assert "copy" not in {row.op for row in frozen.report().rows} or "twice" in combine.__name__
+    assert "copy" not in {row.op for row in frozen.report().rows} or combine is twice
 
 
 def test_siblings_of_other_geometry_stay_apart_and_none_has_a_bias():
     torch.manual_seed(0)
-    model = Siblings(two_are_convolved, biases=(False, False, False)).eval()
+    model = Siblings(convolved, biases=(False, False, False)).eval()
     assert frozen_and_merged(model, torch.randn(1, 6, 4, 4))[1] == 2
     model.second.stride = (2, 2)
     assert frozen_and_merged(model, torch.randn(1, 6, 4, 4))[1] == 0
@@ -107,7 +101,7 @@ def test_a_backend_without_slices_gives_views_of_them():
         pytest.skip(reason)
     torch.manual_seed(0)
     x = torch.randn(2, 6, 5, 4)
-    for combine in (two_are_convolved, one_begins_a_concatenation):
+    for combine in (convolved, begins):
         model = Siblings(combine).eval()
         choices = cvkernels.tune(model, x)
         table = dict.fromkeys(choices, "onednn")
@@ -119,7 +113,7 @@ def test_a_backend_without_slices_gives_views_of_them():
 def test_merged_siblings_are_saved(tmp_path):
     torch.manual_seed(0)
     x = torch.randn(2, 6, 5, 4)
-    frozen = cvkernels.freeze(Siblings(one_begins_a_concatenation).eval(), x)
+    frozen = cvkernels.freeze(Siblings(begins).eval(), x)
     frozen.save(tmp_path / "frozen.pt")
     loaded = cvkernels.load_frozen(tmp_path / "frozen.pt")
     assert all(map(torch.equal, frozen(x), loaded(x)))

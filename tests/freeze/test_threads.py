@@ -1,7 +1,6 @@
 """freeze under load: threads that share a frozen model get the bits of one, in bounded memory."""
 
-import threading
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,14 +48,6 @@ def resident_bytes():
     return int(line.split()[1]) << 10
 
 
-def run_threads(work):
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc to read memory from")
 def test_ten_thousand_calls_from_four_threads():
     torch.manual_seed(0)
@@ -66,16 +57,17 @@ def test_ten_thousand_calls_from_four_threads():
     frozen = cvkernels.freeze(model, torch.randn(1, 3, 12, 12))
     images = [[torch.randn(n, 3, 12, 12) for n in BATCHES] for _ in range(THREADS)]
     alone = [[frozen(x) for x in own] for own in images]
-    counts = [0] * THREADS
 
-    def work(number, calls):
-        for call in range(calls):
-            which = (call + number) % len(BATCHES)
-            if torch.equal(frozen(images[number][which]), alone[number][which]):
-                counts[number] += 1
+    def right(number, calls):
+        """How many of the calls of a thread give the bits of one that was alone."""
+        turns = [(call + number) % len(BATCHES) for call in range(calls)]
+        return sum(
+            torch.equal(frozen(images[number][which]), alone[number][which]) for which in turns
+        )
 
-    run_threads(partial(work, calls=50))
-    before = resident_bytes()
-    run_threads(partial(work, calls=CALLS))
-    assert counts == [CALLS + 50] * THREADS
-    assert resident_bytes() - before < GROWTH
+    with ThreadPoolExecutor(THREADS) as threads:
+        counts = list(threads.map(right, range(THREADS), [50] * THREADS))
+        before = resident_bytes()
+        counts += threads.map(right, range(THREADS), [CALLS] * THREADS)
+        assert counts == [50] * THREADS + [CALLS] * THREADS
+        assert resident_bytes() - before < GROWTH

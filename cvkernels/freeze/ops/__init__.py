@@ -1,21 +1,21 @@
-"""The ops of a frozen model's graph and of its plans: one class each, which is all there is of it.
+"""The ops of a frozen model's graph and of its plans: one class each, which holds all about it.
 
-A graph has these; a plan has others too, which lowering puts in their place::
+A graph has the ops below. Lowering replaces some of them by others, which only plans have::
 
     op                  inputs
     input
-    conv                x, by ``roles`` residual and gate
+    conv                x; residual and gate where ``roles`` names them
     affine, act         x
     add, mul            a, b
     cat                 parts, along the channels
-    part                x, of which it is some channels
+    part                x, of which it takes some channels
     max_pool, avg_pool  x
     mean                x
-    se                  x, by ``roles`` residual
+    se                  x; residual where ``roles`` names it
     sums                a conv with ``squeeze``
     excite              sums
     linear, flatten     x
-    call                those that its arguments refer to
+    call                the values that its arguments refer to
 """
 
 from cvkernels.freeze.graph import Op

@@ -1,4 +1,4 @@
-"""Convolutions: in the graph, as a backend runs them, with their max pool, and depthwise."""
+"""Convolutions: those of a graph, and what a plan runs for them, some with a max pool behind."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class Conv(Op, name="conv"):
     """``act(conv(prologue(x)) * scale + shift + residual)``, as conv_bn_act computes it.
 
-    The prologue is ``input_affine`` with a ReLU, or a gate. With ``squeeze``, :class:`Sums` reads
-    the sums of the output over its pixels.
+    The prologue is ``input_affine`` and a ReLU, or a multiplication by gates. With ``squeeze`` the
+    convolution also sums its output over the pixels, and :class:`Sums` is the value of that.
     """
 
     weight: Tensor
@@ -70,7 +70,7 @@ class Conv(Op, name="conv"):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Those of conv_bn_act that are no data."""
+        """The arguments of conv_bn_act that are the same in every call."""
         return {
             "weight": self.weight, "bias": self.bias, "bn": self.bn, "stride": self.stride,
             "padding": self.padding, "dilation": self.dilation, "groups": self.groups,
@@ -78,7 +78,7 @@ class Conv(Op, name="conv"):
         }  # fmt: skip
 
     def problem(self, x: TensorSpec) -> Problem:
-        """The convolution on x, with all that the graph fused to it."""
+        """The problem that conv_bn_act solves on x, with all that the graph fused to the op."""
         K, _, R, S = self.weight.shape
         return Problem(
             *x.shape, K, R, S, tuple(self.stride), tuple(self.padding), tuple(self.dilation),
@@ -95,7 +95,10 @@ class Conv(Op, name="conv"):
     def planned(
         self, x: TensorSpec, device: torch.device, table: Mapping[str, str]
     ) -> PlannedConv | Depthwise:
-        """What runs the convolution on x, alone where its prologue has to be steps of its own."""
+        """The op that runs the convolution on x.
+
+        It is without the prologue where the chosen backend has none; steps before it compute that.
+        """
         problem = self.problem(x)
         if self.is_depthwise:
             reason = depthwise_native.why_not(problem, device.type)
@@ -161,7 +164,7 @@ class PlannedConv(Op, name="conv", runs_plans=True, placeable=True):
         out: Tensor | None,
         times: int = 1,
     ) -> Callable[..., Tensor]:
-        """What convolves tensors like these, in the order of conv_bn_act's plan."""
+        """A function of (x, residual, gate, out) that convolves tensors like these."""
         return site.plan(
             conv_bn_act.plan, x, **self.conv.arguments, residual=residual, input_gate=gate, out=out,
             cache=site.cache, implementation=self.chosen.implementation, times=times,
@@ -179,15 +182,15 @@ class PlannedConv(Op, name="conv", runs_plans=True, placeable=True):
 
 
 class Scratch(Op, name="scratch", writes=True):
-    """One image of the map between a convolution and its max pool (:class:`ConvPool`)."""
+    """Memory for one image of the map between a convolution and its max pool, see ConvPool."""
 
     planned: PlannedConv
 
 
 class ConvPool(Op, name="conv_pool", writes=True, placeable=True):
-    """A convolution and the max pool behind it, image by image.
+    """A convolution and the max pool behind it, computed one image after the other.
 
-    The map between the two is then as large as one image's, and still in the cache.
+    The map between the two then has the size of one image, and is in the cache when it is pooled.
     """
 
     planned: PlannedConv
@@ -210,7 +213,10 @@ class ConvPool(Op, name="conv_pool", writes=True, placeable=True):
 
 
 class Depthwise(Op, name="depthwise", runs_plans=True, placeable=True):
-    """A depthwise convolution on its own kernels, which apply its norm for nothing."""
+    """A depthwise convolution by depthwise_conv_bn_act, whose kernels apply the norm as well.
+
+    ``writes`` is whether they write into memory that they are given.
+    """
 
     conv: Conv
     writes: bool
@@ -233,7 +239,7 @@ class Depthwise(Op, name="depthwise", runs_plans=True, placeable=True):
 
 
 class Sums(Op, name="sums"):
-    """The sums over pixels of a convolution with ``squeeze``, whose step computes them."""
+    """The sums over the pixels of a convolution with ``squeeze``; its step computes them."""
 
     writes: bool = False
 

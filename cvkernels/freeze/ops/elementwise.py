@@ -1,4 +1,4 @@
-"""Ops on every element, and the linear layer."""
+"""Ops that compute each element by itself, and the linear layer."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ ACTS = {"relu": torch.relu, "relu6": F.relu6, "silu": F.silu, "sigmoid": torch.s
 
 
 class _Append(Op, runs_plans=True, writes=True, placeable=True):
+    """Writes x into the memory of its value by dense_concat, normed or as it is."""
+
     def appended(self, site: Site, bn: BatchNormParams | None, relu: bool) -> Run:
         (x,) = site.inputs
         append = site.plan(dense_concat.plan, site.like(site.out), site.like(x), 0, bn, relu)
@@ -29,7 +31,7 @@ class _Append(Op, runs_plans=True, writes=True, placeable=True):
 
 
 class Affine(_Append, name="affine"):
-    """``x * scale + shift`` of each channel, and a ReLU."""
+    """``x * scale + shift`` with a scale and a shift for each channel; then a ReLU if ``relu``."""
 
     scale: Tensor
     shift: Tensor
@@ -40,13 +42,15 @@ class Affine(_Append, name="affine"):
 
 
 class Copy(_Append, name="copy"):
-    """x in a slice that its producer cannot write into."""
+    """A copy of x in a slice of a buffer, where the step that computes x cannot write to it."""
 
     def build(self, site: Site) -> Run:
         return self.appended(site, None, False)
 
 
 class Act(Op, name="act", placeable=True):
+    """The activation that :data:`ACTS` has under this name, applied to x."""
+
     act: str
 
     def build(self, site: Site) -> Run:
@@ -55,6 +59,8 @@ class Act(Op, name="act", placeable=True):
 
 
 class _Broadcast(Op):
+    """A function of two tensors whose shapes are broadcast."""
+
     function: ClassVar[Callable[[Tensor, Tensor], Tensor]]
 
     def shape(self, node: Node, a: tuple, b: tuple) -> tuple:

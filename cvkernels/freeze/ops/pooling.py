@@ -1,4 +1,4 @@
-"""Pooling."""
+"""Max pool, average pool, and the mean over all pixels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class _Pool(Op, writes=True, placeable=True):
-    """``window`` has the options in the order of :class:`cvkernels.ops.common.pool.Window`."""
+    """A pool; ``window`` has the fields of :class:`cvkernels.ops.common.pool.Window`."""
 
     def shape(self, node: Node, x: tuple) -> tuple:
         node.check(len(x) == 4, "[N, C, H, W]", x)
@@ -33,6 +33,8 @@ class _Pool(Op, writes=True, placeable=True):
 
 
 class MaxPool(_Pool, name="max_pool", runs_plans=True):
+    """A max pool; behind a convolution that runs image by image, a part of its step."""
+
     window: tuple
 
     def lower(self, node: Node, lowered: Lowered) -> Step:
@@ -55,15 +57,17 @@ def _written(site: Site, make: Callable[..., Plan], *window: Any, **options: Any
 
 
 class _Average(Op, runs_plans=True):
-    """Averages of ``relu(x * scale + shift)``, where there is an ``input_affine``, or of x."""
+    """Averages of x, or with an ``input_affine`` (scale, shift) of ``relu(x * scale + shift)``."""
 
     def averaged(self, site: Site, *arguments: Any) -> Run:
-        """With the window's options in the order of avg_pool's."""
+        """A step that runs avg_pool with these arguments after x."""
         bn = None if self.input_affine is None else BatchNormParams(*self.input_affine)
         return _written(site, avg_pool.plan, *arguments, input_bn=bn)
 
 
 class AvgPool(_Average, _Pool, name="avg_pool"):
+    """An average pool with the options of torch.nn.functional.avg_pool2d."""
+
     window: tuple
     count_include_pad: bool
     divisor: int | None
@@ -76,7 +80,7 @@ class AvgPool(_Average, _Pool, name="avg_pool"):
 
 
 class Mean(_Average, name="mean"):
-    """The mean of x over its pixels, [N, C, 1, 1]."""
+    """The mean of each channel of x over all pixels, [N, C, 1, 1]."""
 
     input_affine: tuple[Tensor, Tensor] | None = None
 

@@ -1,4 +1,4 @@
-"""Squeeze-and-excitation: as a whole, and in parts around a depthwise convolution."""
+"""Squeeze-and-excitation: as one op, and its gates alone where convolutions take the rest over."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class _Layers(Op):
-    """The two layers, with ``act`` between them."""
+    """The two linear layers of squeeze-and-excitation, with ``act`` between them."""
 
     weight1: Tensor
     bias1: Tensor | None
@@ -28,7 +28,7 @@ class _Layers(Op):
 
     @property
     def layers(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """Weights, as matrices, and biases."""
+        """weight1, bias1, weight2, bias2; the weights of 1x1 convolutions as matrices."""
         return (self.weight1.flatten(1), self.bias1, self.weight2.flatten(1), self.bias2)
 
 
@@ -42,7 +42,7 @@ class SqueezeExcite(
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing follows yet."""
+        """Whether no addition and no activation is fused behind it yet."""
         return self.out_act == "none" and "residual" not in self.roles
 
     def build(self, site: Site) -> Run:
@@ -54,7 +54,10 @@ class SqueezeExcite(
 
 
 class Excite(_Layers, name="excite", runs_plans=True, kept=True):
-    """The gates from sums over ``count`` pixels; logits, where the step after it has a sigmoid."""
+    """The gates, computed from the sums of a map over its ``count`` pixels.
+
+    Without ``sigmoid`` they are logits, and the step that multiplies by them applies it.
+    """
 
     sigmoid: bool = True
     count: int = 1
@@ -72,7 +75,7 @@ class Excite(_Layers, name="excite", runs_plans=True, kept=True):
 
 
 class Scale(Op, name="scale", runs_plans=True, writes=True, in_place=True, placeable=True):
-    """``x * sigmoid(gate)``, before a convolution that does not take the gate along."""
+    """``x * sigmoid(gate)``, a step before a convolution whose backend takes no gates."""
 
     def build(self, site: Site) -> Run:
         x, gate = site.inputs

@@ -1,4 +1,4 @@
-"""What moves nothing, or need not: input, concatenation, parts, flattening; and calls."""
+"""Ops that mostly move no data (input, concatenation, parts, flattening), and calls of code."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class Input(Op, name="input", roles=()):
-    """The images."""
+    """The images that the model is called with."""
 
 
 class Cat(Op, name="cat", writes=True):
-    """A concatenation along the channels: a buffer that its parts are written into."""
+    """A concatenation along the channels, as a buffer that the parts are written into."""
 
     def shape(self, node: Node, *parts: tuple) -> tuple:
         first = parts[0]
@@ -35,7 +35,7 @@ class Cat(Op, name="cat", writes=True):
 
 
 class Concat(Op, name="concat"):
-    """A concatenation of what are no maps, copied together."""
+    """A concatenation of tensors that are not [N, C, H, W]; it copies them."""
 
     def build(self, site: Site) -> Run:
         parts = site.inputs
@@ -43,11 +43,11 @@ class Concat(Op, name="concat"):
 
 
 class Buffer(Op, name="buffer", writes=True):
-    """Memory that several overlapping values are slices of; no step's value."""
+    """Memory of which several values, which may overlap, are slices; no step computes it."""
 
 
 class Part(Op, name="part", views=True):
-    """``channels`` channels of x, from ``start``."""
+    """The channels of x from ``start`` on, ``channels`` of them."""
 
     start: int
     channels: int
@@ -86,7 +86,11 @@ class Flatten(Op, name="flatten", views=True):
 
 
 class Call(Op, name="call", views=True, reports=True):
-    """A function, method or module that is called as it is, on the inputs that args refer to."""
+    """A call of a function, a method or a module that the graph has no op for.
+
+    ``args`` and ``kwargs`` hold a :class:`cvkernels.freeze.graph.Ref` for each input. ``in_place``
+    says that the call writes over the first, of which it then gets a copy.
+    """
 
     kind: str
     target: Any
@@ -104,7 +108,7 @@ class Call(Op, name="call", views=True, reports=True):
         return spec_of(self.function()(zeros))
 
     def function(self) -> Callable[[list], Any]:
-        """A function of the inputs' values that makes the call."""
+        """The call as a function of the list of the inputs' values."""
         is_method, target, in_place = self.kind == "method", self.target, self.in_place
         args, kwargs = self.args, self.kwargs
 
