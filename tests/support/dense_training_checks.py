@@ -8,6 +8,7 @@ import torch
 import cvkernels
 from cvkernels.nn import DenseBlock
 from tests.support import pairs
+from tests.support.numerics import cotangents_of
 from tests.support.pairs import pair, spread_norms
 
 stock_module = pytest.importorskip("torchvision.models.densenet")
@@ -35,7 +36,5 @@ def outcome(module, x, weights=None):
     """Output, gradients of the input and of every parameter, and the buffers after it."""
     x = x.detach().requires_grad_()
     out = module(x)
-    generator = torch.Generator().manual_seed(1)
-    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
-    grads = torch.autograd.grad(out, [x, *module.parameters()], cotangent)
+    grads = torch.autograd.grad(out, [x, *module.parameters()], cotangents_of(out))
     return [t.detach() for t in (out, *grads)] + [b.clone() for b in module.buffers()]

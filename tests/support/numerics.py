@@ -43,13 +43,6 @@ def map_floats(function, value):
     return value
 
 
-def assert_matches(op, reference, args, kwargs=None, factor: float = 2.0) -> None:
-    """op(*args) against reference(*args) in the same dtype and in float64."""
-    kwargs = kwargs or {}
-    exact = reference(*map_floats(Tensor.double, args), **map_floats(Tensor.double, kwargs))
-    assert_close_as_eager(op(*args, **kwargs), reference(*args, **kwargs), exact, factor)
-
-
 def tensors_in(value) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
@@ -60,13 +53,40 @@ def tensors_in(value) -> list[Tensor]:
     return []
 
 
+def assert_all_close_as_eager(actual, eager, exact, factor: float = 2.0) -> None:
+    """The rule for each of several results; those that are None are no results."""
+    triples = zip(tensors_in(actual), tensors_in(eager), tensors_in(exact), strict=True)
+    for ours, theirs, truth in triples:
+        assert_close_as_eager(ours, theirs, truth, factor)
+
+
+def assert_matches(op, reference, args, kwargs=None, factor: float = 2.0) -> None:
+    """op(*args) against reference(*args) in the same dtype and in float64."""
+    kwargs = kwargs or {}
+    exact = reference(*map_floats(Tensor.double, args), **map_floats(Tensor.double, kwargs))
+    actual, eager = op(*args, **kwargs), reference(*args, **kwargs)
+    assert_all_close_as_eager(actual, eager, exact, factor)
+
+
+def assert_same_numbers(actual: Tensor, expected: Tensor) -> None:
+    """Equal, and NaN in the same places."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def cotangents_of(results) -> list[Tensor]:
+    """Random numbers for each tensor of ``results``, the same in each call."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)
+        for t in tensors_in(results)
+    ]
+
+
 def gradients(function, args, kwargs=None) -> list[Tensor]:
     """Gradients of <function(*args), fixed cotangent> in every tensor that requires one."""
-    out = function(*args, **(kwargs or {}))
-    generator = torch.Generator().manual_seed(1)
-    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
+    results = tensors_in(function(*args, **(kwargs or {})))
     inputs = [t for t in tensors_in([args, kwargs]) if t.requires_grad]
-    return list(torch.autograd.grad(out, inputs, cotangent))
+    return list(torch.autograd.grad(results, inputs, cotangents_of(results)))
 
 
 def assert_matches_grad(op, reference, args, kwargs=None, factor: float = 2.0) -> None:
@@ -82,18 +102,14 @@ def assert_matches_grad(op, reference, args, kwargs=None, factor: float = 2.0) -
     exact = gradients(reference, map_floats(double_leaf, args), map_floats(double_leaf, kwargs))
     eager = gradients(reference, map_floats(leaf, args), map_floats(leaf, kwargs))
     actual = gradients(op, map_floats(leaf, args), map_floats(leaf, kwargs))
-    assert len(actual) == len(eager) == len(exact)
-    for ours, theirs, truth in zip(actual, eager, exact, strict=True):
-        assert_close_as_eager(ours, theirs, truth, factor)
+    assert_all_close_as_eager(actual, eager, exact, factor)
 
 
 def run_with_input_grad(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """The output, and the gradient of <output, fixed cotangent> in the input."""
     x = x.detach().requires_grad_()
     out = model(x)
-    generator = torch.Generator().manual_seed(1)
-    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
-    (grad,) = torch.autograd.grad(out, x, cotangent)
+    (grad,) = torch.autograd.grad(out, x, cotangents_of(out))
     return out.detach(), grad
 
 
