@@ -1,28 +1,20 @@
-"""Wrong arguments and images raise the stock library's exception in every family.
+"""Wrong arguments and images raise the stock library's exception in every family, or say more."""
 
-What only one family refuses is tried in its own file.
-"""
+import functools
 
 import pytest
 import torch
 from torch import nn
 
 import cvkernels
-from tests.support.model_checks import assert_same_error, builders
+from cvkernels.models.timm_builder import REFUSED
+from tests.support.model_checks import assert_same_error, builders, twins
 
 torchvision = pytest.importorskip("torchvision")
-timm = pytest.importorskip("timm")
+pytest.importorskip("timm")
 
-BUILDERS = {
-    "googlenet": torchvision.models.googlenet,
-    "resnet50": torchvision.models.resnet50,
-    "densenet121": torchvision.models.densenet121,
-    "efficientnet_b0": torchvision.models.efficientnet_b0,
-    "efficientnet_v2_s": torchvision.models.efficientnet_v2_s,
-    "seresnet50": lambda **kwargs: timm.create_model("seresnet50", **kwargs),
-    "legacy_seresnet50": lambda **kwargs: timm.create_model("legacy_seresnet50", **kwargs),
-}
-OF_TORCHVISION = [name for name in BUILDERS if "seres" not in name]
+OF_TORCHVISION = ["googlenet", "resnet50", "densenet121", "efficientnet_b0", "efficientnet_v2_s"]
+BUILDERS = [*OF_TORCHVISION, "seresnet50", "legacy_seresnet50"]
 
 
 def raised(function, *args, **kwargs):
@@ -41,8 +33,7 @@ WRONG_CLASSES = [
 @pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")
 def test_wrong_classes(name, num_classes):
     with torch.device("meta"):
-        expected = raised(BUILDERS[name], num_classes=num_classes)
-        actual = raised(getattr(cvkernels.models, name), num_classes=num_classes)
+        actual, expected = (raised(builder, num_classes=num_classes) for builder in builders(name))
     assert isinstance(actual, type(expected)), repr(actual)
 
 
@@ -106,20 +97,72 @@ def test_wrong_arguments_raise_torchvisions_errors(name, kwargs):
     assert_same_error(*builders(name), **kwargs)
 
 
+# What the builders say, by the builder and the arguments
+SAID = {
+    "resnet18": [
+        (dict(groups=2), ValueError, "BasicBlock"),
+        (dict(replace_stride_with_dilation=[True, False, False]), NotImplementedError, "ilation"),
+    ],
+    "efficientnet_b6": [
+        (dict(norm_layer=nn.BatchNorm2d), TypeError, "multiple values for keyword .*'norm_layer'"),
+    ],
+    "efficientnet": [
+        (dict(width=0), ValueError, "width must be a positive factor"),
+        (dict(depth=-1.0), ValueError, "depth must be a positive factor"),
+        (dict(width=float("nan")), ValueError, "width must be a positive factor"),
+        (dict(resolution=0), ValueError, "resolution must be a positive integer"),
+        (dict(resolution=224.0), ValueError, "resolution must be a positive integer"),
+    ],
+    "seresnet18": [
+        (dict(output_stride=4), ValueError, "output_stride must be 8, 16 or 32"),
+        (dict(global_pool="fast"), ValueError, "global_pool must be 'avg'"),
+        (dict(act_layer="bogus"), ValueError, "act_layer must be one of relu"),
+        (dict(stem_type="wide"), ValueError, "stem_type must be"),
+        (dict(cardinality=2), ValueError, "SEBottleneck supports both"),
+        *(
+            ({keyword: True}, TypeError, rf"seresnet18\(\) does not support {keyword}=: \w+")
+            for keyword in REFUSED
+        ),
+    ],
+    "seresnet50": [(dict(depth=3), TypeError, "unexpected keyword argument 'depth'")],
+    "legacy_seresnet18": [(dict(act_layer=nn.SiLU), TypeError, "argument 'act_layer'")],
+    "resnet17": [({}, ValueError, "Unknown model resnet17; did you mean .*resnet18")],
+    "legacy_seresnet51": [({}, ValueError, "did you mean .*legacy_seresnet50")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "error", "message"),
+    [(name, *call) for name, calls in SAID.items() for call in calls],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict)
+    else getattr(value, "__name__", None),
+)  # fmt: skip
+def test_refusals_say_why(name, kwargs, error, message):
+    builder = getattr(cvkernels.models, name, functools.partial(cvkernels.create_model, name))
+    with pytest.raises(error, match=message):
+        builder(**kwargs)
+
+
 # Images
 
 
+def rand(*shape, dtype=torch.float32):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
 IMAGES = {
-    "one-pixel": torch.zeros(1, 3, 1, 1),
-    "seven-pixels": torch.zeros(1, 3, 7, 7),
-    "sixteen-pixels": torch.zeros(1, 3, 16, 16),
-    "no-rows": torch.zeros(1, 3, 0, 64),
-    "one-channel": torch.zeros(1, 1, 64, 64),
-    "no-batch": torch.zeros(3, 64, 64),
-    "two-dimensions": torch.zeros(64, 64),
-    "five-dimensions": torch.zeros(1, 1, 3, 64, 64),
-    "float64": torch.zeros(1, 3, 64, 64, dtype=torch.float64),
-    "uint8": torch.zeros(1, 3, 64, 64, dtype=torch.uint8),
+    "one-pixel": rand(1, 3, 1, 1),
+    "seven-pixels": rand(1, 3, 7, 7),
+    "sixteen-pixels": rand(1, 3, 16, 16),
+    "one-row": rand(1, 3, 1, 64),
+    "no-rows": rand(1, 3, 0, 64),
+    "no-images": rand(0, 3, 64, 64),
+    "one-channel": rand(1, 1, 64, 64),
+    "no-batch": rand(3, 64, 64),
+    "two-dimensions": rand(64, 64),
+    "five-dimensions": rand(1, 1, 3, 64, 64),
+    "float64": rand(1, 3, 64, 64, dtype=torch.float64),
+    "uint8": rand(1, 3, 64, 64, dtype=torch.uint8),
     "no-tensor": [[0.0]],
 }
 
@@ -128,8 +171,7 @@ IMAGES = {
 def models(request):
     """(ours, stock) of one family."""
     kwargs = dict(init_weights=False, aux_logits=False) if request.param == "googlenet" else {}
-    builders = getattr(cvkernels.models, request.param), BUILDERS[request.param]
-    return [builder(**kwargs) for builder in builders]
+    return twins(request.param, **kwargs)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -142,5 +184,8 @@ def test_wrong_images(models, x, training):
         expected = stock(x)
     except Exception as error:
         assert isinstance(raised(ours, x), type(error))
-    else:
-        assert ours(x).shape == expected.shape
+        return
+    actual = ours(x)
+    assert actual.shape == expected.shape
+    if not training:
+        assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-3)

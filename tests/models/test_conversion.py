@@ -119,44 +119,40 @@ def test_cadenes_names_are_timms_legacy_ones(name, legacy):
     assert name in ("senet154", legacy.replace("legacy_seres", "se_res"))
 
 
-def test_tensors_are_shared_and_the_state_stays():
-    state = torchvision.models.efficientnet_b0().state_dict()
+@pytest.mark.parametrize(
+    ("name", "renamed"),
+    [("efficientnet_b0", timm_efficientnet_key), ("resnet18", str)],
+    ids=["other-names", "identical-names"],
+)
+def test_tensors_are_shared_and_the_state_stays(name, renamed):
+    state = stock(Network("torchvision", name)).state_dict()
     before = list(state), state._metadata
-    converted = convert_checkpoint(state, "torchvision/efficientnet_b0", "timm/efficientnet_b0")
+    converted = convert_checkpoint(state, f"torchvision/{name}", f"timm/{name}")
     assert (list(state), state._metadata) == before
-    assert not hasattr(converted, "_metadata")
-    for key, value in state.items():
-        assert converted[timm_efficientnet_key(key)] is value
-
-
-def test_identical_names_give_a_new_dict():
-    state = torchvision.models.resnet18().state_dict()
-    converted = convert_checkpoint(state, "torchvision/resnet18", "timm/resnet18")
     assert converted is not state and not hasattr(converted, "_metadata")
-    assert all(converted[key] is value for key, value in state.items())
+    assert all(converted[renamed(key)] is value for key, value in state.items())
 
 
-def test_norms_that_count_no_batches_convert():
-    state = {
-        key: value
-        for key, value in timm.create_model("efficientnet_b0").state_dict().items()
-        if not key.endswith("num_batches_tracked")
-    }
-    converted = convert_checkpoint(state, "timm/efficientnet_b0", "torchvision/efficientnet_b0")
+def old_densenet_key(key):
+    return key.replace("norm1", "norm.1").replace("conv2", "conv.2")
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "old"),
+    [
+        ("timm/efficientnet_b0", "torchvision/efficientnet_b0", str),
+        ("torchvision/densenet121", "timm/densenet121", old_densenet_key),
+    ],
+    ids=["efficientnet", "old-densenet-keys"],
+)
+def test_norms_that_count_no_batches_convert(source, target, old):
+    state = stock(Network(*source.split("/"))).state_dict()
+    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    renamed = {old(key): value for key, value in state.items()}
+    converted = convert_checkpoint(renamed, source, target)
     assert len(converted) == len(state)
-    torchvision.models.efficientnet_b0().load_state_dict(converted)
-
-
-def test_old_densenet_keys_convert():
-    state = torchvision.models.densenet121().state_dict()
-    old = {
-        key.replace("norm1", "norm.1").replace("conv2", "conv.2"): value
-        for key, value in state.items()
-        if not key.endswith("num_batches_tracked")
-    }
-    converted = convert_checkpoint(old, "torchvision/densenet121", "timm/densenet121")
-    assert list(converted) == [key for key in state if key in converted]
-    timm.create_model("densenet121").load_state_dict(converted)
+    assert old is str or list(converted) == list(state)
+    stock(Network(*target.split("/"))).load_state_dict(converted)
 
 
 def test_neither_library_is_needed(monkeypatch):

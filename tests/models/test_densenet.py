@@ -9,56 +9,14 @@ from cvkernels.models.densenet import DenseNet, _DenseBlock, _DenseLayer, _Trans
 from cvkernels.nn import FusedSequential
 from tests.support.model_checks import (
     TINY_DENSENET,
-    assert_eval_is_pure,
-    assert_same_gradients,
-    assert_same_state,
-    assert_trains_like,
     build,
-    fresh_twins,
     twins,
 )
 from tests.support.numerics import assert_matches_module
-from tests.support.pairs import calibrate, image, seen
+from tests.support.pairs import calibrate, image
 
 torchvision = pytest.importorskip("torchvision")
 stock_module = pytest.importorskip("torchvision.models.densenet")
-
-# Every kind of layer, in the fewest; the checks that copy or trace a model use it.
-
-
-def test_eval_output_and_input_gradient_match_stock(device):
-    """The other depths, and training, are test_every_builder's."""
-    assert_eval_is_pure(*twins("densenet121", device), seen(2, device), in_float32=True)
-
-
-KEYWORDS = {
-    "classes": dict(num_classes=7),
-    "bn_size": dict(bn_size=2),
-    "growth_rate": dict(growth_rate=12),
-    "three_blocks": dict(block_config=(2, 1, 2)),
-    "dropout": dict(drop_rate=0.2),
-    "memory_efficient": dict(memory_efficient=True),
-    "memory_efficient_dropout": dict(memory_efficient=True, drop_rate=0.2),
-}
-
-
-@pytest.mark.parametrize("kwargs", KEYWORDS.values(), ids=KEYWORDS.keys())
-def test_keyword_arguments_match_stock(kwargs, device):
-    kwargs = TINY_DENSENET | kwargs
-    assert_same_state(*fresh_twins("DenseNet", **kwargs))
-    ours, stock = twins("DenseNet", device, **kwargs)
-    assert_eval_is_pure(ours, stock, seen(2, device), in_float32=True)
-    # Stock's counts the batches of norm1 twice, in the forward pass and in the backward pass.
-    kwargs |= dict(memory_efficient=False)
-    ours, stock = (model.train() for model in twins("DenseNet", device, **kwargs))
-    assert_trains_like(ours, stock, seen(4, device))
-
-
-@pytest.mark.parametrize("memory_efficient", [False, True], ids=["plain", "memory_efficient"])
-def test_parameter_gradients_match_stock(memory_efficient, device):
-    kwargs = dict(TINY_DENSENET, memory_efficient=memory_efficient)
-    ours, stock = (model.train() for model in twins("DenseNet", device, **kwargs))
-    assert_same_gradients(ours, stock, seen(4, device))
 
 
 def test_memory_efficient_computes_the_plain_networks_gradients():
@@ -270,11 +228,3 @@ def test_new_keys_with_batch_counts_and_odd_mixtures(trained):
         RuntimeError, match=r"1 missing key\(s\): features.*denselayer1.norm1.weight"
     ):
         load_checkpoint(model, missing)
-
-
-# Builders
-
-
-def test_an_image_too_small_is_refused():
-    with pytest.raises((RuntimeError, ValueError)), torch.no_grad():
-        densenet121().eval()(image(1, 16))

@@ -1,9 +1,5 @@
 """Every family beside its stock twin; what only one family has is in the file of its name."""
 
-import copy
-import io
-import pickle
-
 import pytest
 import torch
 from torch import nn
@@ -11,8 +7,10 @@ from torch import nn
 import cvkernels
 from cvkernels.models.registry import get_builder
 from tests.support.model_checks import (
+    COPIES,
     TINY_DENSENET,
-    assert_every_norm_is_fused,
+    assert_autocasts_like,
+    assert_close,
     assert_follows_parameters,
     assert_hook_is_called,
     assert_same_output,
@@ -20,7 +18,7 @@ from tests.support.model_checks import (
     fresh_twins,
     twins,
 )
-from tests.support.numerics import assert_close_as_eager, assert_matches_module
+from tests.support.numerics import assert_matches_module
 from tests.support.pairs import seen
 
 torchvision = pytest.importorskip("torchvision")
@@ -123,23 +121,14 @@ def test_autocast_and_inference_mode_match_stock(name, device):
     x = seen(2, device)
     with torch.inference_mode():
         assert_matches_module(ours, stock, x, grad=False)
-    with torch.no_grad():
-        exact = copy.deepcopy(stock).double()(x.double())
-        with torch.autocast(device.type, torch.bfloat16):
-            actual, expected = ours(x), stock(x)
-    assert_close_as_eager(actual, expected, exact)
+    assert_autocasts_like(ours, stock, x)
 
 
 @each_family
 def test_eval_follows_steps_loads_and_functional_calls(name, device):
-    assert_follows_parameters(*pair(name, device), seen(2, device))
-
-
-@pytest.mark.parametrize(
-    "name", ["seresnet50", "legacy_seresnet18", "efficientnet_b0", "efficientnet_v2_s"]
-)
-def test_every_norm_is_fused(name):
-    assert_every_norm_is_fused(pair(name)[0], seen())
+    # Times 1.1, EfficientNet's outputs are of order 1e6, and stock's own are wrong in float32.
+    factors = (0.9, 0.99 if name == "efficientnet_b0" else 1.1, 0.98)
+    assert_follows_parameters(*pair(name, device), seen(2, device), factors)
 
 
 # Tracing and compilation
@@ -184,7 +173,7 @@ def test_feature_extraction_sees_torchvisions_nodes(name, nodes):
     )
     assert list(actual) == list(expected)
     for key, value in expected.items():
-        assert (actual[key] - value).abs().max() <= 1e-3 * value.abs().max(), key
+        assert_close(actual[key], value, key, 1e-5 if name == "resnet18" else 1e-4)
 
 
 @each_family
@@ -212,27 +201,13 @@ def test_jit_trace_agrees(name):
 # Copies, hooks, other callers
 
 
-def copied(model, how):
-    """model's twin by "deepcopy", "pickle" or "torch.save"."""
-    if how == "deepcopy":
-        return copy.deepcopy(model)
-    if how == "pickle":
-        return pickle.loads(pickle.dumps(model))
-    file, plain = io.BytesIO(), io.BytesIO()
-    torch.save(model, file)
-    torch.save(copy.deepcopy(model), plain)
-    assert file.tell() == pytest.approx(plain.tell(), rel=1e-3)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("how", COPIES)
 @each_family
 def test_copies_carry_no_derived_weights(name, how):
     ours, _ = pair(name)
     with torch.no_grad():
         expected = ours(seen())
-        twin = copied(ours, how)
+        twin = COPIES[how](ours)
         assert not any("_derived" in module.__dict__ for module in twin.modules())
         assert torch.equal(twin(seen()), expected)
     assert list(twin.state_dict()) == list(ours.state_dict())

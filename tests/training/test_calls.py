@@ -1,0 +1,318 @@
+"""Training in others' hands: hooks, replaced parts, transforms, refusals."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import cvkernels
+from cvkernels import backend
+from cvkernels.nn import BasicConv2d, Bottleneck, Inception
+from cvkernels.nn.fused.match import relu_
+from cvkernels.nn.training import dense_block, match
+from tests.support.pairs import assert_equal, loss_of, step
+from tests.support.training_nets import (
+    FIRST,
+    assert_same_results,
+    each_block,
+    image,
+    is_recomputed,
+    training_pair,
+)
+
+# Hooks
+
+
+def half_as_much_again(module, args, out):
+    return out * 1.5
+
+
+def half_in_place(module, args, out):
+    out.mul_(0.5)
+
+
+def half(module, args, out):
+    return out * 0.5
+
+
+@torch.no_grad()
+def more_in_place(module, args, out):
+    out.add_(0.25)
+
+
+# Hooks on ours and on stock, and the parts that they are on: stock's ReLU in place keeps its
+# output, and lets no hook write it.
+WRITTEN = {
+    "inception-replaced": (
+        "inception", half_as_much_again, half_as_much_again, ["stem.0", "first", "first.branch1"]
+    ),
+    "inception-past-autograd": ("inception", more_in_place, more_in_place, ["first"]),
+    "inception-in-place": ("inception", half_in_place, half, ["first"]),
+    "bottleneck-replaced": (
+        "bottleneck", half_as_much_again, half_as_much_again,
+        ["layer1.0", "layer1", "layer2.0.bn2"],
+    ),
+    "bottleneck-in-place": ("bottleneck", half_in_place, half, ["layer1.1", "layer2.1"]),
+    "mbconv-in-place": ("mbconv", half_in_place, half, ["features.1.0", "features.2.1"]),
+    "dense-in-place": ("dense", half_in_place, half, ["features.denseblock1"]),
+    "memory_efficient-in-place": (
+        "memory_efficient", half_in_place, half, ["features.denseblock2"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "our_hook", "stock_hook", "parts"), WRITTEN.values(), ids=WRITTEN.keys()
+)
+def test_hooks_that_change_an_output(name, our_hook, stock_hook, parts):
+    pair = training_pair(name)
+    for model, hook in zip(pair, (our_hook, stock_hook), strict=True):
+        for part in parts:
+            model.get_submodule(part).register_forward_hook(hook)
+    assert_equal(*(step(model, image(name)) for model in pair), 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("inception", "first.branch1.conv"),
+        ("inception", "first.branch3.0.bn"),
+        ("inception", "first.branch4.0"),
+        ("inception", "first.branch2"),
+        ("inception", "stem.1"),
+        ("bottleneck", "layer2.0.downsample"),
+        ("se-bottleneck", "layer1.1.conv3"),
+        ("mbconv", "features.2.0.block.1"),
+    ],
+)
+def test_hooks_inside_see_what_they_see_in_stock(name, part):
+    def run(model):
+        seen, module = [], model.get_submodule(part)
+        module.register_forward_hook(lambda module, args, out: seen.append(out.clone()))
+        if not isinstance(module, nn.BatchNorm2d):  # a ReLU in place follows, which forbids it
+            module.register_full_backward_hook(lambda m, g, out: seen.append(out[0].clone()))
+        return [*step(model, image(name)), *seen]
+
+    assert_same_results(name, run)
+
+
+# Parts that are not as a block makes them
+
+
+def set_to(attribute, value):
+    return lambda module: setattr(module, attribute, copy.deepcopy(value))
+
+
+def hooked(module):
+    module.register_forward_hook(lambda *_: None)
+
+
+def registered_again(module):
+    """What ``prune.remove`` and ``remove_parametrizations`` leave: the weight is the last one."""
+    weight = module.weight
+    del module.weight
+    module.weight = weight
+
+
+def with_extra_parameter(conv):
+    conv.register_parameter("extra", nn.Parameter(torch.ones(1)))
+
+
+def with_bias(conv):
+    conv.bias = nn.Parameter(torch.linspace(-1, 1, conv.out_channels).double())
+
+
+def with_forward(conv):
+    conv.forward = lambda x: type(conv).forward(conv, x) * 2
+
+
+def synchronised(layer):
+    layer.norm1 = nn.SyncBatchNorm(layer.norm1.num_features).eval()
+
+
+# By network and block: a part ("" for the block), its change, and why there is no training it, ""
+# where a reason is not given or not needed.
+LAYER = "features.denseblock1.denselayer"
+OTHERS = {
+    ("dense", ""): {
+        "evaluated": (f"{LAYER}2.norm1", nn.Module.eval, "running statistics"),
+        "synchronised": (f"{LAYER}2", synchronised, "SyncBatchNorm is not exactly"),
+        "dropping": (f"{LAYER}2", set_to("drop_rate", 0.5), "dropout is active"),
+        "hooked": (f"{LAYER}2.relu1", hooked, "ReLU has a hook"),
+        # A full backward hook cannot stand before an in-place ReLU, in stock either.
+        "backward-hooked": (
+            f"{LAYER}3.conv2",
+            lambda conv: conv.register_full_backward_hook(lambda *_: None),
+            "Conv2d has a hook",
+        ),
+        "activation": (f"{LAYER}1", set_to("relu2", nn.SiLU()), "SiLU is not exactly"),
+    },
+    ("inception", "first.branch1."): {
+        "group-norm": ("", set_to("bn", nn.GroupNorm(2, 8)), "GroupNorm is not exactly"),
+        "evaluated": ("bn", nn.Module.eval, "running statistics"),
+        "hooked": ("conv", hooked, "has a hook"),
+        "padding": ("conv", set_to("padding_mode", "reflect"), "padding_mode"),
+    },
+    ("bottleneck", "layer1.1."): {
+        "group-norm": ("", set_to("bn3", nn.GroupNorm(4, 256)), ""),
+        "instance": ("", set_to("bn2", nn.InstanceNorm2d(64, affine=True)), ""),
+        "gelu": ("", set_to("relu", nn.GELU()), ""),
+        "hooked": ("conv2", hooked, ""),
+        "padding": ("conv2", set_to("padding_mode", "circular"), ""),
+        "bias": ("conv3", with_bias, ""),
+        "stride": ("conv2", set_to("stride", 1), ""),
+        "dilation": ("conv3", set_to("dilation", [1, 1]), ""),
+        "weight-behind-bias": ("bn1", registered_again, ""),
+        "weight-registered-again": ("conv1", registered_again, ""),
+        "extra-parameter": ("conv2", with_extra_parameter, ""),
+        "forward": ("conv2", with_forward, ""),
+        "no-running": ("", set_to("bn3", nn.BatchNorm2d(256, track_running_stats=False)), ""),
+        "shortcut": ("", set_to("downsample", nn.AvgPool2d(1)), ""),
+    },
+}  # fmt: skip
+OTHER_CASES = {
+    f"{name}-{what}": (name, (block + part).rstrip("."), change, reason)
+    for (name, block), changes in OTHERS.items()
+    for what, (part, change, reason) in changes.items()
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "change", "reason"), OTHER_CASES.values(), ids=OTHER_CASES.keys()
+)
+def test_other_parts_are_called_as_modules(name, part, change, reason):
+    def run(model):
+        torch.manual_seed(1)
+        change(model.get_submodule(part))
+        return step(model.double(), image(name))
+
+    ours, stock = training_pair(name)
+    assert_equal(run(ours), run(stock), 1e-8)
+    if name == "dense":
+        rows = cvkernels.explain(ours, image(name)).rows
+        assert reason in str({row.reason for row in rows})
+    elif name == "inception":
+        block, x = ours.first.branch1, torch.randn(2, 16, 6, 6, dtype=torch.float64)
+        assert reason in match.why_not_train_conv_bn_act(x, block.conv, block.bn, relu_)
+
+
+def test_a_shortcut_of_another_shape_is_stocks():
+    """It is broadcast, or refused, as there."""
+    for shortcut in (nn.AdaptiveAvgPool2d(1), nn.Upsample(scale_factor=2)):
+        results, x = [], torch.randn(2, 256, 6, 6)
+        for model in training_pair("bottleneck", torch.float32):
+            model.layer1[1].downsample = shortcut
+            try:
+                results.append(model.layer1[1](x).detach())
+            except RuntimeError as error:
+                results.append(str(error).splitlines()[0])
+        if isinstance(results[1], str):
+            assert results[0] == results[1]
+        else:
+            torch.testing.assert_close(*results)
+
+
+# Who asks, and for what
+
+
+def test_one_value_per_channel_is_refused_as_in_stock():
+    block = BasicConv2d(3, 4, kernel_size=3)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        block(torch.randn(1, 3, 3, 3))
+    assert block(torch.randn(1, 3, 3, 4)).shape == (1, 4, 1, 2)
+
+
+def test_requested_reference_and_no_grad_run_as_modules():
+    block, x = BasicConv2d(3, 4, kernel_size=3), torch.randn(2, 3, 6, 6)
+    assert is_recomputed(block(x))
+    with backend.use("reference"):
+        assert not is_recomputed(block(x))
+    with torch.no_grad():
+        assert not is_recomputed(block(x))
+    assert int(block.bn.num_batches_tracked) == 3
+
+
+@pytest.mark.parametrize("name", ["dense", "inception", "bottleneck", "se-bottleneck", "mbconv"])
+def test_torch_func_runs_as_modules(name):
+    """torch.func refuses checkpoints by name, so there is no ``memory_efficient`` here."""
+
+    def run(model):
+        torch.func.replace_all_batch_norm_modules_(model)
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+        def loss(parameters, x):
+            return loss_of(torch.func.functional_call(model, parameters, (x,)))
+
+        x = image(name)
+        grads = torch.func.grad(loss)(parameters, x)
+        _, tangent = torch.func.jvp(lambda p: loss(p, x), (parameters,), (parameters,))
+        each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x[:, None])
+        return [tangent, *grads.values(), *each.values()]
+
+    assert_same_results(name, run)
+
+
+def test_a_traced_dense_block_concatenates():
+    ours, stock = training_pair("dense")
+    compiled, x = torch.compile(ours, backend="eager", fullgraph=True), image("dense")
+    torch.testing.assert_close(compiled(x), stock(x))
+    graph = torch.fx.symbolic_trace(ours)
+    assert any(node.target is torch.cat for node in graph.graph.nodes)
+
+
+def test_export_and_trace_see_the_stock_operations():
+    block = Inception(*FIRST).train()
+    for norm in block.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 0.0
+    x = torch.randn(2, 16, 6, 6)
+    exported = torch.export.export(block, (x,))
+    assert "cvkernels" not in str(exported.graph)
+    traced = torch.jit.trace(block, x, check_trace=False)
+    for run in (exported.module(), traced):
+        torch.testing.assert_close(run(x), block(x), rtol=1e-4, atol=1e-4)
+
+
+# What a forward leaves
+
+
+@each_block
+def test_copies_share_nothing_with_a_running_network(name):
+    ours, _ = training_pair(name)
+    x = image(name)
+    out = ours(x)
+    twin = copy.deepcopy(ours)
+    torch.testing.assert_close(twin(x), out)
+    for module in ours.modules():
+        assert not any(isinstance(value, torch.Tensor) for value in vars(module).values())
+    out.sum().backward()
+    assert all(p.grad is None for p in twin.parameters())
+
+
+def test_a_failed_forward_leaves_no_statistics(monkeypatch):
+    ours, _ = training_pair("dense")
+    block, x = ours.features.denseblock1, torch.randn(2, 16, 5, 6).double()
+    before, real, calls = [b.clone() for b in block.buffers()], dense_block.convolve, []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError("no room")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(dense_block, "convolve", failing)
+    with pytest.raises(MemoryError):
+        block(x)
+    assert all(map(torch.equal, before, block.buffers()))
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError):
+        block(torch.cat([x, x[:, :1]], 1))
+
+
+def test_running_statistics_are_heard_of():
+    block = Bottleneck(16, 4).train()
+    statistics = block.bn1.running_mean, block.bn1.running_var
+    before = [statistic._version for statistic in statistics]
+    block(torch.randn(2, 16, 8, 8))
+    assert all(s._version > version for s, version in zip(statistics, before, strict=True))
