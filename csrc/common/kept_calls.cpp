@@ -429,6 +429,11 @@ PyObject* keep(PyObject* self, PyObject* arguments) {
   Py_RETURN_NONE;
 }
 
+PyObject* clear(PyObject* self, PyObject*) {
+  of(self).entries->clear();
+  Py_RETURN_NONE;
+}
+
 PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
   Py_ssize_t tensors;
   PyObject *variables, *quiet, *classes;
@@ -470,6 +475,7 @@ PyMethodDef methods[] = {
      "PyTorch is older than 2.14, or two tensors lie at one address."},
     {"keep", keep, METH_VARARGS,
      "keep(recipe, options): what a call on tensors like the recipe's does, with these options."},
+    {"clear", clear, METH_NOARGS, "Keep none of the calls."},
     {}};
 
 PyType_Slot slots[] = {

@@ -18,9 +18,8 @@ from tests.ops import (
 from tests.support import cuda_on_host
 from tests.support.cuda_on_host import HostLibrary
 from tests.support.made_once import shared_folder
+from tests.training import test_convolutions
 from tests.training import test_dense_block as test_dense_training
-from tests.training import test_inception as test_inception_training
-from tests.training import test_residual as test_residual_training
 
 pytestmark = [
     pytest.mark.skipif(bool(cuda_on_host.missing()), reason=cuda_on_host.missing()),
@@ -193,15 +192,15 @@ def test_dense_blocks_train(dtype, memory_efficient, device, all_on_host):
 def test_inception_modules_train(device, all_on_host):
     """Norms and pools that are computed again in backward, into channel slices."""
     layout = torch.channels_last
-    test_inception_training.test_gradients_follow_the_numerics_rule(torch.float32, layout, device)
+    test_convolutions.test_convolutions_and_a_pool_follow_the_rule(torch.float32, layout, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("unit", ["silu", "none-added", "relu-added", "se-relu-added"])
 def test_residual_blocks_train(unit, dtype, device, all_on_host):
     """Norms with a shortcut or SiLU behind them, forward, again and backward."""
-    conv, unit = test_residual_training.CONVOLUTIONS["3x3"], test_residual_training.UNITS[unit]
-    test_residual_training.test_gradients_follow_the_numerics_rule(
+    conv, unit = test_convolutions.CONVOLUTIONS["3x3"], test_convolutions.UNITS[unit]
+    test_convolutions.test_gradients_follow_the_numerics_rule(
         unit, dtype, conv, device, torch.channels_last
     )
 

@@ -19,8 +19,12 @@ from unittest import mock
 
 import torch
 
+from cvkernels.ops.avg_pool import op as avg_pool
+from cvkernels.ops.batch_norm_act import op as batch_norm_act
 from cvkernels.ops.common import native
 from cvkernels.ops.common.plan import PlanTable
+from cvkernels.ops.dense_concat import op as dense_concat
+from cvkernels.ops.max_pool import op as max_pool
 from tests.support.made_once import made_once
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,6 +130,8 @@ class HostLibrary:
         self._reverse(reverse)
         # No plan from before, and none that does an op's work past the dispatcher.
         unkept = mock.patch.object(PlanTable, "key", lambda *_: None)
+        for op in (avg_pool, batch_norm_act, dense_concat, max_pool):
+            op.run_kept.clear()
         try:
             with unkept, mock.patch.object(native, "directs", lambda _: False):
                 yield

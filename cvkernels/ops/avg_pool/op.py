@@ -33,7 +33,7 @@ _plans = PlanTable()
 
 Pair = tuple[int, int]
 Options = tuple[Pair, Pair, Pair, bool, bool, int | None]
-_run_kept = native.keeps_calls(2)
+run_kept = native.keeps_calls(2)
 
 
 def plan(
@@ -120,7 +120,7 @@ def avg_pool(
     if torch.compiler.is_compiling():
         made = plan(x, *options, input_bn=input_bn, out=out, backend=backend, once=True)
         return made.run(x, out)
-    if (y := _run_kept(x, out, *options, input_bn, backend)) is not None:
+    if (y := run_kept(x, out, *options, input_bn, backend)) is not None:
         return y
     window = window_of(OP, kernel_size, stride, padding, 1, ceil_mode)
     key = None
@@ -132,7 +132,7 @@ def avg_pool(
         )  # fmt: skip
         _plans.keep(key, planned, x, out)
         if key is not None:
-            native.keep_call(_run_kept, planned, *options, None, backend)
+            native.keep_call(run_kept, planned, *options, None, backend)
     if out is not None:
         check_overlap(OP, out, x)
     return planned.recorded(x, out)

@@ -24,7 +24,7 @@ OP = passes.OP
 ACTS = tuple(passes.ACTS)
 DTYPES = native.DTYPES["cpu"]
 _plans = PlanTable()
-_run_kept = native.keeps_calls(4)
+run_kept = native.keeps_calls(4)
 
 
 class BatchNormAct(NamedTuple):
@@ -106,13 +106,13 @@ def batch_norm_act(
     """
     tensors = (x, weight, bias, residual)
     compiling = torch.compiler.is_compiling()
-    if not compiling and (found := _run_kept(*tensors, eps, act, backend)) is not None:
+    if not compiling and (found := run_kept(*tensors, eps, act, backend)) is not None:
         return BatchNormAct(*found)
     key = None if compiling else _plans.key(backend, tensors, eps, act)
     if (planned := _plans.get(key)) is None:
         options: Any = {"eps": eps, "act": act, "residual": residual, "backend": backend}
         planned = _plans.keep(key, plan(x, weight, bias, once=key is None, **options), *tensors)
-        native.keep_call(_run_kept, planned, eps, act, backend)
+        native.keep_call(run_kept, planned, eps, act, backend)
     return planned.recorded(*tensors)
 
 

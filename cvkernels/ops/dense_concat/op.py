@@ -28,7 +28,7 @@ library.define(
 )
 _dense_concat = torch.ops.cvkernels.dense_concat.default
 _plans = PlanTable()
-_run_kept = native.keeps_calls(2)
+run_kept = native.keeps_calls(2)
 
 
 def plan(
@@ -99,7 +99,7 @@ def dense_concat(
     """
     if torch.compiler.is_compiling():
         return plan(buffer, src, start, bn, relu, backend=backend, once=True).run(buffer, src)
-    if (written := _run_kept(buffer, src, start, bn, relu, backend)) is not None:
+    if (written := run_kept(buffer, src, start, bn, relu, backend)) is not None:
         return written
     key = None
     if bn is None and type(start) is int:
@@ -108,7 +108,7 @@ def dense_concat(
         planned = plan(buffer, src, start, bn, relu, backend=backend, once=key is None)
         _plans.keep(key, planned, buffer, src)
         if key is not None:
-            native.keep_call(_run_kept, planned, start, None, relu, backend)
+            native.keep_call(run_kept, planned, start, None, relu, backend)
     _check_overlap(buffer, src, start)
     return planned.recorded(buffer, src)
 

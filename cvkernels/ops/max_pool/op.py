@@ -26,7 +26,7 @@ library.define(f"max_pool_out({ARGUMENTS}, Tensor(a!) out) -> ()")
 _max_pool = torch.ops.cvkernels.max_pool.default
 _max_pool_out = torch.ops.cvkernels.max_pool_out.default
 _plans = PlanTable()
-_run_kept = native.keeps_calls(2)
+run_kept = native.keeps_calls(2)
 
 
 def plan(
@@ -102,14 +102,14 @@ def max_pool(
     options = (kernel_size, stride, padding, dilation, ceil_mode)
     if torch.compiler.is_compiling():
         return plan(x, *options, out=out, backend=backend, once=True).run(x, out)
-    if (y := _run_kept(x, out, *options, backend)) is not None:
+    if (y := run_kept(x, out, *options, backend)) is not None:
         return y
     window = window_of(OP, *options)
     key = _plans.key(backend, (x, out), window)
     if (planned := _plans.get(key)) is None:
         planned = plan(x, *window, out=out, backend=backend, once=key is None)
         _plans.keep(key, planned, x, out)
-        native.keep_call(_run_kept, planned, *options, backend)
+        native.keep_call(run_kept, planned, *options, backend)
     if out is not None:
         check_overlap(OP, out, x)
     return planned.recorded(x, out)
