@@ -37,7 +37,7 @@ from benchmarks.harness.machine import Machine, Settings, Timed, interleave
 from benchmarks.harness.report import summarize
 from cvkernels import backend as backends
 from cvkernels.demo import NETWORKS
-from cvkernels.functional import BatchNormParams, DerivedWeights
+from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act
 from cvkernels.ops.conv_bn_act import cudnn, op, tuning
 from cvkernels.ops.conv_bn_act import triton as conv_launches
 from cvkernels.ops.conv_bn_act.problem import Problem
@@ -144,8 +144,12 @@ def operands(problem: Problem, device: torch.device) -> Operands:
 def runner(problem: Problem, config: Config, given: Operands) -> Callable[[], Tensor]:
     """A call with this config, which returns its output."""
     if config.backend == "cudnn":
-        cache = DerivedWeights()
-        return lambda: cudnn.run(problem, *given[:5], cache)
+        p, cache = problem, DerivedWeights()
+        planned = conv_bn_act.plan(
+            *given[:4], stride=p.stride, padding=p.padding, dilation=p.dilation, groups=p.groups,
+            act=p.act, residual=given.residual, backend="cudnn", cache=cache,
+        )  # fmt: skip
+        return lambda: planned.run(given.x, given.residual)
 
     def run() -> Tensor:
         conv_launches.run(problem, *given, precision="ieee", config=config)
@@ -180,8 +184,8 @@ def measure(problem: Problem, machine: Machine, settings: Settings = SETTINGS) -
     tried = candidates(problem, backends.gpu(given.x)[1])
     calls: dict[Config, Timed] = {}
     for config in tried:
-        run = runner(problem, config, given)
         try:
+            run = runner(problem, config, given)
             assert_close_as_eager(run(), eager, truth)
         except Exception as error:  # noqa: BLE001 - of a compiler, too; others go on
             print(f"{tuning.key(problem)}: {config}: {error}", file=sys.stderr)

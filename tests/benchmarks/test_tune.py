@@ -12,6 +12,7 @@ from benchmarks import tune
 from benchmarks.__main__ import main
 from benchmarks.harness import machine as machines
 from benchmarks.harness.machine import Machine, Settings
+from cvkernels.backend import BackendError
 from cvkernels.ops.conv_bn_act import tuning
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.conv_bn_act.tuning import Config
@@ -73,6 +74,13 @@ def test_right_answers_are_timed_and_wrong_ones_named(problem, machine, monkeypa
     assert set(found.seconds) == set(right)
     assert all(seconds > 0 for seconds in found.seconds.values())
     assert "max error" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="cuDNN is timed above")
+def test_cudnn_is_asked_for_by_name(device):
+    config = replace(tuning.heuristic(TINY, (9, 0)), backend="cudnn")
+    with pytest.raises(BackendError, match="'cudnn' cannot run this call"):
+        tune.runner(TINY, config, tune.operands(TINY, device))
 
 
 def results():
