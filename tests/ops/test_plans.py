@@ -1,11 +1,12 @@
 """Plans: a call that was checked once computes what the op does, and is never taken for another."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from cvkernels import backend, functional, record
+from cvkernels import backend, record
 from cvkernels.functional import (
-    BatchNormParams,
     DerivedWeights,
     avg_pool,
     batch_norm_act,
@@ -18,132 +19,47 @@ from cvkernels.functional import (
     squeeze,
     squeeze_excite,
 )
+from tests.support.cases.conv_bn_act import make_bn
+from tests.support.cases.every_op import OPS, PLANNED, OpCall, calls_on
 from tests.support.cases.squeeze_excite import SMALL, Map, make_layers, make_map
+from tests.support.numerics import tensors_in
 
 pytestmark = pytest.mark.usefixtures("native")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-OPS = sorted(set(functional.__all__) - {"BatchNormParams", "DerivedWeights"})
-
-
-class Call:
-    """A call of an op: what is planned, with which options, the data of one run, and how the op
-    itself takes these."""
-
-    def __init__(self, examples, options, data, run):
-        self.examples, self.options, self.data, self.run = examples, options, data, run
-
-
-def norm(channels, dtype=torch.float32):
-    weight, bias, mean = torch.randn(3, channels).to(dtype)
-    return BatchNormParams(weight, bias, mean, torch.rand(channels).to(dtype) + 0.5)
-
-
-def calls(x):
-    """A call of each op on maps like x; each run's data is fresh, and laid out as the examples."""
-    N, C, H, W = x.shape
-    dtype, layout = x.dtype, x.stride(1) == 1 and C > 1
-    layers = make_layers(Map(N, C, 6, H, W), dtype, "cpu")
-    gate, residual = torch.randn(N, C).to(dtype), torch.randn_like(x)
-    weight, taps, bn = torch.randn(5, C, 1, 1).to(dtype), torch.randn(C, 1, 3, 3).to(dtype), norm(5)
-    buffer = torch.zeros(N, C + 3, H, W, dtype=dtype)
-    buffer = buffer.contiguous(memory_format=torch.channels_last) if layout else buffer
-    y, before = torch.randn_like(x), norm(C)
-    return {
-        "squeeze": Call((x,), {}, (y,), lambda op, o: op(y, **o)),
-        "excite": Call(
-            (gate, *layers, "silu"), {"sigmoid": True}, (gate + 1,),
-            lambda op, o: op(gate + 1, *layers, "silu", **o),
-        ),
-        "se_scale": Call(
-            (x, gate, residual, "silu"), {}, (y, gate + 1, residual),
-            lambda op, o: op(y, gate + 1, residual, "silu", **o),
-        ),
-        "squeeze_excite": Call(
-            (x, *layers, "silu", residual, "relu"), {}, (y, residual),
-            lambda op, o: op(y, *layers, "silu", residual, "relu", **o),
-        ),
-        "max_pool": Call(
-            (x, 3, 2, 1, 1, True), {}, (y,), lambda op, o: op(y, 3, 2, 1, 1, True, **o)
-        ),
-        "avg_pool": Call(
-            (x, (3, 1), 1, (1, 0)), {"input_bn": norm(C)}, (y,),
-            lambda op, o: op(y, (3, 1), 1, (1, 0), **o),
-        ),
-        "dense_concat": Call(
-            (buffer, x, 2, before, True), {}, (buffer.clone(), y),
-            lambda op, o: op(buffer.clone(), y, 2, before, True, **o),
-        ),
-        "conv_bn_act": Call(
-            (x, weight, None, bn), {"act": "silu"}, (y,),
-            lambda op, o: op(y, weight, None, bn, **o),
-        ),
-        "depthwise_conv_bn_act": Call(
-            (x, taps), {"padding": 1, "act": "relu6", "squeeze": True}, (y,),
-            lambda op, o: op(y, taps, **o),
-        ),
-    }  # fmt: skip
-
-
-PLANNED = sorted(calls(torch.zeros(1, 8, 5, 5)))
 
 
 @pytest.mark.parametrize("m", SMALL.values(), ids=SMALL.keys())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_plan_computes_what_the_op_does(m, dtype, memory_format):
-    x = make_map(m, dtype, memory_format, "cpu")
-    for name, call in calls(x).items():
-        op = getattr(functional, name)
-        planned = op.plan(*call.examples, **call.options)
+    for name, call in calls_on(make_map(m, dtype, memory_format, "cpu")).items():
+        planned, other = call.plan(), call.on_other_data()
+        expected = tensors_in(other(backend=planned.backend))
         for _ in range(2):
-            ours, theirs = planned(*call.data), call.run(op, call.options)
-            for a, b in zip(parts(ours), parts(theirs), strict=True):
-                assert torch.equal(a, b) and a.stride() == b.stride(), name
-        checked = call.run(op, call.options | {"backend": planned.backend})
-        for a, b in zip(parts(ours), parts(checked), strict=True):
-            assert torch.equal(a, b), name
-
-
-def parts(result):
-    return [part for part in result if part is not None] if isinstance(result, tuple) else [result]
-
-
-def test_every_op_has_a_plan_and_a_choice():
-    x = torch.randn(2, 8, 5, 5).contiguous(memory_format=torch.channels_last)
-    table = calls(x)
-    for name, call in table.items():
-        planned = getattr(functional, name).plan(*call.examples, **call.options)
-        assert planned.op == name and planned.backend == "native" and planned.reason
-        assert planned.traffic.kernels >= 1 and planned.traffic.bytes_read > 0
-        assert backend.chosen(name, *call.examples, **call.options) == "native"
-        with backend.use("reference"):
-            assert backend.chosen(name, *call.examples, **call.options) == "reference"
-    for name in OPS:
-        assert backend._plans[name] is getattr(functional, name).plan
-    assert backend.chosen("batch_norm_act", x) == "native"
-    assert backend.chosen("max_pool", x=x, kernel_size=2) == "native"
+            ours, theirs = tensors_in(planned(*other.data)), tensors_in(other())
+            for a, b, c in zip(ours, theirs, expected, strict=True):
+                assert torch.equal(a, b) and torch.equal(a, c), name
+                assert a.stride() == b.stride(), name
 
 
 @pytest.mark.parametrize("name", PLANNED)
 def test_errors_are_raised_when_a_call_is_planned(name):
-    x = torch.randn(2, 8, 5, 5)
-    call = calls(x)[name]
-    first, *others = call.examples
+    call = calls_on(torch.randn(2, 8, 5, 5))[name]
     with pytest.raises((ValueError, TypeError), match=f"{name}: "):
-        getattr(functional, name).plan(first[0], *others, **call.options)
+        replace(call, arguments=(call.arguments[0][0], *call.arguments[1:])).plan()
     with pytest.raises(backend.BackendError, match=f"{name}: .*'cudnn'"):
-        getattr(functional, name).plan(*call.examples, **call.options, backend="cudnn")
+        call.plan(backend="cudnn")
 
 
-def test_explain_hears_of_a_plan():
-    x = torch.randn(2, 8, 5, 5)
-    for name, call in calls(x).items():
-        planned = getattr(functional, name).plan(*call.examples, **call.options)
-        with record.recording(record.Recorder()) as recorder:
-            planned(*call.data)
-        (row,) = recorder.calls
-        assert (row.op, row.backend, row.reason) == (name, planned.backend, planned.reason)
-        assert (row.kernels, row.bytes_read, row.bytes_written) == tuple(planned.traffic)
+@pytest.mark.parametrize("name", PLANNED)
+def test_explain_hears_of_a_plan(name):
+    call = calls_on(torch.randn(2, 8, 5, 5))[name]
+    planned = call.plan()
+    with record.recording(record.Recorder()) as recorder:
+        planned(*call.data)
+    (row,) = recorder.calls
+    assert (row.op, row.backend, row.reason) == (name, planned.backend, planned.reason)
+    assert (row.kernels, row.bytes_read, row.bytes_written) == tuple(planned.traffic)
 
 
 def test_outputs_that_are_given_are_written():
@@ -332,8 +248,8 @@ class TestDataAreWhatThePlanWasMadeFor:
     x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
 
     def plan(self, name):
-        call = calls(self.x)[name] if name in PLANNED else Call((self.x,), {}, (self.x,), None)
-        return getattr(functional, name).plan(*call.examples, **call.options), list(call.data)
+        call = calls_on(self.x)[name] if name in PLANNED else OpCall(name, (self.x,))
+        return call.plan(), list(call.data)
 
     @pytest.mark.parametrize("name", OPS)
     def test_other_data_are_refused(self, name):
@@ -416,7 +332,7 @@ class TestAPlanThatACacheKeeps:
         op = depthwise_conv_bn_act if depthwise else conv_bn_act
         x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
         weight, cache = torch.randn(8, 1 if depthwise else 8, 3, 3), DerivedWeights()
-        bn = norm(8)
+        bn = make_bn(8)
 
         def check(x, bn, **options):
             for _ in range(2):

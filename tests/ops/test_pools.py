@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cvkernels import backend, record
-from cvkernels.backend import BackendError
+from cvkernels import record
 from cvkernels.functional import BatchNormParams, avg_pool, max_pool
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -64,18 +63,6 @@ def test_result_is_never_a_view(pool, implementation, device):
     assert x.min() == 1
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_number_of_threads_changes_nothing(pool, threads, memory_format, native):
-    x = make_x((3, 35, 40, 41), torch.float32, memory_format, "cpu")
-    options = norm_of(pool, 35) | {"backend": "native"}
-    expected, before = pool(x, 3, 2, 1, **options), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        assert torch.equal(pool(x, 3, 2, 1, **options), expected)
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_gradient_through_out(pool, device):
     x = torch.randn(1, 4, 6, 6, device=device, requires_grad=True)
     buffer = torch.zeros(1, 8, 3, 3, device=device)
@@ -93,29 +80,6 @@ def test_autograd_notices_a_write_into_out(pool, native, device):
 
 
 class TestChoice:
-    def test_auto_is_native_where_it_can(self, pool, native, device):
-        x = torch.ones(1, 8, 4, 4, device=device)
-        assert backend.chosen(pool.__name__, x, 2) == "native"
-
-    def test_reference_where_a_gradient_is_needed(self, pool, native, device):
-        x = torch.ones(1, 8, 4, 4, device=device, requires_grad=True)
-        assert pool.plan(x, 2).backend == "reference"
-        assert "gradient" in pool.plan(x, 2).reason
-        with torch.no_grad():
-            assert pool.plan(x, 2).backend == "native"
-        with pytest.raises(BackendError, match="a gradient is needed.*use backend='auto'"):
-            pool(x, 2, backend="native")
-
-    @pytest.mark.parametrize("name", ["triton", "cudnn", "onednn"])
-    def test_no_such_backend(self, pool, name):
-        with pytest.raises(BackendError, match=f"no backend '{name}'; use 'auto', 'native'"):
-            pool(torch.ones(1, 8, 4, 4), 2, backend=name)
-
-    def test_use_is_obeyed(self, pool, device):
-        x = torch.ones(1, 8, 4, 4, device=device)
-        with backend.use("reference"):
-            assert backend.chosen(pool.__name__, x, 2) == "reference"
-
     def test_meta_tensor_is_planned_as_cuda_under_explain(self, pool):
         x = torch.empty(2, 64, 112, 112, dtype=torch.bfloat16, device="meta")
         x = x.contiguous(memory_format=torch.channels_last)
@@ -128,9 +92,6 @@ class TestChoice:
         assert (call.op, call.backend, call.kernels) == (pool.__name__, "native", 1)
         assert call.bytes_read == 2 * x.numel() + (4 * 4 * 64 if norm else 0)
         assert call.bytes_written == 2 * y.numel()
-
-    def test_meta_tensor_alone_is_the_references(self, pool):
-        assert pool.plan(torch.empty(1, 8, 4, 4, device="meta"), 2).backend == "reference"
 
     def test_only_touched_elements_count_as_read(self, pool, native, device):
         recorder = record.Recorder()

@@ -1,0 +1,122 @@
+"""Arguments, by name, of every registered op on one map: what torch.library and checks ask."""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from tests.support.cases.conv_bn_act import make_bn
+
+
+def registered_calls(x: Tensor, norm: bool = True) -> dict[str, dict]:
+    """By op, arguments that are right; ``norm``: with a batch norm where there may be one."""
+    bn = make_bn(x.shape[1], device=x.device) if norm else (None, None, None, None, 0.0)
+    vectors = dict(zip(("weight", "bias", "mean", "var", "eps"), bn, strict=True))
+    return {
+        **_pools(x, vectors),
+        **_convolutions(x, vectors),
+        **_squeeze_excite(x),
+        **_batch_norm(x, vectors),
+    }
+
+
+def _pools(x: Tensor, norm: dict) -> dict[str, dict]:
+    window = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "ceil_mode": False}
+    largest = {"x": x, **window, "dilation": (1, 1)}
+    mean = {"x": x, **window, "count_include_pad": False, "divisor_override": None, **norm}
+    out, buffer = {"out": torch.zeros_like(x)}, torch.cat((x, x), 1)
+    return {
+        "max_pool": largest,
+        "max_pool_out": largest | out,
+        "avg_pool": mean,
+        "avg_pool_out": mean | out,
+        "dense_concat": {"buffer": buffer, "src": x, "start": x.shape[1], **norm, "relu": True},
+    }
+
+
+def _convolutions(x: Tensor, norm: dict) -> dict[str, dict]:
+    N, C, H, W = x.shape
+    padded = -(-C // 16) * 16  # channels, as the compiled ops have them in memory
+    new, groups = functools.partial(torch.randn, dtype=x.dtype, device=x.device), math.gcd(C, 2)
+    same = {
+        "x": x, "bias": new(C), **{f"bn_{name}": value for name, value in norm.items()},
+        "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "act": "relu", "backend": "auto",
+    }  # fmt: skip
+    dense = same | {
+        "weight": new(C, C // groups, 3, 3), "groups": groups, "residual": x + 1,
+        **{f"in_{name}": value for name, value in norm.items()}, "gate": new(N, C),
+    }  # fmt: skip
+    depthwise = same | {"weight": new(C, 1, 3, 3)}
+    out = torch.zeros_like(x, memory_format=torch.channels_last)
+    pointwise = {
+        "x": x, "weight": new(C * padded), "shift": new(padded), "out": out, "act": 1, "tile": 0,
+        **dict.fromkeys(("residual", "input_affine", "input_gate")),
+        **dict.fromkeys(("padding_h", "padding_w"), 0),
+    }  # fmt: skip
+    for option in ("kernel", "stride", "dilation"):
+        pointwise |= {f"{option}_h": 1, f"{option}_w": 1}
+    packed = {
+        "x": x, "weight": new(9 * padded), "affine": new(2 * padded), "kernel": 3, "stride": 1,
+        "padding_h": 1, "padding_w": 1, "act": 3, "out": new(N, H, W, C), "sums": new(N, C),
+    }  # fmt: skip
+    return {
+        "conv_bn_act": dense,
+        "conv_bn_act_out": dense | {"backend": "reference", "out": out},
+        "conv_bn_act_native": pointwise,
+        "depthwise_conv_bn_act": depthwise,
+        "depthwise_conv_bn_act_squeeze": depthwise,
+        "depthwise_conv_bn_act_native": packed,
+    }
+
+
+def _squeeze_excite(x: Tensor) -> dict[str, dict]:
+    N, C, _, _ = x.shape
+    gate, *layers = (
+        torch.randn(shape, dtype=x.dtype, device=x.device)
+        for shape in ((N, C), (4, C), (4,), (C, 4), (C,))
+    )
+    layers = dict(zip(("weight1", "bias1", "weight2", "bias2"), layers, strict=True))
+    sums = torch.zeros_like(gate)
+    excite = {"pooled": gate, **layers, "sigmoid": True, "count": 0}
+    scale, out = {"x": x, "gate": gate, "residual": x + 1}, {"out": torch.zeros_like(x)}
+    block, auto = {"x": x, **layers, "residual": x + 1}, {"backend": "auto"}
+    backward = {"grad": x + 1, "residual": x, "out": x, "act": "silu", "input_grad": True}
+    return {
+        "squeeze": {"x": x} | auto,
+        "squeeze_native": {"x": x},
+        "squeeze_native_out": {"x": x, "out": torch.zeros_like(gate)},
+        "excite": excite | {"act": "relu"} | auto,
+        "excite_native": excite | {"act": 2},
+        "se_scale": scale | {"act": "silu"} | auto,
+        "se_scale_shifted": {"x": x, "gate": gate, "shift": gate} | auto,
+        "se_scale_backward": scale | backward | auto,
+        "se_scale_native_out": scale | {"act": 1} | out,
+        "se_scale_native_shifted": {"x": x, "scale": gate, "shift": gate} | out,
+        "se_scale_native_sums": {"grad": x, "x": x, "out": x, "masked": out["out"], "sums": sums},
+        "squeeze_excite": block | {"act": "silu", "out_act": "relu"} | auto,
+        "squeeze_excite_native_out": block | {"act": 1, "out_act": 2} | out,
+    }
+
+
+def _batch_norm(x: Tensor, norm: dict) -> dict[str, dict]:
+    C, out, ending = x.shape[1], {"out": torch.zeros_like(x)}, {"eps": 1e-5, "act": 1}
+    rows = torch.rand(11, C, device=x.device)
+    mean, var, slope, offset, d_weight, d_bias, running_mean = rows[:7].clone().unbind()
+    given = norm | {"mean": mean, "var": var} | ending
+    sums = {"d_weight": d_weight, "d_bias": d_bias, "slope": slope, "offset": offset}
+    affine = {"weight": norm["weight"], "bias": norm["bias"]}
+    running = {"running_mean": running_mean, "running_var": var.clone(), "factor": 0.1}
+    vectors = {"x": x, "vectors": rows[7:].clone(), **ending}
+    joined = {"output": x, "grad_residual": torch.zeros_like(x), "results": rows[:4].clone()}
+    ops = {
+        "statistics": {"x": x, "mean": mean, "var": var},
+        "apply": {"x": x, **given, **out},
+        "reduce": {"grad": x + 1, "x": x, **given, "total": torch.zeros_like(x), **sums},
+        "input_gradient": {"grad": x + 1, "x": x, "mean": mean, "slope": slope, "offset": offset}
+        | out,
+        "forward": vectors | affine | running | {"residual": x + 1} | out,
+        "recompute": vectors | {"residual": x + 1} | out,
+        "backward": vectors | {"grad": x + 1} | joined | out,
+    }
+    return {f"batch_norm_act_{name}": arguments for name, arguments in ops.items()}
