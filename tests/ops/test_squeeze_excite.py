@@ -1,9 +1,16 @@
-"""se_scale, squeeze, excite and squeeze_excite: every promise of their docstrings."""
+"""squeeze, excite, se_scale and squeeze_excite: every promise of their docstrings, on each backend.
+
+Without a GPU the Triton kernels run in the interpreter.
+"""
+
+import functools
 
 import pytest
 import torch
 
+from cvkernels import backend
 from cvkernels.functional import excite, se_scale, squeeze, squeeze_excite
+from cvkernels.ops.squeeze_excite import tiles
 from cvkernels.ops.squeeze_excite.reference import (
     excite_reference,
     se_scale_reference,
@@ -12,71 +19,89 @@ from cvkernels.ops.squeeze_excite.reference import (
 )
 from tests.support.cases.squeeze_excite import NETWORKS, SMALL, Map, make_layers, make_map
 from tests.support.cases.views import STRIDED
-from tests.support.numerics import assert_close_as_eager, assert_matches
+from tests.support.numerics import assert_close_as_eager, assert_matches, assert_same_numbers
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CHANNELS_LAST = torch.channels_last
 ODD = SMALL["odd"]
 
-
-def with_backend(function, name):
-    return lambda *args, **kwargs: function(*args, backend=name, **kwargs)
-
-
 small_maps = pytest.mark.parametrize("m", SMALL.values(), ids=SMALL.keys())
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+halves = pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 acts = pytest.mark.parametrize("act", ["none", "relu", "silu"])
+residuals = pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+
+
+fused = pytest.mark.parametrize("where", ["native", "triton"], indirect=True)
+every_backend = pytest.mark.parametrize("where", ["reference", "native", "triton"], indirect=True)
+
+
+def ends(maps):
+    """Every activation with and without a residual on one map, each of them once on the others."""
+    return [
+        pytest.param(m, act, residual, id=f"{name}-{act}-{'residual' if residual else 'alone'}")
+        for name, m in maps.items()
+        for act in ("none", "relu", "silu")
+        for residual in (False, True)
+        if name == "odd" or residual == (act != "none")
+    ]
 
 
 # Numbers
 
 
+@fused
 @small_maps
 @dtypes
-def test_squeeze_is_the_mean(m, dtype, memory_format, native):
-    x = make_map(m, dtype, memory_format, "cpu")
-    assert_matches(with_backend(squeeze, "native"), squeeze_reference, (x,))
+def test_squeeze_is_the_mean(m, dtype, memory_format, where):
+    assert_matches(squeeze, squeeze_reference, (make_map(m, dtype, memory_format, where),))
 
 
+@fused
 @small_maps
 @dtypes
 @pytest.mark.parametrize("sigmoid", [False, True], ids=["logits", "multiplier"])
-def test_excite_is_two_layers(m, dtype, sigmoid, native):
-    pooled = torch.randn(m.N, m.C).to(dtype)
-    arguments = (pooled, *make_layers(m, dtype, "cpu"), m.act)
-    native_excite = with_backend(excite, "native")
-    assert_matches(native_excite, excite_reference, arguments, {"sigmoid": sigmoid})
+def test_excite_is_two_layers(m, dtype, sigmoid, where):
+    pooled = torch.randn(m.N, m.C, device=where).to(dtype)
+    arguments = (pooled, *make_layers(m, dtype, where), m.act)
+    assert_matches(excite, excite_reference, arguments, {"sigmoid": sigmoid})
 
 
+@fused
+@pytest.mark.parametrize(("m", "act", "residual"), ends(SMALL))
+@dtypes
+def test_se_scale_scales_each_channel(m, dtype, act, residual, memory_format, where):
+    x, added = (make_map(m, dtype, memory_format, where) for _ in range(2))
+    gate = (3 * torch.randn(m.N, m.C, device=where)).to(dtype)
+    assert_matches(se_scale, se_scale_reference, (x, gate, added if residual else None, act))
+
+
+@fused
 @small_maps
 @dtypes
-@acts
-@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
-def test_se_scale_scales_each_channel(m, dtype, act, residual, memory_format, native):
-    x = make_map(m, dtype, memory_format, "cpu")
-    gate = (3 * torch.randn(m.N, m.C)).to(dtype)
-    added = make_map(m, dtype, memory_format, "cpu") if residual else None
-    assert_matches(with_backend(se_scale, "native"), se_scale_reference, (x, gate, added, act))
-
-
-@small_maps
-@dtypes
-@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
-def test_squeeze_excite_is_the_block(m, dtype, residual, memory_format, native):
-    x = make_map(m, dtype, memory_format, "cpu")
-    added = make_map(m, dtype, memory_format, "cpu") if residual else None
-    out_act = "relu" if residual else "none"
-    arguments = (x, *make_layers(m, dtype, "cpu"), m.act, added, out_act)
-    assert_matches(with_backend(squeeze_excite, "native"), squeeze_excite_reference, arguments)
-    y = squeeze_excite(*arguments, backend="native")
+@residuals
+def test_squeeze_excite_is_the_block(m, dtype, residual, memory_format, where):
+    x, added = (make_map(m, dtype, memory_format, where) for _ in range(2))
+    end = (added, "relu") if residual else ()
+    arguments = (x, *make_layers(m, dtype, where), m.act, *end)
+    assert_matches(squeeze_excite, squeeze_excite_reference, arguments)
     nhwc = x.stride(1) == 1 and m.C > 1
-    assert y.is_contiguous(memory_format=CHANNELS_LAST if nhwc else torch.contiguous_format)
+    expected = CHANNELS_LAST if nhwc else torch.contiguous_format
+    assert squeeze_excite(*arguments).is_contiguous(memory_format=expected)
 
 
-@pytest.mark.parametrize("name", ["seresnet50.layer1", "efficientnet_b0.1"])
+def test_the_maps_cover_several_parts():
+    x = make_map(SMALL["several-parts"], torch.float32, CHANNELS_LAST, "cpu")
+    assert tiles.parts_of(x) > 1 and tiles.reduction(1, 40, 21 * 23, 8, tiles.BACKWARD).parts > 1
+
+
+@pytest.mark.parametrize("name", ["seresnet50.layer1", "efficientnet_b0.1", "efficientnet_b0.2.0"])
 def test_large_maps_keep_their_means(name, memory_format, native):
-    x = make_map(NETWORKS[name], torch.float32, memory_format, "cpu") + 0.1
-    assert_matches(with_backend(squeeze, "native"), squeeze_reference, (x,))
+    m = NETWORKS[name]
+    x = make_map(m, torch.float32, memory_format, "cpu") + 0.1
+    assert_matches(functools.partial(squeeze, backend="native"), squeeze_reference, (x,))
+    arguments = (x, *make_layers(m, torch.float32, "cpu"), m.act)
+    assert_matches(squeeze_excite, squeeze_excite_reference, arguments)
 
 
 # Outputs of 8 MB or more are written past the caches: rows shorter and longer than what is written
@@ -91,166 +116,138 @@ STREAMED = {
 def test_outputs_that_no_cache_holds(m, dtype, memory_format, native):
     x, added = (make_map(m, dtype, memory_format, "cpu") for _ in range(2))
     assert x.nbytes >= 2**23
+    block = functools.partial(squeeze_excite, backend="native")
     arguments = (x, *make_layers(m, dtype, "cpu"), m.act, added, "relu")
-    assert_matches(with_backend(squeeze_excite, "native"), squeeze_excite_reference, arguments)
-    expected = squeeze_excite(*arguments, backend="native")
+    assert_matches(block, squeeze_excite_reference, arguments)
+    expected = block(*arguments)
     # Memory that is aligned to an element alone, then in place, which is not past the caches.
     out = torch.empty(x.numel() + 1, dtype=dtype)[1:].as_strided(x.shape, x.stride())
     for target in (out, x):
-        squeeze_excite(*arguments, backend="native", out=target)
-        assert torch.equal(target, expected)
+        assert torch.equal(block(*arguments, out=target), expected)
 
 
+@every_backend
 @dtypes
-def test_float32_parameters_beside_half_maps(dtype, implementation):
-    x = make_map(ODD, dtype, CHANNELS_LAST, "cpu")
-    layers = make_layers(ODD, torch.float32, "cpu")
-    run = with_backend(squeeze_excite, implementation)
-    assert_matches(run, squeeze_excite_reference, (x, *layers))
-    gate = torch.randn(ODD.N, ODD.C)
-    assert_matches(with_backend(se_scale, implementation), se_scale_reference, (x, gate))
+def test_float32_parameters_beside_half_maps(dtype, where):
+    x = make_map(ODD, dtype, CHANNELS_LAST, where)
+    layers = make_layers(ODD, torch.float32, where)
+    assert_matches(squeeze_excite, squeeze_excite_reference, (x, *layers))
+    gate = torch.randn(ODD.N, ODD.C, device=where)
+    assert_matches(se_scale, se_scale_reference, (x, gate))
 
 
-def test_layers_without_biases_and_as_matrices(implementation):
-    x = make_map(ODD, torch.float32, CHANNELS_LAST, "cpu")
-    weight1, _, weight2, _ = make_layers(ODD, torch.float32, "cpu")
+@every_backend
+def test_layers_without_biases_and_as_matrices(where):
+    x = make_map(ODD, torch.float32, CHANNELS_LAST, where)
+    weight1, _, weight2, _ = make_layers(ODD, torch.float32, where)
     arguments = (x, weight1.flatten(1), None, weight2.flatten(1), None, "silu")
-    assert_matches(
-        with_backend(squeeze_excite, implementation), squeeze_excite_reference, arguments
-    )
+    assert_matches(squeeze_excite, squeeze_excite_reference, arguments)
 
 
+@every_backend
 @dtypes
-def test_excite_of_sums(dtype, implementation):
+def test_excite_of_sums(dtype, where):
     m = SMALL["nine-images"]
-    x = make_map(m, dtype, CHANNELS_LAST, "cpu")
-    layers = make_layers(m, dtype, "cpu")
-    sums, count = x.float().sum((2, 3)), m.H * m.W
-    y = excite(sums, *layers, "silu", count=count, sigmoid=True, backend=implementation)
+    x, layers = make_map(m, dtype, CHANNELS_LAST, where), make_layers(m, dtype, where)
+    y = excite(x.float().sum((2, 3)), *layers, "silu", count=m.H * m.W, sigmoid=True)
     eager = excite_reference(x.mean((2, 3)), *layers, "silu", sigmoid=True)
     doubles = [t.double() for t in (x.mean((2, 3), dtype=torch.float64), *layers)]
     assert_close_as_eager(y, eager, excite_reference(*doubles, "silu", sigmoid=True))
 
 
-def test_float16_sums_do_not_overflow(memory_format, implementation):
-    x = torch.full((1, 8, 80, 80), 1000.0, dtype=torch.float16).contiguous(
-        memory_format=memory_format
-    )
-    assert torch.equal(squeeze(x, backend=implementation), torch.full_like(x[:, :, 0, 0], 1000))
+@every_backend
+def test_float16_sums_do_not_overflow(memory_format, where):
+    x = torch.full((1, 8, 80, 80), 1000.0, dtype=torch.float16, device=where)
+    x = x.contiguous(memory_format=memory_format)
+    assert torch.equal(squeeze(x), torch.full_like(x[:, :, 0, 0], 1000))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@halves
 def test_every_16_bit_number_passes_unchanged(dtype, native):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     x = bits.view(dtype).view(1, 64, 32, 32)
     y = se_scale(x, torch.full((1, 64), 200.0, dtype=dtype), backend="native")
-    assert torch.equal(y.isnan(), x.isnan())
-    assert torch.equal(y.nan_to_num(7.0), x.nan_to_num(7.0))
+    assert_same_numbers(y, x)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@halves
 def test_rounding_is_pytorchs(dtype, native):
     """Layers of zeros and a bias in float32: all that happens to the bias is its rounding."""
     edges = [0.0, -0.0, 65519.0, 65520.0, 2.0**-25, 1.5 * 2.0**-24, 1e38, torch.inf, torch.nan]
     bias = torch.cat([torch.randn(9999) * 10.0**e for e in range(-9, 6)] + [torch.tensor(edges)])
     C = bias.numel()
-    pooled = torch.zeros(1, C, dtype=dtype)
-    y = excite(pooled, torch.zeros(1, C), None, torch.zeros(C, 1), bias, backend="native")
-    expected = bias.to(dtype)[None]
-    assert torch.equal(y.isnan(), expected.isnan())
-    assert torch.equal(y.nan_to_num(7.0), expected.nan_to_num(7.0))
+    layers = (torch.zeros(1, C), None, torch.zeros(C, 1), bias)
+    y = excite(torch.zeros(1, C, dtype=dtype), *layers, backend="native")
+    assert_same_numbers(y, bias.to(dtype)[None])
 
 
+@every_backend
 @acts
 @dtypes
-def test_nan_and_infinity_propagate(act, dtype, memory_format, implementation):
-    x = make_map(Map(2, 24, 6, 4, 5), dtype, memory_format, "cpu")
+def test_nan_and_infinity_propagate(act, dtype, memory_format, where):
+    m = Map(2, 24, 6, 4, 5)
+    x, layers = make_map(m, dtype, memory_format, where), make_layers(m, dtype, where)
     x[0, 3, 1, 2], x[0, 4, 0, 0], x[1, 5, 2, 2] = torch.nan, torch.inf, -torch.inf
-    layers = make_layers(Map(2, 24, 6, 4, 5), dtype, "cpu")
-    gate = torch.randn(2, 24).to(dtype)
+    gate = torch.randn(2, 24, device=where).to(dtype)
     gate[1, 7], gate[1, 8], gate[1, 9] = torch.nan, torch.inf, -torch.inf
     for function, reference, arguments in (
         (squeeze, squeeze_reference, (x,)),
         (se_scale, se_scale_reference, (x, gate, None, act)),
         (squeeze_excite, squeeze_excite_reference, (x, *layers, "silu", None, act)),
     ):
-        y, expected = function(*arguments, backend=implementation), reference(*arguments)
-        assert torch.equal(y.isnan(), expected.isnan())
+        y, expected = function(*arguments), reference(*arguments)
+        assert torch.equal(y.isnan(), expected.isnan()) and y.isnan().any()
         assert torch.equal(y.isinf(), expected.isinf())
-        assert y.isnan().any()
 
 
-# Layouts
+# Layouts and out
 
 
+@fused
 @pytest.mark.parametrize("view", STRIDED.values(), ids=STRIDED.keys())
 @pytest.mark.parametrize("other", [False, True], ids=["residual-alike", "residual-other-layout"])
-def test_any_strides(view, other, memory_format, native):
-    whole = make_map(Map(2, 48, 4, 11, 12), torch.float32, memory_format, "cpu")
+def test_any_strides(view, other, memory_format, where):
+    whole = make_map(Map(2, 48, 4, 9, 8), torch.float32, memory_format, where)
     x = view(whole)
-    added = torch.randn(x.shape) if other else view(whole + 1)
-    layers = make_layers(Map(*x.shape[:2], 6, *x.shape[2:]), torch.float32, "cpu")
-    arguments = (x, *layers, "relu", added, "relu")
-    assert_matches(with_backend(squeeze_excite, "native"), squeeze_excite_reference, arguments)
-    assert_matches(with_backend(squeeze, "native"), squeeze_reference, (x,))
-    gate = torch.randn(x.shape[:2])
-    assert_matches(with_backend(se_scale, "native"), se_scale_reference, (x, gate, added, "silu"))
+    added = torch.randn(x.shape, device=where) if other else view(whole + 1)
+    layers = make_layers(Map(*x.shape[:2], 6, *x.shape[2:]), torch.float32, where)
+    gate = torch.randn(x.shape[:2], device=where)
+    block = (x, *layers, "relu", added, "relu")
+    assert_matches(squeeze_excite, squeeze_excite_reference, block)
+    assert_matches(squeeze, squeeze_reference, (x,))
+    assert_matches(se_scale, se_scale_reference, (x, gate, added, "silu"))
 
 
-@pytest.mark.parametrize("threads", [2, 3, 4])
-@pytest.mark.parametrize(
-    "m",
-    [Map(1, 136, 12, 20, 21), Map(3, 72, 4, 65, 66), Map(9, 136, 12, 20, 21)],
-    ids=["image", "large-images", "images"],
-)
-def test_number_of_threads_changes_nothing(threads, m, memory_format, native):
-    x = make_map(m, torch.float32, memory_format, "cpu")
-    layers = make_layers(m, torch.float32, "cpu")
-    results = []
-    before = torch.get_num_threads()
-    for count in (1, threads):
-        torch.set_num_threads(count)
-        try:
-            results.append((squeeze(x, backend="native"), squeeze_excite(x, *layers)))
-        finally:
-            torch.set_num_threads(before)
-    assert all(map(torch.equal, *results))
-    assert_matches(squeeze_excite, squeeze_excite_reference, (x, *layers))
-
-
-# out
-
-
-@pytest.fixture
-def block_call():
+def block_call(where, memory_format=CHANNELS_LAST):
+    """A map, layers, a residual and a gate."""
     m = Map(3, 24, 6, 5, 6)
-    x = make_map(m, torch.float32, CHANNELS_LAST, "cpu")
-    residual = make_map(m, torch.float32, CHANNELS_LAST, "cpu")
-    return x, make_layers(m, torch.float32, "cpu"), residual, torch.randn(3, 24)
+    x, residual = (make_map(m, torch.float32, memory_format, where) for _ in range(2))
+    return x, make_layers(m, torch.float32, where), residual, torch.randn(3, 24, device=where)
 
 
+@every_backend
 @pytest.mark.parametrize("target", ["x", "residual", "new", "slice", "nchw", "strided"])
-def test_out_is_written_and_returned(target, block_call, implementation):
-    x, layers, residual, gate = block_call
-    expected = squeeze_excite_reference(x, *layers, "relu", residual, "relu")
-    scaled = se_scale_reference(x, gate, residual, "silu")
-    for run, truth in (
-        (lambda x, r, out: squeeze_excite(x, *layers, "relu", r, "relu", out=out,
-                                          backend=implementation), expected),
-        (lambda x, r, out: se_scale(x, gate, r, "silu", out=out, backend=implementation), scaled),
-    ):  # fmt: skip
-        own_x, own_residual = (t.clone(memory_format=torch.preserve_format) for t in (x, residual))
-        buffer = torch.full((3, 64, 5, 6), 7.0).contiguous(memory_format=CHANNELS_LAST)
+def test_out_is_written_and_returned(target, memory_format, where):
+    def block(x, residual, **out):
+        return squeeze_excite(x, *layers, "relu", residual, "relu", **out)
+
+    def scaled(x, residual, **out):
+        return se_scale(x, gate, residual, "silu", **out)
+
+    for run in (block, scaled):
+        x, layers, residual, gate = block_call(where, memory_format)
+        with backend.use("reference"):
+            expected = run(x, residual)
+        buffer = torch.full((3, 64, 5, 6), 7.0, device=where).contiguous(
+            memory_format=CHANNELS_LAST
+        )
         out = {
-            "x": own_x,
-            "residual": own_residual,
-            "new": torch.empty_like(x),
-            "slice": buffer[:, 8:32],
-            "nchw": torch.empty(x.shape),
-            "strided": torch.empty(3, 24, 6, 5).transpose(2, 3),
-        }[target]
-        assert run(own_x, own_residual, out) is out
-        assert torch.allclose(out, truth, atol=1e-5)
+            "x": x, "residual": residual, "new": torch.empty_like(x), "slice": buffer[:, 8:32],
+            "nchw": torch.empty(x.shape, device=where),
+            "strided": torch.empty(3, 24, 6, 5, device=where).transpose(2, 3),
+        }[target]  # fmt: skip
+        assert run(x, residual, out=out) is out
+        assert torch.allclose(out, expected, atol=1e-5)
         assert (buffer[:, :8] == 7).all() and (buffer[:, 32:] == 7).all()
 
 
@@ -262,31 +259,35 @@ BAD_OUT = {
 }
 
 
+@every_backend
 @pytest.mark.parametrize(("error", "message", "make"), BAD_OUT.values(), ids=BAD_OUT.keys())
-def test_bad_out_is_refused(error, message, make, block_call, implementation):
-    x, layers, _, gate = block_call
+def test_bad_out_is_refused(error, message, make, where):
+    x, layers, _, gate = block_call(where)
     for function, arguments in ((se_scale, (x, gate)), (squeeze_excite, (x, *layers))):
         with pytest.raises(error, match=f"{function.__name__}: .*{message}"):
-            function(*arguments, out=make(x), backend=implementation)
+            function(*arguments, out=make(x))
 
 
-def test_out_that_overlaps_an_argument_in_part_is_refused(implementation):
-    buffer = torch.randn(2, 32, 4, 4).contiguous(memory_format=CHANNELS_LAST)
+@every_backend
+def test_out_that_overlaps_an_argument_in_part_is_refused(where):
+    buffer, gate, apart = (
+        torch.randn(shape, device=where) for shape in ((2, 32, 4, 4), (2, 16), (2, 16, 4, 4))
+    )
+    buffer = buffer.contiguous(memory_format=CHANNELS_LAST)
     x, shifted, other = buffer[:, :16], buffer[:, 8:24], buffer[:, 16:]
-    gate = torch.randn(2, 16)
-    for arguments in ((x, gate), (torch.randn(2, 16, 4, 4), gate, x)):
+    for arguments in ((x, gate), (apart, gate, x)):
         with pytest.raises(ValueError, match="se_scale: out overlaps (x|residual)"):
-            se_scale(*arguments, out=shifted, backend=implementation)
-    flat = torch.randn(2 * 16 * 17)
+            se_scale(*arguments, out=shifted)
+    flat = torch.randn(2 * 16 * 17, device=where)
     out, inside = flat[:512].view(2, 16, 4, 4), flat[16:48].view(2, 16)
     with pytest.raises(ValueError, match="se_scale: out overlaps gate"):
-        se_scale(torch.randn(2, 16, 4, 4), inside, out=out, backend=implementation)
+        se_scale(apart, inside, out=out)
     expected = se_scale_reference(x, gate)
-    assert torch.allclose(se_scale(x, gate, out=other, backend=implementation), expected)
+    assert torch.allclose(se_scale(x, gate, out=other), expected)
 
 
-def test_out_is_not_differentiable_and_autograd_hears_of_it(block_call, native):
-    x, layers, _, gate = block_call
+def test_out_is_not_differentiable_and_autograd_hears_of_it(native):
+    x, layers, _, gate = block_call("cpu")
     leaf = x.clone().requires_grad_()
     with pytest.raises(ValueError, match="out= is not differentiable"):
         se_scale(leaf, gate, out=torch.empty_like(x))
@@ -297,9 +298,21 @@ def test_out_is_not_differentiable_and_autograd_hears_of_it(block_call, native):
         loss.backward()
 
 
-def test_results_are_never_views(implementation):
-    x = torch.ones(1, 8, 1, 1)
-    assert squeeze(x, backend=implementation).data_ptr() != x.data_ptr()
-    y = se_scale(x, torch.full((1, 8), 100.0), backend=implementation)
-    y.zero_()
+@every_backend
+def test_results_are_never_views(where):
+    x = torch.ones(1, 8, 1, 1, device=where)
+    assert squeeze(x).data_ptr() != x.data_ptr()
+    se_scale(x, torch.full((1, 8), 100.0, device=where)).zero_()
     assert x.min() == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(36, 1024, 256, 256), (1, 64, 6000, 6000)], ids=["batch", "map"])
+def test_more_than_two_to_the_31_elements(shape, memory_format):
+    x = torch.zeros(shape, dtype=torch.float16, device="cuda").contiguous(
+        memory_format=memory_format
+    )
+    x[-1, -1, -1, -1] = 1
+    y = se_scale(x, torch.full(shape[:2], 100.0, dtype=torch.float16, device="cuda"), out=x)
+    assert y[-1, -1, -1, -1] == 1 and y[-1, -1].sum() == 1
+    assert squeeze(x.mul_(shape[2] * shape[3] / 64))[-1, -1] > 0

@@ -36,7 +36,6 @@ NETWORKS = {
 # Small ones, with what no kernel can divide evenly.
 SMALL = {
     "seresnet-layer4": Map(2, 128, 8, 7, 7),
-    "efficientnet-56": Map(1, 24, 6, 56, 56, "silu"),
     "nine-images": Map(9, 40, 10, 7, 7, "silu"),  # two groups of four and one
     "odd": Map(3, 17, 5, 5, 9),
     "one-channel": Map(2, 1, 1, 5, 5),
@@ -44,6 +43,10 @@ SMALL = {
     "one-row": Map(2, 24, 6, 1, 9, "silu"),
     "one-column": Map(2, 24, 6, 9, 1),
     "empty-batch": Map(0, 64, 4, 7, 7),
+    # several tiles, parts and blocks of channels of the Triton kernels
+    "several-parts": Map(1, 40, 6, 21, 23, "silu"),
+    "several-blocks": Map(2, 144, 20, 9, 9, "silu"),
+    "wide": Map(1, 528, 33, 3, 3),
 }
 
 
