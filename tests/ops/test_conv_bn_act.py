@@ -4,10 +4,17 @@ import pytest
 import torch
 
 from cvkernels import BackendError
-from cvkernels.functional import BatchNormParams, conv_bn_act
+from cvkernels.functional import DerivedWeights, conv_bn_act
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
-from tests.support.cases.conv_bn_act import ODD, RESNET50, Conv, make_bn, make_inputs
-from tests.support.numerics import assert_matches, assert_matches_grad
+from tests.support.cases.conv_bn_act import (
+    ODD,
+    RESNET50,
+    TILED,
+    add_residual,
+    make_bn,
+    make_inputs,
+)
+from tests.support.numerics import assert_matches, assert_matches_grad, tensors_in
 
 ACTS = ("none", "relu", "relu6", "silu")
 FUSED = ["triton", "cudnn"] if torch.cuda.is_available() else ["native", "onednn", "triton"]
@@ -25,11 +32,6 @@ def run(backend, **fixed):
     return op
 
 
-def with_residual(args, kwargs):
-    out = conv_bn_act_reference(*args, **kwargs)
-    return {**kwargs, "residual": torch.randn_like(out)}
-
-
 @pytest.mark.parametrize("conv", RESNET50.values(), ids=RESNET50.keys())
 def test_resnet50_shapes_match_reference(conv, device):
     args, kwargs = make_inputs(conv, memory_format=torch.channels_last, device=device)
@@ -44,7 +46,7 @@ def test_resnet50_shapes_match_reference(conv, device):
 @pytest.mark.parametrize("backend", ["triton", "cudnn"])
 def test_resnet50_shapes_match_reference_on_gpu(backend, conv, dtype):
     args, kwargs = make_inputs(conv, dtype, torch.channels_last, "cuda")
-    assert_matches(run(backend), conv_bn_act_reference, args, with_residual(args, kwargs))
+    assert_matches(run(backend), conv_bn_act_reference, args, add_residual(args, kwargs))
 
 
 @pytest.mark.gpu
@@ -65,40 +67,35 @@ def test_cudnn_reads_nothing_of_the_memory_that_it_writes():
 @pytest.mark.parametrize("conv", ODD.values(), ids=ODD.keys())
 def test_odd_shapes_match_reference(conv, act, backend, memory_format, device):
     args, kwargs = make_inputs(conv, memory_format=memory_format, device=device)
-    kwargs = {**with_residual(args, kwargs), "act": act}
+    kwargs = {**add_residual(args, kwargs), "act": act}
     assert_matches(run(backend), conv_bn_act_reference, args, kwargs)
 
 
-@pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("dropped", ["bias", "bn", "weight", "shift", "statistics", "all"])
-def test_every_vector_is_optional(dropped, backend, device):
-    (x, weight, bias, bn), kwargs = make_inputs(ODD["channels-not-8"], device=device)
-    if dropped in ("bias", "all"):
-        bias = None
-    bn = {
-        "bn": None,
-        "all": None,
-        "weight": bn._replace(weight=None),
-        "shift": bn._replace(bias=None),
-        "statistics": bn._replace(mean=None, var=None),
-    }.get(dropped, bn)
-    assert_matches(run(backend), conv_bn_act_reference, (x, weight, bias, bn), kwargs)
+# What input_bn is without; its shift is positive, so that padding applied before it would show.
+PROLOGUES = {
+    "bn": (), "affine": ("mean", "var"), "no-weight": ("weight",), "no-shift": ("bias",),
+    "statistics": ("weight", "bias"), "shift": ("weight", "mean", "var"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("conv", [ODD["pointwise-odd"], ODD["channels-not-8"]], ids=["1x1", "3x3"])
-@pytest.mark.parametrize("prologue", ["bn", "affine", "gate", "bn+gate"])
-def test_prologue_runs_before_padding(conv, prologue, device):
-    args, kwargs = make_inputs(conv, memory_format=torch.channels_last, device=device)
-    if "bn" in prologue or prologue == "affine":
-        # A positive shift: padding applied before the affine would show.
-        kwargs["input_bn"] = make_bn(conv.C, device=device)._replace(
-            bias=torch.full((conv.C,), 2.0, device=device)
-        )
-    if prologue == "affine":
-        kwargs["input_bn"] = kwargs["input_bn"]._replace(mean=None, var=None)
-    if "gate" in prologue:
+@pytest.mark.parametrize("backend", [name for name in FUSED if name != "onednn"])
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gate"])
+@pytest.mark.parametrize("prologue", [None, *PROLOGUES])
+@pytest.mark.parametrize(
+    "conv", ["1x1", "1x1-stride", "pointwise-odd", "padded-pointwise", "3x3", "channels-not-8",
+             "stem-3x3", "groups-of-4"],
+)  # fmt: skip
+def test_prologue_runs_before_padding(conv, prologue, gated, backend, memory_format, device):
+    conv = (ODD | TILED)[conv]
+    args, kwargs = make_inputs(conv, memory_format=memory_format, device=device)
+    if prologue is not None:
+        norm = make_bn(conv.C, device=device)
+        norm = norm._replace(bias=torch.full_like(norm.bias, 2.0))
+        kwargs["input_bn"] = norm._replace(**dict.fromkeys(PROLOGUES[prologue]))
+    if gated:
         kwargs["input_gate"] = torch.rand(conv.N, conv.C, device=device)
-    assert_matches(run("triton"), conv_bn_act_reference, args, kwargs)
+    for cache in (None, DerivedWeights()):
+        assert_matches(run(backend, cache=cache), conv_bn_act_reference, args, kwargs)
 
 
 @pytest.mark.parametrize("backend", ["reference", *FUSED])
@@ -144,6 +141,17 @@ def test_nan_comes_through(device):
     assert out.isnan().any()
 
 
+@pytest.mark.parametrize("where", ["native", "triton"], indirect=True)
+@pytest.mark.parametrize("act", ACTS)
+def test_nan_of_one_pixel_stays_there(act, where):
+    x = torch.randn(1, 24, 6, 6, device=where).contiguous(memory_format=torch.channels_last)
+    x[0, 5, 2, 3] = torch.nan
+    y = conv_bn_act(x, torch.randn(12, 24, 1, 1, device=where), act=act)
+    assert y[0, :, 2, 3].isnan().all() and y.isnan().sum() == 12
+    y = conv_bn_act(x, torch.randn(12, 24, 3, 3, device=where), padding=1, act=act)
+    assert y[0, :, 1:4, 2:5].isnan().all() and not y[0, :, 5].isnan().any()
+
+
 GRAD_CASES = {
     "3x3-relu": (ODD["channels-not-8"], "relu", ()),
     "1x1-none": (ODD["pointwise-odd"], "none", ()),
@@ -159,113 +167,15 @@ GRAD_CASES = {
 @pytest.mark.parametrize("backend", FUSED)
 def test_gradients_match_reference(case, backend, device):
     conv, act, prologue = case
-    (x, weight, bias, bn), kwargs = make_inputs(conv, device=device)
-    kwargs = {**with_residual((x, weight, bias, bn), kwargs), "act": act}
+    args, kwargs = make_inputs(conv, device=device)
+    kwargs = add_residual(args, kwargs) | {"act": act}
     if "input_bn" in prologue:
         kwargs["input_bn"] = make_bn(conv.C, device=device)
     if "input_gate" in prologue:
         kwargs["input_gate"] = torch.rand(conv.N, conv.C, device=device)
-    for tensor in (
-        x,
-        weight,
-        bias,
-        bn.weight,
-        bn.bias,
-        kwargs["residual"],
-        kwargs.get("input_gate"),
-    ):
-        if tensor is not None:
-            tensor.requires_grad_()
-    if "input_bn" in kwargs:
-        kwargs["input_bn"].weight.requires_grad_()
-        kwargs["input_bn"].bias.requires_grad_()
-    assert_matches_grad(run(backend), conv_bn_act_reference, (x, weight, bias, bn), kwargs)
-
-
-@pytest.mark.parametrize("act", ACTS)
-def test_gradient_formula_is_exact_in_float64(act):
-    (x, weight, bias, bn), kwargs = make_inputs(
-        Conv(2, 3, 3, 2, 3, 3, 1, 1, groups=2), torch.float64
-    )
-    bn = BatchNormParams(*(v.double() for v in bn[:4]), bn.eps)
-    gate = torch.rand(2, 2, dtype=torch.float64)
-    input_bn = BatchNormParams(*(v.double() for v in make_bn(2)[:4]))
-    residual = torch.randn_like(x)
-    leaves = [
-        x,
-        weight,
-        bias.double(),
-        bn.weight,
-        bn.bias,
-        residual,
-        input_bn.weight,
-        input_bn.bias,
-        gate,
-    ]
-    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-
-    def op(x, weight, bias, bn_weight, bn_bias, residual, in_weight, in_bias, gate):
-        return torch.ops.cvkernels.conv_bn_act(
-            x, weight, bias, bn_weight, bn_bias, bn.mean, bn.var, bn.eps, [1, 1], [1, 1], [1, 1], 2,
-            act, residual, in_weight, in_bias, input_bn.mean, input_bn.var, input_bn.eps, gate,
-            "reference",
-        )  # fmt: skip
-
-    assert torch.autograd.gradcheck(op, leaves)
-    assert torch.autograd.gradgradcheck(op, leaves)
-
-
-def test_unneeded_gradients_are_not_computed(device):
-    (x, weight, bias, bn), kwargs = make_inputs(ODD["pointwise-odd"], device=device)
-    x.requires_grad_()
-    out = run(FUSED[0])(x, weight, bias, bn, **kwargs)
-    out.sum().backward()
-    assert x.grad is not None and weight.grad is None
-
-
-def opcheck_arguments(backend, requires_grad):
-    (x, weight, bias, bn), kwargs = make_inputs(ODD["grouped"])
-    residual = torch.randn(conv_bn_act_reference(x, weight, bias, bn, **kwargs).shape)
-    for leaf in (x, weight, bias, residual):
-        leaf.requires_grad_(requires_grad)
-    return (
-        x, weight, bias, *bn, [1, 1], [1, 1], [1, 1], 4, "relu", residual,
-        None, None, None, None, 1e-5, None, backend,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("requires_grad", [False, True], ids=["no-grad", "grad"])
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_opcheck(backend, requires_grad):
-    torch.library.opcheck(
-        torch.ops.cvkernels.conv_bn_act.default, opcheck_arguments(backend, requires_grad)
-    )
-
-
-def test_opcheck_out():
-    args = opcheck_arguments("reference", False)
-    out = torch.empty(args[13].shape, memory_format=torch.channels_last)
-    torch.library.opcheck(torch.ops.cvkernels.conv_bn_act_out.default, (*args, out))
-
-
-@pytest.mark.parametrize("backend", ["auto", "onednn"])
-def test_compiles_in_one_graph(backend):
-    args, kwargs = make_inputs(ODD["channels-not-8"])
-
-    def function(*args):
-        return conv_bn_act(*args, **kwargs, backend=backend)
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        assert_matches(
-            lambda *a: compiled(*a), lambda *a: conv_bn_act_reference(*a, **kwargs), args
-        )
-
-
-def test_autocast_computes_in_its_dtype(device):
-    args, kwargs = make_inputs(ODD["channels-not-8"], device=device)
-    with torch.autocast(device.type, torch.bfloat16), torch.no_grad():
-        out = conv_bn_act(*args, **kwargs)
-        expected = conv_bn_act_reference(*args, **kwargs)
-    assert out.dtype == expected.dtype == torch.bfloat16
-    assert torch.allclose(out, expected, atol=0.1, rtol=0.05)
+    norms = [bn for bn in (args[3], kwargs.get("input_bn")) if bn is not None]
+    for leaf in tensors_in([args[:3], [bn[:2] for bn in norms], kwargs["residual"]]):
+        leaf.requires_grad_()
+    if "input_gate" in kwargs:
+        kwargs["input_gate"].requires_grad_()
+    assert_matches_grad(run(backend), conv_bn_act_reference, args, kwargs)

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 import cvkernels
-from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act
+from cvkernels.functional import BatchNormParams, conv_bn_act
 from cvkernels.ops.common.dispatch import Call
 from cvkernels.ops.conv_bn_act import native
 from cvkernels.ops.conv_bn_act.problem import Parameters, problem_of
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
-from tests.support.cases.conv_bn_act import ODD, Conv, make_bn, make_inputs
+from tests.support.cases.conv_bn_act import ODD, Conv, make_inputs
+from tests.support.cases.views import STRIDED
 from tests.support.numerics import assert_matches
 
 pytestmark = pytest.mark.skipif(
@@ -66,21 +67,10 @@ def test_tiles_are_chosen_where_they_save_time(conv, tile):
     assert native.tile_of(problem(conv)) == tile
 
 
-VIEWS = {
-    "channel-slice": lambda x: x[:, 3:20],
-    "window": lambda x: x[:, :, 1:5, 2:6],
-    "transposed": lambda x: x.transpose(2, 3),
-    "one-pixel": lambda x: x[:, :, :1, :1],
-    "one-image": lambda x: x[:1],
-    "every-other": lambda x: x[:, :, ::2],
-}
-
-
 @pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
-def test_any_view_is_read_and_added(view, layout, kernel):
-    x = view(torch.randn(2, 24, 7, 8).contiguous(memory_format=layout))
+@pytest.mark.parametrize("view", STRIDED.values(), ids=STRIDED.keys())
+def test_any_view_is_read_and_added(view, memory_format, kernel):
+    x = view(torch.randn(2, 48, 11, 12).contiguous(memory_format=memory_format))
     C = x.shape[1]
     weight = torch.randn(C, C, kernel, kernel) / C**0.5
     options = {"padding": kernel // 2, "residual": x, "act": "none"}
@@ -108,23 +98,6 @@ def test_a_window_of_a_buffer_is_written():
     assert buffer.count_nonzero() == expected.count_nonzero()
 
 
-@pytest.mark.parametrize("conv", [ODD["pointwise-odd"], ODD["channels-not-8"]], ids=["1x1", "3x3"])
-@pytest.mark.parametrize("prologue", ["bn", "gate", "bn+gate"])
-def test_the_prologue_is_computed_as_the_operand_is_gathered(conv, prologue, memory_format):
-    args, kwargs = make_inputs(conv, memory_format=memory_format)
-    if "bn" in prologue:
-        kwargs["input_bn"] = make_bn(conv.C)._replace(bias=torch.full((conv.C,), 2.0))
-    if "gate" in prologue:
-        kwargs["input_gate"] = torch.rand(conv.N, conv.C)
-    for cache in (None, DerivedWeights()):
-        assert_matches(
-            lambda *a, cache=cache, **k: conv_bn_act(*a, **k, cache=cache, backend="native"),
-            conv_bn_act_reference,
-            args,
-            kwargs,
-        )
-
-
 @pytest.mark.parametrize("tile", [0, 2, 4])
 def test_bits_do_not_depend_on_threads(tile):
     conv = Conv(48, 15, 17, 80, 3, 3, 1, 1)
@@ -138,56 +111,6 @@ def test_bits_do_not_depend_on_threads(tile):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(result, results[0]) for result in results)
-
-
-@pytest.mark.parametrize("act", ["none", "relu", "relu6", "silu"])
-def test_nan_stays(act):
-    x = torch.randn(1, 24, 6, 6).contiguous(memory_format=torch.channels_last)
-    x[0, 5, 2, 3] = torch.nan
-    y = conv_bn_act(x, torch.randn(12, 24, 1, 1), act=act)
-    assert y[0, :, 2, 3].isnan().all() and y.isnan().sum() == 12
-    y = conv_bn_act(x, torch.randn(12, 24, 3, 3), padding=1, act=act)
-    assert y[0, :, 1:4, 2:5].isnan().all() and not y[0, :, 5].isnan().any()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"shift": torch.zeros(3)}, "shift must hold 16 float32 numbers, got shape \\[3\\]"),
-        ({"weight": torch.zeros(16)}, "weight must hold 384 float32 numbers"),
-        ({"x": torch.zeros(2, 24, 5, 5, dtype=torch.double)}, "x must be float32, got Double"),
-        ({"out": torch.zeros(2, 12, 4, 5)}, "out must have shape \\[2, 12, 5, 5\\]"),
-        ({"out": torch.zeros(2, 12, 5, 5)}, "out must be channels_last or a channel slice"),
-        ({"residual": torch.zeros(2, 12, 5, 5)}, "residual must be channels_last"),
-        ({"x": torch.zeros(2, 0, 5, 5)}, "x must have channels"),
-        ({"tile": 3}, "tile must be 0, 2 or 4, got 3"),
-        ({"tile": 4}, "need a 3x3 kernel of stride 1"),
-        ({"act": 4}, "act must be between 0 and 3, got 4"),
-        ({"kernel_h": 9}, "no window fits x of shape \\[2, 24, 5, 5\\]"),
-    ],
-)
-def test_the_native_op_refuses_with_the_numbers(changes, message):
-    arguments = {
-        "x": torch.zeros(2, 24, 5, 5),
-        "weight": torch.zeros(384),
-        "shift": torch.zeros(16),
-        "out": torch.zeros(2, 12, 5, 5).contiguous(memory_format=torch.channels_last),
-        **dict.fromkeys(("residual", "input_affine", "input_gate")),
-        **dict.fromkeys(("kernel_h", "kernel_w", "stride_h", "stride_w"), 1),
-        **dict.fromkeys(("padding_h", "padding_w"), 0),
-        **dict.fromkeys(("dilation_h", "dilation_w"), 1),
-        "act": 0,
-        "tile": 0,
-    }
-    with pytest.raises(RuntimeError, match=f"conv_bn_act: .*{message}"):
-        torch.ops.cvkernels.conv_bn_act_native(**{**arguments, **changes})
-
-
-def test_opcheck():
-    out = torch.zeros(2, 12, 5, 5).contiguous(memory_format=torch.channels_last)
-    arguments = (torch.randn(2, 24, 5, 5), torch.randn(384), torch.zeros(16), out, None, None, None)
-    geometry = (1, 1, 1, 1, 0, 0, 1, 1)
-    torch.library.opcheck(torch.ops.cvkernels.conv_bn_act_native, (*arguments, *geometry, 1, 0))
 
 
 def test_explain_counts_one_pass_and_the_layout_of_an_image():

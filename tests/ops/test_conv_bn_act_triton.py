@@ -1,188 +1,72 @@
-"""The Triton kernels of conv_bn_act through their launcher, in the interpreter without a GPU."""
+"""The Triton kernels of conv_bn_act, in the interpreter without a GPU."""
 
+import functools
 import os
 from dataclasses import replace
-from typing import NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from cvkernels.functional import BatchNormParams, conv_bn_act
 from cvkernels.ops.conv_bn_act import triton as conv_launches
 from cvkernels.ops.conv_bn_act import tuning
-from cvkernels.ops.conv_bn_act.problem import Problem
-from tests.support.numerics import assert_close_as_eager
+from cvkernels.ops.conv_bn_act.problem import problem_of
+from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
+from tests.support.cases.conv_bn_act import ODD, TILED, Conv, add_residual, make_inputs
+from tests.support.numerics import assert_matches
 
 # bfloat16 only where it is real: the interpreter's dot is wrong for it
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
-VECTORS = ("weight", "bias", "mean", "var")
+CASES = ODD | TILED
+CHANNELS_LAST = torch.channels_last
+
+by_triton = functools.partial(conv_bn_act, backend="triton")
 
 
-class BN(NamedTuple):
-    weight: Tensor | None
-    bias: Tensor | None
-    mean: Tensor | None
-    var: Tensor | None
-    eps: float = 1e-3
+def make(case, dtype, device, memory_format=CHANNELS_LAST, residual=False, **options):
+    """Arguments and options of a case, given or by its name."""
+    conv = CASES[case] if isinstance(case, str) else case
+    args, geometry = make_inputs(conv, dtype, memory_format, device)
+    options |= geometry
+    return args, add_residual(args, options) if residual else options
 
 
-class Conv(NamedTuple):
-    """One call's tensors and options."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None = None
-    bn: BN | None = None
-    residual: Tensor | None = None
-    input_bn: BN | None = None
-    input_gate: Tensor | None = None
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    act: str = "none"
+def check(args, options, op=by_triton):
+    assert_matches(op, conv_bn_act_reference, args, options)
 
 
-def affine(x, bn):
-    one = torch.ones(x.shape[1], dtype=x.dtype, device=x.device)
-    weight, bias, mean, var = (None if v is None else v.to(x.dtype) for v in bn[:4])
-    var = one - bn.eps if var is None else var
-    return F.batch_norm(x, one * 0 if mean is None else mean, var, weight, bias, eps=bn.eps)
+def problem(x, weight, bias=None, bn=None, out=None, **options):
+    """The problem of a call."""
+    defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "act": "relu"}
+    rest = dict.fromkeys(("residual", "input_bn", "input_gate"))
+    return problem_of(x, weight, bias, bn, *(defaults | rest | options).values(), out, None)
 
 
-def composed(c):
-    """The op in plain PyTorch, in the dtype of c.x."""
-    x = c.x
-    if c.input_bn is not None:
-        x = affine(x, c.input_bn).relu()
-    if c.input_gate is not None:
-        x = x * c.input_gate[:, :, None, None]
-    y = F.conv2d(x, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups)
-    if c.bn is not None:
-        y = affine(y, c.bn)
-    if c.residual is not None:
-        y = y + c.residual
-    acts = {"none": lambda t: t, "relu": torch.relu, "relu6": F.relu6, "silu": F.silu}
-    return acts[c.act](y)
+def by_config(config, layout=CHANNELS_LAST):
+    """The op with a tile that the heuristic may not choose, and an output of any layout."""
 
+    def run(x, weight, bias, bn, **options):
+        p = problem(x, weight, bias, bn, **options)
+        out = x.new_full((p.N, p.K, p.P, p.Q), torch.nan).contiguous(memory_format=layout)
+        others = (options.get(name) for name in ("residual", "input_bn", "input_gate"))
+        args = (p, x, weight, bias, bn, *others, out)
+        conv_launches.run(*args, precision="ieee", config=config)
+        return out
 
-def double(c):
-    def wide(value):
-        if isinstance(value, BN):
-            return BN(*(wide(v) for v in value))
-        return value.double() if isinstance(value, Tensor) else value
-
-    return Conv(*(wide(v) for v in c))
-
-
-def problem_of(c, sliced_out=False):
-    n, channels, height, width = c.x.shape
-    k, _, r, s = c.weight.shape
-    options = (c.stride, c.padding, c.dilation, c.groups, c.x.dtype, c.act)
-    has = (v is not None for v in (c.bias, c.bn, c.residual, c.input_bn, c.input_gate))
-    return Problem(n, channels, height, width, k, r, s, *options, *has, sliced_out)
-
-
-def out_like(c, problem):
-    shape = (problem.N, problem.K, problem.P, problem.Q)
-    return torch.empty(
-        shape, dtype=c.x.dtype, device=c.x.device, memory_format=torch.channels_last
-    ).fill_(float("nan"))
-
-
-def run(c, out=None, config=None):
-    problem = problem_of(c, out is not None)
-    out = out_like(c, problem) if out is None else out
-    args = (c.x, c.weight, c.bias, c.bn, c.residual, c.input_bn, c.input_gate, out)
-    conv_launches.run(problem, *args, precision="ieee", config=config)
-    return out
-
-
-def check(c, **options):
-    assert_close_as_eager(run(c, **options), composed(c), composed(double(c)))
-
-
-def make_bn(channels, dtype, device):
-    weight, bias, mean = (torch.randn(channels, device=device).to(dtype) for _ in range(3))
-    return BN(weight, bias, mean, torch.rand(channels, device=device).to(dtype) + 0.1)
-
-
-def make(
-    x_shape,
-    weight_shape,
-    dtype,
-    device,
-    *,
-    memory_format=torch.channels_last,
-    bn=True,
-    bias=False,
-    residual=False,
-    input_bn=False,
-    input_gate=False,
-    **options,
-):
-    def normal(*shape, scale=1.0):
-        return (torch.randn(shape, device=device) * scale).to(dtype)
-
-    k = weight_shape[0]
-    fan_in = weight_shape[1] * weight_shape[2] * weight_shape[3]
-    c = Conv(
-        normal(*x_shape).to(memory_format=memory_format),
-        normal(*weight_shape, scale=fan_in**-0.5).to(memory_format=memory_format),
-        normal(k) if bias else None,
-        make_bn(k, torch.float32, device) if bn else None,
-        None,
-        make_bn(x_shape[1], torch.float32, device) if input_bn else None,
-        normal(*x_shape[:2]).sigmoid() if input_gate else None,
-        **options,
-    )
-    if residual:
-        p = problem_of(c)
-        res = normal(p.N, k, p.P, p.Q).to(memory_format=memory_format)
-        c = c._replace(residual=res)
-    return c
-
-
-# x[N, C, H, W], weight[K, C/groups, R, S], options
-CASES = {
-    "1x1": ((2, 64, 7, 5), (40, 64, 1, 1), {}),
-    "1x1-stride": ((2, 24, 7, 6), (17, 24, 1, 1), {"stride": (2, 2)}),
-    "1x1-odd-channels": ((1, 17, 5, 9), (24, 17, 1, 1), {}),
-    "1x1-padded": ((1, 16, 4, 3), (16, 16, 1, 1), {"padding": (1, 1)}),
-    "1x1-one-pixel": ((3, 40, 1, 1), (33, 40, 1, 1), {}),
-    "3x3": ((2, 32, 6, 5), (48, 32, 3, 3), {"padding": (1, 1)}),
-    "3x3-odd-channels": ((1, 17, 5, 7), (19, 17, 3, 3), {"padding": (1, 1), "stride": (2, 1)}),
-    "3x3-dilated": ((1, 24, 9, 8), (16, 24, 3, 3), {"padding": (2, 2), "dilation": (2, 2)}),
-    "5x5": ((1, 16, 7, 6), (32, 16, 5, 5), {"padding": (2, 2)}),
-    "1x7": ((2, 20, 4, 9), (24, 20, 1, 7), {"padding": (0, 3)}),
-    "stem-7x7": ((2, 3, 15, 18), (64, 3, 7, 7), {"padding": (3, 3), "stride": (2, 2)}),
-    "stem-3x3": ((1, 3, 11, 8), (32, 3, 3, 3), {"stride": (2, 2)}),
-    "filter-row-dilated": ((1, 5, 8, 9), (20, 5, 3, 2), {"dilation": (2, 3), "padding": (1, 2)}),
-    "resnext-4": ((1, 64, 6, 5), (64, 4, 3, 3), {"padding": (1, 1), "groups": 16}),
-    "resnext-16": ((1, 64, 5, 4), (64, 16, 3, 3), {"stride": (2, 2), "groups": 4}),
-    "two-groups-of-64": ((1, 32, 4, 5), (128, 16, 3, 3), {"padding": (1, 1), "groups": 2}),
-    "uneven-groups": ((2, 15, 5, 4), (21, 5, 3, 3), {"padding": (1, 1), "groups": 3}),
-    "grouped-1x1": ((1, 24, 5, 4), (48, 6, 1, 1), {"groups": 4}),
-    "depthwise": ((1, 24, 6, 5), (24, 1, 3, 3), {"padding": (1, 1), "groups": 24}),
-    "depthwise-multiplier": ((1, 9, 5, 5), (18, 1, 3, 3), {"padding": (1, 1), "groups": 9}),
-}
+    return run
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_matches_composition(case, dtype, memory_format, device):
-    x_shape, weight_shape, options = case
-    check(make(x_shape, weight_shape, dtype, device, memory_format=memory_format, **options))
+@pytest.mark.parametrize("case", CASES)
+def test_matches_the_reference(case, dtype, memory_format, device):
+    check(*make(case, dtype, device, memory_format))
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("act", ["none", "relu", "relu6", "silu"])
-@pytest.mark.parametrize("case", ["1x1", "3x3-odd-channels", "stem-7x7"])
+@pytest.mark.parametrize("case", ["1x1", "3x3-two-strides", "stem-7x7"])
 def test_activation_and_residual(case, act, residual, memory_format, device):
-    x_shape, weight_shape, options = CASES[case]
-    options = {"act": act, "residual": residual, "memory_format": memory_format, **options}
-    check(make(x_shape, weight_shape, torch.float16, device, bias=True, **options))
+    check(*make(case, torch.float16, device, memory_format, residual, act=act))
 
 
 # every tile the heuristic can choose, on a problem of several tiles either way
@@ -197,126 +81,84 @@ SHIPPED = [
 def test_every_shipped_config(kernel, itemsize, config, device):
     channels, taps = {"1x1": (72, 1), "spatial": (40, 3), "filter_row": (3, 3)}[kernel]
     dtype = torch.float16 if itemsize == 2 else torch.float32
-    shape = (2, channels, 11, 9), (136, channels, taps, taps)
-    c = make(*shape, dtype, device, residual=True, act="relu", padding=(taps // 2,) * 2)
-    assert tuning.kernel(problem_of(c)) == kernel
-    check(c, config=config)
-
-
-PROLOGUES = {
-    "affine": {"input_bn": True},
-    "gate": {"input_gate": True},
-    "both": {"input_bn": True, "input_gate": True},
-}
-
-
-@pytest.mark.parametrize("prologue", PROLOGUES.values(), ids=PROLOGUES.keys())
-@pytest.mark.parametrize(
-    "case", ["1x1", "1x1-stride", "1x1-odd-channels", "1x1-padded", "3x3", "stem-3x3", "resnext-4"]
-)
-def test_prologue(case, prologue, device):
-    x_shape, weight_shape, options = CASES[case]
-    check(make(x_shape, weight_shape, torch.float32, device, **prologue, **options))
+    conv = Conv(channels, 11, 9, 136, taps, taps, 1, taps // 2)
+    args, options = make(conv, dtype, device, residual=True)
+    assert tuning.kernel(problem(*args, **options)) == kernel
+    check(args, options, by_config(config))
 
 
 def test_gate_of_one_image_per_tile(device):
-    c = make((3, 40, 16, 8), (32, 40, 1, 1), torch.float32, device, input_gate=True)
-    config = replace(tuning.heuristic(problem_of(c), (9, 0)), block_m=64)
-    check(c, config=config)
+    args, options = make(Conv(40, 16, 8, 32, N=3), torch.float32, device)
+    options["input_gate"] = torch.rand(3, 40, device=device)
+    config = tuning.heuristic(problem(*args, **options), (9, 0))
+    check(args, options, by_config(replace(config, block_m=64)))
 
 
 @pytest.mark.parametrize("channels", [5, 32], ids=["filter_row", "spatial"])
 def test_padding_is_zero_after_the_prologue(channels, device):
-    c = make(
-        (1, channels, 3, 3), (16, channels, 3, 3), torch.float32, device, bn=False, padding=(1, 1)
-    )
-    ones = torch.ones(channels, device=device)
-    c = c._replace(x=c.x * 0, weight=c.weight * 0 + 1, input_bn=BN(ones, 2 * ones, None, None))
+    x, ones = torch.zeros(1, channels, 3, 3, device=device), torch.ones(channels, device=device)
+    weight = torch.ones(16, channels, 3, 3, device=device)
     taps = torch.tensor([4.0, 6, 4, 6, 9, 6, 4, 6, 4], device=device).view(3, 3)
-    assert torch.equal(run(c), (2 * channels * taps).expand(1, 16, 3, 3))
+    out = by_triton(x, weight, padding=1, input_bn=BatchNormParams(ones, 2 * ones))
+    assert torch.equal(out, (2 * channels * taps).expand(1, 16, 3, 3))
 
 
-@pytest.mark.parametrize("missing", [*VECTORS, "all"])
-@pytest.mark.parametrize("where", ["bn", "input_bn"])
-def test_bn_vector_missing(where, missing, device):
-    c = make((1, 20, 4, 4), (24, 20, 1, 1), torch.float32, device, bias=True, input_bn=True)
-    none = dict.fromkeys(VECTORS if missing == "all" else (missing,))
-    check(c._replace(**{where: getattr(c, where)._replace(**none)}))
+def test_vectors_of_a_norm_in_mixed_dtypes(device):
+    (*args, bn), options = make("1x1", torch.float16, device)
+    mixed = bn._replace(weight=bn.weight.half(), bias=bn.bias.half())
+    same = BatchNormParams(*(v.float() for v in mixed[:4]), bn.eps)
+    check((*args, same), options, lambda *a, **o: by_triton(*args, mixed, **o))
 
 
-def test_bn_vectors_in_mixed_dtypes(device):
-    c = make((1, 20, 4, 4), (24, 20, 1, 1), torch.float16, device, bias=True)
-    check(c._replace(bn=c.bn._replace(weight=c.bn.weight.half(), bias=c.bn.bias.half())))
-
-
-@pytest.mark.parametrize("case", ["1x1", "1x1-stride", "3x3", "stem-3x3", "resnext-4"])
+@pytest.mark.parametrize("case", ["1x1", "1x1-stride", "3x3", "stem-3x3", "groups-of-4"])
 def test_channel_slices(case, device):
     """x is a prefix of a larger buffer and out a slice of another; the rest is NaN and stays."""
-    x_shape, weight_shape, options = CASES[case]
-    c = make(x_shape, weight_shape, torch.float16, device, residual=True, **options)
-    nan = float("nan")
-    x_buffer = torch.full_like(c.x[:, :1].expand(x_shape), nan).repeat(1, 2, 1, 1)
-    x_buffer = x_buffer.contiguous(memory_format=torch.channels_last)
-    x_buffer[:, : x_shape[1]] = c.x
-    c = c._replace(x=x_buffer[:, : x_shape[1]])
-    p = problem_of(c)
-    buffer = torch.full((p.N, p.K + 11, p.P, p.Q), nan, dtype=c.x.dtype, device=device)
-    buffer = buffer.contiguous(memory_format=torch.channels_last)
-    check(c, out=buffer[:, 8 : 8 + p.K])
-    assert buffer[:, :8].isnan().all() and buffer[:, 8 + p.K :].isnan().all()
+    (x, *args), options = make(case, torch.float16, device, residual=True)
+    beside = torch.cat([x, torch.full_like(x, torch.nan)], 1).to(memory_format=CHANNELS_LAST)
+    N, K, P, Q = options["residual"].shape
+    buffer = x.new_full((N, K + 11, P, Q), torch.nan).to(memory_format=CHANNELS_LAST)
+    into_slice = functools.partial(by_triton, out=buffer[:, 8 : 8 + K])
+    check((beside[:, : x.shape[1]], *args), options, lambda *a, **o: into_slice(*a, **o).clone())
+    assert buffer[:, :8].isnan().all() and buffer[:, 8 + K :].isnan().all()
 
 
 @pytest.mark.parametrize("case", ["1x1", "3x3", "stem-7x7"])
 def test_any_strides(case, device):
-    """Every tensor is a strided view: transposed pixels, every second channel, NCHW out."""
-    x_shape, weight_shape, options = CASES[case]
-    c = make(x_shape, weight_shape, torch.float32, device, residual=True, **options)
-    p = problem_of(c)
+    """Every tensor is a strided view: transposed pixels, every second column, NCHW out."""
+    (x, weight, *vectors), options = make(case, torch.float32, device, residual=True)
 
     def spread(t):
-        wide = torch.full((*t.shape[:3], 2 * t.shape[3]), float("nan"), device=device)
-        wide[..., ::2] = t
-        return wide[..., ::2]
+        return torch.stack([t, torch.full_like(t, torch.nan)], -1).flatten(-2)[..., ::2]
 
-    c = c._replace(
-        x=c.x.transpose(2, 3).contiguous().transpose(2, 3),
-        weight=spread(c.weight),
-        residual=spread(c.residual),
-    )
-    check(c, out=torch.full((p.N, p.K, p.P, p.Q), float("nan"), device=device))
+    x = x.transpose(2, 3).contiguous().transpose(2, 3)
+    options["residual"] = spread(options["residual"])
+    check((x, spread(weight), *vectors), options, by_config(None, torch.contiguous_format))
 
 
-@pytest.mark.parametrize("x_shape", [(0, 16, 4, 4), (2, 16, 4, 4)], ids=["no-image", "no-channel"])
-def test_empty_output_launches_nothing(x_shape, device, monkeypatch):
-    c = make(x_shape, (16 if x_shape[0] == 0 else 0, 16, 1, 1), torch.float32, device)
+@pytest.mark.parametrize("empty", ["N", "K"])
+def test_empty_output_launches_nothing(empty, device, monkeypatch):
+    x, weight = torch.ones(2, 16, 4, 4, device=device), torch.ones(16, 16, 1, 1, device=device)
+    p = replace(problem(x, weight), **{empty: 0})
     monkeypatch.setattr(
         conv_launches, "plan_launch", lambda *a, **k: pytest.fail("planned a launch")
     )
-    run(c)
-
-
-def test_nan_propagates(device):
-    for act in ("none", "relu", "relu6", "silu"):
-        c = make((1, 16, 2, 2), (16, 16, 1, 1), torch.float32, device, act=act)
-        c.x[0, 3, 1, 0] = float("nan")
-        out = run(c)
-        assert out[0, :, 1, 0].isnan().all()
-        assert out.isnan().sum() == 16
+    out = x.new_empty(p.N, p.K, 4, 4)
+    conv_launches.run(p, x, weight, *[None] * 5, out, precision="ieee")
 
 
 def test_extreme_statistics(device):
-    c = make((2, 32, 5, 5), (24, 32, 1, 1), torch.float32, device, residual=True)
-    c.bn.var[:6] = 1e5
-    c.bn.var[6:9] = 0.0
-    c.bn.weight[3:9] = torch.tensor([0.0, -1.0, -3.0, 0.0, -2.0, 1e-3], device=device)
-    check(c)
+    args, options = make(Conv(32, 5, 5, 24), torch.float32, device, residual=True, act="none")
+    bn = args[-1]
+    bn.var[:6], bn.var[6:9] = 1e5, 0.0
+    bn.weight[3:9] = torch.tensor([0.0, -1.0, -3.0, 0.0, -2.0, 1e-3], device=device)
+    check(args, options)
 
 
 def test_too_many_pixels_is_refused():
-    x = torch.empty(2**11, 8, 2**10, 2**10, device="meta")
-    c = Conv(x, torch.empty(8, 8, 1, 1, device="meta"))
+    x, weight = torch.empty(2**11, 8, 2**10, 2**10, device="meta"), torch.ones(8, 8, 1, 1)
+    p = problem(x, weight.to("meta"))
     with pytest.raises(ValueError, match=r"at most 2\^31 pixels.*split the batch"):
-        run(c, out=x)
+        conv_launches.plan_launch(p, x, weight, None, None, x, precision="ieee")
 
 
 def huge(shape, device, path):
@@ -334,28 +176,11 @@ def huge(shape, device, path):
 
 @pytest.mark.parametrize("case", ["1x1", "3x3", "stem-3x3"])
 def test_more_than_int32_elements(case, device, tmp_path):
-    x_shape, weight_shape, options = CASES[case]
-    c = make((2, *x_shape[1:]), weight_shape, torch.float16, device, residual=True, **options)
-    p = problem_of(c)
-    x = huge(c.x.shape, device, tmp_path / "x").copy_(c.x)
-    out = huge((p.N, p.K, p.P, p.Q), device, tmp_path / "out")
-    assert torch.equal(run(c._replace(x=x), out=out), run(c))
-
-
-def test_one_launch_per_call(device, monkeypatch):
-    launches = []
-    for name, kernel in conv_launches._KERNELS.items():
-        monkeypatch.setitem(conv_launches._KERNELS, name, Counted(kernel, launches))
-    conv_launches._plan.cache_clear()
-    for case in ("1x1", "3x3", "stem-3x3"):
-        x_shape, weight_shape, options = CASES[case]
-        check(make(x_shape, weight_shape, torch.float32, device, residual=True, **options))
-    conv_launches._plan.cache_clear()
-    assert launches == [
-        "conv_bn_act_1x1_kernel",
-        "conv_bn_act_spatial_kernel",
-        "conv_bn_act_filter_row_kernel",
-    ]
+    (x, *args), options = make(replace(CASES[case], N=2), torch.float16, device, residual=True)
+    far = huge(x.shape, device, tmp_path / "x").copy_(x)
+    out = huge(options["residual"].shape, device, tmp_path / "out")
+    expected = by_triton(x, *args, **options)
+    assert torch.equal(by_triton(far, *args, **options, out=out), expected)
 
 
 class Counted:
@@ -369,17 +194,32 @@ class Counted:
         return self.kernel[grid]
 
 
+@pytest.mark.parametrize(
+    ("case", "kernel"), [("1x1", "1x1"), ("3x3", "spatial"), ("stem-3x3", "filter_row")]
+)
+def test_one_launch_per_call(case, kernel, device, monkeypatch):
+    launches = []
+    for name, found in conv_launches._KERNELS.items():
+        monkeypatch.setitem(conv_launches._KERNELS, name, Counted(found, launches))
+    conv_launches._plan.cache_clear()
+    args, options = make(case, torch.float32, device, residual=True)
+    by_triton(*args, **options)
+    conv_launches._plan.cache_clear()
+    assert launches == [f"conv_bn_act_{kernel}_kernel"]
+
+
 def test_plan_needs_no_data():
-    x = torch.empty(128, 64, 56, 56, device="meta", dtype=torch.bfloat16)
-    x = x.contiguous(memory_format=torch.channels_last)
-    c = Conv(x, torch.empty(256, 64, 1, 1, device="meta", dtype=torch.bfloat16), act="relu")
-    problem = problem_of(c)
-    config = tuning.heuristic(problem, (9, 0))
-    out = out_like(c, problem)
+    def empty(*shape):
+        x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        return x.contiguous(memory_format=CHANNELS_LAST)
+
+    x, weight, out = empty(128, 64, 56, 56), empty(256, 64, 1, 1), empty(128, 256, 56, 56)
+    p = problem(x, weight)
+    config = tuning.heuristic(p, (9, 0))
     planned = conv_launches.plan_launch(
-        problem, c.x, c.weight, None, None, out, precision="tf32", config=config
+        p, x, weight, None, None, out, precision="tf32", config=config
     )
-    launch, operands = planned.launch, planned.operands(*c[:7], out)
+    launch, operands = planned.launch, planned.operands(x, weight, *[None] * 5, out)
     assert launch.kernel is conv_launches.conv_bn_act_1x1_kernel
     assert launch.grid == (128 * 56 * 56 // 128 * 2,)
     assert launch.meta["FLAT_X"] and launch.meta["FLAT_OUT"] and launch.meta["EVEN_C"]

@@ -24,10 +24,10 @@ from cvkernels.ops.conv_bn_act import triton as conv_launches
 from cvkernels.ops.conv_bn_act import triton_fold, tuning
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.depthwise_conv_bn_act import triton as depthwise_launches
-from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
 from cvkernels.ops.depthwise_conv_bn_act.tiling import tiling
 from cvkernels.ops.squeeze_excite import tiles
 from cvkernels.ops.squeeze_excite import triton as se_scale_launches
+from tests.support.cases import depthwise_conv_bn_act
 
 _CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 
@@ -167,12 +167,8 @@ def se_scale_launch(case: dict):
 def depthwise_launch(case: dict):
     """Launch and operands of a case: ``shape`` (C, H = W, kernel, stride), ``batch``, ``dtype``."""
     dtype = getattr(torch, case["dtype"])
-    C, size, kernel, stride = case["shape"]
-    geometry = ((stride, stride), (kernel // 2, kernel // 2), (1, 1))
-    p = DepthwiseProblem(
-        case["batch"], C, size, size, C, kernel, kernel, *geometry, C, dtype, "silu", has_bn=True,
-        squeeze=True,
-    )  # fmt: skip
+    C, size, kernel, _ = case["shape"]
+    p = depthwise_conv_bn_act.problem_of(case["shape"], case["batch"], dtype)
     tiles = tiling(p, divmod(case["arch"], 10))
 
     def image(height, width):

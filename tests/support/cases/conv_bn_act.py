@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from cvkernels.functional import BatchNormParams
+from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,9 @@ class Conv:
     K: int
     R: int = 1
     S: int = 1
-    stride: int = 1
+    stride: int | tuple[int, int] = 1
     padding: int | tuple[int, int] = 0
-    dilation: int = 1
+    dilation: int | tuple[int, int] = 1
     groups: int = 1
     N: int = 2
 
@@ -61,20 +62,32 @@ ODD = {
     "padded-pointwise": Conv(5, 6, 7, 9, padding=1),
     "empty-batch": Conv(8, 6, 6, 4, 3, 3, 1, 1, N=0),
 }
+# What a Triton tile cannot divide evenly, in a geometry that ODD does not have.
+TILED = {
+    "1x1": Conv(64, 7, 5, 40),
+    "1x1-stride": Conv(24, 7, 6, 17, stride=2),
+    "1x1-one-pixel": Conv(40, 1, 1, 33, N=3),
+    "3x3": Conv(32, 6, 5, 48, 3, 3, 1, 1),
+    "3x3-two-strides": Conv(17, 5, 7, 19, 3, 3, (2, 1), 1, N=1),
+    "5x5": Conv(16, 7, 6, 32, 5, 5, 1, 2, N=1),
+    "stem-7x7": Conv(3, 15, 18, 64, 7, 7, 2, 3),
+    "stem-3x3": Conv(3, 11, 8, 32, 3, 3, 2, N=1),
+    "filter-row-dilated": Conv(5, 8, 9, 20, 3, 2, 1, (1, 2), (2, 3), N=1),
+    "groups-of-4": Conv(64, 6, 5, 64, 3, 3, 1, 1, groups=16, N=1),
+    "groups-of-16": Conv(64, 5, 4, 64, 3, 3, 2, groups=4, N=1),
+    "two-groups-of-64": Conv(32, 4, 5, 128, 3, 3, 1, 1, groups=2, N=1),
+    "uneven-groups": Conv(15, 5, 4, 21, 3, 3, 1, 1, groups=3),
+    "grouped-1x1": Conv(24, 5, 4, 48, groups=4, N=1),
+    "depthwise-multiplier": Conv(9, 5, 5, 18, 3, 3, 1, 1, groups=9, N=1),
+}
 
 
 def make_bn(channels: int, dtype=torch.float32, device="cpu") -> BatchNormParams:
     """Vectors like a trained norm's: gammas of both signs and one zero."""
-    weight = torch.randn(channels, device=device)
+    weight, var = torch.randn(channels, device=device), torch.rand(channels, device=device) + 0.1
     weight[0] = 0.0
-    var = torch.rand(channels, device=device) + 0.1
-    vectors = (
-        weight,
-        torch.randn(channels, device=device),
-        torch.randn(channels, device=device),
-        var,
-    )
-    return BatchNormParams(*(v.to(dtype) for v in vectors), eps=1e-3)
+    bias, mean = (torch.randn(channels, device=device) for _ in range(2))
+    return BatchNormParams(*(v.to(dtype) for v in (weight, bias, mean, var)), eps=1e-3)
 
 
 def make_inputs(
@@ -87,13 +100,12 @@ def make_inputs(
     args = (
         x.to(dtype).contiguous(memory_format=memory_format),
         weight.to(dtype).contiguous(memory_format=memory_format),
-        torch.randn(conv.K, device=device),
+        torch.randn(conv.K, device=device).to(dtype),
         make_bn(conv.K, device=device),
     )
-    kwargs = {
-        "stride": conv.stride,
-        "padding": conv.padding,
-        "dilation": conv.dilation,
-        "groups": conv.groups,
-    }
-    return args, kwargs
+    return args, {n: getattr(conv, n) for n in ("stride", "padding", "dilation", "groups")}
+
+
+def add_residual(args: tuple, options: dict) -> dict:
+    """``options`` with a residual of the output's shape, strides and dtype."""
+    return {**options, "residual": torch.randn_like(conv_bn_act_reference(*args, **options))}
