@@ -21,6 +21,7 @@
 
 extern "C" {
 // Of torch/csrc/stable/c/shim.h in torch 2.14; null before.
+__attribute__((weak)) AOTITorchError torch_has_storage(AtenTensorHandle, bool*);
 __attribute__((weak)) AOTITorchError torch_tensor_from_pyobject(void*, AtenTensorHandle*);
 __attribute__((weak)) AOTITorchError torch_tensor_to_pyobject(AtenTensorHandle, void*, void**);
 }
@@ -33,6 +34,8 @@ constexpr Py_ssize_t MOST = 16;
 // Kinds of calls: a network's pools and concatenations differ in a few dozen shapes.
 constexpr size_t CAPACITY = 64;
 constexpr int64_t DIMS = 4;
+// Elements up to which work is done before another thread could take the GIL.
+constexpr int64_t BRIEF = 4096;
 
 struct Failed {};  // an error of PyTorch's: its message is gone, the call runs the ordinary way
 
@@ -67,14 +70,16 @@ struct Kind {
   }
 };
 
-// Fails for what is not a dense tensor of few dimensions on the CPU.
+// Fails for what is not a dense tensor of few dimensions on the CPU, or wraps one for a transform.
 Kind kind_of(const Handle& tensor) {
   int32_t layout = 0, device = 0;
+  bool stored = false;
   Kind kind;
+  check(torch_has_storage(tensor.get(), &stored));
   check(aoti_torch_get_layout(tensor.get(), &layout));
   check(aoti_torch_get_device_type(tensor.get(), &device));
   check(aoti_torch_get_dim(tensor.get(), &kind.dim));
-  if (layout != 0 || device != 0 || kind.dim > DIMS) throw Failed();
+  if (!stored || layout != 0 || device != 0 || kind.dim > DIMS) throw Failed();
   int64_t *sizes = nullptr, *strides = nullptr;
   check(aoti_torch_get_dtype(tensor.get(), &kind.dtype));
   check(aoti_torch_get_sizes(tensor.get(), &sizes));
@@ -107,11 +112,12 @@ struct Result {
 // What runs calls with tensors like some, whatever their options.
 struct Recipe {
   std::vector<Kind> tensors, made;
-  std::vector<int64_t> itemsizes;  // of the tensors
+  std::vector<int64_t> itemsizes;   // of the tensors
   PyObject* direct_call = nullptr;  // held
   std::vector<int> sources;         // which tensor each address of its work is; -1 for none
   std::vector<Result> results;
   bool writes = false;  // whether a result is an argument
+  bool brief = true;    // whether the work is a matter of a microsecond
 
   ~Recipe() { Py_XDECREF(direct_call); }
 };
@@ -162,7 +168,8 @@ bool undisturbed(const KeptCalls& calls) {
   return true;
 }
 
-// Only of numbers, strings, None and tuples of these: what else is the same object may have changed.
+// Only of numbers, strings, None and tuples of these: what else is the same object may have
+// changed.
 bool same(PyObject* now, PyObject* before) {
   if (Py_TYPE(now) != Py_TYPE(before)) return false;
   if (PyTuple_CheckExact(now)) {
@@ -266,11 +273,13 @@ void work(const Recipe& recipe, void* const* addresses) {
   void* operands[MOST];
   for (size_t i = 0; i < recipe.sources.size(); ++i)
     operands[i] = recipe.sources[i] < 0 ? nullptr : addresses[recipe.sources[i]];
+  const Work& work = work_of(recipe.direct_call);
+  if (recipe.brief) return work.run(operands);
   struct Released {
     PyThreadState* state = PyEval_SaveThread();
     ~Released() { PyEval_RestoreThread(state); }
   } released;
-  work_of(recipe.direct_call).run(operands);
+  work.run(operands);
 }
 
 // What the call returns; null, without an error, where autograd or its memory forbids it.
@@ -373,6 +382,8 @@ Shared recipe_of(PyObject* direct_call, PyObject* given, PyObject* made, PyObjec
   std::vector<Handle> fresh = handles_of(made);
   recipe->made = kinds_of(fresh);
   std::move(fresh.begin(), fresh.end(), std::back_inserter(tensors));
+  for (const auto& kinds : {recipe->tensors, recipe->made})
+    for (const Kind& kind : kinds) recipe->brief = recipe->brief && kind.extent() <= BRIEF;
   recipe->direct_call = Py_NewRef(direct_call);
   const auto& addresses = work_of(direct_call).addresses;
   if (tensors.size() > MOST || addresses.size() > MOST) throw Failed();
@@ -404,7 +415,7 @@ PyObject* recipe(PyObject*, PyObject* arguments) {
   if (!PyArg_ParseTuple(arguments, "OO!O!O!", &direct_call, &PyTuple_Type, &tensors, &PyTuple_Type,
                         &made, &PyTuple_Type, &results))
     return nullptr;
-  if (torch_tensor_from_pyobject == nullptr || torch_tensor_to_pyobject == nullptr) Py_RETURN_NONE;
+  if (torch_tensor_from_pyobject == nullptr) Py_RETURN_NONE;
   try {
     auto shared = std::make_unique<Shared>(recipe_of(direct_call, tensors, made, results));
     PyObject* capsule = PyCapsule_New(shared.get(), RECIPE, drop_recipe);

@@ -33,7 +33,7 @@ _plans = PlanTable()
 
 Pair = tuple[int, int]
 Options = tuple[Pair, Pair, Pair, bool, bool, int | None]
-run_kept = native.keeps_calls(2)
+run_kept, is_traced = native.keeps_calls(2), native.is_traced
 
 
 def plan(
@@ -115,13 +115,17 @@ def avg_pool(
     Differentiable in x and input_bn through the reference. Source: LeCun et al. 1998; the norm and
     ReLU in front are the transition's of Huang et al. 2017, arXiv:1608.06993.
     """
-    stride = kernel_size if stride is None else stride
+    if input_bn is None and not is_traced():
+        y = run_kept(
+            x, out, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override,
+            backend,
+        )  # fmt: skip
+        if y is not None:
+            return y
     options = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
     if torch.compiler.is_compiling():
         made = plan(x, *options, input_bn=input_bn, out=out, backend=backend, once=True)
         return made.run(x, out)
-    if (y := run_kept(x, out, *options, input_bn, backend)) is not None:
-        return y
     window = window_of(OP, kernel_size, stride, padding, 1, ceil_mode)
     key = None
     if input_bn is None and (divisor_override is None or type(divisor_override) is int):
@@ -132,7 +136,7 @@ def avg_pool(
         )  # fmt: skip
         _plans.keep(key, planned, x, out)
         if key is not None:
-            native.keep_call(run_kept, planned, *options, None, backend)
+            native.keep_call(run_kept, planned, *options, backend)
     if out is not None:
         check_overlap(OP, out, x)
     return planned.recorded(x, out)

@@ -24,7 +24,7 @@ OP = passes.OP
 ACTS = tuple(passes.ACTS)
 DTYPES = native.DTYPES["cpu"]
 _plans = PlanTable()
-run_kept = native.keeps_calls(4)
+run_kept, is_traced = native.keeps_calls(4), native.is_traced
 
 
 class BatchNormAct(NamedTuple):
@@ -104,11 +104,11 @@ def batch_norm_act(
     behind a residual they keep the output.
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167; the shortcut He et al. 2016, arXiv:1512.03385.
     """
+    if not is_traced():
+        if (found := run_kept(x, weight, bias, residual, eps, act, backend)) is not None:
+            return BatchNormAct(*found)
     tensors = (x, weight, bias, residual)
-    compiling = torch.compiler.is_compiling()
-    if not compiling and (found := run_kept(*tensors, eps, act, backend)) is not None:
-        return BatchNormAct(*found)
-    key = None if compiling else _plans.key(backend, tensors, eps, act)
+    key = None if torch.compiler.is_compiling() else _plans.key(backend, tensors, eps, act)
     if (planned := _plans.get(key)) is None:
         options: Any = {"eps": eps, "act": act, "residual": residual, "backend": backend}
         planned = _plans.keep(key, plan(x, weight, bias, once=key is None, **options), *tensors)

@@ -63,7 +63,7 @@ def mark_written(out: Tensor) -> None:
 
 def transformed() -> bool:
     """Whether a transform, mode or tracer would lose what runs past PyTorch's dispatcher."""
-    return _transform() is not None or _dispatch_modes() > 0 or _tracer() is not None
+    return _transform() is not None or _dispatch_modes() > 0 or _tracer()
 
 
 def observed() -> bool:
@@ -74,5 +74,5 @@ def observed() -> bool:
 _transform = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_mode = torch._C._is_torch_function_mode_enabled
-_tracer = torch._C._get_tracing_state
+_tracer = torch._C._is_tracing
 _profiler = torch.autograd._profiler_enabled

@@ -67,6 +67,11 @@ def direct(function: Callable[[], object]) -> Callable[..., None]:
     return importlib.import_module("cvkernels._C").direct(function)
 
 
+# Whether the bytecode at hand is traced, in which no kept call could be looked for. What else
+# compiles has tensors of other classes.
+is_traced = torch.compiler.is_dynamo_compiling
+
+
 def keeps_calls(tensors: int) -> Any:
     """The last kinds of calls of an op on so many tensors, found and run in one native call.
 
@@ -76,9 +81,9 @@ def keeps_calls(tensors: int) -> Any:
     """
     if not extension.has("cpu"):
         return lambda *_: None
+    # All of observed() but for transforms, whose tensors the call knows itself.
     surroundings = (
-        autograd._transform, autograd._dispatch_modes, autograd._tracer, autograd._function_mode,
-        autograd._profiler,
+        autograd._dispatch_modes, autograd._tracer, autograd._function_mode, autograd._profiler
     )  # fmt: skip
     return importlib.import_module("cvkernels._C").KeptCalls(
         tensors, (backends.UNREQUESTED, record.UNSEEN), surroundings, (Tensor, Parameter)

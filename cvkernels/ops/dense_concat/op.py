@@ -28,7 +28,7 @@ library.define(
 )
 _dense_concat = torch.ops.cvkernels.dense_concat.default
 _plans = PlanTable()
-run_kept = native.keeps_calls(2)
+run_kept, is_traced = native.keeps_calls(2), native.is_traced
 
 
 def plan(
@@ -97,10 +97,11 @@ def dense_concat(
     Not differentiable. Source: the shared storage of Pleiss et al. 2017, arXiv:1707.06990, in
     inference; the affine map and ReLU are Huang et al. 2017's, arXiv:1608.06993.
     """
+    if not is_traced():
+        if (written := run_kept(buffer, src, start, bn, relu, backend)) is not None:
+            return written
     if torch.compiler.is_compiling():
         return plan(buffer, src, start, bn, relu, backend=backend, once=True).run(buffer, src)
-    if (written := run_kept(buffer, src, start, bn, relu, backend)) is not None:
-        return written
     key = None
     if bn is None and type(start) is int:
         key = _plans.key(backend, (buffer, src), start, relu)

@@ -26,7 +26,7 @@ library.define(f"max_pool_out({ARGUMENTS}, Tensor(a!) out) -> ()")
 _max_pool = torch.ops.cvkernels.max_pool.default
 _max_pool_out = torch.ops.cvkernels.max_pool_out.default
 _plans = PlanTable()
-run_kept = native.keeps_calls(2)
+run_kept, is_traced = native.keeps_calls(2), native.is_traced
 
 
 def plan(
@@ -98,12 +98,13 @@ def max_pool(
     Differentiable in x through the reference, which keeps indices. Source: LeCun et al. 1998,
     with max for mean as in Krizhevsky et al. 2012.
     """
-    stride = kernel_size if stride is None else stride
+    if not is_traced():
+        y = run_kept(x, out, kernel_size, stride, padding, dilation, ceil_mode, backend)
+        if y is not None:
+            return y
     options = (kernel_size, stride, padding, dilation, ceil_mode)
     if torch.compiler.is_compiling():
         return plan(x, *options, out=out, backend=backend, once=True).run(x, out)
-    if (y := run_kept(x, out, *options, backend)) is not None:
-        return y
     window = window_of(OP, *options)
     key = _plans.key(backend, (x, out), window)
     if (planned := _plans.get(key)) is None:
