@@ -6,10 +6,11 @@ or that the graph has no op for stays a call; its copy runs as it is.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
+from cvkernels.freeze import aliasing
+from cvkernels.freeze.aliasing import AsWritten, Region, Span, is_size
 from cvkernels.freeze.convert import CALLABLES, convert_call, convert_module
 from cvkernels.freeze.graph import Graph, Node, Op, Ref
 from cvkernels.freeze.ops import Call, Input
-from cvkernels.nn.fused.watched import has_hooks
+from cvkernels.nn.fused.watched import has_hooks, why_altered, why_replaced
 from cvkernels.tables import first_line
 
 # What torch.fx would trace into, and the graph knows as one op or as none.
@@ -33,6 +36,9 @@ WHOLE = {
     ("cvkernels.nn.stochastic_depth", "DropPath"),
 }
 
+# What takes sizes of the map as arguments.
+SIZED = ("view", "reshape")
+
 
 class CaptureError(ValueError):
     """The model's control flow depends on its input, so that no one graph stands for it."""
@@ -44,6 +50,19 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__(autowrap_modules=(), param_shapes_constant=False)
         self.opaque: dict[str, str] = {}
+
+    # A buffer that forward writes is the model's own.
+    proxy_buffer_attributes = True
+
+    def create_args_for_root(self, root_fn: Callable, is_module: bool, *rest: Any) -> tuple:
+        """One stand-in for an image, where forward takes any number of them."""
+        code = inspect.unwrap(root_fn).__code__
+        if code.co_argcount == 1 and code.co_flags & inspect.CO_VARARGS:
+            return super().create_args_for_root(lambda m, x: root_fn(m, x), is_module, *rest)
+        return super().create_args_for_root(root_fn, is_module, *rest)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return aliasing.Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         kind = (type(m).__module__, type(m).__name__)
@@ -65,24 +84,58 @@ class _Tracer(fx.Tracer):
             return self.create_proxy("call_module", name, args, kwargs)
 
 
-def capture(model: nn.Module) -> Graph:
+def capture(model: nn.Module, dtype: torch.dtype | None = None) -> Graph:
     """The graph of ``model(x)`` in eval; the model is read and not changed.
 
+    Parameters and buffers that the forward itself uses are converted to ``dtype``, as ``model.to``
+    would.
+
     Raises:
-        CaptureError: the top-level forward decides by the data, or takes several tensors.
+        CaptureError: the top-level forward decides by the data, takes several tensors, writes
+            parameters or buffers, or draws random numbers that do not depend on its input.
     """
-    tracer = _Tracer()
-    kind = type(model).__name__
+    drawn = torch.get_rng_state()
+    with _unchanged(model):
+        graph = _captured(model, dtype)
+    if not torch.equal(torch.get_rng_state(), drawn):
+        raise CaptureError(
+            f"freeze: {type(model).__name__}.forward draws random numbers whatever its input, "
+            f"which would be the same in each call of a frozen model; draw them in a child module, "
+            f"or give them a size of the input's"
+        )
+    return graph
+
+
+def _captured(model: nn.Module, dtype: torch.dtype | None) -> Graph:
+    tracer, replaced = _Tracer(), why_replaced()
     try:
         traced = tracer.trace(model, _defaults(model))
     # A forward may do anything with a proxy; all of it means the same.
     except Exception as error:  # noqa: BLE001
         raise CaptureError(
-            f"freeze: {kind}.forward cannot be captured: {first_line(error)}. Its control flow "
-            f"depends on the input's values, or it is no function of one tensor; move that into a "
-            f"child module, which freeze calls as it is, or freeze the part of the model around it"
+            f"freeze: {type(model).__name__}.forward cannot be captured: {first_line(error)}. Its "
+            f"control flow depends on the input's values, or it is no function of one tensor; move "
+            f"that into a child module, which freeze calls as it is, or freeze the part of the "
+            f"model around it"
         ) from error
-    return _Reader(model, tracer).read(traced)
+    return _Reader(model, tracer, dtype, replaced).read(traced)
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Take back what tracing sets on the modules: stand-ins of tensors, and constants."""
+    dicts = []
+    for module in model.modules():
+        tables = (module._parameters, module._buffers, module._modules)
+        dicts += [module.__dict__, *tables]
+    before = [dict(attributes) for attributes in dicts]
+    try:
+        yield
+    finally:
+        for now, then in zip(dicts, before, strict=True):
+            if len(now) != len(then) or any(now.get(key) is not then[key] for key in then):
+                now.clear()
+                now.update(then)
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
@@ -94,19 +147,29 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
 class _Reader:
     """Puts the nodes of torch.fx into a graph's."""
 
-    def __init__(self, model: nn.Module, tracer: _Tracer) -> None:
+    def __init__(
+        self, model: nn.Module, tracer: _Tracer, dtype: torch.dtype | None, replaced: str
+    ) -> None:
         self.model = model
         self.tracer = tracer
+        self.dtype = dtype
+        # Which code of PyTorch's is not its own: then every call stays as it is.
+        self.replaced = replaced
         self.nodes: list[Node] = []
         # What each node of torch.fx stands for: a Node, a value, or a structure of them.
         self.values: dict[fx.Node, Any] = {}
         self.copies: dict[int, nn.Module] = {}
 
     def read(self, traced: fx.Graph) -> Graph:
+        spans = aliasing.spans_of(traced, self.model.get_submodule)
+        span_of = {node: span for span in spans for node in span.nodes}
         for node in traced.nodes:
             if node.op == "output":
                 break
-            self.values[node] = self._value_of(node)
+            if (span := span_of.get(node)) is None:
+                self.values[node] = self._value_of(node)
+            elif node is span.nodes[-1]:
+                self._region(span)
         results: list[Node] = []
 
         def refer(value: Any) -> Any:
@@ -133,7 +196,7 @@ class _Reader:
             return node.args[0] if node.args else None
         if node.op == "get_attr":
             value = operator.attrgetter(node.target)(self.model)
-            return value.detach().clone() if isinstance(value, Tensor) else value
+            return self._constant(value) if isinstance(value, Tensor) else value
         args, kwargs = (map_aggregate(part, self._resolve) for part in (node.args, node.kwargs))
         layer = self._layer(node)
         if node.op == "call_module":
@@ -142,14 +205,22 @@ class _Reader:
             return node.target(*args)  # a named tuple, which torch.fx makes a call of
         is_method = node.op == "call_method"
         name = node.target if is_method else CALLABLES.get(node.target, "")
-        in_place = _writes_in_place(node, kwargs)
-        value = convert_call(partial(self.emit, layer=layer), name, args, kwargs)
+        in_place = self._writes(node)
+        # A size is no value of the graph's, and a window that depends on one no option of its ops.
+        sized = is_size(node) or (name not in SIZED and any(map(is_size, self._rest(node))))
+        value = None
+        if not sized and not self.replaced:
+            value = convert_call(partial(self.emit, layer=layer), name, args, kwargs)
         if value is None:
             kind = "method" if is_method else "function"
             value = self._call(kind, node.target, layer, args, kwargs, in_place)
         if in_place:
             self._rename(node, value)
         return value
+
+    def _constant(self, value: Tensor) -> Tensor:
+        floats = self.dtype is not None and value.is_floating_point()
+        return value.detach().clone().to(self.dtype if floats else value.dtype)
 
     def _resolve(self, leaf: Any) -> Any:
         return self.values[leaf] if isinstance(leaf, fx.Node) else leaf
@@ -171,18 +242,71 @@ class _Reader:
     def _module(self, node: fx.Node, layer: str, args: tuple, kwargs: dict) -> Any:
         module = self.model.get_submodule(layer)
         value = None
-        if layer not in self.tracer.opaque and not has_hooks(module) and not kwargs:
+        plain = layer not in self.tracer.opaque and not self.replaced and not why_altered(module)
+        if plain and not kwargs:
             value = convert_module(partial(self.emit, layer=layer), module, *args)
-        in_place = bool(getattr(module, "inplace", False)) and type(module) is not nn.Dropout
+        in_place = self._writes(node)
         if value is None:
-            # The model may train on: the frozen one keeps the module as it is now.
-            if id(module) not in self.copies:
-                self.copies[id(module)] = copy.deepcopy(module)
-            twin = self.copies[id(module)]
-            value = self._call("module", twin, layer, args, kwargs, in_place)
+            value = self._call("module", self._twin(module), layer, args, kwargs, in_place)
         if in_place:
             self._rename(node, value)
         return value
+
+    def _twin(self, module: nn.Module) -> nn.Module:
+        """A copy: the model may train on, and the frozen one keeps the module as it is now."""
+        if id(module) not in self.copies:
+            self.copies[id(module)] = copy.deepcopy(module)
+        return self.copies[id(module)]
+
+    def _writes(self, node: fx.Node) -> bool:
+        """Whether a call writes its first argument in place.
+
+        Raises:
+            CaptureError: it writes a parameter or buffer, which would change the model.
+        """
+        written = aliasing.writes(node, self.model.get_submodule)
+        for target in written:
+            if target.op == "get_attr":
+                layer = self._layer(node)
+                where = f"{type(self.model.get_submodule(layer)).__name__} {layer!r}"
+                raise CaptureError(
+                    f"freeze: {where} writes {target.target!r} in place, and a frozen model has no "
+                    f"state; compute a new value in place of it, or freeze the part around it"
+                )
+        return bool(written)
+
+    def _region(self, span: Span) -> None:
+        """Emit one call of what has to run as it is written, and the parts of its result."""
+        for node in span.nodes:
+            self._writes(node)
+        sources = [s for node in span.nodes for s in node.all_input_nodes]
+        sources = [s for s in dict.fromkeys(sources) if s not in span.nodes]
+        places = {node: place for place, node in enumerate([*sources, *span.nodes])}
+        inputs = tuple(self.values[source] for source in sources)
+        copied = [places[source] for source in sources if source in span.written]
+        results = [places[node] for node in span.results]
+        calls = [self._as_written(node, places) for node in span.nodes]
+        layer = self._layer(span.nodes[-1])
+        values = self._call("function", Region(calls, copied, results), layer, inputs, {}, False)
+        for number, node in enumerate(span.results):
+            args = (values, number)
+            self.values[node] = self._call("function", operator.getitem, layer, args, {}, False)
+
+    def _as_written(self, node: fx.Node, places: dict[fx.Node, int]) -> AsWritten:
+        def refer(leaf: Any) -> Any:
+            return Ref(places[leaf]) if isinstance(leaf, fx.Node) else leaf
+
+        args, kwargs = (_plain(map_aggregate(part, refer)) for part in (node.args, node.kwargs))
+        target = node.target
+        if node.op == "call_module":
+            target = self._twin(self.model.get_submodule(target))
+        return AsWritten(node.op == "call_method", target, args, kwargs)
+
+    @staticmethod
+    def _rest(node: fx.Node) -> list[fx.Node]:
+        """What a call refers to beside its first argument."""
+        first = node.args[0] if node.args else None
+        return [source for source in node.all_input_nodes if source is not first]
 
     def _call(
         self, kind: str, target: Any, layer: str, args: tuple, kwargs: dict, in_place: bool
@@ -202,18 +326,6 @@ class _Reader:
             with torch.no_grad():
                 return Call(kind, target, args, kwargs, False).function()([])
         return self.emit(Call(kind, target, args, kwargs, in_place), inputs, layer)
-
-
-def _writes_in_place(node: fx.Node, kwargs: dict) -> bool:
-    if not node.args or not isinstance(node.args[0], fx.Node):
-        return False
-    if node.op == "call_method":
-        return node.target.endswith("_") and not node.target.endswith("__")
-    name = getattr(node.target, "__name__", "")
-    module = getattr(node.target, "__module__", "")
-    if module == "_operator":
-        return name in ("iadd", "imul", "isub", "itruediv")
-    return bool(kwargs.get("inplace")) or (name.endswith("_") and not name.endswith("__"))
 
 
 def _plain(value: Any) -> Any:

@@ -66,7 +66,9 @@ def _binary(op: type[Op], emit: Emit, a: Any, b: Any = None, **others: Any) -> N
 
 
 def _cat(emit: Emit, parts: Any, dim: int = 0, axis: int | None = None) -> Node | None:
-    if dim != 1 or axis is not None or not all(isinstance(part, Node) for part in parts):
+    if dim != 1 or axis is not None or not isinstance(parts, (tuple, list)):
+        return None
+    if not all(isinstance(part, Node) for part in parts):
         return None
     if len(parts) == 1:
         return parts[0]

@@ -37,6 +37,11 @@ GRAPHS = 8
 # Of the files that ``save`` writes.
 FORMAT = 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# PyTorch's modules that run another one, and the attribute that it is.
+WRAPPERS = {
+    **dict.fromkeys(("DataParallel", "DistributedDataParallel", "AveragedModel"), "module"),
+    "OptimizedModule": "_orig_mod",
+}
 # Attributes of a frozen model that are not copied or pickled.
 _DERIVED = (
     "_plans", "_used", "_clock", "_lock", "_pool", "_caches", "_original", "_example",
@@ -84,14 +89,15 @@ def freeze(
     The model is the same and usable after any of these.
     """
     start = time.perf_counter()
+    model = _unwrapped(model)
     _check_model(model, example, dtype)
-    dtype = _dtype_of(model, example, dtype)
+    converted, dtype = dtype, _dtype_of(model, example, dtype)
     choices = read_table(table)
     with _planning(example.device):
-        graph = capture(model)
+        graph = capture(model, converted)
         for node in graph.nodes:
-            if isinstance(node.op, Call) and isinstance(node.op.target, nn.Module):
-                node.op.target.to(dtype)
+            if isinstance(node.op, Call):
+                node.op.to(dtype)
         fuse(graph, graph.infer(TensorSpec(tuple(example.shape), dtype), example.device))
         own_weights(graph, dtype, example.device)
         if writes_slices(dtype, example.device):
@@ -104,6 +110,13 @@ def freeze(
         if image.is_cuda:
             frozen(image)  # compiles kernels and captures the graph
     return frozen
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The network in what only trains, averages or compiles it."""
+    while type(model).__name__ in WRAPPERS and type(model).__module__.startswith("torch."):
+        model = getattr(model, WRAPPERS[type(model).__name__])
+    return model
 
 
 def _check_model(model: nn.Module, example: Tensor, dtype: torch.dtype | None) -> None:
@@ -128,7 +141,7 @@ def _check_model(model: nn.Module, example: Tensor, dtype: torch.dtype | None) -
             f"example[None]"
         )
     for name, module in model.named_modules():
-        if module.training:
+        if module.training and not type(module).__module__.startswith("torch.ao.nn.quantized"):
             where = f"its module {name!r}" if name else "the model"
             raise ValueError(f"freeze: {where} is in training mode; call model.eval() first")
     tensors = itertools.chain(model.parameters(), model.buffers())

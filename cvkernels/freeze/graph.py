@@ -6,6 +6,7 @@ shapes, memory, cost, kernels) is its class under :mod:`cvkernels.freeze.ops`, a
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -46,6 +47,12 @@ class TensorSpec(NamedTuple):
         """A tensor like it, a map channels_last."""
         layout = torch.channels_last if len(self.shape) == 4 else torch.contiguous_format
         return torch.empty(self.shape, dtype=self.dtype, device=device, memory_format=layout)
+
+
+def promoted(spec: TensorSpec, inputs: list[TensorSpec]) -> TensorSpec:
+    """spec with the dtype that PyTorch computes in with such inputs."""
+    dtypes = [x.dtype for x in inputs]
+    return spec._replace(dtype=functools.reduce(torch.promote_types, dtypes))
 
 
 def spec_of(value: Any) -> Any:

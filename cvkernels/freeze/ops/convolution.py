@@ -212,7 +212,7 @@ class ConvPool(Op, name="conv_pool", writes=True, placeable=True):
         return run
 
 
-class Depthwise(Op, name="depthwise", runs_plans=True, placeable=True):
+class Depthwise(Op, name="depthwise", runs_plans=True):
     """A depthwise convolution by depthwise_conv_bn_act, whose kernels apply the norm as well.
 
     ``writes`` is whether they write into memory that they are given.

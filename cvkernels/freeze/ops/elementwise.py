@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvkernels.freeze.graph import Node, Op, Run
+from cvkernels.freeze.graph import Node, Op, Run, TensorSpec, promoted
 from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.dense_concat import op as dense_concat
 
@@ -62,6 +62,9 @@ class _Broadcast(Op):
     """A function of two tensors whose shapes are broadcast."""
 
     function: ClassVar[Callable[[Tensor, Tensor], Tensor]]
+
+    def infer(self, node: Node, inputs: list, device: torch.device) -> TensorSpec:
+        return promoted(super().infer(node, inputs, device), inputs)
 
     def shape(self, node: Node, a: tuple, b: tuple) -> tuple:
         # torch.broadcast_shapes would import the symbolic shapes, which takes half a second.

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from cvkernels.freeze.graph import Node, Op, Run, Step, TensorSpec, fill, spec_of
+from cvkernels.freeze.aliasing import Region
+from cvkernels.freeze.graph import Node, Op, Run, Step, TensorSpec, fill, promoted, spec_of
 from cvkernels.ops.common.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -29,9 +31,13 @@ class Cat(Op, name="cat", writes=True):
         node.check(same, "parts of one size", parts)
         return (first[0], sum(part[1] for part in parts), *first[2:])
 
+    def infer(self, node: Node, inputs: list, device: torch.device) -> TensorSpec:
+        return promoted(super().infer(node, inputs, device), inputs)
+
     def lower(self, node: Node, lowered: Lowered) -> Step:
-        is_map = len(lowered.values[node].shape) == 4
-        return lowered.emit(self if is_map else Concat(), node)
+        value = lowered.values[node]
+        alike = all(lowered.values[part].dtype == value.dtype for part in node.inputs)
+        return lowered.emit(self if len(value.shape) == 4 and alike else Concat(), node)
 
 
 class Concat(Op, name="concat"):
@@ -106,6 +112,15 @@ class Call(Op, name="call", views=True, reports=True):
             for value in inputs
         ]
         return spec_of(self.function()(zeros))
+
+    def to(self, dtype: torch.dtype) -> None:
+        """Convert the modules that are called, in place: they are the graph's own."""
+        targets = [self.target]
+        if isinstance(self.target, Region):
+            targets = [call.target for call in self.target.calls]
+        for target in targets:
+            if isinstance(target, nn.Module):
+                target.to(dtype)
 
     def function(self) -> Callable[[list], Any]:
         """The call as a function of the list of the inputs' values."""

@@ -1,0 +1,259 @@
+"""Which values of a traced model share memory, and which of its calls must run as they are written.
+
+torch.fx records calls. One that writes in place changes every value that shares memory with the one
+that it writes: what it is a view of, and the views of that. Where none of these is read later, the
+call is one that returns its result, and readers of the written value read that. Elsewhere the calls
+from the first view to the last write are one :class:`Region`, which runs them as PyTorch would.
+
+Nothing is assumed of a call that is not known: it may return a view of any of its arguments.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from cvkernels.freeze.graph import fill
+
+# Methods, attributes and functions whose result is no tensor of a map's memory: sizes and the like.
+_SIZES = frozenset(
+    "size shape dim ndim ndimension numel nelement stride dtype device is_cuda __len__ len int "
+    "float bool round".split()
+)
+_MATHS = frozenset("add sub mul truediv floordiv mod pow neg eq ne lt le gt ge matmul".split())
+# Functions and methods whose result is new memory, whatever they are called with.
+_NEW = _MATHS | frozenset(
+    "div rsub exp log sqrt rsqrt square abs sign reciprocal mean sum prod amax amin max min argmax "
+    "argmin var std norm softmax log_softmax sigmoid tanh relu relu6 silu gelu hardswish "
+    "hardsigmoid hardtanh elu leaky_relu mish softplus clamp clamp_min clamp_max where mm bmm "
+    "addmm linear conv1d conv2d batch_norm layer_norm group_norm max_pool2d avg_pool2d "
+    "adaptive_avg_pool2d adaptive_max_pool2d interpolate cat concat concatenate stack clone "
+    "zeros_like ones_like full_like".split()
+)
+_NEW_MODULES = (
+    nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.Linear,
+    nn.ReLU, nn.ReLU6, nn.SiLU, nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid, nn.GELU, nn.Mish, nn.Tanh,
+    nn.ELU, nn.LeakyReLU, nn.Softmax, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+)  # fmt: skip
+# torch.nn.functional's dispatchers of pools do not carry their names.
+_NAMES = {
+    F.max_pool2d: "max_pool2d", F.adaptive_max_pool2d: "adaptive_max_pool2d",
+    F.avg_pool2d: "avg_pool2d",
+}  # fmt: skip
+_IN_PLACE_OPERATORS = {
+    f"__i{name}__": getattr(operator, f"i{name}")
+    for name in "add sub mul truediv floordiv mod pow matmul and or xor".split()
+}
+
+
+class Proxy(fx.Proxy):
+    """A stand-in whose ``+=`` and the like are recorded, which torch.fx takes for ``+``."""
+
+
+def _in_place(function: Callable) -> Callable:
+    def write(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return write
+
+
+for _name, _function in _IN_PLACE_OPERATORS.items():
+    setattr(Proxy, _name, _in_place(_function))
+
+
+class Region:
+    """Calls that run one after the other as they are written, on copies of what they write.
+
+    ``calls`` are functions of a list: the region's inputs and the results so far. ``copied`` are
+    the inputs that are written, ``results`` the places in the list of what is returned.
+    """
+
+    def __init__(
+        self, calls: list[Callable[[list], Any]], copied: list[int], results: list[int]
+    ) -> None:
+        self.calls, self.copied, self.results = calls, frozenset(copied), results
+
+    def __call__(self, *inputs: Any) -> tuple:
+        # As stock has its maps: whether a flattened one is a view depends on it.
+        values = [
+            x.clone(memory_format=torch.contiguous_format)
+            if place in self.copied and isinstance(x, Tensor)
+            else x
+            for place, x in enumerate(inputs)
+        ]
+        for call in self.calls:
+            values.append(call(values))
+        return tuple(values[place] for place in self.results)
+
+
+class AsWritten:
+    """A call of a function, method or module on what its arguments refer to in a list of values."""
+
+    def __init__(self, is_method: bool, target: Any, args: tuple, kwargs: dict) -> None:
+        self.is_method, self.target, self.args, self.kwargs = is_method, target, args, kwargs
+
+    def __call__(self, values: list) -> Any:
+        args, kwargs = fill(self.args, values), fill(self.kwargs, values)
+        if self.is_method:
+            return getattr(args[0], self.target)(*args[1:], **kwargs)
+        return self.target(*args, **kwargs)
+
+
+class Span(NamedTuple):
+    """The nodes of a region, in order; those of other nodes that it writes; and who reads it."""
+
+    nodes: list[fx.Node]
+    written: set[fx.Node]
+    results: list[fx.Node]
+
+
+def spans_of(graph: fx.Graph, module_of: Callable[[str], nn.Module]) -> list[Span]:
+    """The regions of a traced graph, none where every write can be a call that returns a value."""
+    memory = _Memory(graph, module_of)
+    spans: list[tuple[int, int, set[int]]] = []
+    for group in memory.unsafe_groups():
+        first, last = memory.extent(group)
+        spans.append((first, last, {group}))
+    merged: list[tuple[int, int, set[int]]] = []
+    for first, last, groups in sorted(spans, key=lambda span: span[:2]):
+        if merged and first <= merged[-1][1]:
+            start, stop, others = merged[-1]
+            merged[-1] = (start, max(stop, last), others | groups)
+        else:
+            merged.append((first, last, groups))
+    return [memory.span(*span) for span in merged]
+
+
+def writes(node: fx.Node, module_of: Callable[[str], nn.Module]) -> tuple[fx.Node, ...]:
+    """The values that a call writes in place."""
+    written = (node.kwargs["out"],) if isinstance(node.kwargs.get("out"), fx.Node) else ()
+    target = node.args[0] if node.args else None
+    if not isinstance(target, fx.Node) or is_size(target):
+        return written
+    if node.op == "call_module":
+        module = module_of(node.target)
+        drops = isinstance(module, nn.modules.dropout._DropoutNd) and not module.training
+        writes_target = bool(getattr(module, "inplace", False)) and not drops
+    elif node.op == "call_method":
+        writes_target = node.target.endswith("_") and not node.target.endswith("__")
+    elif node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        writes_target = (
+            node.target in _IN_PLACE_OPERATORS.values()
+            or node.target is operator.setitem
+            or bool(node.kwargs.get("inplace"))
+            or (name.endswith("_") and not name.endswith("__"))
+        )
+    else:
+        writes_target = False
+    return (target, *written) if writes_target else written
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value is made of sizes alone, so that it is no tensor."""
+    if not isinstance(value, fx.Node):
+        return not isinstance(value, Tensor)
+    if value.op == "call_method":
+        return value.target in _SIZES or all(map(is_size, value.all_input_nodes))
+    if value.op != "call_function":
+        return False
+    if value.target is getattr:
+        return value.args[1] in _SIZES
+    if getattr(value.target, "__name__", "") in _SIZES:
+        return True
+    inputs = value.all_input_nodes
+    computes = value.target in (operator.getitem, *_IN_PLACE_OPERATORS.values()) or (
+        getattr(value.target, "__module__", "") in ("_operator", "math", "builtins")
+    )
+    return bool(inputs) and computes and all(map(is_size, inputs))
+
+
+class _Memory:
+    """The groups of a graph's values that may share memory, by a number each."""
+
+    def __init__(self, graph: fx.Graph, module_of: Callable[[str], nn.Module]) -> None:
+        self.nodes = list(graph.nodes)
+        self.module_of = module_of
+        self.place = {node: place for place, node in enumerate(self.nodes)}
+        self.parent = list(range(len(self.nodes)))
+        self.new: set[fx.Node] = set()
+        self.writes: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        for node in self.nodes:
+            self._join(node)
+
+    def _join(self, node: fx.Node) -> None:
+        written = writes(node, self.module_of)
+        if written:
+            self.writes[node] = written
+            shared: Iterable[fx.Node] = written
+        elif node.op in ("placeholder", "get_attr", "output") or self._is_new(node):
+            self.new.add(node)
+            return
+        else:
+            shared = [source for source in node.all_input_nodes if not is_size(source)]
+            if not shared:
+                self.new.add(node)
+        for source in shared:
+            self.parent[self.group(source)] = self.group(node)
+
+    def _is_new(self, node: fx.Node) -> bool:
+        if is_size(node):
+            return True
+        if node.op == "call_module":
+            return type(self.module_of(node.target)) in _NEW_MODULES
+        if node.op == "call_method":
+            return node.target in _NEW
+        return _NAMES.get(node.target, getattr(node.target, "__name__", "")) in _NEW
+
+    def group(self, node: fx.Node) -> int:
+        place = self.place[node]
+        while self.parent[place] != place:
+            place = self.parent[place]
+        return place
+
+    def members(self, group: int) -> list[fx.Node]:
+        return [node for node in self.nodes if node.op != "output" and self.group(node) == group]
+
+    def last_read(self, node: fx.Node) -> int:
+        return max((self.place[user] for user in node.users), default=-1)
+
+    def unsafe_groups(self) -> list[int]:
+        """Those in which a write changes another value that is read later, or is through out=."""
+        unsafe = []
+        for node, written in self.writes.items():
+            group, now = self.group(node), self.place[node]
+            others = [m for m in self.members(group) if m not in written and self.place[m] < now]
+            read_later = any(self.last_read(other) > now for other in others)
+            if (read_later or written != node.args[:1]) and group not in unsafe:
+                unsafe.append(group)
+        return unsafe
+
+    def extent(self, group: int) -> tuple[int, int]:
+        """The places of the group's first call on memory of its own, and of its last write."""
+        calls = [self.place[m] for m in self.members(group) if m not in self.new]
+        last = max(self.place[node] for node in self.writes if self.group(node) == group)
+        return min(calls), last
+
+    def span(self, first: int, last: int, groups: set[int]) -> Span:
+        """The calls from first to last that a group's memory has to do with."""
+        inside: set[fx.Node] = set()
+        for node in self.nodes[first : last + 1]:
+            if node.op in ("placeholder", "get_attr", "output"):
+                continue
+            of_group = node not in self.new and self.group(node) in groups
+            reads = any(
+                source in inside or self.group(source) in groups for source in node.all_input_nodes
+            )
+            if of_group or reads:
+                inside.add(node)
+        nodes = [node for node in self.nodes if node in inside]
+        sources = {source for node in nodes for source in node.all_input_nodes}
+        written = {s for s in sources - inside if self.group(s) in groups}
+        results = [n for n in (*written, *nodes) if self.last_read(n) > last]
+        return Span(nodes, written, results)
