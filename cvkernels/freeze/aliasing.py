@@ -106,8 +106,15 @@ class AsWritten:
 
 
 class Span(NamedTuple):
-    """The nodes of a region, in order; those of other nodes that it writes; and who reads it."""
+    """The calls of a region from the first to the last place in the graph, in order.
 
+    ``groups`` are what may share memory and is written there, ``written`` the values of other calls
+    that are, ``results`` the values that are read behind the last place.
+    """
+
+    first: int
+    last: int
+    groups: set[int]
     nodes: list[fx.Node]
     written: set[fx.Node]
     results: list[fx.Node]
@@ -116,18 +123,19 @@ class Span(NamedTuple):
 def spans_of(graph: fx.Graph, module_of: Callable[[str], nn.Module]) -> list[Span]:
     """The regions of a traced graph, none where every write can be a call that returns a value."""
     memory = _Memory(graph, module_of)
-    spans: list[tuple[int, int, set[int]]] = []
-    for group in memory.unsafe_groups():
-        first, last = memory.extent(group)
-        spans.append((first, last, {group}))
-    merged: list[tuple[int, int, set[int]]] = []
-    for first, last, groups in sorted(spans, key=lambda span: span[:2]):
-        if merged and first <= merged[-1][1]:
-            start, stop, others = merged[-1]
-            merged[-1] = (start, max(stop, last), others | groups)
+    spans: list[Span] = []
+    waiting = [{group} for group in memory.unsafe_groups()]
+    while waiting:
+        span = memory.span(waiting.pop())
+        # What it has to do with runs within it, in order: other writes, and overlapping spans.
+        meets = [other for other in spans if other.first <= span.last and span.first <= other.last]
+        groups = span.groups.union(memory.written_within(span), *[other.groups for other in meets])
+        if groups == span.groups:
+            spans.append(span)
         else:
-            merged.append((first, last, groups))
-    return [memory.span(*span) for span in merged]
+            spans = [other for other in spans if other not in meets]
+            waiting.append(groups)
+    return spans
 
 
 def writes(node: fx.Node, module_of: Callable[[str], nn.Module]) -> tuple[fx.Node, ...]:
@@ -234,14 +242,19 @@ class _Memory:
                 unsafe.append(group)
         return unsafe
 
-    def extent(self, group: int) -> tuple[int, int]:
-        """The places of the group's first call on memory of its own, and of its last write."""
-        calls = [self.place[m] for m in self.members(group) if m not in self.new]
-        last = max(self.place[node] for node in self.writes if self.group(node) == group)
-        return min(calls), last
+    def written_within(self, span: Span) -> set[int]:
+        """The groups that a call between the span's ends writes, and one of the span's reads."""
+        read = {self.group(source) for node in span.nodes for source in node.all_input_nodes}
+        places = range(span.first, span.last + 1)
+        return read & {self.group(node) for node in self.writes if self.place[node] in places}
 
-    def span(self, first: int, last: int, groups: set[int]) -> Span:
-        """The calls from first to last that a group's memory has to do with."""
+    def span(self, groups: set[int]) -> Span:
+        """The calls on the groups' memory, from the first that may give a view to the last write,
+        and what is computed from it between them."""
+        first = min(
+            self.place[m] for group in groups for m in self.members(group) if m not in self.new
+        )
+        last = max(self.place[node] for node in self.writes if self.group(node) in groups)
         inside: set[fx.Node] = set()
         for node in self.nodes[first : last + 1]:
             if node.op in ("placeholder", "get_attr", "output"):
@@ -256,4 +269,4 @@ class _Memory:
         sources = {source for node in nodes for source in node.all_input_nodes}
         written = {s for s in sources - inside if self.group(s) in groups}
         results = [n for n in (*written, *nodes) if self.last_read(n) > last]
-        return Span(nodes, written, results)
+        return Span(first, last, groups, nodes, written, results)

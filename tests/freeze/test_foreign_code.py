@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import cvkernels
 from cvkernels.freeze.capture import CaptureError
+from tests.support.random_networks import check_frozen
 
 
 class Net(nn.Module):
@@ -335,3 +336,9 @@ def test_what_no_frozen_model_can_do_is_refused_by_name(model, reason):
         cvkernels.freeze(model, images()[0])
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     model(images()[0])
+
+
+@pytest.mark.parametrize("tens", range(30))
+def test_random_networks(tens):
+    for seed in range(10 * tens, 10 * tens + 10):
+        check_frozen(seed)
