@@ -300,7 +300,7 @@ class _Reader:
         target = node.target
         if node.op == "call_module":
             target = self._twin(self.model.get_submodule(target))
-        return AsWritten(node.op == "call_method", target, args, kwargs)
+        return AsWritten(node.op == "call_method", _for_any_layout(target), args, kwargs)
 
     @staticmethod
     def _rest(node: fx.Node) -> list[fx.Node]:
@@ -321,11 +321,17 @@ class _Reader:
             return Ref(inputs.index(leaf))
 
         args, kwargs = (_plain(map_aggregate(part, refer)) for part in (args, kwargs))
+        target = _for_any_layout(target)
         if not inputs:
             # Nothing in it depends on the input: it is a constant.
             with torch.no_grad():
                 return Call(kind, target, args, kwargs, False).function()([])
         return self.emit(Call(kind, target, args, kwargs, in_place), inputs, layer)
+
+
+def _for_any_layout(target: Any) -> Any:
+    """``reshape`` for ``view``: maps are channels_last here, where stock's may be contiguous."""
+    return "reshape" if target == "view" else target
 
 
 def _plain(value: Any) -> Any:

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves
 
 from cvkernels import record
 from cvkernels.freeze.graph import Ref, Step
 from cvkernels.freeze.ops import Call
-from cvkernels.freeze.plan import Plan
+from cvkernels.freeze.plan import Plan, copied
 from cvkernels.tables import first_line
 
 # Calls before the capture: Triton compiles and cuDNN chooses in them.
@@ -78,9 +77,7 @@ class CudaGraph:
                     return self.plan(x)
             self._input.copy_(x)
             self._graph.replay()
-            result = map_aggregate(
-                self._output, lambda part: part.clone() if isinstance(part, Tensor) else part
-            )
+            result = copied(self._output, x)
             self._pool.done.record(stream)
             return result
 

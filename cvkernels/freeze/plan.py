@@ -79,7 +79,8 @@ class Plan:
         else:
             self._run_watched(env)
         results = [
-            _copied(env[number]) if copied else env[number] for number, copied in self.results
+            copied(env[number], x) if shared else laid_out(env[number], x)
+            for number, shared in self.results
         ]
         for number in self.returned:
             env[number] = None
@@ -203,16 +204,23 @@ class Plan:
         return "called as it is" if isinstance(step.op, Call) else "frozen"
 
 
-def _copied(value: Any) -> Any:
-    """value with its tensors copied, for the caller to keep."""
+def laid_out(value: Any, x: Tensor) -> Any:
+    """A result as the model gives it: for contiguous images contiguous, within channels_last."""
+    may_differ = isinstance(value, Tensor) and value.dim() > 2 and x.is_contiguous()
+    return value.contiguous() if may_differ else value
+
+
+def copied(value: Any, x: Tensor) -> Any:
+    """value with its tensors copied for the caller to keep, maps as by :func:`laid_out`."""
     if isinstance(value, Tensor):
-        return value.clone()
+        twin = laid_out(value, x)
+        return value.clone() if twin is value else twin
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         twin = copy.copy(value)
         for field in dataclasses.fields(value):
-            object.__setattr__(twin, field.name, _copied(getattr(value, field.name)))
+            object.__setattr__(twin, field.name, copied(getattr(value, field.name), x))
         return twin
-    return map_aggregate(value, lambda part: part.clone() if isinstance(part, Tensor) else part)
+    return map_aggregate(value, lambda part: copied(part, x) if isinstance(part, Tensor) else part)
 
 
 def _spoil(results: list, x: Tensor) -> None:

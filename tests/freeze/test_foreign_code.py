@@ -145,6 +145,11 @@ def concatenates_two_dtypes(net, f):
     return torch.cat([f, f.double()], 1), f + f.double(), (f > 0) * f
 
 
+def views_across_channels(net, f):
+    b, c, h, w = f.shape
+    return net.other(f).view(b, c * h, w), net.other(f).view(b, -1, 2), net.bn(f)
+
+
 def expands(net, f):
     return f.mean((2, 3), keepdim=True).expand_as(f) + f
 
@@ -169,6 +174,7 @@ def assert_frozen_as_stock(model, *images, **options):
             expected = model(image.clone())
         for ours, stock in zip(tuple_of(frozen(given)), tuple_of(expected), strict=True):
             torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+            assert ours.is_contiguous() or not stock.is_contiguous()
         assert torch.equal(given, image)
 
 
