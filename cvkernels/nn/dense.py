@@ -6,7 +6,7 @@ Huang et al. 2017, arXiv:1608.06993; checkpointing: Pleiss et al. 2017, arXiv:17
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -124,18 +124,23 @@ class AppendingLayer(FusedModule):
         return run
 
 
-@contextlib.contextmanager
-def _untracked(norm: nn.Module) -> Iterator[None]:
-    """``norm`` leaves its running statistics as they are; autograd saves what it saved."""
-    if not isinstance(norm, _BatchNorm):
-        yield
-        return
-    kept = norm.momentum, norm.num_batches_tracked
-    norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        norm.momentum, norm.num_batches_tracked = kept
+class _Untracked:
+    """``norm`` leaves its running statistics as they are; autograd saves what it saved.
+
+    A context that is entered at each recomputation: a second derivative asks for two.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        self.norm = norm if isinstance(norm, _BatchNorm) else None
+
+    def __enter__(self) -> None:
+        if self.norm is not None:
+            self.kept = self.norm.momentum, self.norm.num_batches_tracked
+            self.norm.momentum, self.norm.num_batches_tracked = 0.0, None
+
+    def __exit__(self, *error: object) -> None:
+        if self.norm is not None:
+            self.norm.momentum, self.norm.num_batches_tracked = self.kept
 
 
 class DenseLayer(AppendingLayer):
@@ -178,7 +183,7 @@ class DenseLayer(AppendingLayer):
 
     def call_checkpoint_bottleneck(self, inputs: list[Tensor]) -> Tensor:
         def contexts() -> tuple[contextlib.AbstractContextManager, ...]:
-            return contextlib.nullcontext(), _untracked(self.norm1)
+            return contextlib.nullcontext(), _Untracked(self.norm1)
 
         # torch.compile takes no such contexts, and repeats no write to a buffer.
         again = {} if torch.compiler.is_compiling() else {"context_fn": contexts}

@@ -318,3 +318,13 @@ def test_a_block_in_training_draws_its_stochastic_depth(found):
     first = torch.get_rng_state()
     block(x)
     assert not torch.equal(torch.get_rng_state(), first)
+
+
+def test_filters_cut_off_in_the_same_memory(block, x):
+    """Address, version and strides stay; a network is pruned by hand like this."""
+    conv, bn = block[0], block[1]
+    assert agrees(block, x)
+    conv.weight.data = conv.weight.data[:12]
+    for vector in (bn.weight, bn.bias, bn.running_mean, bn.running_var):
+        vector.data = vector.data[:12]
+    assert block(x).shape[1] == 12 and agrees(block, x)

@@ -75,6 +75,18 @@ def test_block_matches_stock(dtype, memory_efficient, memory_format, device):
     assert runs_fused(ours, images[0])
 
 
+def test_recomputed_layers_have_second_derivatives():
+    ours, stock = (block.double() for block in blocks(memory_efficient=True))
+    x = image().requires_grad_()
+
+    def twice(block):
+        with cvkernels.backend.use("reference"):
+            (grad,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), [x, *block.parameters()])
+
+    assert_equal(twice(ours), twice(stock), 1e-9)
+
+
 def with_cumulative_average(block):
     for norm in norms_of(block):
         norm.momentum = None
