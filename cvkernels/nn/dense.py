@@ -65,8 +65,8 @@ class AppendingLayer(FusedModule):
             self._why_more()
             or why_not_train_norm_relu(x, channels, norm1, relu1)
             or why_not_train_conv(x, channels, conv1)
-            or why_not_train_norm_relu(x, conv1.out_channels, norm2, relu2)
-            or why_not_train_conv(x, conv1.out_channels, conv2)
+            or why_not_train_norm_relu(x, conv1.weight.shape[0], norm2, relu2)
+            or why_not_train_conv(x, conv1.weight.shape[0], conv2)
         )
 
     def _why_more(self) -> str:
@@ -95,7 +95,7 @@ class AppendingLayer(FusedModule):
         has no plan. For layers that :meth:`why_not_append` has nothing against.
         """
         norm1, relu1, conv1, norm2, relu2, conv2 = self.parts()
-        stop = channels + conv2.out_channels
+        stop = channels + conv2.weight.shape[0]
         features, out = buffer[:, :channels], buffer[:, channels:stop]
         if scratch is None:
             u, normalise = features, None
@@ -280,7 +280,7 @@ class DenseBlock(nn.ModuleDict, ConcatBlock):
                 return f"{type(layer).__name__} is no dense layer of cvkernels"
             if reason := why_not(layer, channels):
                 return reason
-            channels += layer.conv2.out_channels
+            channels += layer.conv2.weight.shape[0]
         return ""
 
     def train_append(self, x: Tensor) -> tuple[Tensor, Statistics]:
@@ -325,7 +325,7 @@ class DenseBlock(nn.ModuleDict, ConcatBlock):
 
     def _new_buffer(self, x: Tensor, shape: Sequence[int]) -> Tensor:
         N, channels, H, W = shape
-        channels += sum(layer.conv2.out_channels for layer in self.values())
+        channels += sum(layer.conv2.weight.shape[0] for layer in self.values())
         return new_channels_last(x, (N, channels, H, W))
 
     def _append(
@@ -337,7 +337,7 @@ class DenseBlock(nn.ModuleDict, ConcatBlock):
         repeats = []
         for layer in self.values():
             repeats.append(layer.append(buffer, channels, scratch, lasting))
-            channels += layer.conv2.out_channels
+            channels += layer.conv2.weight.shape[0]
         if None in repeats:
             return None
 
@@ -392,7 +392,7 @@ class Transition(FusedSequential):
         if self._why_not_pool_first(x):
             return None
         N, _, P, Q = pooled_shape(x, self.pool)
-        return N, self.conv.out_channels, P, Q
+        return N, self.conv.weight.shape[0], P, Q
 
     def write(self, x: Tensor, out: Tensor | None) -> Tensor:
         pool, bn = self.pool, affine_of(self.norm)

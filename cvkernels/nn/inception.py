@@ -181,10 +181,10 @@ class _InPlace:
         self.siblings = (reduce3, reduce5, one)
         self.following = (conv3, conv5, projection)
         self.shares = supports_prologue_and_slices(x)  # oneDNN and cuDNN write no channel slices
-        self.reduced3 = reduce3.conv.out_channels
-        self.reduced = self.reduced3 + reduce5.conv.out_channels
-        self.first = one.conv.out_channels
-        widths = [layer.conv.out_channels for layer in self.following]
+        self.reduced3 = reduce3.conv.weight.shape[0]
+        self.reduced = self.reduced3 + reduce5.conv.weight.shape[0]
+        self.first = one.conv.weight.shape[0]
+        widths = [layer.conv.weight.shape[0] for layer in self.following]
         starts = [self.first + sum(widths[:index]) for index in range(len(widths))]
         self.slices = [(a, a + width) for a, width in zip(starts, widths, strict=True)]
         self.total = self.first + sum(widths)
@@ -224,7 +224,7 @@ class _InPlace:
             out = self._new(x, self.reduced + self.first) if out is None else out
             start = 0
             for layer in self.siblings:
-                stop = start + layer.conv.out_channels
+                stop = start + layer.conv.weight.shape[0]
                 self._convolved(block, x, layer, out[:, start:stop])
                 start = stop
             return out

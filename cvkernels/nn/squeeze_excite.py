@@ -222,9 +222,9 @@ class SqueezeExcite(FusedModule):
 
     def _why_not_tensors(self, x: Tensor, fc1: nn.Module, fc2: nn.Module) -> str:
         """Why the op does not take these shapes and dtypes; PyTorch takes them, or says why not."""
-        if x.dim() != 4 or 0 in x.shape[1:] or x.shape[1] != fc1.in_channels:
+        if x.dim() != 4 or 0 in x.shape[1:] or x.shape[1] != fc1.weight.shape[1]:
             return f"x has shape {list(x.shape)}"
-        if (fc1.out_channels, fc1.in_channels) != (fc2.in_channels, fc2.out_channels):
+        if fc1.weight.shape[:2] != fc2.weight.shape[1::-1]:
             return f"{fc1} and {fc2} do not lead back to the channels of x"
         parameters = (*fc1._parameters.values(), *fc2._parameters.values())
         dtypes = {p.dtype for p in parameters if p is not None}

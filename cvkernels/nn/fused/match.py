@@ -44,7 +44,7 @@ def act_name(act: nn.Module | Callable | None) -> str:
 
 def runs_depthwise(x: Tensor, conv: nn.Conv2d) -> bool:
     """Whether conv is depthwise and has kernels of its own for x; else conv_bn_act takes it."""
-    if conv.groups == 1 or not conv.groups == conv.in_channels == conv.out_channels:
+    if conv.groups == 1 or conv.weight.shape[:2] != (conv.groups, 1):
         return False
     return runs_fused(x, conv.kernel_size, conv.stride, conv.dilation)
 

@@ -101,9 +101,9 @@ def _run(
     shortcut = None if residual is None else recompute_or_saved(residual)
     nodes, start = [], 0
     for conv, bn in blocks:
-        own = None if len(blocks) == 1 else slice(start, start + conv.out_channels)
+        own = None if len(blocks) == 1 else slice(start, start + conv.weight.shape[0])
         nodes.append(_Normalised(bn.eps, act, own, None if shortcut is None else shortcut.node))
-        start += conv.out_channels
+        start += conv.weight.shape[0]
     geometry, norms = Geometry.of(blocks[0][0]), [bn for _, bn in blocks]
     call = _Call(geometry, norms, operand_dtype(x), recompute_of(x), shortcut, nodes)
     parameters = [module._parameters for block in blocks for module in block]

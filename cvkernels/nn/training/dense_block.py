@@ -48,8 +48,8 @@ def run_block(
     """
     described, start, inputs = [], 0, x.shape[1]
     for (norm1, conv1, norm2, conv2), repeat in zip(layers, recompute, strict=True):
-        own = slice(start, start + conv1.out_channels)
-        outputs = slice(inputs, inputs + conv2.out_channels)
+        own = slice(start, start + conv1.weight.shape[0])
+        outputs = slice(inputs, inputs + conv2.weight.shape[0])
         eps, geometry = (norm1.eps, norm2.eps), (Geometry.of(conv1), Geometry.of(conv2))
         described.append(_Layer(inputs, own, outputs, eps, geometry, repeat))
         start, inputs = own.stop, outputs.stop

@@ -79,8 +79,9 @@ def why_not_train_conv(x: Tensor, channels: int, conv: nn.Module) -> str:
     """Why conv does not convolve ``channels`` channels of x's dtype, to a map of x's size."""
     if reason := why_not_layer(conv, None, None) or why_not_same_map(conv):
         return reason
-    if conv.in_channels != channels:
-        return f"the convolution has {conv.in_channels} input channels for {channels}"
+    inputs = conv.weight.shape[1] * conv.groups
+    if inputs != channels:
+        return f"the convolution has {inputs} input channels for {channels}"
     return _why_not_operand(x, conv.weight)
 
 
@@ -97,7 +98,7 @@ def why_not_train_conv_bn_act(
     if act is not None and kind not in _ACTS:
         return f"{type(act).__name__} is not exactly nn.ReLU or nn.SiLU"
     reason = why_not_layer(conv, None, act) or why_altered(bn)
-    if reason := reason or _why_not_train_norm(x, conv.out_channels, bn) or why_not_recompute(x):
+    if reason := reason or _why_not_train_norm(x, conv.weight.shape[0], bn) or why_not_recompute(x):
         return reason
     if any(module._parameters.keys() != _PARAMETERS for module in (conv, bn)):
         return "the modules' parameters are not exactly weight and bias"  # as in a replica
@@ -112,7 +113,7 @@ def why_not_train_conv_bn_act(
     if x.dim() != 4:
         return f"the input has shape {list(x.shape)}, not [N, C, H, W]"
     sizes = output_size(x.shape[2:], *geometry)
-    shape = (x.shape[0], conv.out_channels, *(max(0, size) for size in sizes))
+    shape = (x.shape[0], conv.weight.shape[0], *(max(0, size) for size in sizes))
     if shape[0] * shape[2] * shape[3] < 2:
         return "there is at most one value per channel behind the convolution"
     if residual is None:
@@ -146,8 +147,8 @@ def _why_not_train_norm(x: Tensor, channels: int, norm: nn.Module) -> str:
             return f"a vector of batch norm is {vector.dtype} on {vector.device}"
         if not vector.is_contiguous():
             return f"a vector of batch norm has strides {vector.stride()}"
-    if norm.num_features != channels:
-        return f"batch norm has {norm.num_features} channels for {channels}"
+        if len(vector) != channels:
+            return f"batch norm has {len(vector)} channels for {channels}"
     return ""
 
 
