@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cvkernels import backend
 from cvkernels.nn.training import recompute
+from cvkernels.nn.training.conv_bn_act import siblings
 from tests.support.pairs import gradients, loss_of, step
 from tests.support.training_nets import (
     BLOCKS,
@@ -80,6 +81,50 @@ def test_several_forwards_before_their_backwards(name):
         return [*gradients(model), *model.buffers()]
 
     assert_same_results(name, run)
+
+
+class Sink(torch.autograd.Function):
+    """The first of several values for the loss; the others get no gradient, as from DDP's."""
+
+    @staticmethod
+    def forward(ctx, *values):
+        ctx.set_materialize_grads(False)
+        return values
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads
+
+
+@each_network
+def test_missing_gradients_stay_missing(name):
+    """A head that the loss leaves out must not be moved by weight decay."""
+    ours, stock = training_pair(name)
+    missing = []
+    for model in (ours, stock):
+        unused, x = copy.deepcopy(model), image(name)
+        used, _ = Sink.apply(model(x), unused(x))
+        used.square().sum().backward()
+        missing.append([p.grad is None for p in (*model.parameters(), *unused.parameters())])
+    assert missing[0] == missing[1] and all(missing[0][len(missing[0]) // 2 :])
+
+
+def test_one_of_several_convolutions_without_gradient():
+    """Of those on one map that run as one."""
+    blocks = [(nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6)) for _ in range(3)]
+    modules = nn.ModuleList(part.double() for block in blocks for part in block)
+    x = torch.randn(2, 8, 5, 4, dtype=torch.float64, requires_grad=True)
+    outcomes = []
+    for run in (siblings, lambda x, blocks: [bn(conv(x)).relu() for conv, bn in blocks]):
+        outs = run(x, blocks)
+        (outs[0].square().sum() + outs[2].sum()).backward()
+        outcomes.append([x.grad, *(p.grad for p in modules.parameters())])
+        x.grad = None
+        modules.zero_grad()
+    for ours, stock in zip(*outcomes, strict=True):
+        assert (ours is None) == (stock is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, stock)
 
 
 @each_block

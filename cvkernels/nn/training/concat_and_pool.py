@@ -17,6 +17,7 @@ from cvkernels.nn.training.recompute import (
     refuse_other_gradients,
     with_recompute,
 )
+from cvkernels.ops.common.autograd import without_gradient
 from cvkernels.ops.common.layout import channels_last, new_channels_last
 from cvkernels.ops.common.pool import Window, window_of
 
@@ -73,11 +74,13 @@ class _MaxPool(Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, node: _Pooled, saved: tuple[Tensor, ...]) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         ctx.node = node
         return functional.max_pool(x, *node.window)
 
     @staticmethod
+    @without_gradient
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
         refuse_other_gradients(grad)
         saved, node = ctx.saved_tensors, ctx.node
@@ -104,11 +107,13 @@ class _Concatenate(Function):
     def forward(
         ctx: FunctionCtx, nodes: list[RecomputeNode], *parts: Tensor
     ) -> tuple[Tensor, RecomputeNode]:
+        ctx.set_materialize_grads(False)
         out, ctx.widths = torch.cat(parts, 1), [part.shape[1] for part in parts]
         ctx.node = _Concatenated(nodes, ctx.widths, out.shape)
         return out, ctx.node
 
     @staticmethod
+    @without_gradient
     def backward(ctx: FunctionCtx, grad: Tensor, *_) -> tuple:
         ctx.node.drop()
         return None, *grad.split(ctx.widths, 1)

@@ -23,7 +23,7 @@ from cvkernels.nn.training.recompute import (
 )
 from cvkernels.ops.batch_norm_act import passes
 from cvkernels.ops.batch_norm_act.op import norm_backward
-from cvkernels.ops.common.autograd import autocast_disabled, operand_dtype
+from cvkernels.ops.common.autograd import autocast_disabled, operand_dtype, without_gradient
 from cvkernels.ops.common.layout import channels_last, new_channels_last
 
 # Tensors of a block, in order: weight and bias of its convolution and of its norm.
@@ -122,6 +122,7 @@ class _ConvBNAct(Function):
     def forward(
         ctx: FunctionCtx, x: Tensor, residual: Tensor | None, call: _Call, *tensors: Tensor | None
     ) -> tuple:
+        ctx.set_materialize_grads(False)
         operand, weights = x.to(call.dtype), tensors[::PER_BLOCK]
         with autocast_disabled(x):
             # Where there are several convolutions, the first has no bias and none of them has.
@@ -152,8 +153,9 @@ class _ConvBNAct(Function):
         return *outs, (y, vectors, *of_shortcut)
 
     @staticmethod
+    @without_gradient
     def backward(ctx: FunctionCtx, *grads_out: Tensor | None) -> tuple:
-        refuse_other_gradients(grads_out[0])
+        refuse_other_gradients(next(grad for grad in grads_out if grad is not None))
         y, vectors, *saved = ctx.saved_tensors
         weights, saved = saved[: len(ctx.nodes)], saved[len(ctx.nodes) :]
         of_join, inputs = saved[: ctx.of_join], saved[ctx.of_join :]
@@ -169,6 +171,11 @@ class _ConvBNAct(Function):
                 node.drop()
                 own = (node.part(y), node.part(vectors), node.eps, node.act)
                 out = None if grad_y is None else node.part(grad_y)
+                if grad is None:  # of one convolution of several
+                    needs[PER_BLOCK * index] = False
+                    if out is not None:
+                        out.zero_()
+                    continue
                 of_vectors, grad_residual = norm_backward(
                     grad, *own, out, output, may_overwrite=True
                 )

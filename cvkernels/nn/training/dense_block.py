@@ -21,7 +21,7 @@ from cvkernels.nn.training.batch_norm import Statistics, update_running
 from cvkernels.nn.training.convolution import Geometry, convolution_backward, convolve
 from cvkernels.ops.batch_norm_act import passes
 from cvkernels.ops.batch_norm_act.op import norm_backward, refuse_create_graph
-from cvkernels.ops.common.autograd import autocast_disabled, needs_grad
+from cvkernels.ops.common.autograd import autocast_disabled, needs_grad, without_gradient
 from cvkernels.ops.common.layout import channels_last, channels_last_view, new_channels_last
 
 # Tensors of a layer, in order: weight and bias of norm1, conv1, norm2 and conv2.
@@ -124,6 +124,7 @@ class _DenseBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, layers, keep, x, *tensors):
+        ctx.set_materialize_grads(False)
         N, inputs, H, W = x.shape
         total, width = layers[-1].outputs.stop, layers[-1].own.stop
         buffer = new_channels_last(x, (N, total, H, W))
@@ -154,6 +155,7 @@ class _DenseBlock(torch.autograd.Function):
         return buffer, mean, var, widths
 
     @staticmethod
+    @without_gradient
     def backward(ctx, grad, *_):
         refuse_create_graph("DenseBlock in training")
         buffer, mean, var, widths, *saved = ctx.saved_tensors

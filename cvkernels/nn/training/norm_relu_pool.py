@@ -9,7 +9,7 @@ from cvkernels.functional import BatchNormParams, avg_pool
 from cvkernels.nn.training.batch_norm import Statistics, update_running
 from cvkernels.ops.batch_norm_act import passes
 from cvkernels.ops.batch_norm_act.op import norm_backward, refuse_create_graph
-from cvkernels.ops.common.autograd import autocast_disabled
+from cvkernels.ops.common.autograd import autocast_disabled, without_gradient
 from cvkernels.ops.common.layout import channels_last
 from cvkernels.ops.common.pool import Window, window_of
 
@@ -37,6 +37,7 @@ class _NormReluAvgPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, mean, var, eps, window: Window):
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, mean, var)
         ctx.eps, ctx.window = eps, window
         kernel_size, stride, _, _, ceil_mode = window
@@ -45,6 +46,7 @@ class _NormReluAvgPool(torch.autograd.Function):
             return avg_pool(x, kernel_size, stride, 0, ceil_mode, input_bn=bn)
 
     @staticmethod
+    @without_gradient
     def backward(ctx, grad):
         refuse_create_graph("DenseNet in training")
         x, weight, bias, mean, var = ctx.saved_tensors

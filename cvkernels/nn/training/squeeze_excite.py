@@ -17,7 +17,7 @@ from cvkernels.nn.training.recompute import (
     refuse_other_gradients,
     with_recompute,
 )
-from cvkernels.ops.common.autograd import autocast_disabled
+from cvkernels.ops.common.autograd import autocast_disabled, without_gradient
 from cvkernels.ops.common.layout import channels_last, new_channels_last
 from cvkernels.ops.squeeze_excite.op import squeeze_excite_kept
 from cvkernels.ops.squeeze_excite.reference import squeeze_excite_backward
@@ -84,6 +84,7 @@ class _Excite(Function):
     def forward(
         ctx: FunctionCtx, x: Tensor, residual: Tensor | None, call: _Call, *layers: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        ctx.set_materialize_grads(False)
         node = call.node
         with autocast_disabled(x):
             out, mean, gate = squeeze_excite_kept(x, layers, call.act, residual, node.act)
@@ -93,6 +94,7 @@ class _Excite(Function):
         return out, (*call.of_x, gate, *call.of_residual)
 
     @staticmethod
+    @without_gradient
     def backward(ctx: FunctionCtx, grad: Tensor, _) -> tuple:
         refuse_other_gradients(grad)
         node = ctx.node

@@ -15,6 +15,7 @@ from cvkernels.ops.batch_norm_act import passes
 from cvkernels.ops.batch_norm_act.reference import batch_norm_act_reference
 from cvkernels.ops.common import native
 from cvkernels.ops.common.arguments import check_residual, check_vector
+from cvkernels.ops.common.autograd import without_gradient
 from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, reference
 from cvkernels.ops.common.layout import is_pixel_matrix
 from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
@@ -239,6 +240,7 @@ class _BatchNormAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, compute, eps, act, x, weight, bias, residual):
+        ctx.set_materialize_grads(False)
         out, vectors = compute(x, weight, bias, residual)
         of_output = residual is not None and act == "relu"
         ctx.save_for_backward(x, vectors, *((out,) if of_output else ()))
@@ -248,6 +250,7 @@ class _BatchNormAct(torch.autograd.Function):
         return out, vectors
 
     @staticmethod
+    @without_gradient
     def backward(ctx, grad, _):
         refuse_create_graph("batch_norm_act")
         x, vectors, *output = ctx.saved_tensors

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +62,22 @@ def mark_written(out: Tensor) -> None:
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)
+
+
+def without_gradient(backward: Callable) -> Callable:
+    """A backward pass that gives no gradients where none comes, as PyTorch's own functions.
+
+    A gradient of zeros would let weight decay move a head that the loss leaves out. The forward
+    pass must ask for it by ``ctx.set_materialize_grads(False)``.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> tuple:
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, *grads)
+
+    return run
 
 
 def transformed() -> bool:
