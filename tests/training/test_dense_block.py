@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import cvkernels
 from cvkernels.models.densenet import DenseNet
@@ -85,6 +86,15 @@ def test_recomputed_layers_have_second_derivatives():
         return torch.autograd.grad(grad.square().sum(), [x, *block.parameters()])
 
     assert_equal(twice(ours), twice(stock), 1e-9)
+
+
+@pytest.mark.parametrize(("reentrant", "times"), [(False, 1), (True, 2)])
+def test_how_often_a_checkpointed_block_counts_a_batch(reentrant, times):
+    """Stock counts it twice in both: recomputing ends early here, as README says."""
+    ours, _ = blocks()
+    x = image(torch.float32).requires_grad_()
+    checkpoint(ours, x, use_reentrant=reentrant).sum().backward()
+    assert [int(norm.num_batches_tracked) for norm in norms_of(ours)] == [times] * 2 * LAYERS
 
 
 def with_cumulative_average(block):
