@@ -1,0 +1,39 @@
+"""torchvision's feature extractor takes stock's node names of drop-in and patched networks."""
+
+import copy
+
+import pytest
+import torch
+
+import cvkernels
+from tests.support.model_checks import calibrated
+
+torchvision = pytest.importorskip("torchvision")
+extraction = pytest.importorskip("torchvision.models.feature_extraction")
+
+
+@pytest.mark.parametrize("how", ["drop_in", "patched"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "densenet121", "googlenet", "efficientnet_b0", "efficientnet_v2_s"]
+)
+@torch.no_grad()
+def test_every_name_of_stock(name, how):
+    options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    stock = calibrated(getattr(torchvision.models, name), **options)
+    if how == "patched":
+        ours = copy.deepcopy(stock)
+        cvkernels.patch(ours)
+    else:
+        ours = getattr(cvkernels.models, name)(**options).eval()
+        ours.load_state_dict(stock.state_dict())
+    _, names = extraction.get_graph_node_names(stock)
+    x = torch.randn(1, 3, 64, 64)
+    expected = extraction.create_feature_extractor(stock, names)(x)
+    found = extraction.create_feature_extractor(ours, names)(x)
+    assert found.keys() == expected.keys()
+    for node, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            scale = value.abs().max().item()
+            torch.testing.assert_close(found[node], value, rtol=1e-4, atol=1e-4 * scale)
+        else:
+            assert found[node] == value, node
