@@ -1,12 +1,13 @@
 """Gradients of squeeze-and-excitation's registered ops, by hand, against autograd's of PyTorch."""
 
+import importlib
+
 import pytest
 import torch
 
 from cvkernels import backend, extension
 from cvkernels.functional import excite, se_scale, squeeze, squeeze_excite
 from cvkernels.ops.squeeze_excite import tiles
-from cvkernels.ops.squeeze_excite import triton as se_launches
 from cvkernels.ops.squeeze_excite.reference import (
     excite_reference,
     se_scale_reference,
@@ -24,8 +25,6 @@ from tests.support.cases.squeeze_excite import (
 )
 from tests.support.numerics import assert_matches, assert_matches_grad
 
-pytest.importorskip("triton")
-
 CHANNELS_LAST = torch.channels_last
 SEVERAL = Map(3, 72, 18, 3, 5, "silu")
 ops = torch.ops.cvkernels
@@ -36,6 +35,8 @@ def name(request):
     """The backend of the registered ops."""
     if request.param == "native" and not extension.has("cpu"):
         pytest.skip(extension.status()["cpu"].reason)
+    if request.param == "triton":
+        pytest.importorskip("triton")
     return request.param
 
 
@@ -163,6 +164,8 @@ def test_compiles_with_gradients(chosen, device):
 @dtypes
 @residuals
 def test_an_image_that_fits_is_one_launch(dtype, residual, device, monkeypatch):
+    pytest.importorskip("triton")
+    se_launches = importlib.import_module("cvkernels.ops.squeeze_excite.triton")
     x, added = (make_map(SEVERAL, dtype, CHANNELS_LAST, device) for _ in range(2))
     added = added if residual else None
     arguments = (x, *make_layers(SEVERAL, dtype, device), "silu", added, "relu")
@@ -181,6 +184,7 @@ def test_an_image_that_fits_is_one_launch(dtype, residual, device, monkeypatch):
 
 
 def test_gradients_of_images_in_one_launch(device, monkeypatch):
+    pytest.importorskip("triton")
     monkeypatch.setattr(tiles, "IMAGES", 3)
     x = leaf(make_map(SEVERAL, torch.float32, CHANNELS_LAST, device))
     layers = leaf(make_flat_layers(SEVERAL, torch.float32, device))

@@ -5,7 +5,6 @@ import importlib
 import pytest
 import torch
 from torch import nn
-from torchvision.models import efficientnet, resnet
 
 from cvkernels.models.densenet import DenseNet
 from cvkernels.nn import FusedSequential
@@ -13,6 +12,9 @@ from cvkernels.nn.training import recompute
 from tests.support import pairs
 from tests.support.pairs import assert_equal, pair, spread_norms
 
+pytest.importorskip("torchvision")
+efficientnet = importlib.import_module("torchvision.models.efficientnet")
+resnet = importlib.import_module("torchvision.models.resnet")
 stock_densenet = importlib.import_module("torchvision.models.densenet")
 # The name torchvision.models.googlenet is the builder's too.
 stock_googlenet = importlib.import_module("torchvision.models.googlenet")
