@@ -22,8 +22,7 @@ from cvkernels.freeze.graph import fill
 
 # Methods, attributes and functions whose result is no tensor of a map's memory: sizes and the like.
 _SIZES = frozenset(
-    "size shape dim ndim ndimension numel nelement stride dtype device is_cuda __len__ len int "
-    "float bool round".split()
+    "size shape dim ndim ndimension numel nelement stride dtype device is_cuda __len__".split()
 )
 _MATHS = frozenset("add sub mul truediv floordiv mod pow neg eq ne lt le gt ge matmul".split())
 # Functions and methods whose result is new memory, whatever they are called with.
@@ -194,6 +193,9 @@ class _Memory:
         self.writes: dict[fx.Node, tuple[fx.Node, ...]] = {}
         for node in self.nodes:
             self._join(node)
+        self.members: dict[int, list[fx.Node]] = {}
+        for node in self.nodes:
+            self.members.setdefault(self.group(node), []).append(node)
 
     def _join(self, node: fx.Node) -> None:
         written = writes(node, self.module_of)
@@ -225,9 +227,6 @@ class _Memory:
             place = self.parent[place]
         return place
 
-    def members(self, group: int) -> list[fx.Node]:
-        return [node for node in self.nodes if node.op != "output" and self.group(node) == group]
-
     def last_read(self, node: fx.Node) -> int:
         return max((self.place[user] for user in node.users), default=-1)
 
@@ -236,7 +235,7 @@ class _Memory:
         unsafe = []
         for node, written in self.writes.items():
             group, now = self.group(node), self.place[node]
-            others = [m for m in self.members(group) if m not in written and self.place[m] < now]
+            others = [m for m in self.members[group] if m not in written and self.place[m] < now]
             read_later = any(self.last_read(other) > now for other in others)
             if (read_later or written != node.args[:1]) and group not in unsafe:
                 unsafe.append(group)
@@ -252,7 +251,7 @@ class _Memory:
         """The calls on the groups' memory, from the first that may give a view to the last write,
         and what is computed from it between them."""
         first = min(
-            self.place[m] for group in groups for m in self.members(group) if m not in self.new
+            self.place[m] for group in groups for m in self.members[group] if m not in self.new
         )
         last = max(self.place[node] for node in self.writes if self.group(node) in groups)
         inside: set[fx.Node] = set()

@@ -70,7 +70,7 @@ def test_what_does_not_count_is_looked_through_once_more():
     model = block()
     guard = guard_of(list(model.modules()))
     assert guard.holds()
-    model[0].note = "kept by somebody"
+    model[0].note = "an attribute that no op reads"
     model[1].train().eval()
     assert guard.holds() and guard.holds()
 

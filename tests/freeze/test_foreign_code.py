@@ -95,6 +95,12 @@ def writes_a_detached_map(net, f):
     return net.bn(f)
 
 
+def writes_what_a_conversion_returns(net, f):
+    f.float().relu_()
+    f.round().add_(1)
+    return net.other(f)
+
+
 def writes_out(net, f):
     g = net.other(f)
     torch.add(f, g, out=g)
