@@ -1,12 +1,9 @@
 """torchvision's feature extractor takes stock's node names of drop-in and patched networks."""
 
-import copy
-
 import pytest
 import torch
 
-import cvkernels
-from tests.support.model_checks import calibrated
+from tests.support.model_checks import calibrated, counterpart
 
 torchvision = pytest.importorskip("torchvision")
 extraction = pytest.importorskip("torchvision.models.feature_extraction")
@@ -20,12 +17,7 @@ extraction = pytest.importorskip("torchvision.models.feature_extraction")
 def test_every_name_of_stock(name, how):
     options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
     stock = calibrated(getattr(torchvision.models, name), **options)
-    if how == "patched":
-        ours = copy.deepcopy(stock)
-        cvkernels.patch(ours)
-    else:
-        ours = getattr(cvkernels.models, name)(**options).eval()
-        ours.load_state_dict(stock.state_dict())
+    ours = counterpart(stock, name, how, **options)
     _, names = extraction.get_graph_node_names(stock)
     x = torch.randn(1, 3, 64, 64)
     expected = extraction.create_feature_extractor(stock, names)(x)

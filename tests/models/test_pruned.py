@@ -1,13 +1,11 @@
 """Channels cut off by hand: parameters are replaced, the modules' own sizes stay as they were."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 
 import cvkernels
-from tests.support.model_checks import calibrated
+from tests.support.model_checks import calibrated, counterpart
 
 torchvision = pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
@@ -91,12 +89,7 @@ def pruned_pair(name, how):
     options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
     of_timm = name == "seresnet18" or (name == "efficientnet_b0" and how == "patched")
     stock = calibrated(getattr(timm.models if of_timm else torchvision.models, name), **options)
-    if how == "patched":
-        ours = copy.deepcopy(stock)
-        cvkernels.patch(ours)
-    else:
-        ours = getattr(cvkernels.models, name)(**options).eval()
-        ours.load_state_dict(stock.state_dict())
+    ours = counterpart(stock, name, how, **options)
     for net in (ours, stock):
         PRUNE[name](net)
     return ours, stock

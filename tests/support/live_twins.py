@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import cvkernels
-from tests.support.model_checks import calibrated
+from tests.support.model_checks import calibrated, counterpart
 
 torchvision = pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
@@ -67,12 +66,7 @@ def originals(name, how):
         if isinstance(norm, nn.BatchNorm2d):
             # A channel that hardly varied would amplify any change, and rounding with it.
             norm.running_var.clamp_(min=norm.running_var.mean().item())
-    if how == "patched":
-        ours = copy.deepcopy(stock)
-        cvkernels.patch(ours)
-    else:
-        ours = getattr(cvkernels.models, name)(**options).eval()
-        ours.load_state_dict(stock.state_dict())
+    ours = counterpart(stock, name, how, **options)
     return ours, stock
 
 

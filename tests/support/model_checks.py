@@ -63,6 +63,17 @@ class Concatenated(nn.Module):
         return outputs if isinstance(outputs, Tensor) else torch.cat(tuple(outputs), 1)
 
 
+def counterpart(stock, name, how, **options):
+    """Ours in eval with stock's weights: a "patched" copy of it, or the "drop_in" of this name."""
+    if how == "patched":
+        ours = copy.deepcopy(stock)
+        cvkernels.patch(ours)
+        return ours
+    ours = getattr(cvkernels.models, name)(**options).eval()
+    ours.load_state_dict(stock.state_dict())
+    return ours
+
+
 def saved_and_loaded(model):
     """The model out of a file, which has no derived weights in it."""
     file, plain = io.BytesIO(), io.BytesIO()
