@@ -18,7 +18,7 @@ from torch import jit, nn
 
 from cvkernels.nn.fused.module import FusedModule
 from cvkernels.nn.sequential import FusedSequential
-from cvkernels.swaps import SEQUENTIAL, SEQUENTIALS, SWAPS
+from cvkernels.swaps import SEQUENTIAL, SEQUENTIALS, SWAPS, Swap
 from cvkernels.tables import text_table
 
 QUANTISED = ("torch.ao.nn.", "torch.nn.quantized.", "torch.nn.intrinsic.", "torchao.")
@@ -145,12 +145,30 @@ def _swap_of(module: nn.Module, is_sequential: bool) -> tuple[type | None, str]:
 
 
 def _sequentials(model: nn.Module) -> set[str]:
-    """Names of the plain sequences, in networks and blocks that are known, whose parts we fuse."""
+    """Names of the plain sequences to swap: those of known networks and blocks whose parts we fuse,
+    and stages, which hold blocks of ours alone."""
     return {
         f"{name}.{child}".lstrip(".")
         for name, module in model.named_modules()
-        for child in SEQUENTIALS.get(_path(type(module)), ())
+        for child, part in module.named_children()
+        if child in SEQUENTIALS.get(_path(type(module)), ())
+        or (_is_stage(part) and not _is_block(module))
     }
+
+
+def _is_stage(module: nn.Module) -> bool:
+    return (
+        type(module) is nn.Sequential
+        and len(module) > 0
+        and all(_is_block(child) or _is_stage(child) for child in module)
+    )
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether it is a block of ours, or one that will be; networks are none."""
+    kind = getattr(module, "stock_class", type(module))
+    swap = SWAPS.get(_path(kind), Swap(kind.__module__))
+    return swap.ours.startswith("cvkernels.nn.")
 
 
 def _path(kind: type) -> str:

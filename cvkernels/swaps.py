@@ -20,6 +20,7 @@ class Swap(NamedTuple):
 
 
 _NN = "cvkernels.nn."
+_TIMM_NETWORK = ("forward_features", "forward")
 _TIMM_EFFICIENTNET = "timm.models._efficientnet_blocks."
 
 # Only exact instances are swapped: a subclass may have a forward of its own.
@@ -42,12 +43,15 @@ SWAPS = {
     "torchvision.models.densenet.DenseNet": Swap("cvkernels.models.densenet.DenseNet"),
     "torchvision.models.efficientnet.MBConv": Swap(_NN + "mbconv.MBConv"),
     "torchvision.models.efficientnet.FusedMBConv": Swap(_NN + "mbconv.FusedMBConv"),
+    "torchvision.models.efficientnet.EfficientNet": Swap(
+        "cvkernels.models.efficientnet.EfficientNet", ("_forward_impl", "forward")
+    ),
     "timm.layers.squeeze_excite.SEModule": Swap(
         _NN + "squeeze_excite.SEModule", unless="add_maxpool"
     ),
     "timm.models.resnet.BasicBlock": Swap(_NN + "se_residual.SEBasicBlock"),
     "timm.models.resnet.Bottleneck": Swap(_NN + "se_residual.SEBottleneck"),
-    "timm.models.resnet.ResNet": Swap("cvkernels.models.senet.SEResNet", ("forward_features",)),
+    "timm.models.resnet.ResNet": Swap("cvkernels.models.senet.SEResNet", _TIMM_NETWORK),
     "timm.models.senet.SEModule": Swap(_NN + "squeeze_excite.LegacySEModule"),
     "timm.models.senet.SEBottleneck": Swap(_NN + "legacy_se_residual.LegacySEBottleneck"),
     "timm.models.senet.SEResNetBottleneck": Swap(
@@ -57,9 +61,7 @@ SWAPS = {
         _NN + "legacy_se_residual.LegacySEResNeXtBottleneck"
     ),
     "timm.models.senet.SEResNetBlock": Swap(_NN + "legacy_se_residual.LegacySEBasicBlock"),
-    "timm.models.senet.SENet": Swap(
-        "cvkernels.models.legacy_senet.LegacySENet", ("forward_features",)
-    ),
+    "timm.models.senet.SENet": Swap("cvkernels.models.legacy_senet.LegacySENet", _TIMM_NETWORK),
     "timm.models.densenet.DenseLayer": Swap(_NN + "timm_blocks.TimmDenseLayer"),
     "timm.models.densenet.DenseBlock": Swap(_NN + "dense.DenseBlock"),
     "timm.models.densenet.DenseTransition": Swap(_NN + "dense.Transition"),
@@ -70,8 +72,9 @@ SWAPS = {
     ),
     _TIMM_EFFICIENTNET + "InvertedResidual": Swap(_NN + "timm_blocks.TimmInvertedResidual"),
     _TIMM_EFFICIENTNET + "EdgeResidual": Swap(_NN + "timm_blocks.TimmEdgeResidual"),
+    "timm.models.densenet.DenseNet": Swap("cvkernels.models.timm_networks.TimmNetwork"),
     "timm.models.efficientnet.EfficientNet": Swap(
-        _NN + "timm_blocks.TimmEfficientNet", ("forward_features",)
+        "cvkernels.models.timm_networks.TimmEfficientNet", _TIMM_NETWORK
     ),
 }
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cvkernels.functional import avg_pool
 from cvkernels.models.registry import model_builder
 from cvkernels.nn.dense import DenseBlock, DenseLayer, Transition
+from cvkernels.nn.fused.caller_layout import in_layout_of_input
 from cvkernels.nn.fused.match import why_not_affine, why_not_in_place
 from cvkernels.nn.fused.module import FusedModule, Step, affine_of, run_step
 from cvkernels.nn.fused.watched import why_altered
@@ -85,6 +86,7 @@ class DenseNet(FusedModule):
             elif isinstance(m, nn.Linear):
                 nn.init.constant_(m.bias, 0)
 
+    @in_layout_of_input
     def forward(self, x: Tensor) -> Tensor:
         if not self._why_not_last_norm_pooled(x):
             *layers, norm = self.features

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from cvkernels.models.registry import model_builder
 from cvkernels.nn.conv_bn_act import ConvBNAct
+from cvkernels.nn.fused.caller_layout import in_layout_of_input
+from cvkernels.nn.fused.module import FusedModule
 from cvkernels.nn.mbconv import FusedMBConvConfig, InvertedResidualConfig, MBConvConfig
+from cvkernels.nn.sequential import FusedSequential
 
 # expand ratio, kernel, stride, input channels, output channels, layers
 B0_STAGES = (
@@ -49,7 +52,7 @@ B5_TO_B7_NORM = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
 V2_NORM = partial(nn.BatchNorm2d, eps=1e-3)
 
 
-class EfficientNet(nn.Module):
+class EfficientNet(FusedModule):
     """Stem, stages of inverted residual blocks, 1x1 head, global average pool, classifier.
 
     ``forward`` takes Tensor[N, 3, H, W], any layout, and returns logits Tensor[N, num_classes]. In
@@ -105,13 +108,13 @@ class EfficientNet(nn.Module):
                 probability = stochastic_depth_prob * float(built) / total
                 stage.append(block.block(block, probability, norm_layer))
                 built += 1
-            layers.append(nn.Sequential(*stage))
+            layers.append(FusedSequential(*stage))
         channels = inverted_residual_setting[-1].out_channels
         if last_channel is None:
             last_channel = 4 * channels
         layers.append(conv(channels, last_channel, kernel_size=1))
 
-        self.features = nn.Sequential(*layers)
+        self.features = FusedSequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Sequential(
             nn.Dropout(p=dropout, inplace=True), nn.Linear(last_channel, num_classes)
@@ -132,6 +135,7 @@ class EfficientNet(nn.Module):
                 nn.init.uniform_(m.weight, -bound, bound)
                 nn.init.zeros_(m.bias)
 
+    @in_layout_of_input
     def forward(self, x: Tensor) -> Tensor:
         return self._forward_impl(x)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cvkernels.models.checkpoints import Checkpoint, Pretrained
 from cvkernels.models.registry import model_builder, prescribe
+from cvkernels.nn.fused.caller_layout import in_layout_of_input
 from cvkernels.nn.fused.module import FusedModule
 from cvkernels.nn.inception import BasicConv2d, Inception, InceptionAux
 
@@ -169,6 +170,7 @@ class GoogLeNet(FusedModule):
     ) -> Tensor | GoogLeNetOutputs:
         return GoogLeNetOutputs(x, aux2, aux1) if self.training and self.aux_logits else x
 
+    @in_layout_of_input
     def forward(self, x: Tensor) -> Tensor | GoogLeNetOutputs:
         return self.eager_outputs(*self._forward(self._transform_input(x)))
 

@@ -109,7 +109,7 @@ class LegacySENet(TimmClassifier):
         reduction: int,
         stride: int,
         shortcut: tuple[int, int],
-    ) -> nn.Sequential:
+    ) -> FusedSequential:
         outplanes = planes * block.expansion
         downsample = None
         if stride != 1 or self.inplanes != outplanes:
@@ -120,7 +120,7 @@ class LegacySENet(TimmClassifier):
         layers = [block(self.inplanes, planes, groups, reduction, stride, downsample)]
         self.inplanes = outplanes
         layers += [block(outplanes, planes, groups, reduction) for _ in range(1, blocks)]
-        return nn.Sequential(*layers)
+        return FusedSequential(*layers)
 
     def _stem(self, x: Tensor) -> Tensor:
         return self.layer0(x)

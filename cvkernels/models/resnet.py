@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from cvkernels.models.registry import model_builder
 from cvkernels.nn import BasicBlock, Bottleneck, ConvBNAct
+from cvkernels.nn.fused.caller_layout import in_layout_of_input
 from cvkernels.nn.fused.module import FusedModule
+from cvkernels.nn.sequential import FusedSequential
 
 
 class ResNet(FusedModule):
@@ -94,7 +96,7 @@ class ResNet(FusedModule):
         blocks: int,
         stride: int = 1,
         dilate: bool = False,
-    ) -> nn.Sequential:
+    ) -> FusedSequential:
         first_dilation = self.dilation
         if dilate:
             self.dilation *= stride
@@ -107,7 +109,7 @@ class ResNet(FusedModule):
                 norm_layer=self._norm_layer, activation_layer=None,
             )  # fmt: skip
         width, norm = (self.groups, self.base_width), self._norm_layer
-        stage = nn.Sequential()
+        stage = FusedSequential()
         for _ in range(blocks):
             stage.append(
                 block(self.inplanes, planes, stride, downsample, *width, first_dilation, norm)
@@ -116,6 +118,7 @@ class ResNet(FusedModule):
             first_dilation = self.dilation
         return stage
 
+    @in_layout_of_input
     def forward(self, x: Tensor) -> Tensor:
         return self._forward_impl(x)
 

@@ -15,6 +15,7 @@ from cvkernels.models.timm_classifier import STAGES, TimmClassifier
 from cvkernels.nn.conv_bn_act import ConvBNAct
 from cvkernels.nn.fused.watched import why_not_called
 from cvkernels.nn.se_residual import SEBasicBlock, SEBottleneck
+from cvkernels.nn.sequential import FusedSequential
 from cvkernels.nn.stochastic_depth import DropPath
 
 ACTIVATIONS = {
@@ -107,7 +108,7 @@ class SEResNet(TimmClassifier):
                     inplanes, outplanes, down_kernel_size, stride, dilation, previous_dilation,
                     norm_layer,
                 )  # fmt: skip
-            stage = nn.Sequential()
+            stage = FusedSequential()
             for _ in range(count):
                 stage.append(block(
                     inplanes, planes, stride, downsample, cardinality, base_width,

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cvkernels.nn.fused.module import FusedModule
+from cvkernels.models.timm_networks import TimmNetwork
+from cvkernels.nn.fused.caller_layout import in_layout_of_input
 from cvkernels.nn.global_pool import GlobalPool
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
-class TimmClassifier(FusedModule):
+class TimmClassifier(TimmNetwork):
     """Stem, stem pool, ``layer1`` to ``layer4``, global pool, dropout, linear classifier.
 
     A subclass implements :meth:`_stem` and :meth:`_stem_pool`, names the linear layer in
@@ -61,9 +62,7 @@ class TimmClassifier(FusedModule):
         """Recompute each block in backward instead of keeping what is inside it."""
         self.grad_checkpointing = enable
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
+    @in_layout_of_input
     def forward_features(self, x: Tensor) -> Tensor:
         """The last stage's output, Tensor[N, num_features, H/32, W/32]."""
         x = self._stem_pool(self._stem(x))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from cvkernels.nn.fused.caller_layout import in_layout_of_input
 from cvkernels.nn.fused.module import FusedModule
 
 
@@ -46,6 +47,7 @@ class ConvBNAct(nn.Sequential, FusedModule):
         super().__init__(*layers)
         self.out_channels = out_channels
 
+    @in_layout_of_input
     def forward(self, x: Tensor) -> Tensor:
         conv, bn, act = split_conv_bn_act(list(self))
         if conv is None:

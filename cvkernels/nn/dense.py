@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cvkernels import record
 from cvkernels.functional import avg_pool, dense_concat
+from cvkernels.nn.fused.caller_layout import in_layout_of_input, like_input
 from cvkernels.nn.fused.match import (
     fused_act,
     pooled_shape,
@@ -191,6 +192,7 @@ class DenseLayer(AppendingLayer):
             lambda *parts: self.bn_function(parts), *inputs, use_reentrant=False, **again
         )
 
+    @in_layout_of_input
     def forward(self, input: Tensor | list[Tensor]) -> Tensor:
         inputs = [input] if isinstance(input, Tensor) else input
         if self.memory_efficient and self.any_requires_grad(inputs):
@@ -238,6 +240,7 @@ class DenseBlock(nn.ModuleDict, ConcatBlock):
                 channels, growth_rate, bn_size, drop_rate, memory_efficient
             )
 
+    @in_layout_of_input
     def forward(self, init_features: Tensor) -> Tensor:
         buffer = self.concat_buffer(init_features, init_features.shape)
         if buffer is not None:
@@ -298,7 +301,7 @@ class DenseBlock(nn.ModuleDict, ConcatBlock):
         layers.pop(0)
         features, statistics = self.train_append(x)
         if why_not_called(features, consumer) or consumer.why_not_train(features):
-            return consumer(features)
+            return consumer(like_input(x, features))
         return consumer.train_forward(features, statistics)
 
     def _why_not_append(self, x: Tensor) -> str:
@@ -368,6 +371,7 @@ class Transition(FusedSequential):
         )
         self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
 
+    @in_layout_of_input
     def forward(self, x: Tensor) -> Tensor:
         if not self._why_not_pool_first(x):
             return self.write(x, None)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cvkernels import backend, record
 from cvkernels.functional import BatchNormParams, dense_concat, max_pool
+from cvkernels.nn.fused.caller_layout import in_layout_of_input
 from cvkernels.nn.fused.match import (
     relu_,
     why_not_in_place,
@@ -47,6 +48,7 @@ class BasicConv2d(FusedModule):
         self.conv = nn.Conv2d(in_channels, out_channels, bias=False, **kwargs)
         self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
 
+    @in_layout_of_input
     def forward(self, x: Tensor) -> Tensor:
         return self.fused(x, self.conv, self.bn, relu_)
 
@@ -114,6 +116,7 @@ class Inception(FusedModule):
         reason = _why_not_blocks(blocks, lambda *parts: why_not_train_conv_bn_act(x, *parts))
         return reason or _why_not_one_convolution([block.conv for block in blocks])
 
+    @in_layout_of_input
     def forward(self, x: Tensor) -> Tensor:
         plans = self.plans_of(x, self)
         if plans is not None and (plan := plans.get(x)) is not None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cvkernels.nn.fused.caller_layout import in_layout_of_input, like_input
 from cvkernels.nn.fused.match import ACTIVATIONS, pooled_shape, why_not_max_pool
 from cvkernels.nn.fused.module import FusedModule
 from cvkernels.nn.fused.watched import why_not_called
@@ -56,6 +57,7 @@ class FusedSequential(nn.Sequential, FusedModule):
     writes into the buffer of a ConcatBlock behind it. All other children are called.
     """
 
+    @in_layout_of_input
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x, list(self))
 
@@ -71,7 +73,7 @@ class FusedSequential(nn.Sequential, FusedModule):
         """What ``layers``, children of this module, compute one behind the other."""
         planar = type(x) is Tensor and x.is_contiguous()
         while layers:
-            first = layers.pop(0)
+            first, before = layers.pop(0), x
             if (y := self._with_next(x, first, layers)) is not None:
                 x = y
             elif isinstance(first, _BatchNorm) and _next_are(layers, nn.ReLU, nn.Conv2d):
@@ -89,6 +91,7 @@ class FusedSequential(nn.Sequential, FusedModule):
                     x = x.contiguous()
             else:
                 x = first(x)
+            x = like_input(before, x)
         return x
 
     def _with_next(self, x: Tensor, first: nn.Module, layers: list[nn.Module]) -> Tensor | None:

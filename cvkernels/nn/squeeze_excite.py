@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cvkernels import backend, record
 from cvkernels.functional import excite, se_scale, squeeze_excite
 from cvkernels.nn.fused.branch import Layer
+from cvkernels.nn.fused.caller_layout import in_layout_of_input
 from cvkernels.nn.fused.match import fused_act, runs_depthwise, why_not_layer
 from cvkernels.nn.fused.module import FusedModule, Step, run_step
 from cvkernels.nn.fused.plan_cache import OPTIONS, guard_of
@@ -49,6 +50,7 @@ class SqueezeExcite(FusedModule):
     sigmoid.
     """
 
+    @in_layout_of_input
     def forward(self, x: Tensor) -> Tensor:
         plans = self.plans_of(x, self)
         if plans is not None and (run := plans.get(x)) is not None:

@@ -1,4 +1,4 @@
-"""The forwards of timm's EfficientNet and DenseNet, over the modules that timm built.
+"""The forwards of the blocks of timm's EfficientNet and DenseNet, over modules that timm built.
 
 :func:`cvkernels.patch` gives these to blocks that exist; none has a constructor. The norms there
 are timm's BatchNormAct2d, with the activation inside.
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cvkernels.nn.dense import AppendingLayer
 from cvkernels.nn.fused.branch import Branch, FusedBlock, Layer
-from cvkernels.nn.fused.module import FusedModule
+from cvkernels.nn.fused.caller_layout import in_layout_of_input
 from cvkernels.nn.squeeze_excite import SqueezeExcite
 
 
@@ -65,26 +64,13 @@ class TimmEdgeResidual(_InvertedResidual):
         return self._branch(expand, self.se, Layer(self.conv_pwl, self.bn2))
 
 
-class TimmEfficientNet(FusedModule):
-    """Stem, blocks, 1x1 head."""
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self.fused(x, self.conv_stem, self.bn1)
-        if self.grad_checkpointing:
-            for stage in self.blocks:
-                for block in stage:
-                    x = checkpoint(block, x, use_reentrant=False)
-        else:
-            x = self.blocks(x)
-        return self.fused(x, self.conv_head, self.bn2)
-
-
 class TimmDenseLayer(AppendingLayer):
     """``conv2(norm2(conv1(norm1(cat(inputs)))))``, the part up to conv1 checkpointed on request."""
 
     def recomputes(self) -> bool:
         return self.grad_checkpointing
 
+    @in_layout_of_input
     def forward(self, x: Tensor | list[Tensor]) -> Tensor:
         inputs = [x] if isinstance(x, Tensor) else x
         if self.grad_checkpointing and self.any_requires_grad(inputs):

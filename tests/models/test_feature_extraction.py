@@ -26,6 +26,8 @@ def test_every_name_of_stock(name, how):
     for node, value in expected.items():
         if isinstance(value, torch.Tensor):
             scale = value.abs().max().item()
-            torch.testing.assert_close(found[node], value, rtol=1e-4, atol=1e-4 * scale)
+            torch.testing.assert_close(
+                found[node], value, rtol=1e-4, atol=1e-4 * scale, check_stride=True
+            )
         else:
             assert found[node] == value, node

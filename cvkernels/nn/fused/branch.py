@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from cvkernels import record
+from cvkernels.nn.fused.caller_layout import in_layout_of_input, like_input
 from cvkernels.nn.fused.match import fused_act
 from cvkernels.nn.fused.module import FusedModule, Step, run_step
 from cvkernels.nn.fused.plan_cache import guard_of
@@ -76,6 +77,7 @@ class FusedBlock(FusedModule):
     def branch(self) -> Branch:
         raise NotImplementedError
 
+    @in_layout_of_input
     def forward(self, x: Tensor) -> Tensor:
         plans = self.plans_of(x, self)
         if plans is not None and (run := plans.get(x)) is not None:
@@ -135,7 +137,7 @@ class _Walk:
             shortcut = None
             if branch.adds and branch.shortcut_first and not parts:
                 shortcut = self._shortcut(x)
-            y = self._apply(y, part, excitation, last)
+            y = like_input(x, self._apply(y, part, excitation, last))
         return self._add_modules(x, y, reason, shortcut) if branch.adds else y
 
     def replay(self) -> Callable[[FusedBlock, Tensor], Tensor]:

@@ -21,6 +21,7 @@ from cvkernels.functional import (
     depthwise_conv_bn_act,
     max_pool,
 )
+from cvkernels.nn.fused.caller_layout import like_input
 from cvkernels.nn.fused.match import (
     act_name,
     fused_act,
@@ -108,7 +109,8 @@ class FusedModule(nn.Module):
         plans = self.plans_of(x, conv) if input_bn is None else None
         parts = (conv, bn, act)
         if plans is not None and (run := plans.get(x, parts, residual, out)) is not None:
-            return run(x, residual, None, out)
+            y = run(x, residual, None, out)
+            return y if out is not None else like_input(x, y)
         guard = None if plans is None else guard_of(x, _modules_of(parts))
         step = self.layer_step(
             x, *parts, residual, input_bn=input_bn, out=out, lasting=guard is not None
@@ -116,7 +118,7 @@ class FusedModule(nn.Module):
         y = run_step(step, x, residual, None, out)
         if guard is not None and step.lasting:
             plans.keep(guard, step.run, x, parts, residual, out)
-        return y
+        return y if out is not None else like_input(x, y)
 
     def layer_step(
         self,
@@ -190,7 +192,8 @@ class FusedModule(nn.Module):
             return y if out is None else out.copy_(y)
 
         reason = why_not_max_pool(x, pool)
-        return run_step(Step(pool, reason, as_modules if reason else as_op), x)
+        y = run_step(Step(pool, reason, as_modules if reason else as_op), x)
+        return y if out is not None else like_input(x, y)
 
     def plans_of(self, x: Tensor, owner: nn.Module) -> PlanCache | None:
         """The plans of the calls that ``owner`` leads; None where none could be for x."""
@@ -215,7 +218,7 @@ class FusedModule(nn.Module):
 
     def drop_derived_weights(self) -> None:
         """Forget plans and the weights in them; the next fused call makes them again."""
-        self.__dict__.pop("_derived", None)
+        _forget(self.__dict__)
 
     def train(self, mode: bool = True):
         self.drop_derived_weights()
@@ -231,7 +234,7 @@ class FusedModule(nn.Module):
 
     def _replicate_for_data_parallel(self):
         replica = super()._replicate_for_data_parallel()
-        replica.__dict__.pop("_derived", None)
+        _forget(replica.__dict__)
         return replica
 
     def __prepare_scriptable__(self):
@@ -242,8 +245,14 @@ class FusedModule(nn.Module):
 
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()
-        state.pop("_derived", None)
+        _forget(state)
         return state
+
+
+def _forget(attributes: dict[str, Any]) -> None:
+    """Take what a block keeps beside itself out of its attributes."""
+    attributes.pop("_derived", None)
+    attributes.pop("_seal", None)
 
 
 def refresh(model: nn.Module) -> nn.Module:
