@@ -20,6 +20,7 @@ from cvkernels.nn.fused.caller_layout import in_layout_of_input, like_input
 from cvkernels.nn.fused.match import (
     fused_act,
     pooled_shape,
+    why_not_batch_norm,
     why_not_in_place,
     why_not_layer,
     why_not_norm_relu,
@@ -219,12 +220,12 @@ class DenseBlock(nn.ModuleDict, ConcatBlock):
 
     Returns them concatenated: ``num_input_features + num_layers * growth_rate`` channels. In eval
     without gradients they share one channels_last buffer: each layer reads a prefix of it and
-    writes the channels behind, and nothing is concatenated. In training the same buffer (the
-    output, which must not be written then), the outputs of the conv1s (nothing with
-    ``memory_efficient``) and batch statistics are all that autograd keeps: see
-    :mod:`cvkernels.nn.training.dense_block`. Its gradient can be taken once; for
-    ``create_graph=True``, run the forward pass under
-    ``cvkernels.backend.use("reference")``.
+    writes the channels behind, and nothing is concatenated. In training the same buffer, the
+    outputs of the conv1s (nothing with ``memory_efficient``) and batch statistics are all that
+    autograd keeps: see :mod:`cvkernels.nn.training.dense_block`. Callers get a copy of the buffer,
+    which they may write; in :class:`FusedSequential` a transition or norm behind the block reads
+    the buffer itself. Its gradient can be taken once; for ``create_graph=True``, run the forward
+    pass under ``cvkernels.backend.use("reference")``.
     """
 
     _version = 2
@@ -250,10 +251,8 @@ class DenseBlock(nn.ModuleDict, ConcatBlock):
         if self._normalises_batches():
             reason = self.why_not_train(init_features)
             if not reason:
-                out = self.train_append(init_features)[0]
-                # Forward hooks may modify the output in place; autograd has saved it, so they get a
-                # copy.
-                return out.clone() if self._forward_hooks else out
+                # The caller may write its output in place, and autograd has saved the buffer.
+                return self.train_append(init_features)[0].clone()
         features = [init_features]
         for layer in self.values():
             features.append(layer(features))
@@ -294,14 +293,17 @@ class DenseBlock(nn.ModuleDict, ConcatBlock):
 
     def with_consumer(self, x: Tensor, layers: list[nn.Module]) -> Tensor | None:
         consumer = layers[0] if layers else None
-        if not isinstance(consumer, Transition) or not self._normalises_batches():
+        if not self._normalises_batches() or why_not_called(x, self, consumer):
             return None
-        if why_not_called(x, self) or self.why_not_train(x):
+        pools = isinstance(consumer, Transition)
+        if not pools and why_not_batch_norm(consumer) or self.why_not_train(x):
             return None
         layers.pop(0)
         features, statistics = self.train_append(x)
-        if why_not_called(features, consumer) or consumer.why_not_train(features):
-            return consumer(like_input(x, features))
+        if not pools:
+            return consumer(features)
+        if consumer.why_not_train(features):
+            return consumer(like_input(x, features.clone()))
         return consumer.train_forward(features, statistics)
 
     def _why_not_append(self, x: Tensor) -> str:

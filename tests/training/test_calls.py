@@ -97,6 +97,106 @@ def test_hooks_inside_see_what_they_see_in_stock(name, part):
     assert_same_results(name, run)
 
 
+# Maps written in place
+
+
+# Of each network, modules that run one behind the other, by the name of what holds them; and the
+# channels of the first one's input.
+CHAINS = {
+    "dense": (["features"], 3),
+    "memory_efficient": (["features"], 3),
+    "dense-patched": (["features"], 3),
+    "timm-dense": (["features"], 3),
+    "inception": (["stem", "first", "pool", "second"], 3),
+    "basic": (["layer1", "layer2"], 64),
+    "se-bottleneck": (["layer1", "layer2"], 64),
+    "legacy": (["layer1", "layer2"], 64),
+    "mbconv": (["features"], 3),
+    "fused-mbconv": (["features"], 3),
+    "timm-mbconv": (["blocks.0", "blocks.1"], 32),
+}
+# In place as ours, and as another tensor for stock: a block of it may keep its output, for a ReLU.
+WRITES = (
+    (lambda h: h.mul_(1.5), lambda h: h * 1.5),
+    (lambda h: h.sigmoid_(), lambda h: h.sigmoid()),
+    (
+        lambda h: h.index_fill_(1, torch.tensor([1]), 0.0),
+        lambda h: h.index_fill(1, torch.tensor([1]), 0.0),
+    ),
+)
+
+
+def chain(model, name):
+    """The modules of CHAINS, blocks whole."""
+    parts = [model.get_submodule(part) for part in CHAINS[name][0]]
+    return [m for part in parts for m in (part if isinstance(part, nn.Sequential) else [part])]
+
+
+def small_image(name):
+    return image(name, channels=CHAINS[name][1], size=(24, 20) if CHAINS[name][1] == 3 else (8, 6))
+
+
+def step_through(model, name, call):
+    """:func:`step` of ``h = call(index, module, h)`` for each module of the chain."""
+
+    def through(h):
+        h = h * 1
+        for index, module in enumerate(chain(model, name)):
+            h = call(index, module, h)
+        return h
+
+    return step(model, small_image(name), run=through)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_caller_may_write_each_output(name):
+    def run(model, in_place):
+        def call(index, module, h):
+            h = module(h)
+            if isinstance(module, (nn.ReLU, nn.BatchNorm2d)):  # a ReLU keeps its output
+                return h
+            return WRITES[index % len(WRITES)][0 if in_place else 1](h)
+
+        return step_through(model, name, call)
+
+    ours, stock = training_pair(name)
+    assert_equal(run(ours, True), run(stock, False), 1e-8)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_an_input_written_afterwards_is_refused_or_does_not_count(name):
+    """Stock refuses it where it kept the input; ours may have kept what the input came from."""
+
+    def run(model, written):
+        def call(index, module, h):
+            y = module(h)
+            if index == written:
+                h.add_(1)
+            return y
+
+        return step_through(model, name, call)
+
+    ours, stock = training_pair(name)
+    state = copy.deepcopy(ours.state_dict())
+    expected = run(stock, None)
+    for index in range(len(chain(stock, name))):
+        ours.load_state_dict(state)
+        try:
+            assert_equal(run(ours, index), expected, 1e-8)
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+
+
+def test_a_transition_with_a_hook_may_write_its_input():
+    def run(model):
+        hook = lambda module, args: args[0].mul_(2)  # noqa: E731
+        model.features.transition1.register_forward_pre_hook(hook)
+        model.features.transition2.norm.eval().register_forward_pre_hook(hook)
+        return step(model, image("dense"))
+
+    assert_same_results("dense", run, 1e-8)
+
+
 # Parts that are not as a block makes them
 
 

@@ -110,8 +110,8 @@ def why_not_train_conv_bn_act(
         return "no gradient is needed"
     if reason := _why_not_operand(x, conv._parameters["weight"]):
         return reason
-    if x.dim() != 4:
-        return f"the input has shape {list(x.shape)}, not [N, C, H, W]"
+    if x.dim() != 4 or x.shape[1] != conv.weight.shape[1] * conv.groups:
+        return f"the input has shape {list(x.shape)}, the weight {list(conv.weight.shape)}"
     sizes = output_size(x.shape[2:], *geometry)
     shape = (x.shape[0], conv.weight.shape[0], *(max(0, size) for size in sizes))
     if shape[0] * shape[2] * shape[3] < 2:
