@@ -34,7 +34,12 @@ from cvkernels.nn.training.batch_norm import Statistics
 from cvkernels.nn.training.dense_block import run_block
 from cvkernels.nn.training.match import why_not_train, why_not_train_conv, why_not_train_norm_relu
 from cvkernels.nn.training.norm_relu_pool import norm_relu_avg_pool
-from cvkernels.ops.common.layout import channels_last_view, new_channels_last
+from cvkernels.ops.common.layout import (
+    channels_last_view,
+    format_of,
+    gives_channels_last,
+    new_channels_last,
+)
 from cvkernels.ops.conv_bn_act.op import supports_prologue_and_slices
 
 
@@ -73,14 +78,21 @@ class AppendingLayer(FusedModule):
 
     def _why_more(self) -> str:
         """Why the parts are not all that the layer computes."""
-        return "dropout is active" if self.training and self.drop_rate > 0 else why_altered(self)
+        return "dropout is active" if self.drops() else why_altered(self)
+
+    def drops(self) -> bool:
+        return self.training and self.drop_rate > 0
 
     def dropped(self, features: Tensor, x: Tensor) -> Tensor:
-        """Dropout, which draws its numbers in memory order: laid out as x, stock's."""
+        """Dropout of the layer's output, for x the input of its block."""
         if self.drop_rate == 0:
             return features
-        if x.is_contiguous():
-            features = features.contiguous()
+        if self.drops() and type(features) is Tensor:
+            # It draws its numbers in memory order: in the layout that stock's convolutions give.
+            weights = (getattr(conv, "weight", None) for conv in (self.conv1, self.conv2))
+            tensors = (x, *(w for w in weights if isinstance(w, Tensor)))
+            layout = format_of(any(map(gives_channels_last, tensors)))
+            features = features.contiguous(memory_format=layout)
         return F.dropout(features, p=self.drop_rate, training=self.training)
 
     def recomputes(self) -> bool:
@@ -260,6 +272,9 @@ class DenseBlock(nn.ModuleDict, ConcatBlock):
             return torch.cat(features, 1)
         with recorder.fallback(reason):
             return torch.cat(features, 1)
+
+    def drops(self) -> bool:
+        return any(isinstance(layer, AppendingLayer) and layer.drops() for layer in self.values())
 
     def _normalises_batches(self) -> bool:
         norm = getattr(next(iter(self.values()), None), "norm1", None)

@@ -12,6 +12,7 @@ from cvkernels.nn.fused.caller_layout import in_layout_of_input, like_input
 from cvkernels.nn.fused.match import ACTIVATIONS, pooled_shape, why_not_max_pool
 from cvkernels.nn.fused.module import FusedModule
 from cvkernels.nn.fused.watched import why_not_called
+from cvkernels.ops.common.layout import gives_channels_last
 
 ACTIVATION_MODULES = tuple(kind for kind in ACTIVATIONS if isinstance(kind, type))
 
@@ -44,6 +45,10 @@ class ConcatBlock(FusedModule):
         """Room for the output on an input of ``shape``, x's dtype and device; None to call it."""
         raise NotImplementedError
 
+    def drops(self) -> bool:
+        """Whether dropout is active in the block."""
+        return False
+
     def with_consumer(self, x: Tensor, layers: list[nn.Module]) -> Tensor | None:
         """``layers.pop(0)(self(x))``, where that uses what this block knows of its output."""
         return None
@@ -71,7 +76,7 @@ class FusedSequential(nn.Sequential, FusedModule):
 
     def run(self, x: Tensor, layers: list[nn.Module]) -> Tensor:
         """What ``layers``, children of this module, compute one behind the other."""
-        planar = type(x) is Tensor and x.is_contiguous()
+        planar = type(x) is Tensor and not gives_channels_last(x)
         while layers:
             first, before = layers.pop(0), x
             if (y := self._with_next(x, first, layers)) is not None:
@@ -86,9 +91,8 @@ class FusedSequential(nn.Sequential, FusedModule):
                 x = self.fused(x, first, *_norm_and_act(layers))
             elif isinstance(first, nn.MaxPool2d):
                 x = self.pooled(x, first)
-                if planar and _next_are(layers, ConcatBlock) and layers[0].training:
-                    # Dropout draws its numbers in memory order: in this layout it draws stock's.
-                    x = x.contiguous()
+            elif planar and isinstance(first, ConcatBlock) and first.drops():
+                x = first(x.contiguous())  # stock's layout, by which dropout draws its numbers
             else:
                 x = first(x)
             x = like_input(before, x)

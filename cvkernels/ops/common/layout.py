@@ -13,6 +13,11 @@ def is_nhwc(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.shape[1] > 1
 
 
+def gives_channels_last(x: Tensor) -> bool:
+    """Whether PyTorch convolves to channels_last with x as the input or as the weight."""
+    return x.dim() == 4 and is_nhwc(x) and x.stride(3) >= x.shape[1]
+
+
 def format_of(nhwc: bool) -> torch.memory_format:
     return torch.channels_last if nhwc else torch.contiguous_format
 
