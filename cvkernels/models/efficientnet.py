@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cvkernels.models.registry import model_builder
-from cvkernels.nn.conv_bn_act import ConvBNAct
+from cvkernels.nn.conv_bn_act import Conv2dNormActivation
 from cvkernels.nn.fused.caller_layout import in_layout_of_input
 from cvkernels.nn.fused.module import FusedModule
 from cvkernels.nn.mbconv import FusedMBConvConfig, InvertedResidualConfig, MBConvConfig
@@ -91,7 +91,7 @@ class EfficientNet(FusedModule):
         ):
             raise TypeError("The inverted_residual_setting should be List[MBConvConfig]")
         norm_layer = norm_layer or nn.BatchNorm2d
-        conv = partial(ConvBNAct, norm_layer=norm_layer, activation_layer=nn.SiLU)
+        conv = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=nn.SiLU)
 
         layers: list[nn.Module] = [
             conv(3, inverted_residual_setting[0].input_channels, kernel_size=3, stride=2)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from cvkernels.models.timm_builder import timm_model_builder
 from cvkernels.models.timm_classifier import STAGES, TimmClassifier
-from cvkernels.nn.conv_bn_act import ConvBNAct
 from cvkernels.nn.legacy_se_residual import (
     LegacySEBasicBlock,
     LegacySEBottleneck,
@@ -114,8 +113,10 @@ class LegacySENet(TimmClassifier):
         downsample = None
         if stride != 1 or self.inplanes != outplanes:
             kernel_size, padding = shortcut
-            downsample = ConvBNAct(
-                self.inplanes, outplanes, kernel_size, stride, padding, activation_layer=None
+            geometry = (kernel_size, stride, padding)
+            downsample = FusedSequential(
+                nn.Conv2d(self.inplanes, outplanes, *geometry, bias=False),
+                nn.BatchNorm2d(outplanes),
             )
         layers = [block(self.inplanes, planes, groups, reduction, stride, downsample)]
         self.inplanes = outplanes

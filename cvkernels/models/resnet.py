@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from cvkernels.models.registry import model_builder
-from cvkernels.nn import BasicBlock, Bottleneck, ConvBNAct
+from cvkernels.nn import BasicBlock, Bottleneck, FusedSequential
 from cvkernels.nn.fused.caller_layout import in_layout_of_input
 from cvkernels.nn.fused.module import FusedModule
-from cvkernels.nn.sequential import FusedSequential
+from cvkernels.nn.residual import conv1x1
 
 
 class ResNet(FusedModule):
@@ -104,10 +104,9 @@ class ResNet(FusedModule):
         outplanes = planes * block.expansion
         downsample = None
         if stride != 1 or self.inplanes != outplanes:
-            downsample = ConvBNAct(
-                self.inplanes, outplanes, kernel_size=1, stride=stride,
-                norm_layer=self._norm_layer, activation_layer=None,
-            )  # fmt: skip
+            downsample = FusedSequential(
+                conv1x1(self.inplanes, outplanes, stride), self._norm_layer(outplanes)
+            )
         width, norm = (self.groups, self.base_width), self._norm_layer
         stage = FusedSequential()
         for _ in range(blocks):

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from cvkernels.models.timm_builder import timm_model_builder
 from cvkernels.models.timm_classifier import STAGES, TimmClassifier
-from cvkernels.nn.conv_bn_act import ConvBNAct
 from cvkernels.nn.fused.watched import why_not_called
 from cvkernels.nn.se_residual import SEBasicBlock, SEBottleneck
 from cvkernels.nn.sequential import FusedSequential
@@ -195,22 +194,16 @@ def _downsample(
     dilation: int,
     previous_dilation: int,
     norm_layer: Callable[..., nn.Module],
-) -> ConvBNAct:
+) -> FusedSequential:
     """The shortcut's convolution and norm; a 1x1 unless the stage shrinks the map or dilates."""
     if stride == 1 and dilation == 1:
         kernel_size = 1
     if kernel_size == 1:
         previous_dilation = 1
-    return ConvBNAct(
-        inplanes,
-        outplanes,
-        kernel_size,
-        stride,
-        padding=(stride - 1 + previous_dilation * (kernel_size - 1)) // 2,
-        dilation=previous_dilation,
-        norm_layer=norm_layer,
-        activation_layer=None,
-    )
+    padding = (stride - 1 + previous_dilation * (kernel_size - 1)) // 2
+    geometry = (kernel_size, stride, padding, previous_dilation)
+    conv = nn.Conv2d(inplanes, outplanes, *geometry, bias=False)
+    return FusedSequential(conv, norm_layer(outplanes))
 
 
 def _network(block: type, layers: tuple[int, ...], kwargs: dict, **own) -> SEResNet:

@@ -55,6 +55,10 @@ class ConvBNAct(nn.Sequential, FusedModule):
         return self.fused(x, conv, bn, act)
 
 
+class Conv2dNormActivation(ConvBNAct):
+    """ConvBNAct by the name that scripts find it under in torchvision's EfficientNet."""
+
+
 def split_conv_bn_act(layers: list[nn.Module]) -> tuple:
     """(conv, bn, act) of a sequence conv [+ norm] [+ act], absent ones None; else all None."""
     if not layers or len(layers) > 3 or not isinstance(layers[0], nn.Conv2d):

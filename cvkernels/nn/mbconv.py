@@ -13,7 +13,11 @@ from functools import partial
 
 from torch import nn
 
-from cvkernels.nn.conv_bn_act import ConvBNAct, split_conv_bn_act
+from cvkernels.nn.conv_bn_act import (
+    Conv2dNormActivation,
+    ConvBNAct,
+    split_conv_bn_act,
+)
 from cvkernels.nn.fused.branch import Branch, FusedBlock, Layer
 from cvkernels.nn.fused.plan_cache import OPTIONS
 from cvkernels.nn.squeeze_excite import SqueezeExcitation, SqueezeExcite, divisible
@@ -104,11 +108,11 @@ class _InvertedResidual(FusedBlock):
         return steps
 
 
-def _layer_of(cnf: InvertedResidualConfig, norm_layer: Callable) -> Callable[..., ConvBNAct]:
+def _layer_of(cnf: InvertedResidualConfig, norm_layer: Callable) -> Callable[..., nn.Module]:
     """What makes the convolutions of a block, checked to be one of this configuration."""
     if not 1 <= cnf.stride <= 2:
         raise ValueError("illegal stride value")
-    return partial(ConvBNAct, norm_layer=norm_layer, activation_layer=nn.SiLU)
+    return partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=nn.SiLU)
 
 
 class MBConv(_InvertedResidual):
@@ -159,5 +163,5 @@ class FusedMBConv(_InvertedResidual):
 
 
 OPTIONS[MBConv] = OPTIONS[FusedMBConv] = ("training", "use_res_connect")
-OPTIONS[ConvBNAct] = ("training",)
+OPTIONS[ConvBNAct] = OPTIONS[Conv2dNormActivation] = ("training",)
 OPTIONS[StochasticDepth] = ("training", "p")

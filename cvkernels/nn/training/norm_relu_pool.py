@@ -28,7 +28,6 @@ def norm_relu_avg_pool(
     window = window_of("avg_pool", pool.kernel_size, pool.stride, 0, 1, pool.ceil_mode)
     y = _NormReluAvgPool.apply(x, norm.weight, norm.bias, *statistics, norm.eps, window)
     update_running(norm, statistics, x.numel() // x.shape[1])
-    # Dropout draws its numbers in memory order: behind this layout it draws stock's.
     return y.contiguous(memory_format=layout)
 
 
