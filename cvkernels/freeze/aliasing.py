@@ -5,13 +5,15 @@ that it writes: what it is a view of, and the views of that. Where none of these
 call is one that returns its result, and readers of the written value read that. Elsewhere the calls
 from the first view to the last write are one :class:`Region`, which runs them as PyTorch would.
 
-Nothing is assumed of a call that is not known: it may return a view of any of its arguments.
+Nothing is assumed of a call that is not known: it may return a view of any of its arguments. A
+module that is not traced may write them, too, and one with a hook or another ``forward`` may return
+something else than what it writes.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cvkernels.freeze.graph import fill
+from cvkernels.nn.fused.watched import why_altered
 
 # Methods, attributes and functions whose result is no tensor of a map's memory: sizes and the like.
 _SIZES = frozenset(
@@ -119,9 +122,16 @@ class Span(NamedTuple):
     results: list[fx.Node]
 
 
-def spans_of(graph: fx.Graph, module_of: Callable[[str], nn.Module]) -> list[Span]:
+class Modules(NamedTuple):
+    """The modules that a traced graph calls, by name, and the names of those not traced into."""
+
+    get: Callable[[str], nn.Module]
+    opaque: Collection[str]
+
+
+def spans_of(graph: fx.Graph, modules: Modules) -> list[Span]:
     """The regions of a traced graph, none where every write can be a call that returns a value."""
-    memory = _Memory(graph, module_of)
+    memory = _Memory(graph, modules)
     spans: list[Span] = []
     waiting = [{group} for group in memory.unsafe_groups()]
     while waiting:
@@ -137,14 +147,17 @@ def spans_of(graph: fx.Graph, module_of: Callable[[str], nn.Module]) -> list[Spa
     return spans
 
 
-def writes(node: fx.Node, module_of: Callable[[str], nn.Module]) -> tuple[fx.Node, ...]:
-    """The values that a call writes in place."""
+def writes(node: fx.Node, modules: Modules) -> tuple[fx.Node, ...]:
+    """The values that a call writes in place, or may write."""
+    if node.op == "call_module" and node.target in modules.opaque:
+        sources = node.all_input_nodes
+        return tuple(s for s in sources if s.op != "get_attr" and not is_size(s))
     written = (node.kwargs["out"],) if isinstance(node.kwargs.get("out"), fx.Node) else ()
     target = node.args[0] if node.args else None
     if not isinstance(target, fx.Node) or is_size(target):
         return written
     if node.op == "call_module":
-        module = module_of(node.target)
+        module = modules.get(node.target)
         drops = isinstance(module, nn.modules.dropout._DropoutNd) and not module.training
         writes_target = bool(getattr(module, "inplace", False)) and not drops
     elif node.op == "call_method":
@@ -160,6 +173,14 @@ def writes(node: fx.Node, module_of: Callable[[str], nn.Module]) -> tuple[fx.Nod
     else:
         writes_target = False
     return (target, *written) if writes_target else written
+
+
+def returns_what_it_writes(node: fx.Node, modules: Modules) -> bool:
+    """Whether the result of a call is its first argument, which it writes, and nothing else is."""
+    if node.op == "call_module":
+        if node.target in modules.opaque or why_altered(modules.get(node.target)):
+            return False
+    return writes(node, modules) == node.args[:1]
 
 
 def is_size(value: Any) -> bool:
@@ -184,9 +205,9 @@ def is_size(value: Any) -> bool:
 class _Memory:
     """The groups of a graph's values that may share memory, by a number each."""
 
-    def __init__(self, graph: fx.Graph, module_of: Callable[[str], nn.Module]) -> None:
+    def __init__(self, graph: fx.Graph, modules: Modules) -> None:
         self.nodes = list(graph.nodes)
-        self.module_of = module_of
+        self.modules = modules
         self.place = {node: place for place, node in enumerate(self.nodes)}
         self.parent = list(range(len(self.nodes)))
         self.new: set[fx.Node] = set()
@@ -198,7 +219,7 @@ class _Memory:
             self.members.setdefault(self.group(node), []).append(node)
 
     def _join(self, node: fx.Node) -> None:
-        written = writes(node, self.module_of)
+        written = writes(node, self.modules)
         if written:
             self.writes[node] = written
             shared: Iterable[fx.Node] = written
@@ -216,7 +237,8 @@ class _Memory:
         if is_size(node):
             return True
         if node.op == "call_module":
-            return type(self.module_of(node.target)) in _NEW_MODULES
+            module = self.modules.get(node.target)
+            return type(module) in _NEW_MODULES and not why_altered(module)
         if node.op == "call_method":
             return node.target in _NEW
         return _NAMES.get(node.target, getattr(node.target, "__name__", "")) in _NEW
@@ -231,13 +253,17 @@ class _Memory:
         return max((self.place[user] for user in node.users), default=-1)
 
     def unsafe_groups(self) -> list[int]:
-        """Those in which a write changes another value that is read later, or is through out=."""
+        """Those in which a write changes a value that is read later, and is not its result."""
         unsafe = []
         for node, written in self.writes.items():
             group, now = self.group(node), self.place[node]
-            others = [m for m in self.members[group] if m not in written and self.place[m] < now]
-            read_later = any(self.last_read(other) > now for other in others)
-            if (read_later or written != node.args[:1]) and group not in unsafe:
+            changed = [m for m in self.members[group] if self.place[m] < now]
+            if returns := returns_what_it_writes(node, self.modules):
+                changed = [m for m in changed if m not in written]
+            read_later = any(self.last_read(other) > now for other in changed)
+            # A call that runs as it is gets a copy of its first argument.
+            writes_more = not returns and written != node.args[:1]
+            if (read_later or writes_more) and group not in unsafe:
                 unsafe.append(group)
         return unsafe
 

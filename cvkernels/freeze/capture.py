@@ -159,9 +159,10 @@ class _Reader:
         # What each node of torch.fx stands for: a Node, a value, or a structure of them.
         self.values: dict[fx.Node, Any] = {}
         self.copies: dict[int, nn.Module] = {}
+        self.modules = aliasing.Modules(model.get_submodule, tracer.opaque)
 
     def read(self, traced: fx.Graph) -> Graph:
-        spans = aliasing.spans_of(traced, self.model.get_submodule)
+        spans = aliasing.spans_of(traced, self.modules)
         span_of = {node: span for span in spans for node in span.nodes}
         for node in traced.nodes:
             if node.op == "output":
@@ -214,7 +215,7 @@ class _Reader:
         if value is None:
             kind = "method" if is_method else "function"
             value = self._call(kind, node.target, layer, args, kwargs, in_place)
-        if in_place:
+        if in_place and aliasing.returns_what_it_writes(node, self.modules):
             self._rename(node, value)
         return value
 
@@ -248,7 +249,7 @@ class _Reader:
         in_place = self._writes(node)
         if value is None:
             value = self._call("module", self._twin(module), layer, args, kwargs, in_place)
-        if in_place:
+        if in_place and aliasing.returns_what_it_writes(node, self.modules):
             self._rename(node, value)
         return value
 
@@ -259,12 +260,12 @@ class _Reader:
         return self.copies[id(module)]
 
     def _writes(self, node: fx.Node) -> bool:
-        """Whether a call writes its first argument in place.
+        """Whether a call writes, or may write, its first argument in place.
 
         Raises:
             CaptureError: it writes a parameter or buffer, which would change the model.
         """
-        written = aliasing.writes(node, self.model.get_submodule)
+        written = aliasing.writes(node, self.modules)
         for target in written:
             if target.op == "get_attr":
                 layer = self._layer(node)

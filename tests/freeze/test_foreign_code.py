@@ -299,6 +299,47 @@ def test_random_numbers_are_drawn_in_each_call(draw):
     assert not torch.equal(frozen(x), frozen(x))
 
 
+class WritesByTheData(nn.Module):
+    """Which torch.fx cannot see through."""
+
+    def forward(self, x):
+        if x.sum() > -1e9:
+            x.relu_()
+        return x.flip(1)
+
+
+def watched(module, hook):
+    module.register_forward_hook(hook)
+    return module
+
+
+def with_forward(module, forward):
+    module.forward = forward
+    return module
+
+
+WRITERS = {
+    "hook": lambda: watched(nn.SiLU(True), lambda module, args, out: out * 2),
+    "returning-hook": lambda: watched(nn.Conv2d(8, 8, 1), lambda module, args, out: args[0]),
+    "forward": lambda: with_forward(nn.ReLU(True), lambda x: F.relu_(x).flip(1)),
+    "other-shape": lambda: with_forward(nn.ReLU(True), lambda x: F.relu_(x).flatten(1)),
+    "untraceable": WritesByTheData,
+}
+
+
+@pytest.mark.parametrize("make", WRITERS.values(), ids=WRITERS)
+def test_a_module_that_writes_what_it_does_not_return(make):
+    net = Net(lambda net, f: (f.flatten(1), net.child(f).add_(1), net.other(f)))
+    net.child = make()
+    assert_frozen_as_stock(net.eval(), *images())
+    net.function = lambda net, f: net.child(net.other(f).relu())
+    assert_frozen_as_stock(net, *images())
+
+
+def test_an_untraceable_module_that_writes_the_image():
+    assert_frozen_as_stock(nn.Sequential(WritesByTheData(), head()).eval(), *images())
+
+
 class Counts(nn.Module):
     def __init__(self, count):
         super().__init__()

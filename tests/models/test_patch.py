@@ -18,6 +18,7 @@ from tests.support.model_checks import (
 )
 from tests.support.numerics import assert_matches_module
 from tests.support.pairs import calibrate, pair, seen
+from tests.support.random_networks import check_frozen, check_patched
 
 torchvision = pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
@@ -383,3 +384,13 @@ def test_a_quantised_model_is_refused():
 
 def test_restore_leaves_other_models_alone(stock):
     assert cvkernels.restore(stock) is stock
+
+
+# Random networks
+
+
+@pytest.mark.parametrize("tens", range(8))
+def test_random_networks_of_blocks(tens):
+    for seed in range(10 * tens, 10 * tens + 10):
+        check_patched(seed)
+        check_frozen(seed, patched=True)

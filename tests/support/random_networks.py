@@ -1,16 +1,25 @@
 """Small networks made at random: modules, writes in place, views, reductions, parts and sizes.
 
-``python -m tests.support.random_networks FIRST LAST`` freezes those of many seeds.
+Some have blocks that patch replaces among them. ``python -m tests.support.random_networks FIRST
+LAST`` freezes those of many seeds, ``--check patch`` patches them, and ``both`` does both.
 """
 
+import argparse
+import collections
+import copy
 import random
-import sys
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import cvkernels
+from cvkernels.freeze.capture import CaptureError
+from tests.support.numerics import cotangents_of
+
+# Whether code behind blocks may tell maps that are channels_last from contiguous ones: by a view
+# that flattens one, or by the order in which dropout draws its numbers.
+LAYOUT_SENSITIVE = False
 
 MODULES = (
     lambda: nn.Conv2d(8, 8, 3, padding=1), lambda: nn.Conv2d(8, 8, 1), lambda: nn.BatchNorm2d(8),
@@ -81,6 +90,8 @@ MAPS = (
     lambda f, g, net: F.dropout(f, 0.3, net.training),
     *(lambda f, g, net, which=which: _view_and_back(f, which) for which in range(4)),
 )  # fmt: skip
+IN_PLACE = MAPS[:4]
+OF_A_LAYOUT = (MAPS[-5], MAPS[-4], MAPS[-3])
 # What writes f and makes no map.
 WRITES = (
     lambda f, g: f.mul_(0.7),
@@ -108,31 +119,59 @@ RESULTS = (
 
 
 class RandomNetwork(nn.Module):
-    """A network of images [N, 8, H, W], the same for the same seed."""
+    """A network of images [N, 8, H, W], the same for the same seed.
 
-    def __init__(self, seed: int) -> None:
+    With ``blocks``, parts of it are what patch replaces; some modules have hooks, and some
+    parameters need no gradient. Every other one of them writes nothing in place, so that autograd
+    differentiates it.
+    """
+
+    def __init__(self, seed: int, blocks: bool = False) -> None:
         super().__init__()
         choose = random.Random(seed)
         self.register_buffer("scale", torch.rand(1, 8, 1, 1) + 0.5)
         self.layers, self.program = nn.ModuleList(), []
+        modules, maps, weights = MODULES, MAPS, (8, 12, 4, 2, 0)
+        if blocks:
+            # Needs torchvision and timm.
+            from tests.support.random_blocks import random_block
+
+            weights = (4, 10, 3 * (seed % 2), 2, 8)
+            maps = MAPS if seed % 2 else [m for m in MAPS if m not in IN_PLACE]
+            if not LAYOUT_SENSITIVE:
+                modules = [m for m in MODULES if m is not nn.Dropout]
+                maps = [m for m in maps if m not in OF_A_LAYOUT]
+        table = {"layer": modules, "map": maps, "write": WRITES, "result": RESULTS, "block": ()}
         for _ in range(choose.randint(3, 9)):
-            kind = choose.choices(("layer", "map", "write", "result"), (8, 12, 4, 2))[0]
-            function = {"map": MAPS, "write": WRITES, "result": RESULTS}.get(kind, MODULES)
-            picked = choose.choice(function)
+            kind = choose.choices(list(table), weights)[0]
+            picked = random_block(choose) if kind == "block" else choose.choice(table[kind])
             if kind == "layer":
                 picked = picked()
                 if isinstance(picked, nn.BatchNorm2d):
                     nn.init.uniform_(picked.running_mean)
                     nn.init.uniform_(picked.weight)
+            if isinstance(picked, nn.Module):
                 self.layers.append(picked)
             self.program.append((kind, picked, choose.random(), choose.random()))
         self.returned = [choose.random() for _ in range(choose.randint(1, 3))]
+        self.has_blocks = blocks
+        if blocks:
+            self._watch_and_fix(choose)
+
+    def _watch_and_fix(self, choose: random.Random) -> None:
+        for module in self.layers.modules():
+            if hasattr(module, "drop_rate") and not LAYOUT_SENSITIVE:
+                module.drop_rate = 0.0
+            if choose.random() < 0.01:
+                module.register_forward_hook(_doubles)
+        for parameter in self.parameters():
+            parameter.requires_grad_(choose.random() < 0.9)
 
     def forward(self, x):
         maps, results = [x * 1.0], []
         for kind, picked, first, second in self.program:
             f, g = (maps[int(place * len(maps))] for place in (first, second))
-            if kind == "layer":
+            if isinstance(picked, nn.Module):
                 maps.append(picked(f))
             elif kind == "map":
                 maps.append(picked(f, g, self))
@@ -140,30 +179,194 @@ class RandomNetwork(nn.Module):
                 picked(f, g)
             else:
                 results.append(picked(f))
+        # What a network of blocks does not read may raise in stock, and is not run by ours.
+        results += maps[1:] if self.has_blocks else ()
         return (*(maps[int(place * len(maps))] for place in self.returned), *results)
 
 
-@torch.no_grad()
-def check_frozen(seed: int) -> None:
-    """Frozen, the network errs as stock does, in each call and for other sizes of images."""
+def _doubles(module, args, out):
+    return out * 2 if isinstance(out, Tensor) else None
+
+
+def attempt(function, *args):
+    """What the function returns, or the error that it raises."""
+    try:
+        return function(*args)
+    except Exception as error:  # noqa: BLE001 - stock may raise anything
+        return error
+
+
+def assert_errs_like(ours: Tensor, stock: Tensor, truth: Tensor, slack: float = 1e-5) -> None:
+    """By at most four times what stock does, and roundings."""
+    assert ours.shape == stock.shape and ours.dtype == stock.dtype
+    errors = [(y.double() - truth).abs().max() for y in (ours, stock)]
+    allowed = 4 * errors[1] + slack * truth.abs().max() + 1e-6
+    assert errors[0] <= allowed or not truth.isfinite().all(), f"{errors[0]} > {allowed}"
+
+
+def networks_of(seed: int, blocks: bool) -> tuple[RandomNetwork, RandomNetwork]:
+    """In eval: in float32, and in float64."""
     torch.manual_seed(seed)
-    network = RandomNetwork(seed).eval()
-    wide = RandomNetwork(seed).double().eval()
-    wide.load_state_dict(network.state_dict())
+    network = RandomNetwork(seed, blocks).eval()
+    return network, copy.deepcopy(network).double()
+
+
+@torch.no_grad()
+def check_frozen(seed: int, patched: bool = False) -> None:
+    """Frozen, the network errs as stock does, in each call and for other sizes of images."""
+    network, wide = networks_of(seed, patched)
+    ours = copy.deepcopy(network)
+    if patched:
+        attempt(cvkernels.patch, ours)
     frozen = None
     for shape in ((2, 8, 6, 6), (2, 8, 6, 6), (3, 8, 7, 5)):
         x = torch.randn(shape)
-        frozen = cvkernels.freeze(network, x) if frozen is None else frozen
-        for ours, stock, truth in zip(frozen(x), network(x.clone()), wide(x.double()), strict=True):
-            assert ours.shape == stock.shape and ours.dtype == stock.dtype
-            errors = [(y.double() - truth).abs().max() for y in (ours, stock)]
-            slack = 1e-5 * truth.abs().max() + 1e-6
-            assert errors[0] <= 4 * errors[1] + slack or not truth.isfinite().all()
+        expected = attempt(network, x.clone())
+        if isinstance(expected, Exception):
+            raised = attempt(cvkernels.freeze, ours, x) if frozen is None else attempt(frozen, x)
+            assert isinstance(raised, Exception), f"stock raises {expected}"
+            return
+        frozen = cvkernels.freeze(ours, x) if frozen is None else frozen
+        for values in zip(frozen(x), expected, wide(x.double()), strict=True):
+            assert_errs_like(*values)
+
+
+def check_patched(seed: int) -> None:
+    """Patched, the network computes and trains as stock does, or raises where stock raises."""
+    network, wide = networks_of(seed, blocks=True)
+    patched = copy.deepcopy(network)
+    if isinstance(attempt(cvkernels.patch, patched), ValueError):
+        return
+    models = (patched, network, copy.deepcopy(patched).double(), wide)
+    choose = random.Random(seed)
+    layout = choose.choice((torch.contiguous_format,) * 2 + (torch.channels_last,))
+    for _ in range(2):
+        for shape in ((2, 8, 6, 6), (2, 8, 6, 6), (3, 8, 7, 5)):
+            if not _evaluates_alike(*models, torch.randn(shape).contiguous(memory_format=layout)):
+                return
+        place, factor = choose.random(), choose.choice((0.9, 1.1))
+        for model in models:
+            state = [p for p in [*model.parameters(), *model.buffers()] if p.is_floating_point()]
+            with torch.no_grad():
+                state[int(place * len(state))].mul_(factor)
+    _set_modes(models, choose)
+    for step in range(2):
+        x = torch.randn(3, 8, 6, 7).contiguous(memory_format=layout)
+        if not _trains_alike(*models, x, step):
+            return
+
+
+def _set_modes(models, choose) -> None:
+    """All of them in training, or in eval, or parts of them in either."""
+    mode, mixed = choose.random() < 0.8, choose.random() < 0.4
+    for model in models:
+        model.train(mode)
+    for modules in zip(*(model.modules() for model in models), strict=True):
+        if mixed and choose.random() < 0.15:
+            part = choose.random() < 0.5
+            for module in modules:
+                module.train(part)
+
+
+@torch.no_grad()
+def _evaluates_alike(patched, stock, wide_patched, wide, x) -> bool:
+    """False where stock raises, and so does the patched one."""
+    expected, actual = attempt(stock, x), attempt(patched, x)
+    if isinstance(expected, Exception):
+        assert isinstance(actual, Exception), f"stock raises {expected}"
+        return False
+    if isinstance(actual, Exception):
+        raise actual
+    truths = wide(x.double())
+    for values in zip(actual, expected, truths, strict=True):
+        assert_errs_like(*values)
+    for ours, truth in zip(wide_patched(x.double()), truths, strict=True):
+        assert_exact(ours, truth)
+    return True
+
+
+def assert_exact(ours: Tensor, truth: Tensor, rounding: float = 0.0) -> None:
+    """Equal in float64 but for its rounding."""
+    assert ours.shape == truth.shape and ours.dtype == truth.dtype
+    allowed = 1e-9 * truth.abs().max() + rounding
+    error = (ours - truth).abs().max()
+    assert error <= allowed or not truth.isfinite().all(), f"{error} > {allowed}"
+
+
+def _trains_alike(patched, stock, wide_patched, wide, x, seed) -> bool:
+    """False where stock raises, and so does the patched one, or computes what stock would have."""
+    copied = copy.deepcopy(wide)
+    expected = attempt(trained, wide, x.double(), seed)
+    actual = attempt(trained, wide_patched, x.double(), seed)
+    if isinstance(expected, Exception):
+        if isinstance(actual, Exception):
+            return False
+        # Stock has saved for backward what is written in place, which ours need not have.
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+            expected = trained(copied, x.double(), seed)
+        wide.load_state_dict(copied.state_dict())
+    if isinstance(actual, Exception):
+        raise actual
+    # A bias before a norm over the batch has the gradient zero, and rounding around it.
+    rounding = 1e-12 * max(value.abs().max() for value in expected.values())
+    assert actual.keys() == expected.keys()
+    for name, truth in expected.items():
+        try:
+            assert_exact(actual[name], truth, rounding)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+    return True
+
+
+def trained(network: nn.Module, x: Tensor, seed: int) -> dict[str, Tensor]:
+    """Outputs, gradients and buffers after a forward and backward pass."""
+    torch.manual_seed(seed)
+    network.zero_grad()
+    x = x.clone().requires_grad_()
+    outputs = network(x)
+    needy = [out for out in outputs if out.requires_grad]
+    torch.autograd.backward(needy, cotangents_of(needy))
+    results = {f"output {place}": out.detach() for place, out in enumerate(outputs)}
+    results |= {f"gradient of {name}": p.grad for name, p in network.named_parameters()}
+    results |= {"gradient of x": x.grad}
+    results |= {
+        f"{name}.{key}": buffer.double().clone()
+        for name, module in network.named_modules()
+        if not name.endswith("norm1") or not _checkpoints(network, name)
+        for key, buffer in module.named_buffers(recurse=False)
+    }
+    return {name: value for name, value in results.items() if value is not None}
+
+
+def _checkpoints(network: nn.Module, norm: str) -> bool:
+    """Whether stock updates the norm's statistics twice a step, ours once."""
+    layer = network.get_submodule(norm.rpartition(".")[0])
+    return getattr(layer, "memory_efficient", getattr(layer, "grad_checkpointing", False))
+
+
+CHECKS = {
+    "freeze": (check_frozen, lambda seed: check_frozen(seed, patched=True)),
+    "patch": (check_patched,),
+}
+CHECKS["both"] = CHECKS["freeze"] + CHECKS["patch"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("first", type=int)
+    parser.add_argument("last", type=int)
+    parser.add_argument("--check", choices=CHECKS, default="freeze")
+    arguments = parser.parse_args()
+    counts = collections.Counter()
+    for seed in range(arguments.first, arguments.last):
+        for number, check in enumerate(CHECKS[arguments.check]):
+            error = attempt(check, seed)
+            kind = "right" if error is None else type(error).__name__
+            counts[number, kind] += 1
+            if error is not None and not isinstance(error, CaptureError):
+                print(f"seed {seed} ({number}): {kind}: {str(error)[:300]}", flush=True)
+    print(dict(counts))
 
 
 if __name__ == "__main__":
-    for number in range(*map(int, sys.argv[1:3])):
-        try:
-            check_frozen(number)
-        except Exception as error:  # noqa: BLE001 - the others go on
-            print(f"seed {number}: {type(error).__name__}: {error}")
+    main()

@@ -94,15 +94,15 @@ class Flatten(Op, name="flatten", views=True):
 class Call(Op, name="call", views=True, reports=True):
     """A call of a function, a method or a module that the graph has no op for.
 
-    ``args`` and ``kwargs`` hold a :class:`cvkernels.freeze.graph.Ref` for each input. ``in_place``
-    says that the call writes over the first, of which it then gets a copy.
+    ``args`` and ``kwargs`` hold a :class:`cvkernels.freeze.graph.Ref` for each input.
+    ``writes_first`` says that the call may write over the first, of which it then gets a copy.
     """
 
     kind: str
     target: Any
     args: tuple
     kwargs: dict
-    in_place: bool
+    writes_first: bool
 
     def infer(self, node: Node, inputs: list, device: torch.device) -> Any:
         zeros = [
@@ -124,11 +124,11 @@ class Call(Op, name="call", views=True, reports=True):
 
     def function(self) -> Callable[[list], Any]:
         """The call as a function of the list of the inputs' values."""
-        is_method, target, in_place = self.kind == "method", self.target, self.in_place
+        is_method, target, copies = self.kind == "method", self.target, self.writes_first
         args, kwargs = self.args, self.kwargs
 
         def run(values: list) -> Any:
-            if in_place:
+            if copies:
                 values = [values[0].clone(), *values[1:]]
             actual, named = fill(args, values), fill(kwargs, values)
             if is_method:
