@@ -57,6 +57,14 @@ _IN_PLACE_OPERATORS = {
 class Proxy(fx.Proxy):
     """A stand-in whose ``+=`` and the like are recorded, which torch.fx takes for ``+``."""
 
+    @property
+    def data(self) -> fx.Proxy:
+        return fx.proxy.Attribute(self, "data")
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        raise TypeError("an assignment to .data cannot be recorded")
+
 
 def _in_place(function: Callable) -> Callable:
     def write(self: fx.Proxy, other: Any) -> fx.Proxy:

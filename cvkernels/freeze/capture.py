@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx, jit, nn
 from torch.fx.node import map_aggregate
 
 from cvkernels.freeze import aliasing
@@ -41,7 +41,7 @@ SIZED = ("view", "reshape")
 
 
 class CaptureError(ValueError):
-    """The model's control flow depends on its input, so that no one graph stands for it."""
+    """No one graph stands for the model; the message names the module, why, and the way out."""
 
 
 class _Tracer(fx.Tracer):
@@ -50,6 +50,8 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__(autowrap_modules=(), param_shapes_constant=False)
         self.opaque: dict[str, str] = {}
+        # The innermost modules that drew random numbers while they were traced.
+        self.draws: list[str] = []
 
     # A buffer that forward writes is the model's own.
     proxy_buffer_attributes = True
@@ -71,10 +73,16 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         nodes = list(self.graph.nodes)
         stack = self.module_stack.copy()
+        drawn, draws = torch.get_rng_state(), len(self.draws)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
+            if len(self.draws) == draws and not torch.equal(torch.get_rng_state(), drawn):
+                self.draws.append(self.path_of_module(m))
+            return result
         # Whatever a module does with a stand-in that is no tensor: the module itself still works.
         except Exception as error:  # noqa: BLE001
+            torch.set_rng_state(drawn)
+            del self.draws[draws:]
             self.module_stack.clear()
             self.module_stack.update(stack)
             for node in reversed(list(self.graph.nodes)[len(nodes) :]):
@@ -91,34 +99,60 @@ def capture(model: nn.Module, dtype: torch.dtype | None = None) -> Graph:
     would.
 
     Raises:
-        CaptureError: the top-level forward decides by the data, takes several tensors, writes
-            parameters or buffers, or draws random numbers that do not depend on its input.
+        CaptureError: the model is scripted, or its own forward decides by the data or takes several
+            tensors; a module writes parameters or buffers, draws random numbers that do not depend
+            on its input, or has to be called as it is and cannot be copied.
     """
-    drawn = torch.get_rng_state()
-    with _unchanged(model):
-        graph = _captured(model, dtype)
-    if not torch.equal(torch.get_rng_state(), drawn):
+    if isinstance(model, jit.ScriptModule):
         raise CaptureError(
-            f"freeze: {type(model).__name__}.forward draws random numbers whatever its input, "
-            f"which would be the same in each call of a frozen model; draw them in a child module, "
-            f"or give them a size of the input's"
+            f"freeze: the model is a {type(model).__name__}: it is scripted, and TorchScript "
+            f"cannot be traced; freeze the model before scripting it, or wrap it in a module, "
+            f"which calls it as it is"
         )
-    return graph
-
-
-def _captured(model: nn.Module, dtype: torch.dtype | None) -> Graph:
+    if extra := [name for name, p in _parameters(model)[1:] if p.default is p.empty]:
+        raise CaptureError(
+            f"freeze: {_named(model)} takes {', '.join(extra)} besides the images, and a frozen "
+            f"model takes one tensor; wrap the model in a module that takes one"
+        )
+    drawn = torch.get_rng_state()
     tracer, replaced = _Tracer(), why_replaced()
+    with _unchanged(model):
+        traced = _traced(model, tracer)
+        _refuse_draws(model, drawn, *tracer.draws[:1])
+        return _Reader(model, tracer, dtype, replaced).read(traced)
+
+
+def _traced(model: nn.Module, tracer: _Tracer) -> fx.Graph:
+    defaults = {name: p.default for name, p in _parameters(model)[1:]}
     try:
-        traced = tracer.trace(model, _defaults(model))
+        return tracer.trace(model, defaults)
     # A forward may do anything with a proxy; all of it means the same.
     except Exception as error:  # noqa: BLE001
+        called = "; ".join(f"{name!r}, {why}" for name, why in tracer.opaque.items())
         raise CaptureError(
-            f"freeze: {type(model).__name__}.forward cannot be captured: {first_line(error)}. Its "
-            f"control flow depends on the input's values, or it is no function of one tensor; move "
-            f"that into a child module, which freeze calls as it is, or freeze the part of the "
-            f"model around it"
+            f"freeze: {_named(model)} cannot be captured: {first_line(error)}. Its control flow "
+            f"depends on the input's values, or on what a child returns that freeze calls as it is "
+            f"({called or 'none here'}); move that into a child module, which is called as it is, "
+            f"or freeze the part of the model around it"
         ) from error
-    return _Reader(model, tracer, dtype, replaced).read(traced)
+
+
+def _refuse_draws(model: nn.Module, drawn: Tensor, path: str = "") -> None:
+    """Refuse random numbers that were drawn since the generator had the state ``drawn``."""
+    if torch.equal(torch.get_rng_state(), drawn):
+        return
+    torch.set_rng_state(drawn)
+    raise CaptureError(
+        f"freeze: {_named(model, path)} draws random numbers whatever its input, which would be "
+        f"the same in each call of a frozen model; give them a size of the input's, as in "
+        f"torch.rand_like(x), or freeze the part of the model around it"
+    )
+
+
+def _named(model: nn.Module, path: str = "") -> str:
+    """How an error names the forward of the module at that path."""
+    forward = f"{type(model.get_submodule(path)).__name__}.forward"
+    return f"{forward} at {path!r}" if path else forward
 
 
 @contextlib.contextmanager
@@ -126,6 +160,8 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     """Take back what tracing sets on the modules: stand-ins of tensors, and constants."""
     dicts = []
     for module in model.modules():
+        if isinstance(module, jit.ScriptModule):
+            continue  # is not traced into
         tables = (module._parameters, module._buffers, module._modules)
         dicts += [module.__dict__, *tables]
     before = [dict(attributes) for attributes in dicts]
@@ -138,10 +174,11 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
                 now.update(then)
 
 
-def _defaults(model: nn.Module) -> dict[str, Any]:
-    """The default of every parameter of forward but the first."""
-    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
-    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+def _parameters(model: nn.Module) -> list[tuple[str, inspect.Parameter]]:
+    """Those that forward names."""
+    parameters = inspect.signature(model.forward).parameters
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [(name, p) for name, p in parameters.items() if p.kind not in several]
 
 
 class _Reader:
@@ -256,7 +293,17 @@ class _Reader:
     def _twin(self, module: nn.Module) -> nn.Module:
         """A copy: the model may train on, and the frozen one keeps the module as it is now."""
         if id(module) not in self.copies:
-            self.copies[id(module)] = copy.deepcopy(module)
+            try:
+                self.copies[id(module)] = copy.deepcopy(module)
+            # Whatever a module holds, and does in its own __deepcopy__.
+            except Exception as error:  # noqa: BLE001
+                path = next(path for path, m in self.model.named_modules() if m is module)
+                why = self.tracer.opaque.get(path, "freeze has no op for it")
+                raise CaptureError(
+                    f"freeze: {_named(self.model, path)} is called as it is ({why}), and cannot be "
+                    f"copied for that: {first_line(error)}; give the module a __deepcopy__, or "
+                    f"freeze the part of the model around it"
+                ) from error
         return self.copies[id(module)]
 
     def _writes(self, node: fx.Node) -> bool:
@@ -268,8 +315,7 @@ class _Reader:
         written = aliasing.writes(node, self.modules)
         for target in written:
             if target.op == "get_attr":
-                layer = self._layer(node)
-                where = f"{type(self.model.get_submodule(layer)).__name__} {layer!r}"
+                where = _named(self.model, self._layer(node))
                 raise CaptureError(
                     f"freeze: {where} writes {target.target!r} in place, and a frozen model has no "
                     f"state; compute a new value in place of it, or freeze the part around it"
@@ -325,8 +371,11 @@ class _Reader:
         target = _for_any_layout(target)
         if not inputs:
             # Nothing in it depends on the input: it is a constant.
+            drawn = torch.get_rng_state()
             with torch.no_grad():
-                return Call(kind, target, args, kwargs, False).function()([])
+                value = Call(kind, target, args, kwargs, False).function()([])
+            _refuse_draws(self.model, drawn, layer)
+            return value
         return self.emit(Call(kind, target, args, kwargs, in_place), inputs, layer)
 
 

@@ -144,12 +144,13 @@ def _check_model(model: nn.Module, example: Tensor, dtype: torch.dtype | None) -
         if module.training and not type(module).__module__.startswith("torch.ao.nn.quantized"):
             where = f"its module {name!r}" if name else "the model"
             raise ValueError(f"freeze: {where} is in training mode; call model.eval() first")
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    devices = {tensor.device for tensor in tensors}
-    if devices - {example.device}:
-        others = ", ".join(sorted(str(device) for device in devices))
+    devices: dict[torch.device, str] = {}
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        devices.setdefault(tensor.device, name)
+    if devices.keys() - {example.device}:
+        others = ", ".join(f"{device} ({name!r})" for device, name in devices.items())
         raise ValueError(
-            f"freeze: example must be on the model's device ({others}), got {example.device}; move "
+            f"freeze: example must be on the model's device, {others}, got {example.device}; move "
             f"one with .to()"
         )
 

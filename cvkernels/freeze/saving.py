@@ -17,7 +17,7 @@ def encode(graph: Graph) -> dict[str, Any]:
     for node in graph.nodes:
         if isinstance(node.op, Call):
             raise ValueError(
-                f"save: layer {node.layer!r} is a {_name(node.op.target)} that is called as it is, "
+                f"save: layer {node.layer!r} is a {node.op.called} that is called as it is, "
                 f"and a file of plain types holds no code; use torch.save(frozen, path) and "
                 f"torch.load(path, weights_only=False)"
             )
@@ -42,10 +42,6 @@ def decode(content: dict[str, Any]) -> Graph:
         nodes.append(Node(op, [nodes[number] for number in fields["inputs"]], fields["layer"]))
     results = [nodes[number] for number in content["results"]]
     return Graph(nodes, results, _decoded(content["output"]))
-
-
-def _name(target: Any) -> str:
-    return target if isinstance(target, str) else getattr(target, "__name__", type(target).__name__)
 
 
 def _encoded(structure: Any) -> Any:

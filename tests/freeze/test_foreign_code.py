@@ -1,6 +1,8 @@
 """Frozen models whose forward is other people's: views, writes in place, sizes, wrappers."""
 
+import threading
 import types
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -9,7 +11,6 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import cvkernels
-from cvkernels.freeze.capture import CaptureError
 from tests.support.random_networks import check_frozen
 
 
@@ -336,6 +337,26 @@ def test_a_module_that_writes_what_it_does_not_return(make):
     assert_frozen_as_stock(net, *images())
 
 
+class DrawsByTheData(nn.Module):
+    def forward(self, x):
+        return x + torch.rand(1) if x.sum() > 1e9 - torch.rand(1) else x
+
+
+@pytest.mark.parametrize(
+    "child",
+    [
+        torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(True))),
+        torch.jit.trace(nn.Conv2d(8, 8, 1), torch.ones(1, 8, 4, 4)),
+        DrawsByTheData(),
+    ],
+    ids=["scripted", "traced", "draws"],
+)
+def test_a_child_that_cannot_be_traced(child):
+    net = Net(lambda net, f: net.other(net.child(f)))
+    net.child = child
+    assert_frozen_as_stock(net.eval(), *images())
+
+
 def test_an_untraceable_module_that_writes_the_image():
     assert_frozen_as_stock(nn.Sequential(WritesByTheData(), head()).eval(), *images())
 
@@ -373,22 +394,123 @@ class Assigns(nn.Module):
         return x
 
 
-@pytest.mark.parametrize(
-    ("model", "reason"),
-    [
-        (Net(lambda net, f: f + torch.randn(1, 8, 1, 1)), "random numbers"),
-        (Counts(count_by_operator), "writes 'calls' in place"),
-        (Counts(lambda module: module.calls.add_(1)), "writes 'calls' in place"),
-        (Assigns(), "item assignment"),
-    ],
-    ids=["noise", "iadd", "add_", "setitem"],
-)
-def test_what_no_frozen_model_can_do_is_refused_by_name(model, reason):
-    model, before = model.eval(), {name: t.clone() for name, t in model.state_dict().items()}
-    with pytest.raises(CaptureError, match=reason):
-        cvkernels.freeze(model, images()[0])
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    model(images()[0])
+class HoldsALock(WritesByTheData):
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+class RefusesBlankImages(nn.Module):
+    def forward(self, x):
+        if not x.any():
+            raise ValueError("a blank image")
+        return x
+
+
+def inside(child):
+    """``child`` as module "1.block" of a network."""
+    return nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sequential(OrderedDict(block=child))).eval()
+
+
+class OfMaps(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, f):
+        return self.function(f)
+
+
+class OfTwo(nn.Module):
+    def forward(self, x, y):
+        return x + y
+
+
+ITS_PART = "or freeze the part (of the model )?around it"
+# The model, and what its error says: the module, what of it, and the way out.
+REFUSED = {
+    "noise": (
+        inside(OfMaps(lambda f: f + torch.randn(1, 8, 1, 1))),
+        "OfMaps.forward at '1.block' draws random numbers", "rand_like.*" + ITS_PART,
+    ),
+    "noise-of-a-buffer": (
+        inside(Counts(lambda module: F.dropout(module.calls, 0.5, True))),
+        "Counts.forward at '1.block' draws random numbers", "rand_like.*" + ITS_PART,
+    ),
+    "iadd": (
+        inside(Counts(count_by_operator)),
+        "Counts.forward at '1.block' writes '1.block.calls' in place", "compute a new value.*",
+    ),
+    "add_": (
+        inside(Counts(lambda module: module.calls.add_(1))),
+        "Counts.forward at '1.block' writes '1.block.calls' in place", "compute a new value.*",
+    ),
+    "copy": (
+        inside(HoldsALock()),
+        "HoldsALock.forward at '1.block' is called as it is .*symbolically traced.*lock",
+        "give the module a __deepcopy__, " + ITS_PART,
+    ),
+    "zeros": (
+        inside(RefusesBlankImages()),
+        r"layer '1.block' calls RefusesBlankImages, .*zeros of shape \[2, 8, 12, 12\], and that "
+        "raises ValueError: a blank image", "around the layer",
+    ),
+    "size": (
+        inside(OfMaps(lambda f: f.view(-1, 7, 3))),
+        "layer '1.block' calls reshape, .*RuntimeError: shape", "give images of a size",
+    ),
+    "channels": (
+        inside(nn.Conv2d(9, 8, 1)), r"layer '1.block' \(conv\) takes 9 channels", "give images",
+    ),
+    "setitem": (Assigns(), "Assigns.forward cannot be captured: .*item assignment", ITS_PART),
+    "data": (
+        Net(lambda net, f: setattr(net.other.weight, "data", f) or f),
+        "Net.forward cannot be captured: an assignment to .data", ITS_PART,
+    ),
+    "iterates": (
+        Net(lambda net, f: sum(row for row in net.bn(f))),
+        "Net.forward cannot be captured: .*iterated", "move that into a child.*" + ITS_PART,
+    ),
+    "two": (OfTwo(), "forward takes y besides", "wrap the model in a module"),
+    "scripted": (torch.jit.script(head()), "it is scripted", "before scripting it, or wrap it"),
+    "training": (
+        inside(nn.Dropout()).requires_grad_(False), "its module '1.block' is in training mode",
+        "call model.eval",
+    ),
+    "device": (
+        inside(nn.Conv2d(8, 8, 1, device="meta")), "cpu \\('0.weight'\\), meta \\('1.block.weight'",
+        "move one with .to()",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "what", "way_out"), REFUSED.values(), ids=REFUSED)
+def test_a_refusal_names_the_module_and_the_way_out_and_changes_nothing(model, what, way_out):
+    model = model.eval()
+    if "training" in what:
+        model.get_submodule("1.block").train()
+    x = images()[0]
+
+    def facts():
+        modules = [dict(module.__dict__) for module in model.modules()]  # hooks and flags, too
+        torch.manual_seed(1)
+        try:
+            return modules, model(x.clone()).detach()
+        except (RuntimeError, TypeError) as error:
+            return modules, str(error)
+
+    before = facts()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.manual_seed(2)
+    drawn = torch.get_rng_state()
+    with pytest.raises(ValueError, match=f"(?s){what}.*;.*{way_out}"):
+        cvkernels.freeze(model, x)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    for name, tensor in model.state_dict().items():
+        assert tensor.is_meta or torch.equal(tensor, state[name])
+        if name.endswith("calls"):
+            tensor.zero_()  # The model itself has written it.
+    assert str(facts()) == str(before)
 
 
 @pytest.mark.parametrize("tens", range(30))

@@ -7,11 +7,23 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cvkernels.freeze.aliasing import Region
-from cvkernels.freeze.graph import Node, Op, Run, Step, TensorSpec, fill, promoted, spec_of
+from cvkernels.freeze.graph import (
+    Node,
+    Op,
+    Run,
+    ShapeError,
+    Step,
+    TensorSpec,
+    fill,
+    promoted,
+    spec_of,
+)
+from cvkernels.memory_use import out_of_memory
 from cvkernels.ops.common.traffic import Traffic
+from cvkernels.tables import first_line
 
 if TYPE_CHECKING:
     from cvkernels.freeze.lower import Lowered
@@ -104,6 +116,17 @@ class Call(Op, name="call", views=True, reports=True):
     kwargs: dict
     writes_first: bool
 
+    @property
+    def called(self) -> str:
+        """The names of what is called."""
+        region = self.target.calls if isinstance(self.target, Region) else [self]
+        return ", ".join(
+            call.target
+            if isinstance(call.target, str)
+            else getattr(call.target, "__name__", type(call.target).__name__)
+            for call in region
+        )
+
     def infer(self, node: Node, inputs: list, device: torch.device) -> Any:
         zeros = [
             torch.zeros(value.shape, dtype=value.dtype, device=device)
@@ -111,7 +134,19 @@ class Call(Op, name="call", views=True, reports=True):
             else value
             for value in inputs
         ]
-        return spec_of(self.function()(zeros))
+        try:
+            return spec_of(self.function()(zeros))
+        # Whatever the code that is called makes of zeros, or of a size that it does not take.
+        except Exception as error:  # noqa: BLE001
+            if out_of_memory(error):
+                raise
+            shapes = ", ".join(str(list(z.shape)) for z in zeros if isinstance(z, Tensor))
+            raise ShapeError(
+                f"frozen model: layer {node.layer!r} calls {self.called}, which is planned by "
+                f"running it on zeros of shape {shapes}, and that raises {type(error).__name__}: "
+                f"{first_line(error)}; give images of a size that the network takes, or freeze the "
+                f"part of the model around the layer"
+            ) from error
 
     def to(self, dtype: torch.dtype) -> None:
         """Convert the modules that are called, in place: they are the graph's own."""
