@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import cvkernels
 from cvkernels.freeze.capture import CaptureError
-from tests.support.numerics import cotangents_of
+from tests.support.numerics import cotangents_of, tensors_in
 
 # Whether code behind blocks may tell maps that are channels_last from contiguous ones: by a view
 # that flattens one, or by the order in which dropout draws its numbers.
@@ -323,7 +323,7 @@ def trained(network: nn.Module, x: Tensor, seed: int) -> dict[str, Tensor]:
     torch.manual_seed(seed)
     network.zero_grad()
     x = x.clone().requires_grad_()
-    outputs = network(x)
+    outputs = tensors_in(network(x))
     needy = [out for out in outputs if out.requires_grad]
     torch.autograd.backward(needy, cotangents_of(needy))
     results = {f"output {place}": out.detach() for place, out in enumerate(outputs)}
