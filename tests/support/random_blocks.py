@@ -1,7 +1,7 @@
 """Blocks of torchvision and timm that patch replaces, of random options, between maps of one size.
 
-Each takes and returns [N, 8, H, W]: what it computes is cut or repeated to 8 channels, and
-interpolated to the size that it took, by code that is no block's.
+Each takes and returns [N, 8, H, W]. Where what it computes has other channels or another size, it
+is cut or repeated to 8 channels and interpolated, by code that is no block's.
 """
 
 from __future__ import annotations
@@ -25,18 +25,26 @@ ACTIVATIONS = (nn.ReLU, nn.SiLU, nn.ReLU6, nn.Hardswish)
 
 
 class Fitted(nn.Module):
-    """``block``, with ``channels`` of output, from and to 8 channels of one size."""
+    """``block``, from and to 8 channels of one size."""
 
-    def __init__(self, block: nn.Module, channels: int) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
-        self.copies = -(-WIDTH // channels)
+        x = torch.zeros(1, WIDTH, 6, 6)
+        try:
+            with torch.no_grad():
+                self.shape = block.eval()(x).shape
+        except RuntimeError:  # stock has no such block
+            self.shape = x.shape
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.block(x)
-        if self.copies > 1:
-            y = torch.cat((y,) * self.copies, 1)
-        return F.interpolate(y[:, :WIDTH], size=x.shape[2:])
+        channels = self.shape[1]
+        if channels < WIDTH:
+            y = torch.cat((y,) * (-(-WIDTH // channels)), 1)
+        if channels != WIDTH:
+            y = y[:, :WIDTH]
+        return F.interpolate(y, size=x.shape[2:]) if self.shape[2] != 6 else y
 
 
 def _downsample(choose: Random, channels: int, stride: int) -> nn.Module | None:
@@ -46,7 +54,7 @@ def _downsample(choose: Random, channels: int, stride: int) -> nn.Module | None:
     return nn.Sequential(conv, nn.BatchNorm2d(channels))
 
 
-def _torchvision_residual(choose: Random) -> tuple[nn.Module, int]:
+def _torchvision_residual(choose: Random) -> nn.Module:
     stride, planes = choose.choice((1, 1, 2)), choose.choice((2, 2, 4, 8))
     if choose.random() < 0.4:
         block, channels, options = torchvision.models.resnet.BasicBlock, planes * 4, {}
@@ -56,10 +64,10 @@ def _torchvision_residual(choose: Random) -> tuple[nn.Module, int]:
         options = dict(groups=choose.choice((1, 2)), dilation=choose.choice((1, 2)))
         options["base_width"] = choose.choice((64, 128))
     downsample = _downsample(choose, channels, stride)
-    return block(WIDTH, planes, stride, downsample, **options), channels
+    return block(WIDTH, planes, stride, downsample, **options)
 
 
-def _timm_residual(choose: Random) -> tuple[nn.Module, int]:
+def _timm_residual(choose: Random) -> nn.Module:
     stride, planes = choose.choice((1, 1, 2)), choose.choice((2, 4, 8))
     attention = (None, None, "se", "se", "eca", "ese", "cbam")
     options = dict(
@@ -75,10 +83,10 @@ def _timm_residual(choose: Random) -> tuple[nn.Module, int]:
         channels, block = planes * 4, resnet.Bottleneck
         options |= dict(cardinality=choose.choice((1, 2)), base_width=choose.choice((64, 128)))
     downsample = _downsample(choose, channels, stride)
-    return block(WIDTH, planes, stride, downsample, **options), channels
+    return block(WIDTH, planes, stride, downsample, **options)
 
 
-def _legacy_residual(choose: Random) -> tuple[nn.Module, int]:
+def _legacy_residual(choose: Random) -> nn.Module:
     stride, planes = choose.choice((1, 1, 2)), choose.choice((2, 4, 8))
     kinds = (senet.SEBottleneck, senet.SEResNetBottleneck, senet.SEResNeXtBottleneck)
     block = choose.choice((*kinds, senet.SEResNetBlock))
@@ -87,10 +95,10 @@ def _legacy_residual(choose: Random) -> tuple[nn.Module, int]:
     options = dict(base_width=64) if block is senet.SEResNeXtBottleneck else {}
     downsample = _downsample(choose, channels, stride)
     options |= dict(groups=1, reduction=2, stride=stride, downsample=downsample)
-    return block(WIDTH, planes, **options), channels
+    return block(WIDTH, planes, **options)
 
 
-def _dense(choose: Random) -> tuple[nn.Module, int]:
+def _dense(choose: Random) -> nn.Module:
     layers, growth = choose.randint(1, 3), choose.choice((2, 3, 4, 8))
     drop_rate, saves = choose.choice((0.0, 0.0, 0.3)), choose.random() < 0.3
     kind = choose.choice((torchvision.models.densenet._DenseBlock, densenet.DenseBlock))
@@ -99,8 +107,8 @@ def _dense(choose: Random) -> tuple[nn.Module, int]:
     })  # fmt: skip
     channels = WIDTH + layers * growth
     if choose.random() < 0.5:
-        return dense, channels
-    return nn.Sequential(dense, _transition_of(choose, channels, kind)), channels // 2
+        return dense
+    return nn.Sequential(dense, _transition_of(choose, channels, kind))
 
 
 def _transition_of(choose: Random, channels: int, dense: type) -> nn.Module:
@@ -110,19 +118,19 @@ def _transition_of(choose: Random, channels: int, dense: type) -> nn.Module:
     return densenet.DenseTransition(channels, channels // 2, aa_layer=aa_layer)
 
 
-def _transition(choose: Random) -> tuple[nn.Module, int]:
+def _transition(choose: Random) -> nn.Module:
     kind = choose.choice((torchvision.models.densenet._DenseBlock, densenet.DenseBlock))
-    return _transition_of(choose, WIDTH, kind), WIDTH // 2
+    return _transition_of(choose, WIDTH, kind)
 
 
-def _inception(choose: Random) -> tuple[nn.Module, int]:
+def _inception(choose: Random) -> nn.Module:
     if choose.random() < 0.3:
-        return BasicConv2d(WIDTH, 6, kernel_size=choose.choice((1, 3)), padding=1), 6
+        return BasicConv2d(WIDTH, 6, kernel_size=choose.choice((1, 3)), padding=1)
     widths = [choose.choice((2, 3, 4, 8)) for _ in range(6)]
-    return Inception(WIDTH, *widths), widths[0] + widths[2] + widths[4] + widths[5]
+    return Inception(WIDTH, *widths)
 
 
-def _conv_norm_act(choose: Random) -> tuple[nn.Module, int]:
+def _conv_norm_act(choose: Random) -> nn.Module:
     channels, kernel = choose.choice((3, 8, 16)), choose.choice((1, 3, 5))
     options = dict(
         stride=choose.choice((1, 1, 2)),
@@ -131,10 +139,10 @@ def _conv_norm_act(choose: Random) -> tuple[nn.Module, int]:
         activation_layer=choose.choice((*ACTIVATIONS, None)),
         inplace=choose.choice((True, False)),
     )
-    return Conv2dNormActivation(WIDTH, channels, kernel, **options), channels
+    return Conv2dNormActivation(WIDTH, channels, kernel, **options)
 
 
-def _mbconv(choose: Random) -> tuple[nn.Module, int]:
+def _mbconv(choose: Random) -> nn.Module:
     ratio, kernel, stride = choose.choice((1, 2, 4)), choose.choice((3, 5)), choose.choice((1, 2))
     channels, drop = choose.choice((8, 8, 12)), choose.choice((0.0, 0.0, 0.3))
     shape = (ratio, kernel, stride, WIDTH, channels, 1)
@@ -142,10 +150,10 @@ def _mbconv(choose: Random) -> tuple[nn.Module, int]:
         config, block = efficientnet.MBConvConfig(*shape), efficientnet.MBConv
     else:
         config, block = efficientnet.FusedMBConvConfig(*shape), efficientnet.FusedMBConv
-    return block(config, drop, nn.BatchNorm2d), channels
+    return block(config, drop, nn.BatchNorm2d)
 
 
-def _squeeze_excite(choose: Random) -> tuple[nn.Module, int]:
+def _squeeze_excite(choose: Random) -> nn.Module:
     squeezed, act = choose.choice((1, 2, 4)), choose.choice((nn.ReLU, nn.SiLU))
     kinds = (
         partial(torchvision.ops.SqueezeExcitation, WIDTH, squeezed, activation=act),
@@ -156,10 +164,10 @@ def _squeeze_excite(choose: Random) -> tuple[nn.Module, int]:
             _efficientnet_blocks.SqueezeExcite, WIDTH, rd_channels=squeezed, act_layer=act
         ),
     )  # fmt: skip
-    return choose.choice(kinds)(), WIDTH
+    return choose.choice(kinds)()
 
 
-def _timm_mbconv(choose: Random) -> tuple[nn.Module, int]:
+def _timm_mbconv(choose: Random) -> nn.Module:
     channels = choose.choice((8, 8, 12))
     options = dict(
         stride=choose.choice((1, 1, 2)), act_layer=choose.choice((nn.ReLU, nn.SiLU)),
@@ -170,17 +178,15 @@ def _timm_mbconv(choose: Random) -> tuple[nn.Module, int]:
     kernel, ratio = choose.choice((3, 5)), choose.choice((1.0, 2.0, 4.0))
     kind = choose.randrange(4)
     if kind == 0:
-        skip = choose.random() < 0.5
-        return _efficientnet_blocks.ConvBnAct(
-            WIDTH, channels, kernel, skip=skip, **options
-        ), channels
+        block = partial(_efficientnet_blocks.ConvBnAct, skip=choose.random() < 0.5)
+        return block(WIDTH, channels, kernel, **options)
     options |= dict(noskip=choose.random() < 0.3, se_layer=se)
     if kind == 1:
         block = partial(_efficientnet_blocks.DepthwiseSeparableConv, pw_act=choose.random() < 0.5)
     else:
         kinds = (_efficientnet_blocks.InvertedResidual, _efficientnet_blocks.EdgeResidual)
         block = partial(kinds[kind - 2], exp_ratio=ratio)
-    return block(WIDTH, channels, kernel, **options), channels
+    return block(WIDTH, channels, kernel, **options)
 
 
 BLOCKS = (
@@ -191,7 +197,7 @@ BLOCKS = (
 
 def random_block(choose: Random) -> Fitted:
     """One of the blocks; its norms have statistics, and some are unlike a new one's."""
-    block = Fitted(*choose.choice(BLOCKS)(choose))
+    block = Fitted(choose.choice(BLOCKS)(choose))
     for norm in block.modules():
         if isinstance(norm, (nn.BatchNorm2d, BatchNormAct2d)):
             _vary(norm, choose)

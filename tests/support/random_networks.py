@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 import cvkernels
 from cvkernels.freeze.capture import CaptureError
+from cvkernels.nn import DenseBlock
 from tests.support.numerics import cotangents_of, tensors_in
 
 # Whether code behind blocks may tell maps that are channels_last from contiguous ones: by a view
 # that flattens one, or by the order in which dropout draws its numbers.
 LAYOUT_SENSITIVE = False
+# Whether the output of a dense block may be written in place in training.
+WRITES_DENSE_OUTPUTS = False
 
 MODULES = (
     lambda: nn.Conv2d(8, 8, 3, padding=1), lambda: nn.Conv2d(8, 8, 1), lambda: nn.BatchNorm2d(8),
@@ -162,8 +165,16 @@ class RandomNetwork(nn.Module):
         for module in self.layers.modules():
             if hasattr(module, "drop_rate") and not LAYOUT_SENSITIVE:
                 module.drop_rate = 0.0
-            if choose.random() < 0.01:
-                module.register_forward_hook(_doubles)
+            if choose.random() < 0.03:
+                watch = choose.randrange(4)
+                if watch == 0:
+                    module.register_forward_hook(_doubles)
+                elif watch == 1:
+                    module.register_forward_hook(_writes)
+                elif watch == 2:
+                    module.register_forward_pre_hook(_doubles_first)
+                else:
+                    module.register_full_backward_hook(_nothing)
         for parameter in self.parameters():
             parameter.requires_grad_(choose.random() < 0.9)
 
@@ -186,6 +197,18 @@ class RandomNetwork(nn.Module):
 
 def _doubles(module, args, out):
     return out * 2 if isinstance(out, Tensor) else None
+
+
+def _writes(module, args, out):
+    out.mul_(2)
+
+
+def _doubles_first(module, args):
+    return (args[0] * 2, *args[1:]) if isinstance(args[0], Tensor) else None
+
+
+def _nothing(module, gradients, of_outputs):
+    """Registered, it has autograd see the module's inputs and outputs as views of them."""
 
 
 def attempt(function, *args):
@@ -306,13 +329,20 @@ def _trains_alike(patched, stock, wide_patched, wide, x, seed) -> bool:
             expected = trained(copied, x.double(), seed)
         wide.load_state_dict(copied.state_dict())
     if isinstance(actual, Exception):
+        if "modified by an inplace" in str(actual) and not WRITES_DENSE_OUTPUTS:
+            if any(isinstance(module, DenseBlock) for module in patched.modules()):
+                return False
         raise actual
     # A bias before a norm over the batch has the gradient zero, and rounding around it.
     rounding = 1e-12 * max(value.abs().max() for value in expected.values())
     assert actual.keys() == expected.keys()
+    narrow = [attempt(trained, model, x, seed) for model in (patched, stock)]
     for name, truth in expected.items():
         try:
             assert_exact(actual[name], truth, rounding)
+            # In float32 a rounding moves a value across a kink, and its gradient jumps.
+            if not name.startswith("gradient") and isinstance(narrow[1], dict):
+                assert_errs_like(*(found[name] for found in narrow), truth, slack=1e-4)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
     return True

@@ -88,9 +88,7 @@ def _assert_same(actual: dict, expected: dict) -> None:
 
 
 def check_frozen(stock: nn.Module, x: torch.Tensor) -> str:
-    return outcome(
-        lambda: assert_matches_module(cvkernels.freeze(stock, x), stock, x, grad=False)
-    )
+    return outcome(lambda: assert_matches_module(cvkernels.freeze(stock, x), stock, x, grad=False))
 
 
 def outcome(check) -> str:
