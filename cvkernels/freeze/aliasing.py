@@ -6,7 +6,7 @@ call is one that returns its result, and readers of the written value read that.
 from the first view to the last write are one :class:`Region`, which runs them as PyTorch would.
 
 Nothing is assumed of a call that is not known: it may return a view of any of its arguments. A
-module that is not traced may write them, too, and one with a hook or another ``forward`` may return
+module that is not traced, or has a hook or another ``forward``, may write them, too, and return
 something else than what it writes.
 """
 
@@ -136,6 +136,10 @@ class Modules(NamedTuple):
     get: Callable[[str], nn.Module]
     opaque: Collection[str]
 
+    def may_write(self, name: str) -> bool:
+        """Whether code that nobody has looked at runs there, which may write what it is given."""
+        return name in self.opaque or bool(why_altered(self.get(name)))
+
 
 def spans_of(graph: fx.Graph, modules: Modules) -> list[Span]:
     """The regions of a traced graph, none where every write can be a call that returns a value."""
@@ -157,7 +161,7 @@ def spans_of(graph: fx.Graph, modules: Modules) -> list[Span]:
 
 def writes(node: fx.Node, modules: Modules) -> tuple[fx.Node, ...]:
     """The values that a call writes in place, or may write."""
-    if node.op == "call_module" and node.target in modules.opaque:
+    if node.op == "call_module" and modules.may_write(node.target):
         sources = node.all_input_nodes
         return tuple(s for s in sources if s.op != "get_attr" and not is_size(s))
     written = (node.kwargs["out"],) if isinstance(node.kwargs.get("out"), fx.Node) else ()
@@ -185,9 +189,8 @@ def writes(node: fx.Node, modules: Modules) -> tuple[fx.Node, ...]:
 
 def returns_what_it_writes(node: fx.Node, modules: Modules) -> bool:
     """Whether the result of a call is its first argument, which it writes, and nothing else is."""
-    if node.op == "call_module":
-        if node.target in modules.opaque or why_altered(modules.get(node.target)):
-            return False
+    if node.op == "call_module" and modules.may_write(node.target):
+        return False
     return writes(node, modules) == node.args[:1]
 
 
@@ -246,7 +249,7 @@ class _Memory:
             return True
         if node.op == "call_module":
             module = self.modules.get(node.target)
-            return type(module) in _NEW_MODULES and not why_altered(module)
+            return type(module) in _NEW_MODULES
         if node.op == "call_method":
             return node.target in _NEW
         return _NAMES.get(node.target, getattr(node.target, "__name__", "")) in _NEW

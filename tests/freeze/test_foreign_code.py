@@ -217,6 +217,32 @@ def test_a_forward_put_on_a_class(monkeypatch):
     assert_frozen_as_stock(head(), *images())
 
 
+class Reads(nn.Module):
+    """A part, and what it was given, which a hook on the part may have written."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.conv, self.part = nn.Conv2d(3, 8, 3), part
+
+    def forward(self, x):
+        f = self.conv(x)
+        g = f.view_as(f)
+        return self.part(g) + f, g
+
+
+@pytest.mark.parametrize("part", [nn.Identity(), nn.ReLU(), nn.ReLU(True), nn.Conv2d(8, 8, 1)])
+@pytest.mark.parametrize("written", ["input", "output"])
+def test_a_hook_that_writes(part, written):
+    model = Reads(part).eval()
+
+    def hook(module, args, out):
+        (args[0] if written == "input" else out).mul_(2)
+
+    handle = part.register_forward_hook(hook)
+    assert_frozen_as_stock(model, *images())
+    handle.remove()
+
+
 class TwoDepthwise(nn.Module):
     def __init__(self):
         super().__init__()

@@ -20,9 +20,9 @@ from tests.support.numerics import cotangents_of, tensors_in
 
 # Whether code behind blocks may tell maps that are channels_last from contiguous ones: by a view
 # that flattens one, or by the order in which dropout draws its numbers.
-LAYOUT_SENSITIVE = False
+LAYOUT_SENSITIVE = True
 # Whether the output of a dense block may be written in place in training.
-WRITES_DENSE_OUTPUTS = False
+WRITES_DENSE_OUTPUTS = True
 
 MODULES = (
     lambda: nn.Conv2d(8, 8, 3, padding=1), lambda: nn.Conv2d(8, 8, 1), lambda: nn.BatchNorm2d(8),

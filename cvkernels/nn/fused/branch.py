@@ -137,7 +137,10 @@ class _Walk:
             shortcut = None
             if branch.adds and branch.shortcut_first and not parts:
                 shortcut = self._shortcut(x)
-            y = like_input(x, self._apply(y, part, excitation, last))
+            made = self._apply(y, part, excitation, last)
+            y = like_input(x, made)
+            # What repeats the steps would hand the next one the map as it was made.
+            self.lasting = self.lasting and y is made
         return self._add_modules(x, y, reason, shortcut) if branch.adds else y
 
     def replay(self) -> Callable[[FusedBlock, Tensor], Tensor]:
