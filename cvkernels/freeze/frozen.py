@@ -82,8 +82,8 @@ def freeze(
     Raises:
         TypeError: model is no module, example no floating tensor, or dtype not listed.
         ValueError: a module of the model is in training mode; the example has another rank, or
-            another device than the model; the model's control flow depends on the data
-            (:class:`cvkernels.freeze.capture.CaptureError`).
+            another device than the model; it cannot be captured
+            (:class:`cvkernels.freeze.capture.CaptureError`), or a layer does not take the example.
         MemoryError: the plan does not fit into memory.
 
     The model is the same and usable after any of these.

@@ -32,6 +32,24 @@ MODULES = (
 )  # fmt: skip
 
 
+class Decides(nn.Module):
+    """Decides by the data, so that torch.fx cannot see through it; may write what it is given."""
+
+    def __init__(self, writes: bool, flips: bool) -> None:
+        super().__init__()
+        self.conv, self.writes, self.flips = nn.Conv2d(8, 8, 1), writes, flips
+
+    def forward(self, x):
+        if x.sum() > -1e30 and self.writes:
+            x.mul_(0.5)
+        return x.flip(1) if self.flips else F.relu(self.conv(x))
+
+
+# Beside MODULES, in a network of blocks that writes in place and in one that does not.
+WRITING = tuple(lambda flips=flips: Decides(True, flips) for flips in (False, True))
+DECIDING = tuple(lambda flips=flips: Decides(False, flips) for flips in (False, True))
+
+
 def _write_a_chunk(f, which):
     parts = f.chunk(2, 1) if which % 2 else f.split([3, 5], 1)
     parts[which // 2].mul_(3)
@@ -141,8 +159,9 @@ class RandomNetwork(nn.Module):
 
             weights = (4, 10, 3 * (seed % 2), 2, 8)
             maps = MAPS if seed % 2 else [m for m in MAPS if m not in IN_PLACE]
+            modules += DECIDING + WRITING * (seed % 2)
             if not LAYOUT_SENSITIVE:
-                modules = [m for m in MODULES if m is not nn.Dropout]
+                modules = [m for m in modules if m is not nn.Dropout]
                 maps = [m for m in maps if m not in OF_A_LAYOUT]
         table = {"layer": modules, "map": maps, "write": WRITES, "result": RESULTS, "block": ()}
         for _ in range(choose.randint(3, 9)):
@@ -220,10 +239,10 @@ def attempt(function, *args):
 
 
 def assert_errs_like(ours: Tensor, stock: Tensor, truth: Tensor, slack: float = 1e-5) -> None:
-    """By at most four times what stock does, and roundings."""
+    """By at most eight times what stock does, and roundings."""
     assert ours.shape == stock.shape and ours.dtype == stock.dtype
     errors = [(y.double() - truth).abs().max() for y in (ours, stock)]
-    allowed = 4 * errors[1] + slack * truth.abs().max() + 1e-6
+    allowed = 8 * errors[1] + slack * truth.abs().max() + 1e-6
     assert errors[0] <= allowed or not truth.isfinite().all(), f"{errors[0]} > {allowed}"
 
 
@@ -334,7 +353,7 @@ def _trains_alike(patched, stock, wide_patched, wide, x, seed) -> bool:
                 return False
         raise actual
     # A bias before a norm over the batch has the gradient zero, and rounding around it.
-    rounding = 1e-12 * max(value.abs().max() for value in expected.values())
+    rounding = 1e-11 * max(value.abs().max() for value in expected.values())
     assert actual.keys() == expected.keys()
     narrow = [attempt(trained, model, x, seed) for model in (patched, stock)]
     for name, truth in expected.items():
