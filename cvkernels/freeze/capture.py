@@ -23,6 +23,7 @@ from cvkernels.freeze.aliasing import AsWritten, Region, Span, is_size
 from cvkernels.freeze.convert import CALLABLES, convert_call, convert_module
 from cvkernels.freeze.graph import Graph, Node, Op, Ref
 from cvkernels.freeze.ops import Call, Input
+from cvkernels.memory_use import out_of_memory
 from cvkernels.nn.fused.watched import has_hooks, why_altered, why_replaced
 from cvkernels.tables import first_line
 
@@ -109,7 +110,7 @@ def capture(model: nn.Module, dtype: torch.dtype | None = None) -> Graph:
             f"cannot be traced; freeze the model before scripting it, or wrap it in a module, "
             f"which calls it as it is"
         )
-    if extra := [name for name, p in _parameters(model)[1:] if p.default is p.empty]:
+    if extra := [name for name, p in _options(model) if p.default is p.empty]:
         raise CaptureError(
             f"freeze: {_named(model)} takes {', '.join(extra)} besides the images, and a frozen "
             f"model takes one tensor; wrap the model in a module that takes one"
@@ -123,7 +124,7 @@ def capture(model: nn.Module, dtype: torch.dtype | None = None) -> Graph:
 
 
 def _traced(model: nn.Module, tracer: _Tracer) -> fx.Graph:
-    defaults = {name: p.default for name, p in _parameters(model)[1:]}
+    defaults = {name: p.default for name, p in _options(model)}
     try:
         return tracer.trace(model, defaults)
     # A forward may do anything with a proxy; all of it means the same.
@@ -174,11 +175,11 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
                 now.update(then)
 
 
-def _parameters(model: nn.Module) -> list[tuple[str, inspect.Parameter]]:
-    """Those that forward names."""
-    parameters = inspect.signature(model.forward).parameters
+def _options(model: nn.Module) -> list[tuple[str, inspect.Parameter]]:
+    """The parameters that forward names, but for the first."""
+    parameters = list(inspect.signature(model.forward).parameters.items())[1:]
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [(name, p) for name, p in parameters.items() if p.kind not in several]
+    return [(name, p) for name, p in parameters if p.kind not in several]
 
 
 class _Reader:
@@ -297,6 +298,8 @@ class _Reader:
                 self.copies[id(module)] = copy.deepcopy(module)
             # Whatever a module holds, and does in its own __deepcopy__.
             except Exception as error:  # noqa: BLE001
+                if out_of_memory(error):
+                    raise
                 path = next(path for path, m in self.model.named_modules() if m is module)
                 why = self.tracer.opaque.get(path, "freeze has no op for it")
                 raise CaptureError(

@@ -303,6 +303,16 @@ def test_a_forward_of_any_number_of_images(function):
     assert_frozen_as_stock(AnyNumber(function).eval(), *images())
 
 
+class AnyNumberAndOptions(AnyNumber):
+    def forward(self, *images, doubled=True, **options):
+        return self.function(self, images) * (2 if doubled else 1)
+
+
+def test_a_forward_of_any_number_of_images_and_options():
+    model = AnyNumberAndOptions(lambda self, images: self.net(images[0])).eval()
+    assert_frozen_as_stock(model, *images())
+
+
 @pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, torch.compile])
 def test_what_wraps_a_network(wrap):
     model, x = head(), images()[0]
