@@ -94,6 +94,29 @@ def test_gradients_of_squeeze_excite(name, m, act, residual, dtype, memory_forma
     assert_matches_grad(ours, stock, (x, layers, m.act, added, act))
 
 
+@pytest.mark.parametrize("act", ["none", "relu", "silu"])
+def test_derivatives_of_gradients(act, memory_format, name, where):
+    """In the map, the gates and the parameters, whichever backend computed the gradients."""
+    m = SMALL["odd"]
+    x = leaf(make_map(m, torch.float32, memory_format, where))
+    added = make_residual(x, act, name, m, torch.float32, memory_format, where)
+    gate = leaf(torch.randn(m.N, m.C, device=where))
+    layers = leaf(make_flat_layers(m, torch.float32, where))
+
+    def gradient(function):
+        def run(x, *others):
+            loss = function(x, *others).square().sum()
+            return torch.autograd.grad(loss, x, create_graph=True)[0]
+
+        return run
+
+    scaled = gradient(lambda *a: ops.se_scale(*a, name)), gradient(se_scale_reference)
+    assert_matches_grad(*scaled, (x, gate, added, act))
+    ours = of_flat_layers(lambda *a: ops.squeeze_excite(*a, name)[0], m)
+    whole = gradient(ours), gradient(of_flat_layers(squeeze_excite_reference, m))
+    assert_matches_grad(*whole, (x, layers, m.act, added, act))
+
+
 @dtypes
 @pytest.mark.parametrize("count", [0, 45], ids=["means", "sums"])
 @pytest.mark.parametrize("sigmoid", [False, True], ids=["logits", "multiplier"])

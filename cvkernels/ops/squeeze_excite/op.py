@@ -103,8 +103,8 @@ def squeeze_excite(
         TypeError: dtype not listed above, or dtypes differ.
         BackendError: the requested backend cannot run this call.
 
-    Differentiable in x, residual and every parameter: once on Triton, else any number of times.
-    Equal inputs give equal bits. Source: Hu et al. 2018, arXiv:1709.01507, figures 2 and 3.
+    Differentiable in x, residual and every parameter, any number of times. Equal
+    inputs give equal bits. Source: Hu et al. 2018, arXiv:1709.01507, figures 2 and 3.
     """
     layers = (weight1, bias1, weight2, bias2)
     if torch.compiler.is_compiling():

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cvkernels.ops.common.activation import activate, activation_backward
+from cvkernels.ops.common.differentiable import needs_stock
 from cvkernels.ops.common.norm import accumulator
 
 
@@ -101,12 +102,19 @@ def squeeze_excite_backward(
     act: str, out_act: str, input_grad: bool, backend: str = "auto",
 ) -> tuple[Tensor | None, tuple[Tensor | None, ...], Tensor]:  # fmt: skip
     """(d x where it is wanted, those of the layers' tensors, d residual)."""
-    ops = torch.ops.cvkernels
+    ops, pixels = torch.ops.cvkernels, x.shape[2] * x.shape[3]
+    if needs_stock(grad):
+        mean = x.mean((2, 3), dtype=accumulator(x.dtype))
+        gate = excite_reference(mean, *layers, act)
+        _, d_gate, dz = se_scale_backward(grad, x, gate, residual, out, out_act, False)
+        d_mean, *d_layers = excite_backward(d_gate, mean, *layers, act)
+        dz = grad if out_act == "none" else dz
+        dx = dz * torch.sigmoid(gate)[:, :, None, None] + (d_mean / pixels)[:, :, None, None]
+        return dx.to(x.dtype) if input_grad else None, tuple(d_layers), dz
     _, d_gate, dz = ops.se_scale_backward(grad, x, gate, residual, out, out_act, False, backend)
     dz = grad if out_act == "none" else dz
     d_mean, *d_layers = excite_backward(d_gate, mean, *layers, act)
     dx = None
     if input_grad:
-        pixels = x.shape[2] * x.shape[3]
         dx = ops.se_scale_shifted(dz.to(x.dtype), gate, d_mean / pixels, backend)
     return dx, tuple(d_layers), dz

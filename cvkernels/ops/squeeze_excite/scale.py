@@ -10,6 +10,7 @@ from torch import Tensor
 from cvkernels import backend as backends
 from cvkernels.backend import Backend
 from cvkernels.ops.common.arguments import check_act, check_elementwise_overlap
+from cvkernels.ops.common.differentiable import needs_stock
 from cvkernels.ops.common.dispatch import Call, choose
 from cvkernels.ops.common.layout import format_of, in_format, is_nhwc, new_like
 from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
@@ -88,8 +89,8 @@ def se_scale(
         TypeError: dtype not listed above, or dtypes differ.
         BackendError: the requested backend cannot run this call.
 
-    Differentiable in x, gate and residual: once on Triton, else any number of times. Equal inputs
-    give equal bits. Source: Hu et al. 2018, arXiv:1709.01507, eq. 4; with the residual, figure 3.
+    Differentiable in x, gate and residual, any number of times. Equal inputs give equal bits.
+    Source: Hu et al. 2018, arXiv:1709.01507, eq. 4; with the residual, figure 3.
     """
     if torch.compiler.is_compiling():
         y = plan(x, gate, residual, act, out=out, backend=backend, once=True).run(x, gate, residual)
@@ -212,9 +213,11 @@ def _context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     x, gate, residual, out = ctx.saved_tensors
-    dx, d_gate, dz = torch.ops.cvkernels.se_scale_backward(
-        grad, x, gate, residual, out, ctx.act, ctx.needs_input_grad[0], ctx.backend
-    )
+    operands = (grad, x, gate, residual, out, ctx.act, ctx.needs_input_grad[0])
+    if needs_stock(grad):
+        dx, d_gate, dz = se_scale_backward(*operands)
+    else:
+        dx, d_gate, dz = torch.ops.cvkernels.se_scale_backward(*operands, ctx.backend)
     d_residual = None
     if ctx.has_residual:
         d_residual = grad if ctx.act == "none" else dz

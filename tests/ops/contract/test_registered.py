@@ -96,9 +96,8 @@ def test_gradient_formulas_are_exact_in_float64(op, options):
         named = dict(zip(leaves, tensors, strict=True))
         return getattr(torch.ops.cvkernels, op)(**arguments | named)
 
-    assert torch.autograd.gradcheck(run, tuple(leaves.values()))
-    if "conv" in op:
-        assert torch.autograd.gradgradcheck(run, tuple(leaves.values()))
+    assert torch.autograd.gradcheck(run, tuple(leaves.values()), check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(run, tuple(leaves.values()))
 
 
 # By op, what its error says and the change of good arguments, on x[2, 8, 4, 4], that it names.
