@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from cvkernels.ops.common.autograd import without_gradient
+
 
 def register(
     library: torch.library.Library,
@@ -21,5 +23,12 @@ def register(
     for key in ("CPU", "CUDA"):
         library.impl(op, function, key)
     torch.library.register_fake(name, fake, lib=library)
-    if backward is not None:
-        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
+    if backward is None:
+        return
+
+    def set_up(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        setup_context(ctx, inputs, output)
+
+    backward = without_gradient(backward)
+    torch.library.register_autograd(name, backward, setup_context=set_up, lib=library)

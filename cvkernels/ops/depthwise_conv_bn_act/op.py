@@ -287,7 +287,10 @@ def _gradients(grads, named):
     x, weight, bias, *norm, stride, padding, dilation, act, _ = map(named.get, NAMES)
     grad, *of_sums = grads
     if of_sums and of_sums[0] is not None:
-        grad = (grad + of_sums[0][:, :, None, None]).to(x.dtype)
+        through = of_sums[0][:, :, None, None]
+        size = convolution.output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+        grad = through.expand(-1, -1, *size) if grad is None else grad + through
+        grad = grad.to(x.dtype)
     geometry = (stride, padding, dilation, x.shape[1])
     arguments = GroupedArguments(x, weight, bias, norm_of(norm), *geometry, act)
     return conv_bn_act_backward(grad, arguments, named.get("out"))

@@ -100,6 +100,34 @@ def test_gradient_formulas_are_exact_in_float64(op, options):
     assert torch.autograd.gradgradcheck(run, tuple(leaves.values()))
 
 
+class Ignore(torch.autograd.Function):
+    """The first of two values; the other gets no gradient."""
+
+    @staticmethod
+    def forward(ctx, used, unused):
+        ctx.set_materialize_grads(False)
+        return used.clone(), unused.clone()
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        return grad, None
+
+
+def as_tuple(results):
+    return results if isinstance(results, tuple) else (results,)
+
+
+@pytest.mark.parametrize("op", LEARNING)
+def test_missing_gradients_stay_missing(op, where):
+    """A gradient of zeros would let weight decay move what the loss leaves out."""
+    arguments = registered_calls(make_x(where))[op]
+    leaves = leaves_of(arguments)
+    result = as_tuple(getattr(torch.ops.cvkernels, op)(**arguments | leaves))[0]
+    used = result.detach().clone().requires_grad_()
+    Ignore.apply(used, result)[0].sum().backward()
+    assert used.grad is not None and all(leaf.grad is None for leaf in leaves.values())
+
+
 # By op, what its error says and the change of good arguments, on x[2, 8, 4, 4], that it names.
 REFUSED = {
     "max_pool": [
