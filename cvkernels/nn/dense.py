@@ -236,8 +236,7 @@ class DenseBlock(nn.ModuleDict, ConcatBlock):
     outputs of the conv1s (nothing with ``memory_efficient``) and batch statistics are all that
     autograd keeps: see :mod:`cvkernels.nn.training.dense_block`. Callers get a copy of the buffer,
     which they may write; in :class:`FusedSequential` a transition or norm behind the block reads
-    the buffer itself. Its gradient can be taken once; for ``create_graph=True``, run the forward
-    pass under ``cvkernels.backend.use("reference")``.
+    the buffer itself.
     """
 
     _version = 2

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cvkernels import backend
 from cvkernels.nn.training import recompute
 from cvkernels.nn.training.conv_bn_act import siblings
 from tests.support.pairs import gradients, loss_of, step
@@ -256,25 +255,6 @@ def test_no_gradient_keeps_nothing_and_updates_statistics(name):
         return [out, *model.buffers()]
 
     assert_same_results(name, run)
-
-
-@pytest.mark.parametrize("name", ["dense", "inception", "bottleneck", "se-bottleneck", "mbconv"])
-def test_second_derivatives_are_refused_with_the_way_out(name):
-    x = image(name).requires_grad_()
-    ours, _ = training_pair(name)
-    with pytest.raises(RuntimeError, match=r"(create_graph=True|once).*backend.use\('reference'\)"):
-        torch.autograd.grad(ours(x).sum(), x, create_graph=True)
-    if name == "inception":
-        out = ours(x)
-        with pytest.raises(RuntimeError, match="is_grads_batched=True"):
-            torch.autograd.grad(out, x, torch.ones(2, *out.shape).double(), is_grads_batched=True)
-
-    def run(model):
-        with backend.use("reference"):
-            (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-        return torch.autograd.grad(grad.square().sum(), x)
-
-    assert_same_results(name, run, 1e-7)
 
 
 @pytest.mark.parametrize("written", ["map", "weight"])

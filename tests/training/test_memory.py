@@ -82,6 +82,23 @@ def test_only_convolution_outputs_are_kept():
     assert saved_bytes(ours, x) == x.nbytes + maps + vectors + heads
 
 
+@pytest.mark.parametrize("name", ["inception", "se-bottleneck", "dense"])
+def test_an_input_that_is_recomputed_is_saved_without_its_data(name):
+    """It is saved for derivatives of gradients, first."""
+    ours, _ = training_pair(name)
+    kinds = ("_ConvBNActBackward", "_ExciteBackward", "_DenseBlockBackward")
+    found, nodes = [], [ours(image(name).requires_grad_()).grad_fn]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node.name() in kinds:
+            found.append(node.saved_tensors[0].untyped_storage().nbytes())
+        above = {above for above, _ in node.next_functions if above is not None} - seen
+        seen |= above
+        nodes += above
+    assert found and not any(found)
+
+
 def test_autocast_keeps_no_cast_weights():
     ours, _ = training_pair("inception", torch.float32)
     x = torch.randn(2, 16, 6, 6)

@@ -14,6 +14,7 @@ Each map is recomputed once: the first consumer to need it in backward keeps it 
 the function that computed it in forward, whose backward comes after all of theirs, drops it.
 Statistics are computed, and running ones updated, in forward alone.
 
-Derivatives of derivatives are refused by name; several threads may not run backward through one
-graph at once.
+A backward pass under ``create_graph=True``, or of a batch of gradients, computes each block again
+by stock operations, which autograd differentiates: see :mod:`.place`. Several threads may not run
+backward through one graph at once.
 """

@@ -14,10 +14,10 @@ from cvkernels.nn.training.recompute import (
     Recompute,
     RecomputeNode,
     recompute_of,
-    refuse_other_gradients,
     with_recompute,
 )
 from cvkernels.ops.common.autograd import without_gradient
+from cvkernels.ops.common.differentiable import needs_stock
 from cvkernels.ops.common.layout import channels_last, new_channels_last
 from cvkernels.ops.common.pool import Window, window_of
 
@@ -82,11 +82,11 @@ class _MaxPool(Function):
     @staticmethod
     @without_gradient
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
-        refuse_other_gradients(grad)
         saved, node = ctx.saved_tensors, ctx.node
         indices, x = node.indices(saved), node.source.value(saved)
         node.drop()
-        grad = channels_last(grad)
+        if not needs_stock(grad):
+            grad = channels_last(grad)
         return _aten.max_pool2d_with_indices_backward(grad, x, *node.window, indices), None, None
 
 

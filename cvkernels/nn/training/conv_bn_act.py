@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
 from cvkernels.nn.fused.match import act_name
+from cvkernels.nn.training import place
 from cvkernels.nn.training.batch_norm import count_batch
 from cvkernels.nn.training.convolution import Geometry, convolution_backward, convolve
 from cvkernels.nn.training.recompute import (
@@ -18,12 +20,18 @@ from cvkernels.nn.training.recompute import (
     RecomputeNode,
     recompute_of,
     recompute_or_saved,
-    refuse_other_gradients,
     with_recompute,
 )
 from cvkernels.ops.batch_norm_act import passes
 from cvkernels.ops.batch_norm_act.op import norm_backward
-from cvkernels.ops.common.autograd import autocast_disabled, operand_dtype, without_gradient
+from cvkernels.ops.common.activation import activate
+from cvkernels.ops.common.autograd import (
+    autocast_disabled,
+    operand_dtype,
+    to_dtype,
+    without_gradient,
+)
+from cvkernels.ops.common.differentiable import needs_stock, stock_gradients
 from cvkernels.ops.common.layout import channels_last, new_channels_last
 
 # Tensors of a block, in order: weight and bias of its convolution and of its norm.
@@ -108,14 +116,14 @@ def _run(
     call = _Call(geometry, norms, operand_dtype(x), recompute_of(x), shortcut, nodes)
     parameters = [module._parameters for block in blocks for module in block]
     tensors = [own[name] for own in parameters for name in ("weight", "bias")]
-    *outs, saved = _ConvBNAct.apply(x, residual, call, *tensors)
+    *outs, saved = place.apply(_ConvBNAct, x, residual, call, *tensors)
     return [with_recompute(out, node, saved) for out, node in zip(outs, nodes, strict=True)]
 
 
 class _ConvBNAct(Function):
-    """Saves the convolutions' output, the vectors of their norms, weights, and what x is computed
-    from; for a ReLU behind a residual what that one is computed from, too. Returns what the outputs
-    are computed from with them.
+    """Saves x's place, the convolutions' output, the vectors of their norms, the parameters, and
+    what x is computed from; for a ReLU behind a residual what that one is computed from, too.
+    Returns what the outputs are computed from with them.
     """
 
     @staticmethod
@@ -145,7 +153,8 @@ class _ConvBNAct(Function):
             inputs = (operand,) if call.source is None else call.source.saved
         of_shortcut = () if call.shortcut is None else call.shortcut.saved
         of_join = of_shortcut if call.nodes[0].act == "relu" else ()
-        ctx.save_for_backward(y, vectors, *weights, *of_join, *inputs)
+        linked = x if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(linked, y, vectors, *tensors, *of_join, *inputs)
         ctx.nodes, ctx.geometry, ctx.of_join = call.nodes, call.geometry, len(of_join)
         ctx.source = None if call.source is None else call.source.node
         ctx.shape = x.shape
@@ -155,10 +164,10 @@ class _ConvBNAct(Function):
     @staticmethod
     @without_gradient
     def backward(ctx: FunctionCtx, *grads_out: Tensor | None) -> tuple:
-        refuse_other_gradients(next(grad for grad in grads_out if grad is not None))
-        y, vectors, *saved = ctx.saved_tensors
-        weights, saved = saved[: len(ctx.nodes)], saved[len(ctx.nodes) :]
-        of_join, inputs = saved[: ctx.of_join], saved[ctx.of_join :]
+        if needs_stock(*grads_out[:-1]):
+            return _stock_gradients(ctx, grads_out[:-1])
+        _, y, vectors, tensors, of_join, inputs = _saved(ctx)
+        weights = tensors[::PER_BLOCK]
         needs_x, needs_residual, _, *needs = ctx.needs_input_grad
         wanted = (needs_x, any(needs[::PER_BLOCK]), needs[1])
         grads = [None] * len(needs)
@@ -201,6 +210,46 @@ class _ConvBNAct(Function):
             )
         )
         return grad_x, grad_residual if needs_residual else None, None, *grads
+
+
+def _saved(ctx: FunctionCtx) -> tuple:
+    """x's place, y, vectors, the parameters, what the output and what x are computed from."""
+    linked, y, vectors, *others = ctx.saved_tensors
+    tensors, others = others[: len(ctx.dtypes) - 1], others[len(ctx.dtypes) - 1 :]
+    return linked, y, vectors, tensors, others[: ctx.of_join], others[ctx.of_join :]
+
+
+def _stock_gradients(ctx: FunctionCtx, grads: Sequence[Tensor | None]) -> tuple:
+    """What backward returns, by stock operations."""
+    linked, y, vectors, tensors, of_join, inputs = _saved(ctx)
+    needs_x, needs_residual, _, *needs = ctx.needs_input_grad
+    with autocast_disabled(y):
+        if of_join:
+            # What ReLU stopped in forward it stops here: the residual's values are not needed.
+            grads = [grads[0].masked_fill(ctx.nodes[0].value((y, vectors, *of_join)) <= 0, 0)]
+        for node in ctx.nodes:
+            node.drop()
+        if inputs:
+            data = inputs[0] if ctx.source is None else ctx.source.value(inputs)
+            data = data.detach().to(ctx.dtypes[0], copy=True)
+        else:
+            data = y.new_zeros(ctx.shape, dtype=ctx.dtypes[0])
+
+        def compute(x: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+            operand, outs = x.to(y.dtype), []
+            for index, node in enumerate(ctx.nodes):
+                weight, bias, *affine = tensors[PER_BLOCK * index :][:PER_BLOCK]
+                bias = to_dtype(bias, y.dtype)
+                own = F.conv2d(operand, weight.to(y.dtype), bias, *ctx.geometry)
+                if not inputs:  # no weight needs a gradient: linear in x, whose data is not kept
+                    own = own + (node.part(y) - own).detach()
+                out = F.batch_norm(own, None, None, *affine, True, 0.0, node.eps)
+                outs.append(out if of_join else activate(out, node.act))
+            return outs
+
+        operands = (place.filled(linked, data), *tensors)
+        grad_x, *others = stock_gradients(compute, operands, (needs_x, *needs), grads)
+    return grad_x, grads[0] if needs_residual else None, None, *others
 
 
 def _side_by_side(weights: Sequence[Tensor]) -> Tensor:

@@ -14,14 +14,22 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvkernels.functional import BatchNormParams
+from cvkernels.nn.training import place
 from cvkernels.nn.training.batch_norm import Statistics, update_running
 from cvkernels.nn.training.convolution import Geometry, convolution_backward, convolve
 from cvkernels.ops.batch_norm_act import passes
-from cvkernels.ops.batch_norm_act.op import norm_backward, refuse_create_graph
-from cvkernels.ops.common.autograd import autocast_disabled, needs_grad, without_gradient
+from cvkernels.ops.batch_norm_act.op import norm_backward
+from cvkernels.ops.common.autograd import (
+    autocast_disabled,
+    needs_grad,
+    to_dtype,
+    without_gradient,
+)
+from cvkernels.ops.common.differentiable import needs_stock, stock_gradients
 from cvkernels.ops.common.layout import channels_last, channels_last_view, new_channels_last
 
 # Tensors of a layer, in order: weight and bias of norm1, conv1, norm2 and conv2.
@@ -55,7 +63,7 @@ def run_block(
         start, inputs = own.stop, outputs.stop
     tensors = [tensor for parts in layers for part in parts for tensor in (part.weight, part.bias)]
     keep = needs_grad(x, *tensors)
-    buffer, mean, var, widths = _DenseBlock.apply(described, keep, x, *tensors)
+    buffer, mean, var, widths = place.apply(_DenseBlock, x, described, keep, *tensors)
     pixels = x.numel() // x.shape[1]
     for layer, (norm1, _, norm2, _) in zip(described, layers, strict=True):
         update_running(norm1, Statistics(mean[: layer.inputs], var[: layer.inputs]), pixels)
@@ -120,10 +128,11 @@ class _BufferGradient:
 
 
 class _DenseBlock(torch.autograd.Function):
-    """Saves the buffer (its output), the statistics, conv1's outputs and the parameters."""
+    """Saves x's place, the buffer (its output), the statistics, conv1's outputs and the
+    parameters."""
 
     @staticmethod
-    def forward(ctx, layers, keep, x, *tensors):
+    def forward(ctx, x, layers, keep, *tensors):
         ctx.set_materialize_grads(False)
         N, inputs, H, W = x.shape
         total, width = layers[-1].outputs.stop, layers[-1].own.stop
@@ -150,17 +159,20 @@ class _DenseBlock(torch.autograd.Function):
                     kept.append(a)
         ctx.layers, ctx.kept = layers, len(kept)
         if keep:
-            ctx.save_for_backward(buffer, mean, var, widths, *kept, *tensors)
+            linked = x if ctx.needs_input_grad[0] else None
+            ctx.save_for_backward(linked, buffer, mean, var, widths, *kept, *tensors)
         ctx.mark_non_differentiable(mean, var, widths)
         return buffer, mean, var, widths
 
     @staticmethod
     @without_gradient
     def backward(ctx, grad, *_):
-        refuse_create_graph("DenseBlock in training")
-        buffer, mean, var, widths, *saved = ctx.saved_tensors
+        linked, buffer, mean, var, widths, *saved = ctx.saved_tensors
         kept, tensors = saved[: ctx.kept], saved[ctx.kept :]
-        _, _, needs_x, *needs = ctx.needs_input_grad
+        needs_x, _, _, *needs = ctx.needs_input_grad
+        if needs_stock(grad):
+            x = place.filled(linked, buffer.detach()[:, : ctx.layers[0].inputs].clone())
+            return _stock_gradients(ctx.layers, x, tensors, (needs_x, *needs), grad)
         features = _Features.of(ctx.layers, channels_last(buffer), mean, var, widths)
         gradient = _BufferGradient(features, grad)
         grads = []
@@ -180,7 +192,33 @@ class _DenseBlock(torch.autograd.Function):
                     ]
                 )
             d_x = gradient.finished(slice(0, ctx.layers[0].inputs)) if needs_x else None
-        return None, None, d_x, *(d for layer in reversed(grads) for d in layer)
+        return d_x, None, None, *(d for layer in reversed(grads) for d in layer)
+
+
+def _stock_gradients(
+    layers: Sequence[_Layer], x: Tensor, tensors: Sequence[Tensor | None], needs: Sequence[bool],
+    grad: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """What backward returns, by stock operations."""
+
+    def norm_relu_conv(
+        x: Tensor, norm: tuple, eps: float, weight: Tensor, bias: Tensor | None, geometry: Geometry
+    ) -> Tensor:
+        u = F.relu(F.batch_norm(x, None, None, *norm, True, 0.0, eps))
+        return F.conv2d(u, weight.to(x.dtype), to_dtype(bias, x.dtype), *geometry)
+
+    def compute(features: Tensor, *tensors: Tensor | None) -> tuple[Tensor]:
+        for index, layer in enumerate(layers):
+            weight1, bias1, *conv1, weight2, bias2, conv2, conv2_bias = _own(tensors, index)
+            (eps1, eps2), (geometry1, geometry2) = layer.eps, layer.geometry
+            a = norm_relu_conv(features, (weight1, bias1), eps1, *conv1, geometry1)
+            new = norm_relu_conv(a, (weight2, bias2), eps2, conv2, conv2_bias, geometry2)
+            features = torch.cat([features, new], 1)
+        return (features,)
+
+    with autocast_disabled(x):
+        d_x, *others = stock_gradients(compute, (x, *tensors), needs, (grad,))
+    return d_x, None, None, *others
 
 
 def _layer_backward(

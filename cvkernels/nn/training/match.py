@@ -32,7 +32,7 @@ _PARAMETERS = {"weight", "bias"}
 
 def why_not_train(x: Tensor) -> str:
     """Why a training pass over a few modules cannot be one autograd function of x's dtype."""
-    if reason := why_not_called(x) or why_not_differentiated_once():
+    if reason := why_not_called(x) or why_not_autograd_function():
         return reason
     if x.dim() != 4 or x.numel() <= x.shape[1] or x.dtype not in DTYPES:
         return f"the input is {x.dtype} of shape {list(x.shape)}, not a batch of float maps"
@@ -47,11 +47,11 @@ def why_not_recompute(x: Tensor) -> str:
         return "no gradient is needed"
     if isinstance(x, FakeTensor) or x.layout is not torch.strided:
         return f"the input is a {type(x).__name__} of layout {x.layout}"
-    return why_not_differentiated_once()
+    return why_not_autograd_function()
 
 
-def why_not_differentiated_once() -> str:
-    """Why an autograd function that is differentiable once, and in reverse, will not do."""
+def why_not_autograd_function() -> str:
+    """Why an autograd function, which is differentiable in reverse alone, will not do."""
     if torch.compiler.is_compiling():
         return "torch.compile plans the memory"
     if backend.requested("auto", ()) == "reference":

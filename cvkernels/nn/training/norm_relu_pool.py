@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvkernels.functional import BatchNormParams, avg_pool
 from cvkernels.nn.training.batch_norm import Statistics, update_running
 from cvkernels.ops.batch_norm_act import passes
-from cvkernels.ops.batch_norm_act.op import norm_backward, refuse_create_graph
+from cvkernels.ops.batch_norm_act.op import norm_backward
 from cvkernels.ops.common.autograd import autocast_disabled, without_gradient
+from cvkernels.ops.common.differentiable import needs_stock, stock_gradients
 from cvkernels.ops.common.layout import channels_last
 from cvkernels.ops.common.pool import Window, window_of
 
@@ -47,10 +49,18 @@ class _NormReluAvgPool(torch.autograd.Function):
     @staticmethod
     @without_gradient
     def backward(ctx, grad):
-        refuse_create_graph("DenseNet in training")
         x, weight, bias, mean, var = ctx.saved_tensors
-        x = channels_last(x)
         kernel_size, stride, padding, _, ceil_mode = ctx.window
+        if needs_stock(grad):
+
+            def compute(x, *affine):
+                y = F.relu(F.batch_norm(x, None, None, *affine, True, 0.0, ctx.eps))
+                return (F.avg_pool2d(y, kernel_size, stride, padding, ceil_mode),)
+
+            with autocast_disabled(x):
+                inputs, needs = (x, weight, bias), ctx.needs_input_grad[:3]
+                return *stock_gradients(compute, inputs, needs, (grad,)), None, None, None, None
+        x = channels_last(x)
         with autocast_disabled(x):
             d_y = torch.ops.aten.avg_pool2d_backward(
                 channels_last(grad), x, kernel_size, stride, padding, ceil_mode, True, None

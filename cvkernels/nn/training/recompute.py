@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from cvkernels.nn.training.match import why_not_recompute
-from cvkernels.ops.batch_norm_act.op import refuse_create_graph
 
 # A shortcut is computed from at most so many tensors; the end of a longer chain is saved.
 MOST_SAVED = 64
@@ -24,12 +23,13 @@ class RecomputeNode:
         self._value: tuple[object, Tensor] | None = None
 
     def value(self, saved: Sequence[Tensor]) -> Tensor:
-        """The map, kept until :meth:`drop`."""
+        """The map, outside the graph, kept until :meth:`drop`."""
         stream = torch.cuda.current_stream(saved[0].device) if saved[0].is_cuda else None
         kept = self._value
         # What another stream computed may not be finished.
         if kept is None or kept[0] != stream:
-            kept = self._value = (stream, self.compute(saved))
+            with torch.no_grad():
+                kept = self._value = (stream, self.compute(saved))
         return kept[1]
 
     def drop(self) -> None:
@@ -63,10 +63,10 @@ class Recompute:
 
     def __init__(self, node: RecomputeNode, saved: tuple[Tensor, ...], version: int) -> None:
         self.node, self.saved = node, saved
-        self._version, self._hooks = version, _saved_tensor_hooks()
+        self._version, self._hooks = version, saved_tensor_hooks()
 
     def is_valid(self, x: Tensor) -> bool:
-        return x._version == self._version and _saved_tensor_hooks() == self._hooks
+        return x._version == self._version and saved_tensor_hooks() == self._hooks
 
     def __reduce__(self) -> tuple:
         # A pickled or copied tensor has no graph, and takes none of the saved tensors along.
@@ -100,7 +100,7 @@ def recompute_or_saved(x: Tensor) -> Recompute:
     return Recompute(Saved(), (x,), x._version)
 
 
-def _saved_tensor_hooks() -> object:
+def saved_tensor_hooks() -> object:
     """The hooks that autograd calls now for each tensor that is saved."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
@@ -108,16 +108,5 @@ def _saved_tensor_hooks() -> object:
 def _hooks_copy() -> bool:
     """True under save_on_cpu, which copies every saved tensor: saving the map itself is then
     cheaper than saving its sources."""
-    hooks = _saved_tensor_hooks()
+    hooks = saved_tensor_hooks()
     return bool(hooks) and getattr(hooks[0], "__qualname__", "").startswith("save_on_cpu")
-
-
-def refuse_other_gradients(grad: Tensor) -> None:
-    """For a backward pass: raise unless it is a plain one, with the way out."""
-    refuse_create_graph("A convolution block that recomputes its activations")
-    functorch = torch._C._functorch
-    if functorch.is_functorch_wrapped_tensor(grad) or functorch.is_legacy_batchedtensor(grad):
-        raise RuntimeError(
-            "A convolution block that recomputes its activations takes one gradient at a time, not "
-            "is_grads_batched=True; run the forward pass under cvkernels.backend.use('reference')"
-        )

@@ -10,14 +10,15 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
 from cvkernels import functional
+from cvkernels.nn.training import place
 from cvkernels.nn.training.recompute import (
     Recompute,
     RecomputeNode,
     recompute_or_saved,
-    refuse_other_gradients,
     with_recompute,
 )
 from cvkernels.ops.common.autograd import autocast_disabled, without_gradient
+from cvkernels.ops.common.differentiable import needs_stock
 from cvkernels.ops.common.layout import channels_last, new_channels_last
 from cvkernels.ops.squeeze_excite.op import squeeze_excite_kept
 from cvkernels.ops.squeeze_excite.reference import squeeze_excite_backward
@@ -71,13 +72,13 @@ def squeeze_excite(
     shortcut = None if residual is None else recompute_or_saved(residual)
     node = _Excited(recompute.node, out_act, None if shortcut is None else shortcut.node)
     call = _Call(recompute.saved, () if shortcut is None else shortcut.saved, node, act)
-    out, saved = _Excite.apply(x, residual, call, *tensors)
+    out, saved = place.apply(_Excite, x, residual, call, *tensors)
     return with_recompute(out, node, saved)
 
 
 class _Excite(Function):
-    """Saves what x is computed from, the layers, means and gate; for a ReLU what the residual is
-    computed from, too. Returns what the result is computed from with it.
+    """Saves x's place, what x is computed from, the layers, means and gate; for a ReLU what the
+    residual is computed from, too. Returns what the result is computed from with it.
     """
 
     @staticmethod
@@ -89,16 +90,16 @@ class _Excite(Function):
         with autocast_disabled(x):
             out, mean, gate = squeeze_excite_kept(x, layers, call.act, residual, node.act)
         of_join = call.of_residual if node.act == "relu" else ()
-        ctx.save_for_backward(mean, *layers, *call.of_x, gate, *of_join)
+        linked = x if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(linked, mean, *layers, *call.of_x, gate, *of_join)
         ctx.node, ctx.act = node, call.act
         return out, (*call.of_x, gate, *call.of_residual)
 
     @staticmethod
     @without_gradient
     def backward(ctx: FunctionCtx, grad: Tensor, _) -> tuple:
-        refuse_other_gradients(grad)
         node = ctx.node
-        mean, *tensors = ctx.saved_tensors
+        linked, mean, *tensors = ctx.saved_tensors
         layers, saved = tensors[:4], tensors[4:]
         of_x, gate, _ = node.divide(saved)
         needs_x, needs_residual, *_ = ctx.needs_input_grad
@@ -106,8 +107,11 @@ class _Excite(Function):
             out = node.value(saved) if node.act == "relu" else None
             x = node.source.value(of_x)
             node.drop()
+            if needs_stock(grad):
+                x = place.filled(linked, x.detach().clone())
+            else:
+                grad = channels_last(grad.to(x.dtype))
             d_x, d_layers, d_residual = squeeze_excite_backward(
-                channels_last(grad.to(x.dtype)), x, layers, mean, gate, None, out, ctx.act,
-                node.act, needs_x,
+                grad, x, layers, mean, gate, None, out, ctx.act, node.act, needs_x,
             )  # fmt: skip
         return d_x, d_residual if needs_residual else None, None, *d_layers

@@ -16,6 +16,7 @@ from cvkernels.ops.batch_norm_act.reference import batch_norm_act_reference
 from cvkernels.ops.common import native
 from cvkernels.ops.common.arguments import check_residual, check_vector
 from cvkernels.ops.common.autograd import without_gradient
+from cvkernels.ops.common.differentiable import needs_stock, stock_gradients
 from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, reference
 from cvkernels.ops.common.layout import is_pixel_matrix
 from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
@@ -97,12 +98,11 @@ def batch_norm_act(
             or a channel of x has fewer than two elements.
         TypeError: a dtype is not listed above, or residual's is not x's.
         BackendError: the requested backend cannot run this call.
-        RuntimeError: from the native passes' gradient under ``create_graph=True``, or where what
-            they keep for it was written since.
+        RuntimeError: from the native passes' gradient, where what they keep for it was written.
 
-    Differentiable in x, weight, bias and residual; once, but for the reference. For the gradient
-    the native passes keep x and the vectors, and compute what is behind the norm again; of a ReLU
-    behind a residual they keep the output.
+    Differentiable in x, weight, bias and residual, any number of times. For the gradient the native
+    passes keep x and the vectors, and compute what is behind the norm again; of a ReLU behind a
+    residual they keep the output. Under ``create_graph=True`` it is the reference's.
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167; the shortcut He et al. 2016, arXiv:1512.03385.
     """
     if not is_traced():
@@ -118,15 +118,6 @@ def batch_norm_act(
 
 
 backends.answers(OP, plan)
-
-
-def refuse_create_graph(name: str) -> None:
-    """For a backward pass: raise under ``create_graph=True``, with the way out."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{name} is differentiable once, and this backward pass is run with "
-            f"create_graph=True; run the forward pass under cvkernels.backend.use('reference')"
-        )
 
 
 def _check(
@@ -236,14 +227,14 @@ def _plan_compute(
 
 
 class _BatchNormAct(torch.autograd.Function):
-    """Saves x and the vectors, and out where it tells what a ReLU let pass."""
+    """Saves x, the vectors, weight and bias, and out where it tells what a ReLU let pass."""
 
     @staticmethod
     def forward(ctx, compute, eps, act, x, weight, bias, residual):
         ctx.set_materialize_grads(False)
         out, vectors = compute(x, weight, bias, residual)
         of_output = residual is not None and act == "relu"
-        ctx.save_for_backward(x, vectors, *((out,) if of_output else ()))
+        ctx.save_for_backward(x, vectors, weight, bias, *((out,) if of_output else ()))
         ctx.mark_non_differentiable(vectors)
         ctx.eps, ctx.act = eps, act
         ctx.dtypes = [t if t is None else t.dtype for t in (weight, bias)]
@@ -252,8 +243,9 @@ class _BatchNormAct(torch.autograd.Function):
     @staticmethod
     @without_gradient
     def backward(ctx, grad, _):
-        refuse_create_graph("batch_norm_act")
-        x, vectors, *output = ctx.saved_tensors
+        if needs_stock(grad):
+            return None, None, None, *_stock_gradients(ctx, grad)
+        x, vectors, _, _, *output = ctx.saved_tensors
         _, _, _, needs_x, *needs_vectors, needs_residual = ctx.needs_input_grad
         out = torch.empty_like(x, memory_format=torch.channels_last) if needs_x else None
         d_vectors, d_residual = norm_backward(grad, x, vectors, ctx.eps, ctx.act, out, *output)
@@ -262,6 +254,22 @@ class _BatchNormAct(torch.autograd.Function):
             for d, dtype, need in zip(d_vectors, ctx.dtypes, needs_vectors, strict=False)
         )
         return None, None, None, out, *grads, d_residual if needs_residual else None
+
+
+def _stock_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """Those in x, weight, bias and residual, by stock operations."""
+    x, _, weight, bias, *output = ctx.saved_tensors
+    *needs, needs_residual = ctx.needs_input_grad[3:]
+    act = ctx.act
+    if output:
+        # What ReLU stopped in forward it stops here: the residual's values are not needed.
+        act, grad = "none", grad.masked_fill(output[0].detach() <= 0, 0)
+
+    def compute(x, weight, bias):
+        return batch_norm_act_reference(x, weight, bias, ctx.eps, act)[:1]
+
+    found = stock_gradients(compute, (x, weight, bias), needs, (grad,))
+    return [*found, grad if needs_residual else None]
 
 
 def norm_backward(
