@@ -139,7 +139,7 @@ def test_modes_around_the_call_are_noticed(block, x, found):
     with cvkernels.backend.use("reference"):
         block(x)
     rows = cvkernels.explain(block, x).rows
-    assert [row.op for row in rows] == ["conv_bn_act"]
+    assert [row.op for row in rows] == ["conv_bn_act", "aten.clone"]
     torch.func.vmap(lambda image: block(image[None])[0])(x)
     torch.jit.trace(block, x, check_trace=False)
     with torch.backends.mkldnn.flags(enabled=False):

@@ -1,8 +1,13 @@
-"""The plans of a block's calls, kept while all that they were made from stays the same."""
+"""The plans of a block's calls, kept while all that they were made from stays the same.
+
+A network whose inner maps reach no code but ours (:mod:`.caller_layout`) is looked over once a
+call, for all of its blocks; a block that is called by other code looks itself over.
+"""
 
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,6 +41,22 @@ OPTIONS: dict[type[nn.Module], tuple[str, ...]] = {
 Part = nn.Module | Callable | None
 
 
+class Running(threading.local):
+    """What is known of the call that this thread runs.
+
+    Attributes:
+        sealed: a module runs whose inner maps reach no code but ours.
+        verified: stands for the state in which the guard of all its modules found them, in a call
+            that may run kept plans; else None.
+    """
+
+    sealed: bool = False
+    verified: object | None = None
+
+
+running = Running()
+
+
 class Guard:
     """Whether modules are what they were when this was made.
 
@@ -58,6 +79,8 @@ class Guard:
         code += [(kind, "forward") for kind in {type(module) for module in modules}]
         native = importlib.import_module("cvkernels._C")
         self._same = native.Guard(entries, code, list(tensors.values())).holds
+        # What was running when this guard last held: while that is the same, it holds.
+        self.verified: object | None = None
         self._digest, self._kept = None, None
         if all(t.is_cpu for t in self._held):
             self._digest = Contents(self._held).digest
@@ -94,9 +117,15 @@ class PlanCache:
         functions, sizes.
         """
         kept = self._kept.get(_key(x, parts, others)) if self._kept else None
-        if kept is None or forbids_kept(x) or not kept[0].holds():
+        if kept is None:
             return None
-        return kept[1]
+        guard, plan = kept
+        verified = running.verified
+        if verified is None or guard.verified is not verified:
+            if forbids_kept(x) or not guard.holds():
+                return None
+            guard.verified = verified
+        return plan
 
     def keep(
         self, guard: Guard, plan: Any, x: Tensor, parts: tuple = (), *others: Tensor | None
