@@ -11,7 +11,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import cvkernels
-from tests.support.random_networks import check_frozen
+from tests.support.pairs import calibrate
+from tests.support.random_networks import attempt, check_frozen
 
 
 class Net(nn.Module):
@@ -319,6 +320,38 @@ def test_what_wraps_a_network(wrap):
     frozen = cvkernels.freeze(wrap(model).eval(), x)
     with torch.no_grad():
         torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_process_group_wraps():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        model, x = head(), images()[0]
+        frozen = cvkernels.freeze(nn.parallel.DistributedDataParallel(model).eval(), x)
+    finally:
+        torch.distributed.destroy_process_group()
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["resnetaa34d", "efficientnet_cc_b0_4e", "mixnet_s"])
+def test_timms_networks_at_another_size(name):
+    model = pytest.importorskip("timm").create_model(name, num_classes=10)
+    model = calibrate(model.eval(), only_norms=True)
+    frozen = cvkernels.freeze(model, torch.randn(1, 3, 64, 64))
+    for size in ((64, 64), (48, 64), (96, 64)):
+        assert_as_stock(frozen, model, torch.randn(2, 3, *size))
+
+
+@torch.no_grad()
+def assert_as_stock(frozen, model, x):
+    """The same values, or an error where stock raises one."""
+    expected, found = attempt(model, x), attempt(frozen, x)
+    if isinstance(expected, Exception):
+        assert isinstance(found, Exception), f"stock raises {expected}"
+    else:
+        assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 
 def test_a_dynamically_quantised_layer():
