@@ -260,13 +260,14 @@ def test_no_gradient_keeps_nothing_and_updates_statistics(name):
 @pytest.mark.parametrize("written", ["map", "weight"])
 @each_block
 def test_writing_what_autograd_needs_is_refused(name, written):
-    """Of a block: a weight, and its image, which a dense block copies into what it returns."""
+    """Of a block: a weight, and its image, which a dense block copies into memory of its own."""
     block, channels = BLOCKS[name]
+    if written == "map" and "dense" in block:
+        pytest.skip("it keeps a copy of its image")
     block, x = training_pair(name)[0].get_submodule(block), image(name, channels=channels)
     out, weight = block(x), next(p for p in block.parameters() if p.dim() == 4)
-    kept = out[:, channels:] if "dense" in BLOCKS[name][0] else x
     with torch.no_grad():
-        {"map": kept, "weight": weight}[written].mul_(2)
+        {"map": x, "weight": weight}[written].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
 
@@ -291,7 +292,8 @@ def blocks_of(model):
     return [
         name
         for name, module in model.named_modules()
-        if type(module).__module__.startswith("cvkernels.nn") or type(module) is nn.Sequential
+        if type(module).__module__.startswith("cvkernels.nn")
+        or type(module).__name__ == "Sequential"  # patched or not
     ]
 
 

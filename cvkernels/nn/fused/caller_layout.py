@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from cvkernels import extension
 from cvkernels.nn.fused.plan_cache import Guard, guard_of, running
 from cvkernels.nn.fused.watched import forbids_kept, hooks_of, why_watched
+from cvkernels.nn.training.recompute import recompute_of, with_recompute
 from cvkernels.ops.common.layout import format_of, is_nhwc
 
 # Their modules take a map in any layout.
@@ -57,8 +58,10 @@ def like_input(x: Tensor, y: Any) -> Any:
     """y, in the layout of x where both are maps, unless a sealed module is running."""
     if running.sealed or not _is_map(x) or not _is_map(y):
         return y
-    layout = format_of(is_nhwc(x) and not x.is_contiguous())
-    return y.contiguous(memory_format=layout)
+    copy = y.contiguous(memory_format=format_of(is_nhwc(x) and not x.is_contiguous()))
+    if copy is not y and (recompute := recompute_of(y)) is not None:
+        return with_recompute(copy, recompute.node, recompute.saved)
+    return copy
 
 
 def is_sealed(module: nn.Module) -> bool:
