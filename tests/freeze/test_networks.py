@@ -112,8 +112,9 @@ def test_children_that_cannot_be_traced_or_are_watched_run_as_they_are():
     count = len(seen)
     assert_matches_module(frozen, model, x, grad=False)
     assert len(seen) > count
-    layers = [row.layer for row in frozen.report().rows if row.note == "called as it is"]
-    assert layers == ["0.layer1.0.conv1", "1"]
+    # The hook may write the convolution's input, which the shortcut reads: it gets a copy.
+    layers = {row.layer for row in frozen.report().rows if row.note == "called as it is"}
+    assert layers == {"0.layer1.0.conv1", "1"}
 
 
 def test_ours_and_stock_are_captured_alike():
