@@ -40,7 +40,8 @@ def traffic(name: str, batch: int, dtype: torch.dtype) -> int:
     stage, index = map(int, name.split("."))
     with torch.device("meta"):
         block = cvkernels.create_model("efficientnet_b0").eval().to(dtype).features[stage][index]
-        totals = cvkernels.explain(block, torch.empty(batch, *shapes()[name], dtype=dtype)).totals
+        x = torch.empty(batch, *shapes()[name], dtype=dtype).to(memory_format=torch.channels_last)
+        totals = cvkernels.explain(block, x).totals
     return totals["bytes_read"] + totals["bytes_written"]
 
 

@@ -51,6 +51,8 @@ def in_layout_of_input(forward: Callable[..., Any]) -> Callable[..., Any]:
             running.sealed, running.verified = False, None
         return like_input(x, y)
 
+    # torch.compile counts what it compiled by code object: each forward has one of its own.
+    run.__code__ = run.__code__.replace(co_name=forward.__name__)
     return run
 
 
