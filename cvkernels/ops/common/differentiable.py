@@ -57,6 +57,6 @@ def stock_gradients(
     if not ends:
         return [None] * len(inputs)
     outs, grads = zip(*ends, strict=True)
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
     found = iter(torch.autograd.grad(outs, wanted, grads, create_graph=graph, allow_unused=True))
     return [next(found) if need else None for need in needs]

@@ -23,7 +23,7 @@ def register(
     for key in ("CPU", "CUDA"):
         library.impl(op, function, key)
     torch.library.register_fake(name, fake, lib=library)
-    if backward is None:
+    if backward is None or setup_context is None:
         return
 
     def set_up(ctx: Any, inputs: tuple, output: Any) -> None:

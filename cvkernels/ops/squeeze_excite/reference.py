@@ -114,7 +114,7 @@ def squeeze_excite_backward(
     _, d_gate, dz = ops.se_scale_backward(grad, x, gate, residual, out, out_act, False, backend)
     dz = grad if out_act == "none" else dz
     d_mean, *d_layers = excite_backward(d_gate, mean, *layers, act)
-    dx = None
-    if input_grad:
-        dx = ops.se_scale_shifted(dz.to(x.dtype), gate, d_mean / pixels, backend)
+    if not input_grad:
+        return None, tuple(d_layers), dz
+    dx = ops.se_scale_shifted(dz.to(x.dtype), gate, d_mean / pixels, backend)
     return dx, tuple(d_layers), dz
