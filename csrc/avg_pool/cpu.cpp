@@ -4,6 +4,7 @@
 
 #include "avg_pool/ops.h"
 #include "common/cpu.h"
+#include "common/large_output.h"
 
 namespace cvkernels::avg_pool {
 namespace {
@@ -166,6 +167,7 @@ struct OnCpu : Cpu {
   static void launch(Cpu, Type<T> type, const Problem& problem, const Average& average,
                      const void* x, void* out) {
     using Wide = typename Number<T>::Wide;
+    prefer_huge_pages(out, problem.out_extent() * sizeof(T));
     std::vector<Wide> scale, shift;
     for (int64_t c = 0; average.normalises && c < problem.C; ++c) {
       const auto affine = affine_of<T>(average.bn, c);

@@ -48,6 +48,12 @@ struct Problem {
   Axis h, w;
   int64_t x_stride_n, x_stride_c, x_stride_h, x_stride_w;
   int64_t out_stride_n, out_stride_c, out_stride_h, out_stride_w;
+
+  // Elements from out's first to its last.
+  int64_t out_extent() const {
+    return (N - 1) * out_stride_n + (C - 1) * out_stride_c + (P - 1) * out_stride_h +
+           (Q - 1) * out_stride_w + 1;
+  }
 };
 
 }  // namespace cvkernels::pool

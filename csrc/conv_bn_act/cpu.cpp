@@ -6,6 +6,7 @@
 
 #include "common/arguments.h"
 #include "common/cpu.h"
+#include "common/large_output.h"
 #include "common/layout.h"
 #include "conv_bn_act/problem.h"
 
@@ -153,9 +154,12 @@ void conv_bn_act_native(const Tensor& x, const Tensor& weight, const Tensor& shi
     problem.residual_stride = pixel_stride(OP, "residual", *residual);
   }
   if (problem.pixels() == 0 || problem.K == 0) return;
+  const int64_t out_bytes =
+      ((problem.pixels() - 1) * problem.out_stride + problem.K) * sizeof(float);
   perform({x.const_data_ptr(), weights, shifts, out.mutable_data_ptr(), address_of(residual),
            affine, gate},
           [=](void* const* at) {
+            prefer_huge_pages(at[3], out_bytes);
             const auto floats = [at](int i) { return static_cast<float*>(at[i]); };
             const float* scale = floats(5);
             const Data data{floats(0), floats(1), floats(2),

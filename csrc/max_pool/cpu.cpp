@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/cpu.h"
+#include "common/large_output.h"
 #include "max_pool/ops.h"
 
 namespace cvkernels::max_pool {
@@ -126,6 +127,7 @@ CVK_ROWS(bfloat16)
 struct OnCpu : Cpu {
   template <typename T>
   static void launch(Cpu, Type<T> type, const Problem& problem, const void* x, void* out) {
+    prefer_huge_pages(out, problem.out_extent() * sizeof(T));
     const int64_t kernel = problem.h.kernel * problem.w.kernel;
     if (problem.x_stride_c == 1 && problem.out_stride_c == 1 && problem.C > 1) {
       parallel_for(
