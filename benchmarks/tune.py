@@ -37,6 +37,7 @@ from benchmarks.harness.machine import Machine, Settings, Timed, interleave
 from benchmarks.harness.report import summarize
 from cvkernels import backend as backends
 from cvkernels.demo import NETWORKS
+from cvkernels.freeze.frozen import planned
 from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act
 from cvkernels.ops.conv_bn_act import cudnn, op, tuning
 from cvkernels.ops.conv_bn_act import triton as conv_launches
@@ -83,13 +84,17 @@ class Found(NamedTuple):
 def problems(
     networks: Iterable[str], batches: Iterable[int], dtypes: Iterable[torch.dtype]
 ) -> Counter[Problem]:
-    """The convolutions that the networks run on a GPU at 224 x 224, and how often each."""
+    """The convolutions that the networks run on a GPU at 224 x 224, and how often each.
+
+    Those of the frozen networks, and those that only the others run.
+    """
     met: Counter[Problem] = Counter()
+    unfrozen: Counter[Problem] = Counter()
     checked = op.problem_of
 
     def watched(*arguments: Any) -> Problem:
         problem = checked(*arguments)
-        met[replace(problem, has_bias=False, has_bn=True)] += 1
+        unfrozen[_key_of(problem)] += 1
         return problem
 
     for network in networks:
@@ -100,24 +105,23 @@ def problems(
             model = model.to(dtype)
             for batch in batches:
                 x = torch.empty(batch, 3, 224, 224, dtype=dtype, device="meta")
+                met.update(_key_of(problem) for _, problem in planned(model, x).convolutions())
                 with mock.patch.object(op, "problem_of", watched):
                     cvkernels.explain(model, x.contiguous(memory_format=torch.channels_last))
-    return met
+    return met + Counter({p: count for p, count in unfrozen.items() if p not in met})
+
+
+def _key_of(problem: Problem) -> Problem:
+    """The problem with its norm in the epilogue, for all that have its key."""
+    return replace(problem, has_bias=False, has_bn=True, has_out=False)
 
 
 def candidates(problem: Problem, capability: tuple[int, int]) -> list[Config]:
     """The heuristic's answer first, then what else might be faster."""
     first = tuning.heuristic(problem, capability)
-    found = [first]
-    for config in tuning.CONFIGS[tuning.kernel(problem), problem.dtype.itemsize]:
-        padding = config.block_n > 32 and config.block_n >= 2 * problem.K
-        # A prologue passes through registers, which a wider block would use up.
-        spills = problem.has_prologue and config.block_k > first.block_k
-        if not padding and not spills:
-            found.append(config)
+    found = [first, *tuning.tiles(problem, capability)]
     if not cudnn.why_not(problem):
         found.append(replace(first, backend="cudnn"))
-    found.append(replace(first, backend="triton"))
     return list(dict.fromkeys(found))
 
 
@@ -128,7 +132,6 @@ def operands(problem: Problem, device: torch.device) -> Operands:
         return random_image(*shape, dtype=p.dtype, device=device)
 
     fan_in = p.C // p.groups * p.R * p.S
-    width = 2 * p.K if p.sliced_out else p.K
     return Operands(
         image(p.N, p.C, p.H, p.W),
         image(p.K, p.C // p.groups, p.R, p.S) / fan_in**0.5,
@@ -137,7 +140,7 @@ def operands(problem: Problem, device: torch.device) -> Operands:
         image(p.N, p.K, p.P, p.Q) if p.has_residual else None,
         batch_norm(p.C, device) if p.has_input_bn else None,
         torch.rand(p.N, p.C, device=device).to(p.dtype) if p.has_input_gate else None,
-        image(p.N, width, p.P, p.Q)[:, : p.K],
+        image(p.N, p.K, p.P, p.Q),
     )
 
 

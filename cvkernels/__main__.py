@@ -27,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--dtype", choices=list(_DTYPES), default="float32")
         devices = ["cpu", "cuda"] + ["meta"] * (name == "explain")
         command.add_argument("--device", choices=devices, default=_default_device())
+        if name == "explain":
+            frozen = "what freeze makes of it; for cuda without a GPU, the plan that one would get"
+            command.add_argument("--frozen", action="store_true", help=frozen)
     demo = commands.add_parser("demo", help="stock and ours on real photographs, side by side")
     demo.add_argument("photos", nargs="*", help="image files; default: those of scikit-learn")
     demo.add_argument("--network", action="append", help="of the five, repeatable; default: all")
@@ -57,7 +60,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    print(cvkernels.explain(*_model_and_example(options)))
+    if options.frozen and options.device == "cuda" and not torch.cuda.is_available():
+        options.device = "meta"
+    print(cvkernels.explain(*_model_and_example(options), frozen=options.frozen))
     return 0
 
 

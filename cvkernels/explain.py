@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from functools import cached_property
 
@@ -11,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cvkernels import record
+from cvkernels.freeze.frozen import freeze, planned
+from cvkernels.freeze.report import rows_of
 from cvkernels.record import Call, Recorder
 from cvkernels.tables import text_table
 
@@ -58,7 +61,7 @@ def _mb(count: int) -> str:
     return f"{count / 1e6:.3f}"
 
 
-def explain(model: nn.Module, example: Tensor | tuple) -> Explanation:
+def explain(model: nn.Module, example: Tensor | tuple, *, frozen: bool = False) -> Explanation:
     """Run ``model(example)`` once, or plan it, and report every kernel with its choice and traffic.
 
     Args:
@@ -66,6 +69,8 @@ def explain(model: nn.Module, example: Tensor | tuple) -> Explanation:
         example: the input, or a tuple of inputs. On the meta device nothing runs and nothing is
             allocated: the report is the plan that a Hopper GPU would get for the model in example's
             dtype. The dispatch that plans is the one that runs.
+        frozen: explain what :func:`cvkernels.freeze` makes of the model instead: its plan for
+            example's shape.
 
     Returns:
         An :class:`Explanation`. ``kernels`` counts device launches (on CPU, calls of a library or
@@ -75,7 +80,10 @@ def explain(model: nn.Module, example: Tensor | tuple) -> Explanation:
 
     Raises:
         TypeError: example is not a tensor or a tuple with one.
+        What :func:`cvkernels.freeze` raises, with ``frozen``.
     """
+    if frozen:
+        return _explain_frozen(model, example)
     inputs = example if isinstance(example, tuple) else (example,)
     tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     if not tensors:
@@ -93,6 +101,25 @@ def explain(model: nn.Module, example: Tensor | tuple) -> Explanation:
         hook.remove()
     device = f"a planned {recorder.meta_device} device" if planned else str(tensors[0].device)
     return Explanation(recorder.calls, device)
+
+
+def _explain_frozen(model: nn.Module, example: Tensor | tuple) -> Explanation:
+    if isinstance(example, tuple) and len(example) == 1:
+        (example,) = example
+    if not isinstance(example, Tensor):
+        raise TypeError(f"explain: example must be a tensor, got {type(example).__name__}")
+    if not example.is_meta:
+        return explain(freeze(model, example), example)
+    rows = rows_of(planned(_on_meta(model, example.dtype), example))
+    calls = [Call(row.layer, row.op, row.backend, row.note, *row[3:6]) for row in rows]
+    return Explanation(calls, "a planned cuda device")
+
+
+def _on_meta(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of the model with its tensors on the meta device, floating ones in ``dtype``."""
+    state = dict(_planned_state(model, dtype))
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return copy.deepcopy(model, {id(tensor): state[name] for name, tensor in tensors})
 
 
 def _planned_state(model: nn.Module, dtype: torch.dtype) -> Iterable[tuple[str, Tensor]]:

@@ -14,11 +14,13 @@ from typing import NamedTuple
 
 import torch
 
-from cvkernels.backend import lacks_triton
+from cvkernels.backend import gpu, lacks_triton
 from cvkernels.ops.common.dispatch import Call, Implementation
-from cvkernels.ops.conv_bn_act import native
-from cvkernels.ops.conv_bn_act.op import TABLE
+from cvkernels.ops.conv_bn_act import cudnn, native, tuning
+from cvkernels.ops.conv_bn_act.op import TABLE, triton_by
 from cvkernels.ops.conv_bn_act.problem import OP, Problem
+
+CUDNN = next(i for i in TABLE.implementations if i.name == "cudnn")
 
 
 class Backend(NamedTuple):
@@ -34,11 +36,16 @@ class Backend(NamedTuple):
     prologue: bool = True
 
 
+def is_gpu(device: torch.device) -> bool:
+    """Whether plans are for a GPU. The meta device stands for one, see cvkernels.explain."""
+    return device.type in ("cuda", "meta")
+
+
 def writes_slices(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the convolutions that are chosen without a table read and write channel slices."""
     if device.type == "cpu":
         return not native.lacks(dtype, groups=1)
-    return dtype != torch.float64 and not lacks_triton(device.type)
+    return dtype != torch.float64 and is_gpu(device) and not lacks_triton("cuda")
 
 
 def without_prologue(problem: Problem) -> Problem:
@@ -46,14 +53,14 @@ def without_prologue(problem: Problem) -> Problem:
     return replace(problem, has_input_bn=False, has_input_gate=False)
 
 
-def possible(problem: Problem, device: torch.device) -> list[Backend]:
+def possible(problem: Problem, device: torch.device, sliced: bool = False) -> list[Backend]:
     """The backends that can run the convolution, with its prologue or, if they have none, after.
 
     The first is the one without a table. The reference is for what nothing else computes.
+    ``sliced`` is whether the output is to be a slice of a buffer.
     """
     if device.type != "cpu":
-        prologue = device.type != "cuda" or not lacks_triton("cuda")
-        return [Backend(OP, None, prologue=prologue)]
+        return _on_gpu(problem, device, sliced)
     call, bare = Call(torch.empty(0), "cpu", "auto", once=True), without_prologue(problem)
     backends = []
     for implementation in TABLE.implementations:
@@ -64,9 +71,29 @@ def possible(problem: Problem, device: torch.device) -> list[Backend]:
     return backends or [Backend(OP, None)]
 
 
-def choose(problem: Problem, device: torch.device, table: Mapping[str, str]) -> Backend:
+def _on_gpu(problem: Problem, device: torch.device, sliced: bool) -> list[Backend]:
+    """Triton's tiles, the table's or the rule's first, and cuDNN.
+
+    cuDNN comes before them where it is preferred and its output need not be copied.
+    """
+    if not writes_slices(problem.dtype, device):
+        prologue = not is_gpu(device) or not lacks_triton("cuda")
+        return [Backend(OP, None, prologue=prologue)]
+    name, capability = gpu(torch.empty(0, device=device))
+    chosen = tuning.choose(problem, name, capability)
+    tiles = [replace(chosen, backend="triton"), *tuning.tiles(problem, capability)]
+    backends = [Backend(tile.name, triton_by(tile)) for tile in dict.fromkeys(tiles)]
+    if not cudnn.why_not(problem):
+        library = Backend("cudnn", CUDNN, writes=False, prologue=False)
+        backends.insert(0 if chosen.backend == "cudnn" and not sliced else 1, library)
+    return backends
+
+
+def choose(
+    problem: Problem, device: torch.device, table: Mapping[str, str], sliced: bool = False
+) -> Backend:
     """The backend for a convolution: the table's, or the first."""
-    backends = possible(problem, device)
+    backends = possible(problem, device, sliced)
     named = table.get(key(problem))
     return next((b for b in backends if b.name == named), backends[0])
 

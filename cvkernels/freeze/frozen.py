@@ -94,14 +94,7 @@ def freeze(
     converted, dtype = dtype, _dtype_of(model, example, dtype)
     choices = read_table(table)
     with _planning(example.device):
-        graph = capture(model, converted)
-        for node in graph.nodes:
-            if isinstance(node.op, Call):
-                node.op.to(dtype)
-        fuse(graph, graph.infer(TensorSpec(tuple(example.shape), dtype), example.device))
-        own_weights(graph, dtype, example.device)
-        if writes_slices(dtype, example.device):
-            merge_siblings(graph)
+        graph = _fused_graph(model, example, converted, dtype)
         frozen = Frozen(graph, dtype, example.device, choices, channels=example.shape[1])
         frozen.remember(model, example)
         image = example.detach().to(dtype)
@@ -112,6 +105,34 @@ def freeze(
     return frozen
 
 
+def planned(model: nn.Module, example: Tensor) -> Plan:
+    """The plan that a Hopper GPU gets for a model and images on the meta device.
+
+    Both are in one dtype; nothing is computed or allocated. Raises what :func:`freeze` raises.
+    """
+    model = _unwrapped(model)
+    _check_model(model, example, None, on_meta=True)
+    with record.recording(record.Recorder()), _planning(example.device):
+        graph = _fused_graph(model, example, None, example.dtype)
+        spec = TensorSpec(tuple(example.shape), example.dtype)
+        return Plan(graph, spec, example.device, {}, {})
+
+
+def _fused_graph(
+    model: nn.Module, example: Tensor, converted: torch.dtype | None, dtype: torch.dtype
+) -> Graph:
+    """The graph of the model, its weights in ``dtype``; ``converted`` is what the caller asked."""
+    graph = capture(model, converted)
+    for node in graph.nodes:
+        if isinstance(node.op, Call):
+            node.op.to(dtype)
+    fuse(graph, graph.infer(TensorSpec(tuple(example.shape), dtype), example.device))
+    own_weights(graph, dtype, example.device)
+    if writes_slices(dtype, example.device):
+        merge_siblings(graph)
+    return graph
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The network in what only trains, averages or compiles it."""
     while type(model).__name__ in WRAPPERS and type(model).__module__.startswith("torch."):
@@ -119,7 +140,9 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_model(model: nn.Module, example: Tensor, dtype: torch.dtype | None) -> None:
+def _check_model(
+    model: nn.Module, example: Tensor, dtype: torch.dtype | None, on_meta: bool = False
+) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"freeze: model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, Frozen):
@@ -134,7 +157,7 @@ def _check_model(model: nn.Module, example: Tensor, dtype: torch.dtype | None) -
             f"freeze: example and dtype must be float32, bfloat16, float16 or float64, got "
             f"{example.dtype} and {dtype}"
         )
-    if example.dim() != 4 or example.is_meta or not example.numel():
+    if example.dim() != 4 or example.is_meta > on_meta or not example.numel():
         raise ValueError(
             f"freeze: example must be images [N, C, H, W] that hold data, got "
             f"{list(example.shape)} on {example.device}; give a single image a batch of one with "
@@ -168,7 +191,7 @@ def _planning(device: torch.device) -> Iterator[None]:
 
     What backends derive from the weights is no part of the call that a plan is made in.
     """
-    whole = torch.autocast(device.type, enabled=False)
+    whole = torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
     try:
         with torch.inference_mode(False), torch.no_grad(), whole, backend.use("auto"):
             with record.paused():

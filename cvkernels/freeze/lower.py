@@ -12,7 +12,7 @@ import torch
 
 from cvkernels import extension
 from cvkernels.freeze.graph import Graph, Node, Op, Step
-from cvkernels.freeze.ops import Conv, MaxPool, PlannedConv
+from cvkernels.freeze.ops import Cat, Conv, MaxPool, PlannedConv
 from cvkernels.ops.common.native import DTYPES
 
 
@@ -29,8 +29,9 @@ class Lowered:
     ) -> None:
         self.device = device
         self.values = values
+        joined = {part for node in graph.nodes if isinstance(node.op, Cat) for part in node.inputs}
         self.planned = {
-            node: node.op.planned(values[node.inputs[0]], device, table)
+            node: node.op.planned(values[node.inputs[0]], device, table, node in joined)
             for node in graph.nodes
             if isinstance(node.op, Conv)
         }

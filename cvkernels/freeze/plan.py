@@ -52,12 +52,14 @@ class Plan:
         self._idle.append(self._new_env())
         self.steps: list[tuple[Step, Run | None]] = []
         self.traffic: dict[Step, Traffic] = {}
+        self.backends: dict[Step, str] = {}
         native = set()
         with progress("freeze", len(index)) as advance:
             for step in index:
                 site = Site(self.memory, step, caches, self._idle[0])
                 self.steps.append((step, step.op.build(site)))
                 self.traffic[step] = site.traffic
+                self.backends[step] = site.backend
                 if site.recordable:
                     native.add(step)
                 advance()

@@ -64,12 +64,19 @@ class Report(NamedTuple):
 
 
 def report(plan: Plan, shape: tuple[int, ...], seconds: float) -> Report:
+    memory = plan.memory
+    return Report(rows_of(plan), shape, memory.nbytes, memory.live_bytes, seconds)
+
+
+def rows_of(plan: Plan) -> list[Row]:
     rows = []
     for step, run in plan.steps:
         if run is not None:
             note = plan.reason(step).removeprefix("frozen").removeprefix("; ")
-            rows.append(Row(step.layer, step.op.name, step.backend, *plan.traffic[step], note))
+            rows.append(
+                Row(step.layer, step.op.name, plan.backends[step], *plan.traffic[step], note)
+            )
     if plan.hides_nan:
         x = plan.memory.steps[0].value
         rows.append(Row("", "sum", "aten", 1, x.nbytes, x.dtype.itemsize, ""))
-    return Report(rows, shape, plan.memory.nbytes, plan.memory.live_bytes, seconds)
+    return rows

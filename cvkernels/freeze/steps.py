@@ -81,6 +81,13 @@ class Site:
         return Traffic(*map(sum, zip(*(plan.traffic for plan in self.plans), strict=True)))
 
     @property
+    def backend(self) -> str:
+        """What runs the step: of a public op, what its plan chose."""
+        if self.step.backend != "cvkernels":
+            return self.step.backend
+        return " + ".join(dict.fromkeys(plan.backend for plan in self.plans)) or "cvkernels"
+
+    @property
     def recordable(self) -> bool:
         """Whether compiled ops that record their work, and no copies, are all that runs."""
         every = [plan.backend.startswith("native") for plan in self.plans]

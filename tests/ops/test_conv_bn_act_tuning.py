@@ -52,7 +52,7 @@ def test_cudnn_gets_what_its_fused_op_does_well():
         {"dtype": torch.float32},
         {"act": "silu"},
         {"has_input_bn": True},
-        {"sliced_out": True},
+        {"has_out": True},
     ],
     ids=str,
 )

@@ -93,9 +93,9 @@ class Conv(Op, name="conv"):
         return replace(self, input_affine=None, roles=roles)
 
     def planned(
-        self, x: TensorSpec, device: torch.device, table: Mapping[str, str]
+        self, x: TensorSpec, device: torch.device, table: Mapping[str, str], sliced: bool
     ) -> PlannedConv | Depthwise:
-        """The op that runs the convolution on x.
+        """The op that runs the convolution on x; ``sliced`` if into a slice of a buffer.
 
         It is without the prologue where the chosen backend has none; steps before it compute that.
         """
@@ -104,7 +104,7 @@ class Conv(Op, name="conv"):
             reason = depthwise_native.why_not(problem, device.type)
             if not reason or device.type != "cpu" or self.squeeze:
                 return Depthwise(self, writes=not reason)
-        chosen = choose(problem, device, table)
+        chosen = choose(problem, device, table, sliced)
         alone = problem.has_prologue and not chosen.prologue
         return PlannedConv(self.bare() if alone else self, chosen)
 

@@ -96,7 +96,5 @@ class Mean(_Average, name="mean"):
             size = site.step.inputs[0].value.shape[2:]
             return self.averaged(site, size, size, (0, 0), False, True, None)
         (x,), shape = site.inputs, site.step.value.shape
-        if site.step.backend == "native":
-            squeeze = site.plan(squeeze_op.plan, site.like(x))
-            return site.computed(lambda env: squeeze(env[x]).view(shape))
-        return site.computed(lambda env: env[x].mean((2, 3), keepdim=True))
+        squeeze = site.plan(squeeze_op.plan, site.like(x))
+        return site.computed(lambda env: squeeze(env[x]).view(shape))

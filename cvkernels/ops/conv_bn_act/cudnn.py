@@ -18,8 +18,8 @@ def why_not(problem: Problem) -> str:
     """Why this backend cannot run ``problem`` on CUDA tensors; empty where it can."""
     if problem.has_prologue:
         return "cuDNN's fused convolution has no prologue (input_bn, input_gate)"
-    if problem.sliced_out:
-        return "cuDNN's fused convolution cannot write into a channel slice"
+    if problem.has_out:
+        return "cuDNN's fused convolution allocates its output, and cannot write into out"
     if problem.act != "relu":
         return f"cuDNN's fused convolution has no activation but relu, got act={problem.act!r}"
     if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):

@@ -33,6 +33,7 @@ from cvkernels.ops.conv_bn_act.problem import (
     problem_of,
 )
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_backward, conv_bn_act_reference
+from cvkernels.ops.conv_bn_act.tuning import Config
 
 ARGUMENTS = (
     f"Tensor x, Tensor weight, Tensor? bias, {convolution.BN}, "
@@ -189,8 +190,9 @@ def _on_cpu(why_not: Callable[[Problem], str]) -> Callable[[Problem, Call], str]
 
 
 def _plan_triton(
-    problem: Problem, call: Call, parameters: Parameters, like: tuple, cache: DerivedWeights | None
-) -> Run:
+    problem: Problem, call: Call, parameters: Parameters, like: tuple,
+    cache: DerivedWeights | None, config: Config | None = None,
+) -> Run:  # fmt: skip
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
     from cvkernels.ops.conv_bn_act import triton
 
@@ -199,7 +201,7 @@ def _plan_triton(
     if out is None:
         out = new_output(problem, torch.device("meta"))
     launch = triton.plan_launch(
-        problem, call.x, weight, residual, gate, out, precision=_fp32_precision()
+        problem, call.x, weight, residual, gate, out, precision=_fp32_precision(), config=config
     )
 
     def run(x, residual=None, input_gate=None, out=None):
@@ -222,6 +224,12 @@ def _plan_reference(problem: Problem, call: Call, parameters: Parameters, *_: An
 
 
 _fused = functools.partial(convolution.fused, allocate=new_output)
+
+
+def triton_by(config: Config) -> Implementation:
+    """Triton's convolution by this tile."""
+    plan = _fused(functools.partial(_plan_triton, config=config))
+    return Implementation(config.name, lacks_triton, plan, device=None)
 
 
 def _native_by(name: str, tile: int) -> Implementation:

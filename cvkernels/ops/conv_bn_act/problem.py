@@ -87,7 +87,7 @@ class Problem:
     has_residual: bool = False
     has_input_bn: bool = False
     has_input_gate: bool = False
-    sliced_out: bool = False
+    has_out: bool = False  # the call is given the output's memory
 
     @cached_property
     def P(self) -> int:

@@ -49,6 +49,12 @@ class Config:
     num_warps: int
     num_stages: int
 
+    @property
+    def name(self) -> str:
+        """Names the choice among others of a problem."""
+        tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        return f"{self.backend} {tile} w{self.num_warps} s{self.num_stages}"
+
     def __post_init__(self) -> None:
         if self.backend not in _BACKENDS:
             raise ValueError(f"backend must be one of {list(_BACKENDS)}, got {self.backend!r}")
@@ -82,12 +88,25 @@ def choose(problem: Problem, device_name: str, capability: tuple[int, int]) -> C
     return lookup(problem, device_name, capability) or heuristic(problem, capability)
 
 
+def tiles(problem: Problem, capability: tuple[int, int]) -> list[Config]:
+    """Triton's tiles that may be the fastest for ``problem``, the heuristic's first."""
+    first = _tile(problem, capability)
+    found = [first]
+    for config in CONFIGS[kernel(problem), problem.dtype.itemsize]:
+        padding = config.block_n > 32 and config.block_n >= 2 * problem.K
+        # A prologue passes through registers, which a wider block would use up.
+        spills = problem.has_prologue and config.block_k > first.block_k
+        if not padding and not spills:
+            found.append(config)
+    return list(dict.fromkeys(found))
+
+
 def heuristic(problem: Problem, capability: tuple[int, int]) -> Config:
     """The answer for a problem that no table holds.
 
     cuDNN gets the spatial convolutions that its fused op can do: one group, 16 bits, ReLU, no
-    prologue, a dense output, and C >= 64, since on a 7x7 stem its fused op is many times slower
-    than its plain one. All others are Triton's.
+    prologue, memory of its own for the output, and C >= 64, since on a 7x7 stem its fused op is
+    many times slower than its plain one. All others are Triton's.
     """
     backend = "cudnn" if _cudnn_rule(problem) else "triton"
     return replace(_tile(problem, capability), backend=backend)
@@ -101,7 +120,7 @@ def _cudnn_rule(problem: Problem) -> bool:
         and problem.dtype in (torch.float16, torch.bfloat16)
         and problem.act == "relu"
         and not problem.has_prologue
-        and not problem.sliced_out
+        and not problem.has_out
     )
 
 
@@ -119,6 +138,8 @@ _TILES_16BIT = {
 }
 _TILES_32BIT = {(128, 64): (8, 3), (64, 64): (4, 3), (64, 32): (4, 3)}
 _TILES_FILTER_ROW = {(64, 64): (8, 2), (64, 32): (8, 2)}
+# Tiles that only a table chooses.
+_MEASURED_ONLY = {"filter_row": {(128, 64): (8, 2), (128, 32): (8, 2)}}
 
 
 def _tiles(name: str, itemsize: int) -> dict[tuple[int, int], tuple[int, int]]:
@@ -180,7 +201,7 @@ def key(problem: Problem) -> str:
     """The table key: what the speed depends on, with N rounded up to a power of two.
 
     ``bf16 C64 K64 R3 S3 stride1x1 pad1x1 dil1x1 groups1 H56 W56 N128 relu`` and then, where the
-    problem has them, ``residual``, ``input_bn``, ``input_gate``, ``sliced_out``.
+    problem has them, ``residual``, ``input_bn``, ``input_gate``.
     """
     p = problem
     words = [
@@ -190,14 +211,14 @@ def key(problem: Problem) -> str:
         f"groups{p.groups} H{p.H} W{p.W} N{1 << max(p.N - 1, 0).bit_length()}",
         p.act,
     ]
-    flags = ("has_residual", "has_input_bn", "has_input_gate", "sliced_out")
+    flags = ("has_residual", "has_input_bn", "has_input_gate")
     words += [flag.removeprefix("has_") for flag in flags if getattr(p, flag)]
     return " ".join(words)
 
 
 _KEY = re.compile(
     r"(f16|bf16|f32) C\d+ K\d+ R\d+ S\d+ stride\d+x\d+ pad\d+x\d+ dil\d+x\d+ groups\d+ H\d+ W\d+ "
-    r"N\d+ (none|relu|relu6|silu)( residual)?( input_bn)?( input_gate)?( sliced_out)?"
+    r"N\d+ (none|relu|relu6|silu)( residual)?( input_bn)?( input_gate)?"
 )
 
 
@@ -279,7 +300,8 @@ def _parse_entry(entry: object) -> Config | dict:
 
 def _reachable(name: str, itemsize: int) -> tuple[Config, ...]:
     found = []
-    for (block_m, block_n), (num_warps, num_stages) in _tiles(name, itemsize).items():
+    tiles = _tiles(name, itemsize) | _MEASURED_ONLY.get(name, {})
+    for (block_m, block_n), (num_warps, num_stages) in tiles.items():
         for block_k in (32,) if itemsize == 4 or name == "filter_row" else (32, 64):
             for stages in sorted({2, num_stages} if name == "1x1" else {num_stages}):
                 tile = (block_m, block_n, block_k, _GROUP_M, num_warps, stages)
@@ -287,5 +309,5 @@ def _reachable(name: str, itemsize: int) -> tuple[Config, ...]:
     return tuple(found)
 
 
-# every tile the heuristic can return, by kernel and element size
+# every tile that the heuristic or a measured table can return, by kernel and element size
 CONFIGS = {(name, size): _reachable(name, size) for name in KERNELS for size in (2, 4)}
