@@ -183,6 +183,33 @@ def test_hooks_on_blocks_and_inner_modules_fire(patched, x):
     assert sorted(fired) == ["bn1", "layer1.0", "layer1.0.conv1", "layer2.0.downsample", "maxpool"]
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("which", ["all", "last"])
+@pytest.mark.parametrize("name", [*NETWORKS, "timm/mnasnet_small"])
+def test_hooks_see_what_they_see_in_stock_in_its_order(name, which, training):
+    patched, stock = (m.double().train(training) for m in calibrated(name))
+    x, found = torch.randn(2, 3, 64, 64, dtype=torch.float64), []
+    for model in (patched, stock):
+        maps: dict[str, list] = {}
+        for path, module in model.named_modules():
+            if which == "all" or path.endswith(("bn2", "bn3", "block.2.1", "block.3.1", "norm2")):
+                # Kept as they are: the block may write to them in place, as stock's does.
+                module.register_forward_hook(
+                    lambda module, args, out, path=path, maps=maps: maps.setdefault(
+                        path, []
+                    ).append(out)
+                )
+        torch.manual_seed(0)
+        model(x)
+        found.append(maps)
+    ours, theirs = found
+    assert list(ours) == list(theirs)
+    for path, outs in theirs.items():
+        for mine, out in zip(ours[path], outs, strict=True):
+            if isinstance(out, torch.Tensor):
+                torch.testing.assert_close(mine, out, rtol=1e-9, atol=1e-9, msg=path)
+
+
 def test_fx_feature_extraction_scripting_and_export(patched, stock, x):
     from torchvision.models.feature_extraction import create_feature_extractor
 

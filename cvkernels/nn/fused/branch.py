@@ -221,7 +221,8 @@ class _Walk:
             return f"{type(last).__name__} is not fused" if added is None else added(x, act)
         if fused_act(last.norm, last.act)[0] is not None:
             return "the activation stands before the shortcut"
-        return last.why_not_bare()
+        # Hooks would see when the shortcut is computed, and whether the sum is one in place.
+        return last.why_not_bare() or why_altered(last.conv, last.norm)
 
     def _join(
         self, x: Tensor, y: Tensor, part: Layer | nn.Module, excitation: nn.Module | None,
