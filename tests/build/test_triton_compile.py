@@ -94,6 +94,8 @@ def all_cases():
                     conv.C, conv.K, conv.R, conv.H, conv.stride, batch, has_residual=residual
                 )
                 cases.append(Case(f"resnet50-{name}-n{batch}", arch, p))
+            frozen = p | {"has_bn": False, "has_bias": True}  # a folded norm, the last batch
+            cases.append(Case(f"resnet50-{name}-frozen", arch, frozen))
         for name, p in OTHERS.items():
             cases.append(Case(name, arch, p))
         cases.append(Case("stem-nchw", arch, problem(3, 64, 7, 224, 2), nchw=True))

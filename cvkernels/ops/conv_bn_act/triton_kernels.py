@@ -19,6 +19,7 @@ import triton.language as tl
 
 from cvkernels.ops.conv_bn_act.triton_parts import (
     finish_tile,
+    first_sums,
     pixel_offsets,
     prologue,
     row_offsets,
@@ -82,7 +83,8 @@ def conv_bn_act_1x1_kernel(
 
     in_bn = (None, in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr)
     gate = (gate_ptr, gate_stride_n, gate_stride_c)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    bn = (bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr)
+    acc = first_sums(bn, k_offs, K, BLOCK_M)
     for c_start in range(0, C, BLOCK_K):
         c_mask = c_offs < C - c_start
         if EVEN_C:
@@ -98,7 +100,6 @@ def conv_bn_act_1x1_kernel(
         x_ptrs += c_step * x_stride_c
         weight_ptrs += c_step * weight_stride_c
 
-    bn = (bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr)
     residual = (
         residual_ptr, residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
     )  # fmt: skip
@@ -166,7 +167,8 @@ def conv_bn_act_spatial_kernel(
 
     in_bn = (None, in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr)
     gate = (gate_ptr, gate_stride_n, gate_stride_c)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    bn = (bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr)
+    acc = first_sums(bn, k_offs, K, BLOCK_M)
     for step in range(0, R * S * C_STEPS):
         tap = step // C_STEPS
         r = tap // S
@@ -203,7 +205,6 @@ def conv_bn_act_spatial_kernel(
         x = prologue(x, x_mask, in_bn, in_eps, gate, image, c_base + c_offs, C, INPUT_BN, False)
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)
 
-    bn = (bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr)
     residual = (
         residual_ptr, residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
     )  # fmt: skip
@@ -277,7 +278,8 @@ def conv_bn_act_filter_row_kernel(
 
     in_bn = (None, in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr)
     gate = (gate_ptr, gate_stride_n, gate_stride_c)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    bn = (bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr)
+    acc = first_sums(bn, k_offs, K, BLOCK_M)
     for r in range(0, R):
         h = (h_base + r * DILATION_H).to(tl.uint32, bitcast=True)
         inside = (h < H)[:, None] & w_mask
@@ -289,7 +291,6 @@ def conv_bn_act_filter_row_kernel(
         x_ptrs += x_step
         weight_ptrs += weight_stride_r
 
-    bn = (bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr)
     residual = (
         residual_ptr, residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
     )  # fmt: skip

@@ -70,6 +70,30 @@ def affine(bn, eps, offs, mask):
 
 
 @triton.jit
+def has_norm(bn) -> tl.constexpr:
+    """Whether more than a bias is applied to the sums."""
+    _, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr = bn
+    some: tl.constexpr = (
+        bn_weight_ptr is not None
+        or bn_bias_ptr is not None
+        or bn_mean_ptr is not None
+        or bn_var_ptr is not None
+    )
+    return some
+
+
+@triton.jit
+def first_sums(bn, k_offs, K, BLOCK_M: tl.constexpr):
+    """A tile's sums before the first product: the bias, where no norm follows it."""
+    acc = tl.zeros((BLOCK_M, k_offs.shape[0]), tl.float32)
+    if not has_norm(bn):
+        if bn[0] is not None:
+            bias = tl.load(bn[0] + k_offs, mask=k_offs < K, other=0.0)
+            acc += bias.to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
 def normalize(y, bn, eps, offs, SIZE):
     """batch_norm(y + bias) of a tile y[rows, offs], in float32."""
     # Only row 0 does work. A vector's loads and root the compiler would repeat in the layout of y,
@@ -140,9 +164,12 @@ def finish_tile(
     k_start, sizes, bn, bn_eps, residual, out,
     ACT: tl.constexpr, FLAT_OUT: tl.constexpr,
 ):  # fmt: skip
-    """out = act(bn(acc) + residual) for the output channels from k_start on."""
+    """out = act(bn(acc) + residual) for the output channels from k_start on.
+
+    Without a norm acc has the bias, see :func:`first_sums`.
+    """
     BLOCK_N: tl.constexpr = acc.shape[1]
-    if BLOCK_N > 64:
+    if BLOCK_N > 64 and (has_norm(bn) or residual[0] is not None):
         # half by half: scale, shift and residual of a wide tile would not fit the registers
         halves = acc.reshape(acc.shape[0], 2, BLOCK_N // 2).permute(0, 2, 1)
         left, right = halves.split()
@@ -161,7 +188,9 @@ def _finish(
     M, K, P, Q = sizes
     k_offs = k_start + tl.arange(0, acc.shape[1])
     mask = (m_offs < M)[:, None] & (k_offs < K)[None, :]
-    y = normalize(acc, bn, bn_eps, k_offs, K)
+    y = acc
+    if has_norm(bn):
+        y = normalize(acc, bn, bn_eps, k_offs, K)
     if residual[0] is not None:
         residual_ptrs = _tile_ptrs(residual, m_offs, k_offs, P, Q, FLAT_OUT)
         y += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)

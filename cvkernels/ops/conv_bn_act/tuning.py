@@ -138,8 +138,12 @@ _TILES_16BIT = {
 }
 _TILES_32BIT = {(128, 64): (8, 3), (64, 64): (4, 3), (64, 32): (4, 3)}
 _TILES_FILTER_ROW = {(64, 64): (8, 2), (64, 32): (8, 2)}
-# Tiles that only a table chooses.
-_MEASURED_ONLY = {"filter_row": {(128, 64): (8, 2), (128, 32): (8, 2)}}
+# Tiles that only a table chooses, by kernel and element size. Of larger ones of this kernel, one
+# program would take the registers of a whole SM.
+_MEASURED_ONLY = {
+    ("filter_row", 2): {(128, 32): (8, 2)},
+    ("filter_row", 4): {(64, 32): (8, 3)},
+}
 
 
 def _tiles(name: str, itemsize: int) -> dict[tuple[int, int], tuple[int, int]]:
@@ -300,8 +304,10 @@ def _parse_entry(entry: object) -> Config | dict:
 
 def _reachable(name: str, itemsize: int) -> tuple[Config, ...]:
     found = []
-    tiles = _tiles(name, itemsize) | _MEASURED_ONLY.get(name, {})
-    for (block_m, block_n), (num_warps, num_stages) in tiles.items():
+    measured = _MEASURED_ONLY.get((name, itemsize), {})
+    for (block_m, block_n), (num_warps, num_stages) in (
+        *_tiles(name, itemsize).items(), *measured.items(),
+    ):  # fmt: skip
         for block_k in (32,) if itemsize == 4 or name == "filter_row" else (32, 64):
             for stages in sorted({2, num_stages} if name == "1x1" else {num_stages}):
                 tile = (block_m, block_n, block_k, _GROUP_M, num_warps, stages)
