@@ -23,6 +23,16 @@ def test_explain_a_planned_device(capsys):
     assert "on a planned cuda device" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the plan is of the GPU then")
+def test_explain_the_frozen_plan_of_a_gpu_that_is_not_there(capsys):
+    pytest.importorskip("triton")
+    arguments = ["explain", "resnet18", "--frozen", "--device", "cuda", "--dtype", "bfloat16"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "on a planned cuda device" in printed and "cudnn" in printed
+    assert "triton 64x32" in printed  # the tile of a step
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
