@@ -110,8 +110,10 @@ def _explain_frozen(model: nn.Module, example: Tensor | tuple) -> Explanation:
         raise TypeError(f"explain: example must be a tensor, got {type(example).__name__}")
     if not example.is_meta:
         return explain(freeze(model, example), example)
-    rows = rows_of(planned(_on_meta(model, example.dtype), example))
-    calls = [Call(row.layer, row.op, row.backend, row.note, *row[3:6]) for row in rows]
+    calls = [
+        Call(r.layer, r.op, r.backend, r.note, r.kernels, r.bytes_read, r.bytes_written)
+        for r in rows_of(planned(_on_meta(model, example.dtype), example))
+    ]
     return Explanation(calls, "a planned cuda device")
 
 

@@ -121,7 +121,7 @@ def planned(model: nn.Module, example: Tensor) -> Plan:
 def _fused_graph(
     model: nn.Module, example: Tensor, converted: torch.dtype | None, dtype: torch.dtype
 ) -> Graph:
-    """The graph of the model, its weights in ``dtype``; ``converted`` is what the caller asked."""
+    """The model's graph, its weights in ``dtype``; ``converted``: the caller asked for that."""
     graph = capture(model, converted)
     for node in graph.nodes:
         if isinstance(node.op, Call):
@@ -157,7 +157,7 @@ def _check_model(
             f"freeze: example and dtype must be float32, bfloat16, float16 or float64, got "
             f"{example.dtype} and {dtype}"
         )
-    if example.dim() != 4 or example.is_meta > on_meta or not example.numel():
+    if example.dim() != 4 or not example.numel() or (example.is_meta and not on_meta):
         raise ValueError(
             f"freeze: example must be images [N, C, H, W] that hold data, got "
             f"{list(example.shape)} on {example.device}; give a single image a batch of one with "

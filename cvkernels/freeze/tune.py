@@ -71,9 +71,16 @@ def tune(model: nn.Module, example: Tensor) -> Choices:
 def _measure(
     conv: Conv, problem: Problem, candidates: list[Backend], device: torch.device
 ) -> dict[str, float]:
-    runs = {b.name: _runner(conv, problem, b, device) for b in candidates}
-    for run in runs.values():
-        run()
+    runs = {}
+    for backend in candidates:
+        run = _runner(conv, problem, backend, device)
+        try:
+            run()
+        except Exception as error:
+            if type(error).__name__ != "OutOfResources":  # Triton's: a tile too large for this GPU
+                raise
+        else:
+            runs[backend.name] = run
     best = dict.fromkeys(runs, float("inf"))
     count, spent = 0, 0.0
     while count < RUNS or spent < SECONDS * len(runs):

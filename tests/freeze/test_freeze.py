@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import cvkernels
-from cvkernels.freeze import plan
+from cvkernels.freeze import plan, tune
 from cvkernels.freeze.capture import CaptureError
 from cvkernels.freeze.frozen import CAPACITY
 from tests.support.model_checks import calibrated
@@ -293,6 +293,23 @@ def test_verify_finds_a_wrong_weight(resnet):
     assert not cvkernels.verify(copy.deepcopy(frozen), image(2), original=resnet).ok
     with pytest.raises(TypeError, match="original= is for a frozen model"):
         cvkernels.verify(resnet, image(2), original=resnet)
+
+
+def test_a_tile_that_is_too_large_for_the_gpu_is_no_choice(monkeypatch):
+    errors = pytest.importorskip("triton.runtime.errors")
+    runner = tune._runner
+
+    def refused():
+        raise errors.OutOfResources(232448, 101376, "shared memory")
+
+    def some(conv, problem, backend, device):
+        run = runner(conv, problem, backend, device)
+        return refused if backend.name == "onednn" else run
+
+    monkeypatch.setattr(tune, "_runner", some)
+    model = nn.Sequential(nn.Conv2d(24, 16, 1)).eval()
+    choices = cvkernels.tune(model, torch.randn(2, 24, 9, 9))
+    assert choices and all("onednn" not in seconds for seconds in choices.seconds.values())
 
 
 def test_tuned_choices_are_kept_and_taken(tmp_path):

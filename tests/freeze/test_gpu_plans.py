@@ -89,7 +89,8 @@ def test_a_measured_table_changes_backend_and_tile_of_a_frozen_step(tmp_path, mo
     }  # fmt: skip
     path = tmp_path / "table.json"
     path.write_text(json.dumps(table))
-    monkeypatch.setattr(tuning, "_entries", lambda device, made={}: made)
+    loaded = {}
+    monkeypatch.setattr(tuning, "_entries", lambda device: loaded)
     try:
         tuning.load_table(path)
         changed = planned(network("resnet50"), images())
@@ -101,10 +102,10 @@ def test_a_measured_table_changes_backend_and_tile_of_a_frozen_step(tmp_path, mo
     assert of["layer1.0.conv2"] == of["layer1.0.conv3"] == tile.name
 
 
-def test_choices_of_tune_change_a_frozen_step(plans):
-    graph_plan = plans["resnet50"]
-    node = next(n for n in graph_plan.lowered.planned if n.layer == "layer1.0.conv1")
-    problem = node.op.problem(graph_plan.lowered.values[node.inputs[0]])
+def test_a_table_of_tune_names_the_backend(plans):
+    lowered = plans["resnet50"].lowered
+    node = next(n for n in lowered.planned if n.layer == "layer1.0.conv1")
+    problem = node.op.problem(lowered.values[node.inputs[0]])
     others = backends.possible(problem, META)
     chosen = backends.choose(problem, META, {backends.key(problem): others[-1].name})
     assert chosen.name == others[-1].name != others[0].name

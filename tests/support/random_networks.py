@@ -239,10 +239,10 @@ def attempt(function, *args):
 
 
 def assert_errs_like(ours: Tensor, stock: Tensor, truth: Tensor, slack: float = 1e-5) -> None:
-    """By at most sixteen times what stock does, and roundings: few outputs err by luck."""
+    """By at most eight times what stock does, and roundings."""
     assert ours.shape == stock.shape and ours.dtype == stock.dtype
     errors = [(y.double() - truth).abs().max() for y in (ours, stock)]
-    allowed = 16 * errors[1] + slack * truth.abs().max() + 1e-6
+    allowed = 8 * errors[1] + slack * truth.abs().max() + 1e-6
     assert errors[0] <= allowed or not truth.isfinite().all(), f"{errors[0]} > {allowed}"
 
 
@@ -255,7 +255,10 @@ def networks_of(seed: int, blocks: bool) -> tuple[RandomNetwork, RandomNetwork]:
 
 @torch.no_grad()
 def check_frozen(seed: int, patched: bool = False) -> None:
-    """Frozen, the network errs as stock does, in each call and for other sizes of images."""
+    """Frozen, the network errs as stock does, in each call and for other sizes of images.
+
+    Some networks amplify roundings: a map that errs more may err as stock's in channels_last does.
+    """
     network, wide = networks_of(seed, patched)
     ours = copy.deepcopy(network)
     if patched:
@@ -269,8 +272,14 @@ def check_frozen(seed: int, patched: bool = False) -> None:
             assert isinstance(raised, Exception), f"stock raises {expected}"
             return
         frozen = cvkernels.freeze(ours, x) if frozen is None else frozen
-        for values in zip(frozen(x), expected, wide(x.double()), strict=True):
-            assert_errs_like(*values)
+        actual, truths = frozen(x), wide(x.double())
+        try:
+            for values in zip(actual, expected, truths, strict=True):
+                assert_errs_like(*values)
+        except AssertionError:
+            other = network(x.contiguous(memory_format=torch.channels_last))
+            for values in zip(actual, other, truths, strict=True):
+                assert_errs_like(*values)
 
 
 def check_patched(seed: int) -> None:

@@ -51,7 +51,7 @@ class Config:
 
     @property
     def name(self) -> str:
-        """Names the choice among others of a problem."""
+        """What tells it from the others for a problem; a table of ``cvkernels.tune`` has it."""
         tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
         return f"{self.backend} {tile} w{self.num_warps} s{self.num_stages}"
 
@@ -138,8 +138,8 @@ _TILES_16BIT = {
 }
 _TILES_32BIT = {(128, 64): (8, 3), (64, 64): (4, 3), (64, 32): (4, 3)}
 _TILES_FILTER_ROW = {(64, 64): (8, 2), (64, 32): (8, 2)}
-# Tiles that only a table chooses, by kernel and element size. Of larger ones of this kernel, one
-# program would take the registers of a whole SM.
+# Tiles that are only measured, for a table to choose, by kernel and element size. Of larger ones of
+# this kernel, one program would take the registers of a whole SM.
 _MEASURED_ONLY = {
     ("filter_row", 2): {(128, 32): (8, 2)},
     ("filter_row", 4): {(64, 32): (8, 3)},
@@ -315,5 +315,5 @@ def _reachable(name: str, itemsize: int) -> tuple[Config, ...]:
     return tuple(found)
 
 
-# every tile that the heuristic or a measured table can return, by kernel and element size
+# every tile that the heuristic returns or that is measured, by kernel and element size
 CONFIGS = {(name, size): _reachable(name, size) for name in KERNELS for size in (2, 4)}
