@@ -58,6 +58,7 @@ def inspect_launch(launch, operands: tuple, arch: int) -> dict:
         **_resources(compiled.asm["cubin"]),
         "wgmma": ptx.count("wgmma.mma_async"),
         "tcgen05": ptx.count("tcgen05.mma"),
+        "unfenced": unfenced(ptx),
         "mma": ptx.count("mma.sync"),
         "async_16": len(re.findall(r"cp\.async\.\w+\.shared\.global[^;]*, (?:0x10|16)\b", ptx)),
         "async_narrow": len(
@@ -68,6 +69,20 @@ def inspect_launch(launch, operands: tuple, arch: int) -> dict:
         "store_16": len(re.findall(r"st\.global[\w.:]*\.(?:v4\.b32|v2\.b64|v4\.f32)", ptx)),
         "store": ptx.count("st.global"),
     }
+
+
+def unfenced(ptx: str) -> int:
+    """Products of the tensor cores that read what was copied asynchronously, without the fence
+    between the two that the PTX memory model asks for."""
+    count, waited = 0, False
+    for line in ptx.splitlines():
+        if "fence.proxy.async" in line:
+            waited = False
+        elif "cp.async.wait_group" in line:
+            waited = True
+        elif waited and re.search(r"\b(wgmma\.mma_async|tcgen05\.mma)\b", line):
+            count, waited = count + 1, False
+    return count
 
 
 def _resources(cubin: bytes) -> dict:
@@ -85,7 +100,8 @@ def conv_launch(case: dict):
     """Launch and operands of a case: ``problem`` with dtype as a word, ``arch``, and what differs
     from NHWC.
 
-    Optional: ``config`` (the heuristic's), ``precision`` ("ieee"), ``nchw`` (False).
+    Optional: ``config`` (the heuristic's), ``precision`` ("ieee"), ``nchw`` (False), ``affine``
+    (False: whether the input's norm is only a scale and a shift, as in frozen plans).
     """
     fields = dict(case["problem"], dtype=getattr(torch, case["problem"]["dtype"]))
     for name in ("stride", "padding", "dilation"):
@@ -108,12 +124,15 @@ def conv_launch(case: dict):
     weight = image(p.K, p.C // p.groups, p.R, p.S, nchw=nchw)
     bias = torch.empty(p.K, device="meta") if p.has_bias else None
     norm, input_norm = bn(p.K) if p.has_bn else None, bn(p.C) if p.has_input_bn else None
+    if case.get("affine") and input_norm is not None:
+        input_norm = BatchNormParams(*input_norm[:2])
     residual = image(p.N, p.K, p.P, p.Q) if p.has_residual else None
     gate = torch.empty(p.N, p.C, dtype=p.dtype, device="meta") if p.has_input_gate else None
     out = image(p.N, p.K, p.P, p.Q)
     planned = conv_launches.plan_launch(
-        p, x, weight, residual, gate, out, precision=case.get("precision", "ieee"), config=config
-    )
+        p, x, weight, residual, gate, out, precision=case.get("precision", "ieee"), config=config,
+        capability=capability, input_bn=input_norm,
+    )  # fmt: skip
     return planned.launch, planned.operands(x, weight, bias, norm, residual, input_norm, gate, out)
 
 

@@ -16,12 +16,38 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
+from cvkernels.ops.common import triton_fence
 from cvkernels.ops.common.norm import BatchNormParams
 
 # Parameters of NVIDIA's launcher of compiled kernels, from Triton 3.6 on: some versions name the
 # four in the middle, others take them along with the kernel's own arguments.
 _FIRST = ["gridX", "gridY", "gridZ", "stream", "function"]
 _MIDDLE = ["kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook"]
+
+
+INTERPRETED = bool(knobs.runtime.interpret)
+triton_fence.install()
+
+
+def activation(act: str, dtype: torch.dtype) -> str:
+    """How a kernel computes ``act`` for an output of ``dtype``, which it rounds to.
+
+    SiLU is "silu_tanh" for bfloat16, by an instruction for tanh that errs by 2^-11: up to
+    2^-12 |y|, a quarter of what rounding y to bfloat16 costs. float16 has no room for that:
+    "silu_exp2" errs by 2^-21. "silu" is as exact as float32; it is the interpreter's, too, which
+    has no such instructions.
+    """
+    if act != "silu" or INTERPRETED:
+        return act
+    return {torch.bfloat16: "silu_tanh", torch.float16: "silu_exp2"}.get(dtype, act)
+
+
+def has_dependent_launch(capability: tuple[int, int]) -> bool:
+    """Whether kernels may start while the launch before them ends (programmatic dependent launch).
+
+    GPUs can from compute capability 9.0 on; the interpreter has no such thing.
+    """
+    return capability >= (9, 0) and not INTERPRETED
 
 
 def norm_operands(bn: BatchNormParams | None) -> tuple[Tensor | float | None, ...]:
@@ -56,6 +82,7 @@ class Launch:
         self, kernel: Any, grid: tuple[int, ...], fixed: tuple, meta: dict[str, Any]
     ) -> None:
         self.kernel, self.grid, self.fixed, self.meta = kernel, grid, fixed, meta
+        triton_fence.kernels.add(kernel.__name__)
         self._empty = 0 in grid
         self._grid = (*grid, 1, 1)[:3]
         constants = tuple(meta[name] for name in kernel.arg_names if name in meta)
