@@ -75,7 +75,7 @@ class CudaGraph:
                 except RuntimeError as error:
                     self._refuse(error, stream)
                     return self.plan(x)
-            self._input.copy_(x)
+            self._images.copy_(x)
             self._graph.replay()
             result = copied(self._output, x)
             self._pool.done.record(stream)
@@ -85,24 +85,27 @@ class CudaGraph:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _capture(self, x: Tensor) -> None:
-        self._input = x.clone(memory_format=torch.channels_last)
+        staged = self.plan.staged(x)
+        if staged is x:
+            staged = x.clone(memory_format=torch.channels_last)
+        self._images = self.plan.images(staged)
         side = self._pool.stream
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
-                self.plan(self._input)
+                self.plan(staged)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate meanwhile: only this one's calls are the graph's.
         only_this = {"stream": side, "capture_error_mode": "thread_local"}
         with _capturing, torch.cuda.graph(graph, self._pool.handle, **only_this):
-            self._output = self.plan(self._input)  # in an arena of the graph's memory
+            self._output = self.plan(staged)  # in an arena of the graph's memory
         self.plan.drop_arenas()
         self._graph = graph
 
     def _refuse(self, error: RuntimeError, stream: torch.cuda.Stream) -> None:
         self._refused = True
-        self._input = None
+        self._images = None
         # torch 2.11 leaves the capture's stream current, its random generator in the capture, and
         # the pool open.
         torch.cuda.set_stream(stream)

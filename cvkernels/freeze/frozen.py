@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from cvkernels import backend, record
 from cvkernels.freeze import saving
-from cvkernels.freeze.backends import read_table, writes_slices
+from cvkernels.freeze.backends import is_gpu, read_table, writes_slices
 from cvkernels.freeze.capture import capture
 from cvkernels.freeze.cuda_graphs import CudaGraph, Pool, may_be_captured
 from cvkernels.freeze.fuse import fuse, own_weights
 from cvkernels.freeze.graph import Graph, Node, TensorSpec, fill
+from cvkernels.freeze.image import lay_out_image
 from cvkernels.freeze.ops import Call, Conv
 from cvkernels.freeze.plan import Plan
 from cvkernels.freeze.report import Report, report
@@ -130,6 +131,8 @@ def _fused_graph(
     own_weights(graph, dtype, example.device)
     if writes_slices(dtype, example.device):
         merge_siblings(graph)
+        if is_gpu(example.device):
+            lay_out_image(graph)
     return graph
 
 

@@ -211,8 +211,9 @@ class Graph:
         Raises:
             ShapeError: a layer does not take what it would get.
         """
-        values: dict[Node, Any] = {self.nodes[0]: x}
-        for node in self.nodes[1:]:
+        image, *others = self.nodes
+        values: dict[Node, Any] = {image: image.op.infer(image, [x], device)}
+        for node in others:
             inputs = [values[source] for source in node.inputs]
             values[node] = node.op.infer(node, inputs, device)
         return values

@@ -44,6 +44,9 @@ class Plan:
         self.on_cuda = device.type == "cuda"
         self.output = graph.output
         self.lowered = Lowered(graph, graph.infer(x, device), device, table)
+        self.input = graph.nodes[0].op
+        assert isinstance(self.input, Input)
+        self.shape, self.staged_shape = x.shape, self.lowered.values[graph.nodes[0]].shape
         self.memory = Memory(self.lowered)
         index = self.memory.index
         self.fixed = frozenset(index[step] for step in index if self.memory.in_arena(step))
@@ -74,7 +77,7 @@ class Plan:
         # A graph's arena is memory of its own, that no other call gets.
         captured = self.on_cuda and torch.cuda.is_current_stream_capturing()
         env = self._new_env() if captured else self._idle_env()
-        env[0] = x.contiguous(memory_format=torch.channels_last)
+        env[0] = self.staged(x)
         if record.active() is None and not torch.autograd._profiler_enabled():
             for run in self.run_order:
                 run(env)
@@ -92,6 +95,19 @@ class Plan:
         if not captured:
             self._give_back(env)
         return results[0] if self.single else fill(self.output, results)
+
+    def staged(self, x: Tensor) -> Tensor:
+        """Images as the first step reads them; those that are staged already as they are."""
+        if self.input.channels is None or x.shape == self.staged_shape:
+            return x.contiguous(memory_format=torch.channels_last)
+        N, C, H, W = self.staged_shape
+        memory = x.new_zeros(N, H, W, C).permute(0, 3, 1, 2)
+        self.images(memory).copy_(x)
+        return memory
+
+    def images(self, staged: Tensor) -> Tensor:
+        """Where in the memory of staged images they themselves are."""
+        return self.input.images(staged, self.shape)
 
     def drop_arenas(self) -> list[Env]:
         """The idle arenas, which later calls get no more."""

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cvkernels
+from cvkernels.freeze import frozen as freezing
 from cvkernels.freeze import plan as plans
 from cvkernels.freeze.cuda_graphs import WARM_UP, CudaGraph, Pool, may_be_captured
 
@@ -208,12 +209,25 @@ def test_an_input_of_any_strides_is_copied_into_the_graph():
         torch.testing.assert_close(graphs[LARGE](layout), expected)
 
 
+def test_a_graph_keeps_the_zeros_beside_its_images(monkeypatch):
+    monkeypatch.setattr(freezing, "is_gpu", lambda device: True)
+    frozen, graphs = graphed(LARGE)
+    graph = graphs[LARGE]
+    assert graph.plan.staged_shape[1] in (4, 8)
+    for _ in range(3):
+        x = torch.randn(LARGE)
+        torch.testing.assert_close(graph(x), frozen(x))
+        whole = graph._images._base
+        assert whole.numel() > x.numel() and whole.count_nonzero() == x.count_nonzero()
+
+
 def test_the_capture_comes_after_warm_up_calls(monkeypatch):
     _, graphs = graphed(SMALL)
     graph, calls = graphs[SMALL], []
     plan = graph.plan
     graph.plan = lambda x: calls.append(len(Graph.made)) or plan(x)
     graph.plan.drop_arenas = plan.drop_arenas
+    graph.plan.staged, graph.plan.images = plan.staged, plan.images
     graph(torch.randn(SMALL))
     graph(torch.randn(SMALL))
     assert calls == [0] * WARM_UP + [1]

@@ -31,7 +31,37 @@ if TYPE_CHECKING:
 
 
 class Input(Op, name="input", roles=()):
-    """The images that the model is called with."""
+    """The images that the model is called with, or with ``channels`` in memory of the plan.
+
+    There, zeros are around the images: in channels past theirs, in ``rows`` above and below, and in
+    ``columns`` before and after. With ``in_pairs``, two pixels of a row are one of twice the
+    channels; an odd last column, which is not the images', is left out.
+    """
+
+    channels: int | None = None
+    rows: tuple[int, int] = (0, 0)
+    columns: tuple[int, int] = (0, 0)
+    in_pairs: bool = False
+
+    def shape(self, node: Node, x: tuple) -> tuple:
+        if self.channels is None:
+            return x
+        N, _, H, W = x
+        height, width = H + sum(self.rows), W + sum(self.columns)
+        if self.in_pairs:
+            return (N, 2 * self.channels, height, width // 2)
+        return (N, self.channels, height, width)
+
+    def images(self, memory: Tensor, x: tuple) -> Tensor:
+        """Where images of shape x are in such memory, which is in channels_last."""
+        if self.channels is None:
+            return memory
+        _, C, H, W = x
+        pixels = memory.permute(0, 2, 3, 1)
+        if self.in_pairs:
+            pixels = pixels.unflatten(3, (2, self.channels)).flatten(2, 3)
+        top, left = self.rows[0], self.columns[0]
+        return pixels[:, top : top + H, left : left + W, :C].permute(0, 3, 1, 2)
 
 
 class Cat(Op, name="cat", writes=True):
