@@ -138,7 +138,7 @@ def operands(problem: Problem, device: torch.device) -> Operands:
         torch.randn(p.K, device=device) if p.has_bias else None,
         batch_norm(p.K, device) if p.has_bn else None,
         image(p.N, p.K, p.P, p.Q) if p.has_residual else None,
-        batch_norm(p.C, device) if p.has_input_bn else None,
+        BatchNormParams(*batch_norm(p.C, device)[:2]) if p.has_input_bn else None,
         torch.rand(p.N, p.C, device=device).to(p.dtype) if p.has_input_gate else None,
         image(p.N, p.K, p.P, p.Q),
     )
@@ -167,7 +167,9 @@ def exact(problem: Problem, given: Operands, dtype: torch.dtype) -> Tensor:
     def cast(value: Any) -> Any:
         if isinstance(value, BatchNormParams):
             wide = torch.promote_types(dtype, torch.float32)
-            return BatchNormParams(*(v.to(wide) for v in value[:4]), value.eps)
+            return BatchNormParams(
+                *(None if v is None else v.to(wide) for v in value[:4]), value.eps
+            )
         return None if value is None else value.to(dtype)
 
     x, weight, bias, bn, residual, input_bn, gate = map(cast, given[:7])
@@ -226,11 +228,12 @@ def compile_candidates(problem: Problem, device: str) -> None:
             if config.backend == "triton":
                 planned = conv_launches.plan_launch(
                     problem, given.x, given.weight, given.residual, given.gate, given.out,
-                    precision="ieee", config=config,
+                    precision="ieee", config=config, input_bn=given.input_bn,
                 )  # fmt: skip
                 # What does not compile is not measured; measure says why.
                 with contextlib.suppress(Exception):
-                    planned.launch.warmup(*planned.operands(*given))
+                    for launch, arguments in planned.launches(*given):
+                        launch.warmup(*arguments)
 
 
 def table_of(results: Iterable[Found], device: str, capability: Sequence[int], old: dict) -> dict:

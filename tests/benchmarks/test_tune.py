@@ -42,11 +42,12 @@ def few(problem, capability):
 
 def test_the_networks_convolutions_are_counted():
     found = tune.problems(["resnet50"], [1, 128], [torch.bfloat16])
-    # Of the frozen network, and the three shortcuts of stride 2 that it adds to.
-    assert sum(found.values()) == 2 * (53 + 3)
+    # Of the frozen network; and of the live one the three shortcuts of stride 2 that the frozen one
+    # adds to, and the first convolution, whose images the frozen one lays out anew.
+    assert sum(found.values()) == 2 * (53 + 3 + 1)
     assert {problem.N for problem in found} == {1, 128}
     stem = [problem for problem in found if problem.R == 7]
-    assert len(stem) == 2 and all(found[problem] == 1 for problem in stem)
+    assert len(stem) == 4 and all(found[problem] == 1 for problem in stem)
 
 
 @pytest.mark.parametrize("problem", [TINY, PROLOGUES, SPATIAL])

@@ -29,9 +29,18 @@ class Case:
     config: tuning.Config | None = None
     precision: str = "ieee"
     nchw: bool = False  # of x and weight
+    affine: bool = False  # the input's norm is a scale and a shift, as in frozen plans
 
     def __str__(self):
         return f"{self.name}-sm{self.arch}"
+
+
+def staged_stem(K, R, pairs, size, act="relu", **options):
+    """A first convolution of stride 2 in the layout that frozen plans give images."""
+    geometry = {"stride": [2, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
+    shape = {"N": 128, "C": 8, "H": size, "W": size // 2, "K": K, "R": R, "S": pairs}
+    dtype = {"dtype": "bfloat16", "act": act, "has_bn": False, "has_bias": True}
+    return shape | geometry | dtype | options
 
 
 def problem(C, K, R, size, stride=1, batch=128, dtype="bfloat16", act="relu", **options):
@@ -62,6 +71,25 @@ OTHERS = {
     "fp16": problem(256, 1024, 1, 14, dtype="float16", has_residual=True),
     "fp16-3x3": problem(128, 128, 3, 28, dtype="float16"),
     "fp16-stem": problem(3, 64, 7, 224, 2, dtype="float16"),
+    "staged-stem": staged_stem(64, 7, 4, 230),
+    "staged-stem-3x3": staged_stem(32, 3, 2, 226, "silu"),
+    "staged-stem-n1": staged_stem(64, 7, 4, 230, N=1),
+    # channels that are multiples of 8 alone
+    "8-channels-out": problem(144, 24, 1, 56, act="none", has_input_gate=True),
+    "8-channels-in": problem(24, 144, 1, 56, act="silu"),
+    "8-channels-added": problem(240, 40, 1, 28, act="none", has_input_gate=True, has_residual=True),
+    "8-channels-3x3": problem(24, 64, 3, 14),
+    "8-channels-merged": problem(528, 296, 1, 14),
+    "fp16-silu": problem(16, 96, 1, 112, act="silu", dtype="float16"),
+    "early-residual": problem(64, 256, 1, 56, has_residual=True, has_bn=False, has_bias=True),
+    "split": problem(512, 512, 3, 7, batch=1),
+    "split-1x1": problem(2048, 512, 1, 7, batch=1),
+}
+# the frozen prologue, by the heuristic's tile and by those of the sweep that two programs share
+AFFINE = {
+    "frozen-bn-prologue": problem(512, 128, 1, 28, has_input_bn=True),
+    "frozen-bn-prologue-fp16": problem(512, 128, 1, 28, has_input_bn=True, dtype="float16"),
+    "frozen-bn-prologue-7": problem(1024, 128, 1, 7, has_input_bn=True),
 }
 
 # sizes and strides of 1 become constants, odd ones lose their alignment: these only must compile
@@ -98,14 +126,20 @@ def all_cases():
             cases.append(Case(f"resnet50-{name}-frozen", arch, frozen))
         for name, p in OTHERS.items():
             cases.append(Case(name, arch, p))
+        for name, p in AFFINE.items():
+            cases.append(Case(name, arch, p | {"has_bn": False, "has_bias": True}, affine=True))
         cases.append(Case("stem-nchw", arch, problem(3, 64, 7, 224, 2), nchw=True))
         for (kernel, itemsize), configs in tuning.CONFIGS.items():
             for config in configs:
+                if arch == 80 and tuning.alone(config.block_m, config.block_n):
+                    continue
                 size = f"{config.block_m}x{config.block_n}x{config.block_k}-{config.num_stages}"
                 precisions = ("tf32", "ieee") if itemsize == 4 else ("ieee",)
                 for precision in precisions:
                     dtype = "bfloat16" if itemsize == 2 else f"float32-{precision}"
-                    p = SWEEP[kernel] | {"dtype": dtype.partition("-")[0]}
+                    packed = kernel == "filter_row" and config.num_stages == 1
+                    p = staged_stem(64, 7, 4, 230) if packed else SWEEP[kernel]
+                    p = p | {"dtype": dtype.partition("-")[0]}
                     name = f"{kernel}-{size}-{dtype}"
                     cases.append(Case(name, arch, p, config, precision))
     return cases
@@ -149,6 +183,11 @@ def test_tensor_cores(case, compiled):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+def test_fences_stand_between_copies_and_tensor_cores(case, compiled):
+    assert compiled[case]["unfenced"] == 0
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_accesses_are_16_bytes_wide(case, compiled):
     found = compiled[case]
     assert found["store_16"] == found["store"], found
@@ -165,10 +204,15 @@ def test_accesses_are_16_bytes_wide(case, compiled):
 SHARED_SM = [case for case in CASES if case.arch >= 90 and not exact_float32(case)]
 
 
+def alone(found):
+    """Whether a program's tile is one that has an SM for itself."""
+    return tuning.alone(found["meta"]["BLOCK_M"], found["meta"]["BLOCK_N"])
+
+
 @pytest.mark.parametrize("case", SHARED_SM, ids=str)
 def test_two_programs_fit_an_sm(case, compiled):
     """So that one program's epilogue overlaps another's loop."""
     found = compiled[case]
-    threads = 32 * found["meta"]["num_warps"]
-    assert 2 * threads * found["registers"] <= REGISTERS, found
-    assert 2 * (found["shared"] + 1024) <= SHARED, found
+    threads, programs = 32 * found["meta"]["num_warps"], 1 if alone(found) else 2
+    assert programs * threads * found["registers"] <= REGISTERS, found
+    assert programs * (found["shared"] + 1024) <= SHARED, found

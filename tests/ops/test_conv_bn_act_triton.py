@@ -12,6 +12,7 @@ from cvkernels.ops.conv_bn_act import triton as conv_launches
 from cvkernels.ops.conv_bn_act import tuning
 from cvkernels.ops.conv_bn_act.problem import problem_of
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
+from cvkernels.ops.conv_bn_act.tuning import Config
 from tests.support.cases.conv_bn_act import ODD, TILED, Conv, add_residual, make_inputs
 from tests.support.numerics import assert_matches
 
@@ -84,6 +85,52 @@ def test_every_shipped_config(kernel, itemsize, config, device):
     conv = Conv(channels, 11, 9, 136, taps, taps, 1, taps // 2)
     args, options = make(conv, dtype, device, residual=True)
     assert tuning.kernel(problem(*args, **options)) == kernel
+    check(args, options, by_config(config))
+
+
+@pytest.mark.parametrize("splits", [2, 3, 8])
+@pytest.mark.parametrize("act", ["relu", "silu"])
+@pytest.mark.parametrize("case", ["1x1", "1x1-stride", "3x3"])
+def test_split_reductions(case, act, splits, memory_format, device):
+    """Among them such that some programs have nothing to add."""
+    args, options = make(case, torch.float16, device, memory_format, residual=True, act=act)
+    config = Config("triton", 64, 32, 32, 8, 4, 2, splits)
+    check(args, options, by_config(config))
+    run = by_config(config)
+    assert torch.equal(run(*args, **options), run(*args, **options))
+
+
+def test_split_reductions_with_a_prologue(device):
+    args, options = make(Conv(200, 5, 5, 24), torch.float16, device)
+    options["input_gate"] = torch.rand(2, 200, device=device).half()
+    check(args, options, by_config(Config("triton", 64, 32, 32, 8, 4, 2, 3)))
+
+
+# Channels in packs of 8, 4, 2 and 1 elements, and of 8 in more than the kernels' blocks.
+@pytest.mark.parametrize("channels", [(24, 40), (40, 24), (20, 36), (18, 22), (17, 19), (72, 8)])
+@pytest.mark.parametrize("taps", [1, 3])
+def test_channels_of_all_packs(channels, taps, device):
+    given, made = channels
+    conv = Conv(given, 5, 7, made, taps, taps, 1, taps // 2)
+    args, options = make(conv, torch.float16, device, residual=True)
+    check(args, options)
+
+
+@pytest.mark.parametrize("kernel", [(7, 4), (3, 2), (4, 2)], ids=str)
+def test_images_laid_out_in_pairs_of_pixels(kernel, device):
+    """Frozen plans' first convolutions: whole packs, no padding, and strides that differ."""
+    conv = Conv(8, 13, 10, 24, *kernel)
+    args, options = make(conv, torch.float16, device, act="silu")
+    options["stride"] = (2, 1)
+    p = problem(*args, **options)
+    assert tuning.kernel(p) == "filter_row"
+    check(args, options)
+    check(args, options, by_config(tuning.heuristic(p, (9, 0))))
+
+
+def test_residuals_fetched_before_the_loop(device):
+    args, options = make(Conv(72, 9, 7, 72), torch.float16, device, residual=True)
+    config = Config("triton", 128, 64, 32, 8, 8, 2)
     check(args, options, by_config(config))
 
 
@@ -188,6 +235,7 @@ class Counted:
 
     def __init__(self, kernel, launches):
         self.kernel, self.launches, self.arg_names = kernel, launches, kernel.arg_names
+        self.__name__ = kernel.__name__
 
     def __getitem__(self, grid):
         self.launches.append(self.kernel.__name__)
@@ -227,4 +275,5 @@ def test_plan_needs_no_data():
     args = dict(zip(names, (*operands, *launch.fixed), strict=True))
     assert args["x_ptr"] is x and args["M"] == 128 * 56 * 56
     assert args["residual_ptr"] is None and args["bn_var_ptr"] is None
-    assert (args["x_stride_c"], args["x_stride_w"], args["out_stride_w"]) == (1, 64, 256)
+    assert launch.meta["X_VEC"] == launch.meta["WEIGHT_VEC"] == launch.meta["OUT_VEC"] == 8
+    assert (args["x_stride_c"], args["x_stride_w"], args["out_stride_w"]) == (1, 8, 32)

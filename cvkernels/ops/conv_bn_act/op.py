@@ -201,8 +201,9 @@ def _plan_triton(
     if out is None:
         out = new_output(problem, torch.device("meta"))
     launch = triton.plan_launch(
-        problem, call.x, weight, residual, gate, out, precision=_fp32_precision(), config=config
-    )
+        problem, call.x, weight, residual, gate, out, precision=_fp32_precision(), config=config,
+        input_bn=input_bn,
+    )  # fmt: skip
 
     def run(x, residual=None, input_gate=None, out=None):
         out = new_output(problem, x.device) if out is None else out
@@ -341,6 +342,11 @@ def _traffic(problem: Problem, name: str, arguments: Arguments) -> Traffic:
         passes = [nbytes(x)] * (not x.is_contiguous(memory_format=torch.channels_last))
         copies = onednn.extra_passes(problem) if name == "onednn" else 0
         passes += [problem.bytes_written] * (copies + (out is not None))
+    elif name.startswith("triton"):
+        splits = tuning.named(problem, name, *backends.gpu(x)).split_k
+        # the sums of a split reduction, which the second launch adds
+        sums = 4 * problem.N * problem.K * problem.P * problem.Q
+        passes += [sums * splits] * (splits > 1)
     around = sum(passes)
     return Traffic(1 + len(passes), problem.bytes_read + around, problem.bytes_written + around)
 

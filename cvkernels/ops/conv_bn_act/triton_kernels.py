@@ -10,28 +10,41 @@ over input channels and filter taps. They differ in how the reduction is laid ou
   for few channels.
 
 Letters: x[N, C, H, W], weight[K, C/groups, R, S], out and residual[N, K, P, Q], M = N*P*Q, all with
-any strides. A vector or tensor that the call does not have is None. Row addresses are int64 and so
-are strided sums, so that tensors of more than 2^31 elements are right.
+any strides. A vector or tensor that the call does not have is None. C and K, and all strides but
+the channels', are given in packs of X_VEC, WEIGHT_VEC and OUT_VEC elements, so that accesses of as
+many elements are known to be aligned. INT64: a tensor spans 2^31 elements or more.
+
+Where there are few tiles, SPLIT_K programs share the reduction of one: each writes its sums to
+parts[SPLIT_K, M, K], and ``conv_bn_act_finish_kernel`` adds them in a fixed order.
 """
 
 import triton
 import triton.language as tl
 
 from cvkernels.ops.conv_bn_act.triton_parts import (
+    fetch,
     finish_tile,
     first_sums,
+    let_consumers_start,
     pixel_offsets,
     prologue,
     row_offsets,
     split_pixels,
+    store_part,
     tile_ids,
+    wait_for_producers,
+    wide,
 )
 
 # sizes that only enter index arithmetic: specialising on them would recompile for no gain
 _UNSPECIALIZED = ["M", "H", "W", "P", "Q"]
+# the packs tell all that matters
+_UNALIGNED = ["c_packs", "k_packs"]
+_UNALIGNED += [f"{x}_stride_{axis}" for x in ("x", "out", "residual") for axis in "nhw"]
+_UNALIGNED += [f"weight_stride_{axis}" for axis in "krs"]
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit(do_not_specialize=_UNSPECIALIZED, do_not_specialize_on_alignment=_UNALIGNED)
 def conv_bn_act_1x1_kernel(
     x_ptr,  # [N, C, H, W]
     weight_ptr,  # [K, C]
@@ -40,7 +53,8 @@ def conv_bn_act_1x1_kernel(
     residual_ptr,  # [N, K, P, Q]
     in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr, in_eps,  # [C]
     gate_ptr,  # [N, C]
-    M, C, K, P, Q,
+    parts_ptr,  # [SPLIT_K, M, K]
+    M, c_packs, k_packs, P, Q,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w,
     weight_stride_k, weight_stride_c,
     out_stride_n, out_stride_k, out_stride_h, out_stride_w,
@@ -49,10 +63,13 @@ def conv_bn_act_1x1_kernel(
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     ACT: tl.constexpr, PRECISION: tl.constexpr,
     INPUT_BN: tl.constexpr,
-    GATE_UNIFORM: tl.constexpr,  # every row tile lies within one image
+    PER_IMAGE: tl.constexpr,  # a row tile lies within one image; what there is a gate with
+    EARLY_RESIDUAL: tl.constexpr,  # fetched before the loop
     EVEN_C: tl.constexpr,  # BLOCK_K divides C
     FLAT_X: tl.constexpr,
     FLAT_OUT: tl.constexpr,
+    X_VEC: tl.constexpr, WEIGHT_VEC: tl.constexpr, OUT_VEC: tl.constexpr,
+    INT64: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """1x1 convolution without padding or groups: a matrix product over pixels.
@@ -61,54 +78,79 @@ def conv_bn_act_1x1_kernel(
     and BLOCK_N rows of weight, C long, and the tile of residual. x comes from memory once, and for
     the other cdiv(K, BLOCK_N) - 1 column tiles from L2.
     """
-    pid_m, pid_n = tile_ids(M, K, BLOCK_M, BLOCK_N, GROUP_M)
-    m_offs = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    wait_for_producers(PDL)
+    C, K = c_packs * X_VEC, k_packs * OUT_VEC
+    if PER_IMAGE:
+        image_tiles = tl.cdiv(P * Q, BLOCK_M)
+        pid_m, pid_n = tile_ids(M // (P * Q) * image_tiles, K, BLOCK_N, GROUP_M)
+        image = pid_m // image_tiles
+        m_first = image * (P * Q) + (pid_m - image * image_tiles) * BLOCK_M
+        m_end = (image + 1) * (P * Q)
+    else:
+        pid_m, pid_n = tile_ids(tl.cdiv(M, BLOCK_M), K, BLOCK_N, GROUP_M)
+        image = pid_m * 0
+        m_first = pid_m * BLOCK_M
+        m_end = M
+    m_offs = m_first + tl.arange(0, BLOCK_M)
     k_offs = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    c_offs = tl.arange(0, BLOCK_K)
+    part = tl.program_id(1)
+    c_begin = part * (tl.cdiv(tl.cdiv(C, BLOCK_K), SPLIT_K) * BLOCK_K)
+    c_end = C
+    if SPLIT_K > 1:
+        c_end = tl.minimum(c_begin + tl.cdiv(tl.cdiv(C, BLOCK_K), SPLIT_K) * BLOCK_K, C)
     # rows and columns past the end read the last one and are not stored: no mask in the loop
-    m_safe = tl.minimum(m_offs, M - 1)
+    m_safe = tl.minimum(m_offs, m_end - 1)
     k_safe = tl.minimum(k_offs, K - 1)
     x_strides = (x_stride_n, x_stride_h * STRIDE_H, x_stride_w * STRIDE_W)
-    x_rows = pixel_offsets(m_safe, P, Q, x_strides, FLAT_X)
-    weight_rows = k_safe.to(tl.int64) * weight_stride_k
-    c_step = tl.full((), BLOCK_K, tl.int64)
-    x_ptrs = x_ptr + x_rows[:, None] + (c_offs.to(tl.int64) * x_stride_c)[None, :]
-    weight_ptrs = (
-        weight_ptr + weight_rows[None, :] + (c_offs.to(tl.int64) * weight_stride_c)[:, None]
-    )
-    if GATE_UNIFORM:
-        image = (pid_m * BLOCK_M) // (P * Q)
-    else:
-        image = m_safe // (P * Q)
+    x_rows = pixel_offsets(m_safe, P, Q, x_strides, FLAT_X, X_VEC, INT64)
+    weight_rows = wide(k_safe, INT64) * weight_stride_k * WEIGHT_VEC
+    c_offs = wide(tl.arange(0, BLOCK_K), INT64)
+    x_offs = x_rows[:, None] + (c_offs * x_stride_c)[None, :]
+    weight_offs = weight_rows[None, :] + (c_offs * weight_stride_c)[:, None]
 
     in_bn = (None, in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr)
     gate = (gate_ptr, gate_stride_n, gate_stride_c)
     bn = (bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr)
-    acc = first_sums(bn, k_offs, K, BLOCK_M)
-    for c_start in range(0, C, BLOCK_K):
-        c_mask = c_offs < C - c_start
+    residual = (
+        residual_ptr, residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
+    )  # fmt: skip
+    out = (out_ptr, out_stride_n, out_stride_k, out_stride_h, out_stride_w)
+    sizes = (m_end, K, P, Q)
+    fetched = None
+    if EARLY_RESIDUAL:
+        fetched = fetch(residual, m_offs, k_offs, sizes, FLAT_OUT, OUT_VEC, INT64)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if SPLIT_K == 1:
+        acc = first_sums(bn, k_offs, K, BLOCK_M)
+    for c_start in range(c_begin, c_end, BLOCK_K):
+        c = c_start + tl.arange(0, BLOCK_K)
+        c_mask = c < C
+        x_ptrs = x_ptr + wide(c_start, INT64) * x_stride_c + x_offs
+        weight_ptrs = weight_ptr + wide(c_start, INT64) * weight_stride_c + weight_offs
         if EVEN_C:
             x = tl.load(x_ptrs)  # [BLOCK_M, BLOCK_K]
             weight = tl.load(weight_ptrs)  # [BLOCK_K, BLOCK_N]
         else:
             x = tl.load(x_ptrs, mask=c_mask[None, :], other=0.0)
             weight = tl.load(weight_ptrs, mask=c_mask[:, None], other=0.0)
-        # channels past C are zero after the prologue, whatever it makes of them
-        c = c_start + c_offs
-        x = prologue(x, c_mask[None, :], in_bn, in_eps, gate, image, c, C, INPUT_BN, GATE_UNIFORM)
+        # channels past C are zero after the prologue: before it they are, and gates are zero there
+        WHOLE: tl.constexpr = EVEN_C or not INPUT_BN
+        x = prologue(
+            x, c_mask[None, :], in_bn, in_eps, gate, image, c, C, INPUT_BN, WHOLE, PACKED
+        )  # fmt: skip
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)
-        x_ptrs += c_step * x_stride_c
-        weight_ptrs += c_step * weight_stride_c
 
-    residual = (
-        residual_ptr, residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
-    )  # fmt: skip
-    out = (out_ptr, out_stride_n, out_stride_k, out_stride_h, out_stride_w)
-    sizes = (M, K, P, Q)
-    finish_tile(acc, m_offs, pid_n * BLOCK_N, sizes, bn, bn_eps, residual, out, ACT, FLAT_OUT)
+    let_consumers_start(PDL)
+    if SPLIT_K > 1:
+        store_part(acc, part, m_offs, k_offs, m_end, K, parts_ptr, M)
+    else:
+        finish_tile(
+            acc, fetched, m_offs, pid_n * BLOCK_N, sizes, bn, bn_eps, residual, out,
+            ACT, FLAT_OUT, OUT_VEC, INT64,
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit(do_not_specialize=_UNSPECIALIZED, do_not_specialize_on_alignment=_UNALIGNED)
 def conv_bn_act_spatial_kernel(
     x_ptr,  # [N, C, H, W]
     weight_ptr,  # [K, C_GROUP, R, S]
@@ -117,7 +159,8 @@ def conv_bn_act_spatial_kernel(
     residual_ptr,  # [N, K, P, Q]
     in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr, in_eps,  # [C]
     gate_ptr,  # [N, C]
-    M, C, K, H, W, P, Q,
+    parts_ptr,  # [SPLIT_K, M, K]
+    M, c_packs, k_packs, H, W, P, Q,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w,
     weight_stride_k, weight_stride_c, weight_stride_r, weight_stride_s,
     out_stride_n, out_stride_k, out_stride_h, out_stride_w,
@@ -134,6 +177,8 @@ def conv_bn_act_spatial_kernel(
     INPUT_BN: tl.constexpr,
     EVEN_C: tl.constexpr,  # one group, and BLOCK_K divides C
     FLAT_OUT: tl.constexpr,
+    X_VEC: tl.constexpr, WEIGHT_VEC: tl.constexpr, OUT_VEC: tl.constexpr,
+    INT64: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Convolution as a sum over taps (r, s) of matrix products over channels.
@@ -146,7 +191,9 @@ def conv_bn_act_spatial_kernel(
     them, and weight is zero where channel and output channel are of different groups. An infinite
     or NaN input therefore reaches the other groups of its tile too.
     """
-    pid_m, pid_n = tile_ids(M, K, BLOCK_M, BLOCK_N, GROUP_M)
+    wait_for_producers(PDL)
+    C, K = c_packs * X_VEC, k_packs * OUT_VEC
+    pid_m, pid_n = tile_ids(tl.cdiv(M, BLOCK_M), K, BLOCK_N, GROUP_M)
     m_offs = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     k_offs = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # rows and columns past the end read the last one and are not stored: no mask in the loop
@@ -155,8 +202,9 @@ def conv_bn_act_spatial_kernel(
     image, p, q = split_pixels(m_safe, P, Q)
     h_base = p * STRIDE_H - PADDING_H  # [BLOCK_M], h of tap 0
     w_base = q * STRIDE_W - PADDING_W
-    x_rows = row_offsets(image, h_base, w_base, (x_stride_n, x_stride_h, x_stride_w))
-    weight_rows = k_safe.to(tl.int64) * weight_stride_k
+    x_strides = (x_stride_n, x_stride_h, x_stride_w)
+    x_rows = row_offsets(image, h_base, w_base, x_strides, X_VEC, INT64)
+    weight_rows = wide(k_safe, INT64) * weight_stride_k * WEIGHT_VEC
     if K_GROUP > 0:
         c_base = (pid_n * BLOCK_N) // K_GROUP * C_GROUP
         # first input channel of each output channel's group, relative to c_base
@@ -164,24 +212,39 @@ def conv_bn_act_spatial_kernel(
     else:
         c_base = 0
         c_first = tl.zeros((BLOCK_N,), tl.int32)
+    c_in_block = wide(tl.arange(0, BLOCK_K), INT64)
+    x_offs = x_rows[:, None] + (c_in_block * x_stride_c)[None, :]
+    weight_offs = c_in_block[:, None] - wide(c_first, INT64)[None, :]
+    weight_offs = weight_rows[None, :] + weight_offs * weight_stride_c
 
     in_bn = (None, in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr)
     gate = (gate_ptr, gate_stride_n, gate_stride_c)
     bn = (bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr)
-    acc = first_sums(bn, k_offs, K, BLOCK_M)
-    for step in range(0, R * S * C_STEPS):
+    part = tl.program_id(1)
+    steps: tl.constexpr = R * S * C_STEPS
+    part_steps: tl.constexpr = (steps + SPLIT_K - 1) // SPLIT_K
+    step_end = steps
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if SPLIT_K > 1:
+        step_end = tl.minimum((part + 1) * part_steps, steps)
+    else:
+        acc = first_sums(bn, k_offs, K, BLOCK_M)
+    for step in range(part * part_steps, step_end):
         tap = step // C_STEPS
         r = tap // S
         s = tap - r * S
-        c_offs = (step - tap * C_STEPS) * BLOCK_K + tl.arange(0, BLOCK_K)
-        h = h_base + r * DILATION_H
-        w = w_base + s * DILATION_W
-        inside = (h >= 0) & (h < H) & (w >= 0) & (w < W)  # [BLOCK_M]
-        x_tap = (r * DILATION_H).to(tl.int64) * x_stride_h
-        x_tap += (s * DILATION_W).to(tl.int64) * x_stride_w
-        x_ptrs = x_ptr + x_rows[:, None]
-        x_ptrs += (x_tap + (c_base + c_offs).to(tl.int64) * x_stride_c)[None, :]
-        weight_tap = r.to(tl.int64) * weight_stride_r + s.to(tl.int64) * weight_stride_s
+        c_start = (step - tap * C_STEPS) * BLOCK_K
+        c_offs = c_start + tl.arange(0, BLOCK_K)
+        # one unsigned comparison checks both ends
+        h = (h_base + r * DILATION_H).to(tl.uint32, bitcast=True)
+        w = (w_base + s * DILATION_W).to(tl.uint32, bitcast=True)
+        inside = (h < H) & (w < W)  # [BLOCK_M]
+        x_tap = wide(r * DILATION_H, INT64) * x_stride_h + wide(s * DILATION_W, INT64) * x_stride_w
+        x_tap = x_tap * X_VEC + wide(c_base + c_start, INT64) * x_stride_c
+        x_ptrs = x_ptr + x_tap + x_offs
+        weight_tap = wide(r, INT64) * weight_stride_r + wide(s, INT64) * weight_stride_s
+        weight_tap = weight_tap * WEIGHT_VEC + wide(c_start, INT64) * weight_stride_c
+        weight_ptrs = weight_ptr + weight_tap + weight_offs
         c_mask = c_base + c_offs < C
         if EVEN_C:
             x_mask = inside[:, None]
@@ -190,30 +253,35 @@ def conv_bn_act_spatial_kernel(
         x = tl.load(x_ptrs, mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
         if K_GROUP > 0:
             c_in_group = c_offs[:, None] - c_first[None, :]  # [BLOCK_K, BLOCK_N]
-            weight_ptrs = weight_ptr + weight_tap + weight_rows[None, :]
-            weight_ptrs += c_in_group.to(tl.int64) * weight_stride_c
             weight_mask = (c_in_group >= 0) & (c_in_group < C_GROUP)
             weight = tl.load(weight_ptrs, mask=weight_mask, other=0.0)
+        elif EVEN_C:
+            weight = tl.load(weight_ptrs)  # [BLOCK_K, BLOCK_N]
         else:
-            weight_ptrs = weight_ptr + weight_rows[None, :]
-            weight_ptrs += (weight_tap + c_offs.to(tl.int64) * weight_stride_c)[:, None]
-            if EVEN_C:
-                weight = tl.load(weight_ptrs)  # [BLOCK_K, BLOCK_N]
-            else:
-                weight = tl.load(weight_ptrs, mask=c_mask[:, None], other=0.0)
+            weight = tl.load(weight_ptrs, mask=c_mask[:, None], other=0.0)
         # padding is zero after the prologue, not before
-        x = prologue(x, x_mask, in_bn, in_eps, gate, image, c_base + c_offs, C, INPUT_BN, False)
+        x = prologue(
+            x, x_mask, in_bn, in_eps, gate, image, c_base + c_offs, C, INPUT_BN, False, PACKED
+        )  # fmt: skip
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)
 
-    residual = (
-        residual_ptr, residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
-    )  # fmt: skip
-    out = (out_ptr, out_stride_n, out_stride_k, out_stride_h, out_stride_w)
-    sizes = (M, K, P, Q)
-    finish_tile(acc, m_offs, pid_n * BLOCK_N, sizes, bn, bn_eps, residual, out, ACT, FLAT_OUT)
+    let_consumers_start(PDL)
+    if SPLIT_K > 1:
+        store_part(acc, part, m_offs, k_offs, M, K, parts_ptr, M)
+    else:
+        residual = (
+            residual_ptr,
+            residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
+        )  # fmt: skip
+        out = (out_ptr, out_stride_n, out_stride_k, out_stride_h, out_stride_w)
+        sizes = (M, K, P, Q)
+        finish_tile(
+            acc, None, m_offs, pid_n * BLOCK_N, sizes, bn, bn_eps, residual, out,
+            ACT, FLAT_OUT, OUT_VEC, INT64,
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit(do_not_specialize=_UNSPECIALIZED, do_not_specialize_on_alignment=_UNALIGNED)
 def conv_bn_act_filter_row_kernel(
     x_ptr,  # [N, C, H, W]
     weight_ptr,  # [K, C, R, S]
@@ -222,7 +290,7 @@ def conv_bn_act_filter_row_kernel(
     residual_ptr,  # [N, K, P, Q]
     in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr, in_eps,  # [C]
     gate_ptr,  # [N, C]
-    M, K, H, W, P, Q,
+    M, k_packs, H, W, P, Q,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w,
     weight_stride_k, weight_stride_c, weight_stride_r, weight_stride_s,
     out_stride_n, out_stride_k, out_stride_h, out_stride_w,
@@ -236,6 +304,8 @@ def conv_bn_act_filter_row_kernel(
     ACT: tl.constexpr, PRECISION: tl.constexpr,
     INPUT_BN: tl.constexpr,
     FLAT_OUT: tl.constexpr,
+    X_VEC: tl.constexpr, WEIGHT_VEC: tl.constexpr, OUT_VEC: tl.constexpr,
+    INT64: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,  # at least S * C
     GROUP_M: tl.constexpr,
@@ -247,7 +317,9 @@ def conv_bn_act_filter_row_kernel(
     axis being neighbours in memory. An input element is read about R*S / (STRIDE_H*STRIDE_W) times,
     from memory once and else from L1.
     """
-    pid_m, pid_n = tile_ids(M, K, BLOCK_M, BLOCK_N, GROUP_M)
+    wait_for_producers(PDL)
+    K = k_packs * OUT_VEC
+    pid_m, pid_n = tile_ids(tl.cdiv(M, BLOCK_M), K, BLOCK_N, GROUP_M)
     m_offs = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     k_offs = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # rows and columns past the end read the last one and are not stored
@@ -256,8 +328,9 @@ def conv_bn_act_filter_row_kernel(
     image, p, q = split_pixels(m_safe, P, Q)
     h_base = p * STRIDE_H - PADDING_H  # [BLOCK_M], h of tap 0
     w_base = q * STRIDE_W - PADDING_W
-    x_rows = row_offsets(image, h_base, w_base, (x_stride_n, x_stride_h, x_stride_w))
-    weight_rows = k_safe.to(tl.int64) * weight_stride_k
+    x_strides = (x_stride_n, x_stride_h, x_stride_w)
+    x_rows = row_offsets(image, h_base, w_base, x_strides, X_VEC, INT64)
+    weight_rows = wide(k_safe, INT64) * weight_stride_k * WEIGHT_VEC
 
     offs = tl.arange(0, BLOCK_K)
     if CHANNELS_INNER:
@@ -267,14 +340,17 @@ def conv_bn_act_filter_row_kernel(
         c = offs // S
         s = offs - c * S
     in_row = offs < S * C
+    # without padding every window is inside
+    MASKED: tl.constexpr = PADDING_H > 0 or PADDING_W > 0 or BLOCK_K != S * C
     # one unsigned comparison checks both ends
     w = (w_base[:, None] + (s * DILATION_W)[None, :]).to(tl.uint32, bitcast=True)
     w_mask = (w < W) & in_row[None, :]  # [BLOCK_M, BLOCK_K]
-    x_cols = c.to(tl.int64) * x_stride_c + (s * DILATION_W).to(tl.int64) * x_stride_w
-    x_ptrs = x_ptr + x_rows[:, None] + x_cols[None, :]
-    x_step = tl.full((), DILATION_H, tl.int64) * x_stride_h
-    weight_cols = c.to(tl.int64) * weight_stride_c + s.to(tl.int64) * weight_stride_s
-    weight_ptrs = weight_ptr + weight_rows[:, None] + weight_cols[None, :]
+    x_cols = wide(c, INT64) * x_stride_c + wide(s * DILATION_W, INT64) * x_stride_w * X_VEC
+    x_offs = x_rows[:, None] + x_cols[None, :]
+    weight_cols = wide(c, INT64) * weight_stride_c + wide(s, INT64) * weight_stride_s * WEIGHT_VEC
+    weight_offs = weight_rows[:, None] + weight_cols[None, :]
+    x_step = wide(DILATION_H * X_VEC, INT64) * x_stride_h
+    weight_step = wide(WEIGHT_VEC, INT64) * weight_stride_r
 
     in_bn = (None, in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr)
     gate = (gate_ptr, gate_stride_n, gate_stride_c)
@@ -283,17 +359,64 @@ def conv_bn_act_filter_row_kernel(
     for r in range(0, R):
         h = (h_base + r * DILATION_H).to(tl.uint32, bitcast=True)
         inside = (h < H)[:, None] & w_mask
-        x = tl.load(x_ptrs, mask=inside, other=0.0)  # [BLOCK_M, BLOCK_K]
-        weight = tl.load(weight_ptrs, mask=in_row[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
+        x_ptrs = x_ptr + r * x_step + x_offs
+        weight_ptrs = weight_ptr + r * weight_step + weight_offs
+        if MASKED:
+            x = tl.load(x_ptrs, mask=inside, other=0.0)  # [BLOCK_M, BLOCK_K]
+            weight = tl.load(weight_ptrs, mask=in_row[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
+        else:
+            x = tl.load(x_ptrs)
+            weight = tl.load(weight_ptrs)
         # padding is zero after the prologue, not before
-        x = prologue(x, inside, in_bn, in_eps, gate, image, c, C, INPUT_BN, False)
+        x = prologue(x, inside, in_bn, in_eps, gate, image, c, C, INPUT_BN, not MASKED, PACKED)
         acc = tl.dot(x, weight.trans(), acc, input_precision=PRECISION)
-        x_ptrs += x_step
-        weight_ptrs += weight_stride_r
 
+    let_consumers_start(PDL)
     residual = (
         residual_ptr, residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
     )  # fmt: skip
     out = (out_ptr, out_stride_n, out_stride_k, out_stride_h, out_stride_w)
     sizes = (M, K, P, Q)
-    finish_tile(acc, m_offs, pid_n * BLOCK_N, sizes, bn, bn_eps, residual, out, ACT, FLAT_OUT)
+    finish_tile(
+        acc, None, m_offs, pid_n * BLOCK_N, sizes, bn, bn_eps, residual, out,
+        ACT, FLAT_OUT, OUT_VEC, INT64,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED, do_not_specialize_on_alignment=_UNALIGNED)
+def conv_bn_act_finish_kernel(
+    parts_ptr,  # [SPLIT_K, M, K]
+    out_ptr,  # [N, K, P, Q]
+    bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, bn_eps,  # [K]
+    residual_ptr,  # [N, K, P, Q]
+    M, k_packs, P, Q,
+    out_stride_n, out_stride_k, out_stride_h, out_stride_w,
+    residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
+    ACT: tl.constexpr, FLAT_OUT: tl.constexpr, OUT_VEC: tl.constexpr, INT64: tl.constexpr,
+    PDL: tl.constexpr, SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out = act(bn(sum of the parts) + residual), of a tile [BLOCK_M pixels, BLOCK_N channels]."""
+    wait_for_producers(PDL)
+    K = k_packs * OUT_VEC
+    pid_m, pid_n = tile_ids(tl.cdiv(M, BLOCK_M), K, BLOCK_N, 1)
+    m_offs = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    k_offs = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (m_offs < M)[:, None] & (k_offs < K)[None, :]
+    bn = (bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr)
+    acc = first_sums(bn, k_offs, K, BLOCK_M)
+    rows = m_offs.to(tl.int64) * K
+    ptrs = parts_ptr + rows[:, None] + k_offs[None, :]
+    for _ in tl.static_range(SPLIT_K):
+        acc += tl.load(ptrs, mask=mask, other=0.0)
+        ptrs += M.to(tl.int64) * K
+    let_consumers_start(PDL)
+    residual = (
+        residual_ptr, residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
+    )  # fmt: skip
+    out = (out_ptr, out_stride_n, out_stride_k, out_stride_h, out_stride_w)
+    sizes = (M, K, P, Q)
+    finish_tile(
+        acc, None, m_offs, pid_n * BLOCK_N, sizes, bn, bn_eps, residual, out,
+        ACT, FLAT_OUT, OUT_VEC, INT64,
+    )  # fmt: skip

@@ -14,6 +14,7 @@ device's name; :func:`load_table` adds one, and its entries win over those loade
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from dataclasses import dataclass, fields, replace
@@ -48,12 +49,14 @@ class Config:
     group_m: int
     num_warps: int
     num_stages: int
+    split_k: int = 1  # programs that share the reduction of a tile
 
     @property
     def name(self) -> str:
         """What tells it from the others for a problem; a table of ``cvkernels.tune`` has it."""
         tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
-        return f"{self.backend} {tile} w{self.num_warps} s{self.num_stages}"
+        split = f" k{self.split_k}" if self.split_k > 1 else ""
+        return f"{self.backend} {tile} w{self.num_warps} s{self.num_stages}{split}"
 
     def __post_init__(self) -> None:
         if self.backend not in _BACKENDS:
@@ -66,11 +69,24 @@ class Config:
                 raise ValueError(f"{name} must be a power of two from 16 to 512, got {value}")
         if self.num_warps not in (1, 2, 4, 8, 16):
             raise ValueError(f"num_warps must be 1, 2, 4, 8 or 16, got {self.num_warps}")
+        if self.split_k > 32:
+            raise ValueError(f"split_k must be at most 32, got {self.split_k}")
         if self.num_stages > 8:
             raise ValueError(f"num_stages must be at most 8, got {self.num_stages}")
 
 
 _TILE_FIELDS = tuple(f.name for f in fields(Config) if f.name != "backend")
+
+
+_NAME = re.compile(r"triton (\d+)x(\d+)x(\d+) w(\d+) s(\d+)(?: k(\d+))?")
+
+
+def named(problem: Problem, name: str, device_name: str, capability: tuple[int, int]) -> Config:
+    """The tile that Triton runs ``problem`` with, under :attr:`Config.name` or just "triton"."""
+    if (given := _NAME.fullmatch(name)) is None:
+        return choose(problem, device_name, capability)
+    block_m, block_n, block_k, warps, stages, splits = (int(n or 1) for n in given.groups())
+    return Config("triton", block_m, block_n, block_k, _GROUP_M, warps, stages, splits)
 
 
 def kernel(problem: Problem) -> str:
@@ -91,12 +107,13 @@ def choose(problem: Problem, device_name: str, capability: tuple[int, int]) -> C
 def tiles(problem: Problem, capability: tuple[int, int]) -> list[Config]:
     """Triton's tiles that may be the fastest for ``problem``, the heuristic's first."""
     first = _tile(problem, capability)
-    found = [first]
+    found, possible = [first], _tiles(problem, capability)
+    possible = possible | _MEASURED_ONLY.get((kernel(problem), problem.dtype.itemsize), {})
     for config in CONFIGS[kernel(problem), problem.dtype.itemsize]:
         padding = config.block_n > 32 and config.block_n >= 2 * problem.K
-        # A prologue passes through registers, which a wider block would use up.
-        spills = problem.has_prologue and config.block_k > first.block_k
-        if not padding and not spills:
+        tile, how = (config.block_m, config.block_n), (config.num_warps, config.num_stages)
+        stages = how[1] == 2 and kernel(problem) == "1x1"
+        if not padding and (possible.get(tile) == how or (tile in possible and stages)):
             found.append(config)
     return list(dict.fromkeys(found))
 
@@ -127,9 +144,11 @@ def _cudnn_rule(problem: Problem) -> bool:
 _GROUP_M = 8
 
 # (block_m, block_n) -> (num_warps, num_stages), largest first: few enough accumulators a thread,
-# and a pipeline short enough, that two programs of the largest tile share an H100 SM, and three or
-# more of the others. The filter-row kernel gathers: it wants many warps, and has no pipeline.
+# and a pipeline short enough, that two programs of a tile share an H100 SM, and three or more of
+# the smaller ones. Of the first two, which read least, a program has an SM for itself.
 _TILES_16BIT = {
+    (128, 256): (8, 3),
+    (256, 128): (8, 3),
     (128, 128): (8, 3),
     (128, 64): (8, 3),
     (128, 32): (4, 3),
@@ -137,56 +156,85 @@ _TILES_16BIT = {
     (64, 32): (4, 4),
 }
 _TILES_32BIT = {(128, 64): (8, 3), (64, 64): (4, 3), (64, 32): (4, 3)}
+# The filter-row kernel gathers: it wants many warps, and has no pipeline.
 _TILES_FILTER_ROW = {(64, 64): (8, 2), (64, 32): (8, 2)}
+# Of whole packs of channels it reads rows that overlap, through the first cache: copies into shared
+# memory that the program does not wait for would pass it by.
+_TILES_PACKED_ROW = {(256, 64): (8, 1), (256, 32): (8, 1), (64, 64): (8, 1), (64, 32): (8, 1)}
 # Tiles that are only measured, for a table to choose, by kernel and element size. Of larger ones of
 # this kernel, one program would take the registers of a whole SM.
 _MEASURED_ONLY = {
     ("filter_row", 2): {(128, 32): (8, 2)},
     ("filter_row", 4): {(64, 32): (8, 3)},
 }
+# Fewer products than this do not fill the pipeline of a program that has an SM for itself.
+_LONG = 512
 
 
-def _tiles(name: str, itemsize: int) -> dict[tuple[int, int], tuple[int, int]]:
+def _tiles(problem: Problem, capability: tuple[int, int]) -> dict[tuple[int, int], tuple[int, int]]:
+    name, itemsize = kernel(problem), problem.dtype.itemsize
     if name == "filter_row":
-        return _TILES_FILTER_ROW
-    return _TILES_32BIT if itemsize == 4 else _TILES_16BIT
+        packed = itemsize == 2 and problem.C % 8 == 0
+        return _TILES_PACKED_ROW if packed else _TILES_FILTER_ROW
+    if itemsize == 4:
+        return _TILES_32BIT
+    if capability >= (9, 0) and not problem.has_prologue:
+        return _TILES_16BIT
+    return {tile: how for tile, how in _TILES_16BIT.items() if not alone(*tile)}
+
+
+def alone(block_m: int, block_n: int) -> bool:
+    """Whether a program of a tile takes more than half of an SM's registers."""
+    return block_m * block_n > 128 * 128
 
 
 def _tile(problem: Problem, capability: tuple[int, int]) -> Config:
-    """The largest tile that still gives every SM two programs."""
-    name = kernel(problem)
-    tiles = _tiles(name, problem.dtype.itemsize)
-    enough = 2 * sm_count(capability)
+    """The largest tile that still gives every SM two programs, or one that has it for itself."""
+    tiles = _tiles(problem, capability)
     pixels = problem.N * problem.P * problem.Q
     widest = _widest(problem)
+    channels = problem.C // problem.groups
+    long = channels > 32 and channels * problem.R * problem.S >= _LONG
     for block_m, block_n in tiles:
         programs = cdiv(pixels, block_m) * cdiv(problem.K, block_n)
-        if block_n <= widest and programs >= enough:
+        large = alone(block_m, block_n)
+        enough = programs >= (1 if large else 2) * sm_count(capability)
+        if block_n <= widest and enough and (long or not large):
             break
     num_warps, num_stages = tiles[block_m, block_n]
     block_k = _block_k(problem, block_n)
     # a pipeline deeper than the loop only takes shared memory from other programs
-    if name == "1x1" and problem.C <= 2 * block_k:
+    if kernel(problem) == "1x1" and problem.C <= 2 * block_k:
         num_stages = 2
     return Config("triton", block_m, block_n, block_k, _GROUP_M, num_warps, num_stages)
 
 
 def _widest(problem: Problem) -> int:
-    """The widest column tile that is not mostly padding."""
+    """The widest column tile of which at most an eighth is padding, or else the least."""
     if problem.groups > 1:
         # wider than a group, the weight tile is block-diagonal and the rest of it wasted
         return 32 if problem.K // problem.groups < 64 else 64
-    if problem.K <= 64:
-        return 32 if problem.K <= 32 else 64
-    in_128, in_64 = cdiv(problem.K, 128) * 128, cdiv(problem.K, 64) * 64
-    return 128 if 3 * in_128 <= 4 * in_64 else 64
+    padded = {width: cdiv(problem.K, width) * width for width in (256, 128, 64, 32)}
+    for width, size in padded.items():
+        if 8 * size <= 9 * problem.K:
+            return width
+    return min(padded, key=lambda width: (padded[width], -width))
 
 
 def _block_k(problem: Problem, block_n: int) -> int:
-    # the prologue goes through registers, which a block of 64 channels would use up
-    if problem.dtype.itemsize == 4 or problem.has_prologue or kernel(problem) == "filter_row":
+    if problem.dtype.itemsize == 4 or kernel(problem) == "filter_row":
         return 32
     return 32 if group_span(problem, block_n) <= 32 else 64
+
+
+def programs(problem: Problem, config: Config) -> int:
+    """The tiles of the output; with a gate, a tile is of one image."""
+    p = problem
+    pixels = p.N * p.P * p.Q
+    rows = cdiv(pixels, config.block_m)
+    if p.has_input_gate and kernel(p) == "1x1":
+        rows = p.N * cdiv(p.P * p.Q, config.block_m)
+    return rows * cdiv(p.K, config.block_n)
 
 
 def group_span(problem: Problem, block_n: int) -> int:
@@ -303,16 +351,24 @@ def _parse_entry(entry: object) -> Config | dict:
 
 
 def _reachable(name: str, itemsize: int) -> tuple[Config, ...]:
+    tables = [_TILES_32BIT if itemsize == 4 else _TILES_16BIT]
+    if name == "filter_row":
+        tables = [_TILES_FILTER_ROW, _TILES_PACKED_ROW][: 4 // itemsize]
     found = []
-    measured = _MEASURED_ONLY.get((name, itemsize), {})
-    for (block_m, block_n), (num_warps, num_stages) in (
-        *_tiles(name, itemsize).items(), *measured.items(),
-    ):  # fmt: skip
-        for block_k in (32,) if itemsize == 4 or name == "filter_row" else (32, 64):
-            for stages in sorted({2, num_stages} if name == "1x1" else {num_stages}):
-                tile = (block_m, block_n, block_k, _GROUP_M, num_warps, stages)
+    for tiles in (*tables, _MEASURED_ONLY.get((name, itemsize), {})):
+        for (block_m, block_n), (num_warps, num_stages) in tiles.items():
+            large = alone(block_m, block_n)
+            depths, stages = [32, 64], {num_stages}
+            if itemsize == 4 or name == "filter_row":
+                depths = [32]
+            elif large:
+                depths = [64]
+            if name == "1x1" and not large:
+                stages.add(2)
+            for block_k, count in itertools.product(depths, sorted(stages)):
+                tile = (block_m, block_n, block_k, _GROUP_M, num_warps, count)
                 found.append(Config("triton", *tile))
-    return tuple(found)
+    return tuple(dict.fromkeys(found))
 
 
 # every tile that the heuristic returns or that is measured, by kernel and element size
