@@ -31,12 +31,16 @@ class Explanation:
     """The calls of one forward pass; prints as a table.
 
     ``rows`` are :class:`cvkernels.record.Call`: layer, op, backend, reason, kernels, bytes_read,
-    bytes_written, in the order in which they ran.
+    bytes_written, in the order in which they ran. Those of a frozen plan for a GPU whose times the
+    model of :mod:`cvkernels.ops.common.work` predicts, which ``gpu`` names, also have predicted_us
+    and bound. ``images`` are those of a call.
     """
 
-    def __init__(self, rows: list[Call], device: str) -> None:
+    def __init__(self, rows: list[Call], device: str, gpu: str = "", images: int = 0) -> None:
         self.rows = rows
         self.device = device
+        self.gpu = gpu
+        self.images = images
 
     @cached_property
     def totals(self) -> dict[str, int]:
@@ -44,15 +48,32 @@ class Explanation:
         names = ("kernels", "bytes_read", "bytes_written")
         return {name: sum(getattr(row, name) for row in self.rows) for name in names}
 
+    @cached_property
+    def predicted_us(self) -> float | None:
+        """The sum of the steps' predicted times; None where none is predicted."""
+        times = [row.predicted_us for row in self.rows]
+        return sum(t for t in times if t is not None) if self.gpu else None
+
     def __str__(self) -> str:
-        header = ("layer", "op", "backend", "kernels", "MB read", "MB written", "reason")
-        lines = [
-            (c.layer, c.op, c.backend, c.kernels, _mb(c.bytes_read), _mb(c.bytes_written), c.reason)
+        header = ["layer", "op", "backend", "kernels", "MB read", "MB written", "reason"]
+        lines: list[list] = [
+            [c.layer, c.op, c.backend, c.kernels, _mb(c.bytes_read), _mb(c.bytes_written), c.reason]
             for c in self.rows
         ]
         kernels, read, written = self.totals.values()
-        lines.append(("total", "", "", kernels, _mb(read), _mb(written), f"on {self.device}"))
-        return text_table(header, lines)
+        total = ["total", "", "", kernels, _mb(read), _mb(written), f"on {self.device}"]
+        if self.predicted_us is None:
+            return text_table(header, [*lines, total])
+        header[6:6] = ["predicted us", "bound"]
+        for row, line in zip(self.rows, lines, strict=True):
+            line[6:6] = [f"{row.predicted_us or 0.0:.1f}", row.bound]
+        total[6:6] = [f"{self.predicted_us:.1f}", ""]
+        rate = 1e6 * self.images / self.predicted_us
+        return (
+            f"{text_table(header, [*lines, total])}\n"
+            f"predicted for {self.gpu}, not measured: {self.predicted_us / 1e3:.3f} ms for "
+            f"{self.images} images, {rate:,.0f} img/s"
+        )
 
     __repr__ = __str__
 
@@ -76,7 +97,9 @@ def explain(model: nn.Module, example: Tensor | tuple, *, frozen: bool = False) 
         An :class:`Explanation`. ``kernels`` counts device launches (on CPU, calls of a library or
         native routine). Bytes are the compulsory traffic of each kernel in the dtypes at hand: each
         element that it needs once, and each that it writes once. PyTorch's own ops are in it under
-        their aten names, with the same model.
+        their aten names, with the same model. With ``frozen`` and an example on the meta device,
+        each step also has the time that a model predicts for an H200 and what bounds it, and the
+        table ends with their sum: predictions, none of which is measured.
 
     Raises:
         TypeError: example is not a tensor or a tuple with one.
@@ -110,11 +133,16 @@ def _explain_frozen(model: nn.Module, example: Tensor | tuple) -> Explanation:
         raise TypeError(f"explain: example must be a tensor, got {type(example).__name__}")
     if not example.is_meta:
         return explain(freeze(model, example), example)
+    plan = planned(_on_meta(model, example.dtype), example)
     calls = [
-        Call(r.layer, r.op, r.backend, r.note, r.kernels, r.bytes_read, r.bytes_written)
-        for r in rows_of(planned(_on_meta(model, example.dtype), example))
-    ]
-    return Explanation(calls, "a planned cuda device")
+        Call(
+            r.layer, r.op, r.backend, r.note, r.kernels, r.bytes_read, r.bytes_written,
+            r.predicted_us, r.bound,
+        )
+        for r in rows_of(plan)
+    ]  # fmt: skip
+    gpu = plan.gpu.name if plan.gpu is not None else ""
+    return Explanation(calls, "a planned cuda device", gpu, example.shape[0])
 
 
 def _on_meta(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -19,7 +19,8 @@ class Call(NamedTuple):
     """One op as it ran, or as it would run on the planned device.
 
     ``bytes_read`` and ``bytes_written`` are the compulsory traffic: every element that the op needs
-    once, whatever a cache would save or cost. ``kernels`` counts device launches.
+    once, whatever a cache would save or cost. ``kernels`` counts device launches. ``predicted_us``
+    is of a frozen plan for a GPU that the time model knows, ``bound`` what it says takes longest.
     """
 
     layer: str
@@ -29,6 +30,8 @@ class Call(NamedTuple):
     kernels: int
     bytes_read: int
     bytes_written: int
+    predicted_us: float | None = None
+    bound: str = ""
 
 
 class Recorder:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx.node import map_aggregate
 
 from cvkernels.ops.common.traffic import Traffic
+from cvkernels.ops.common.work import GPU, Work, streaming
 
 if TYPE_CHECKING:
     from cvkernels.freeze.lower import Lowered
@@ -106,6 +107,10 @@ class Op:
         """What a step without plans costs: every input, parameter and output once."""
         parameters = sum(t.nbytes for t in vars(self).values() if isinstance(t, Tensor))
         return Traffic(1, parameters + sum(x.nbytes for x in step.inputs), step.nbytes)
+
+    def work(self, step: Step, gpu: GPU) -> tuple[Work, ...]:
+        """What the launches of a step without plans do on ``gpu``."""
+        return streaming(self.traffic(step))
 
     def build(self, site: Site) -> Run | None:
         """The step's function; None where there is nothing to do."""

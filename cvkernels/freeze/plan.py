@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx.node import map_aggregate
 
-from cvkernels import record
+from cvkernels import backend, record
+from cvkernels.freeze.backends import is_gpu
 from cvkernels.freeze.graph import Graph, Node, Ref, Run, Step, TensorSpec, fill
 from cvkernels.freeze.lower import Lowered
 from cvkernels.freeze.memory import Memory, new_arena
@@ -23,6 +24,7 @@ from cvkernels.freeze.progress import progress
 from cvkernels.freeze.steps import Site
 from cvkernels.functional import DerivedWeights
 from cvkernels.ops.common.traffic import Traffic
+from cvkernels.ops.common.work import GPUS, Prediction, Work, predict
 from cvkernels.ops.conv_bn_act.problem import Problem
 
 # Arenas that a plan keeps for later calls; more calls at once than this allocate theirs.
@@ -56,6 +58,11 @@ class Plan:
         self.steps: list[tuple[Step, Run | None]] = []
         self.traffic: dict[Step, Traffic] = {}
         self.backends: dict[Step, str] = {}
+        # The GPU whose times are predicted, if the plan is for one that the model knows.
+        self.gpu = None
+        if is_gpu(device):
+            self.gpu = GPUS.get(backend.gpu(torch.empty(0, device=device))[1])
+        self.work: dict[Step, tuple[Work, ...]] = {}
         native = set()
         with progress("freeze", len(index)) as advance:
             for step in index:
@@ -63,6 +70,8 @@ class Plan:
                 self.steps.append((step, step.op.build(site)))
                 self.traffic[step] = site.traffic
                 self.backends[step] = site.backend
+                if self.gpu is not None:
+                    self.work[step] = site.work(self.gpu)
                 if site.recordable:
                     native.add(step)
                 advance()
@@ -211,6 +220,10 @@ class Plan:
             about = (step.op.name, step.backend, self.reason(step))
             with recorder.call(*about, *self.traffic[step]):
                 run(env)
+
+    def prediction(self, step: Step) -> Prediction | None:
+        """The time that the model of the plan's GPU predicts; None without one."""
+        return None if self.gpu is None else predict(self.work[step], self.gpu)
 
     def reason(self, step: Step) -> str:
         """Why the step is as it is, for ``explain`` and the report."""

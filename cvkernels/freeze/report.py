@@ -21,6 +21,8 @@ class Row(NamedTuple):
     bytes_read: int
     bytes_written: int
     note: str
+    predicted_us: float | None = None
+    bound: str = ""
 
 
 class Report(NamedTuple):
@@ -73,9 +75,10 @@ def rows_of(plan: Plan) -> list[Row]:
     for step, run in plan.steps:
         if run is not None:
             note = plan.reason(step).removeprefix("frozen").removeprefix("; ")
-            rows.append(
-                Row(step.layer, step.op.name, plan.backends[step], *plan.traffic[step], note)
-            )
+            row = Row(step.layer, step.op.name, plan.backends[step], *plan.traffic[step], note)
+            if (prediction := plan.prediction(step)) is not None:
+                row = row._replace(predicted_us=prediction.us, bound=prediction.bound)
+            rows.append(row)
     if plan.hides_nan:
         x = plan.memory.steps[0].value
         rows.append(Row("", "sum", "aten", 1, x.nbytes, x.dtype.itemsize, ""))

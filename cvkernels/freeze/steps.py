@@ -18,6 +18,7 @@ from cvkernels.freeze.memory import Memory
 from cvkernels.functional import DerivedWeights
 from cvkernels.ops.common.plan import Plan
 from cvkernels.ops.common.traffic import Traffic
+from cvkernels.ops.common.work import GPU, Work
 
 
 class Site:
@@ -79,6 +80,12 @@ class Site:
         if not self.plans:
             return self.step.op.traffic(self.step)
         return Traffic(*map(sum, zip(*(plan.traffic for plan in self.plans), strict=True)))
+
+    def work(self, gpu: GPU) -> tuple[Work, ...]:
+        """What the step's launches do on ``gpu``."""
+        if not self.plans:
+            return self.step.op.work(self.step, gpu)
+        return tuple(work for plan in self.plans for work in plan.work(gpu))
 
     @property
     def backend(self) -> str:

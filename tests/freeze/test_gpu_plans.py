@@ -73,6 +73,26 @@ def test_explain_shows_the_frozen_plan_with_its_tiles(plans, name):
     assert "planned cuda device" in str(explained)
 
 
+def test_a_frozen_plan_is_explained_with_predicted_times():
+    explained = cvkernels.explain(network("resnet50"), images(), frozen=True)
+    assert all(row.predicted_us > 0 and row.bound for row in explained.rows if row.kernels)
+    assert explained.predicted_us == sum(row.predicted_us for row in explained.rows)
+    lines = str(explained).splitlines()
+    assert "predicted us  bound" in lines[0] and lines[-2].startswith("total")
+    rate = 128e6 / explained.predicted_us
+    assert lines[-1].startswith("predicted for NVIDIA H200, not measured: ")
+    assert lines[-1].endswith(f"for 128 images, {rate:,.0f} img/s")
+
+
+def test_other_reports_predict_nothing():
+    model = cvkernels.models.resnet18().eval()
+    on_cpu = cvkernels.explain(model, torch.randn(1, 3, 32, 32), frozen=True)
+    live = cvkernels.explain(model, images((1, 3, 32, 32)))
+    for explained in (on_cpu, live):
+        assert explained.predicted_us is None and "predicted" not in str(explained)
+        assert {row.predicted_us for row in explained.rows} == {None}
+
+
 def test_a_measured_table_changes_backend_and_tile_of_a_frozen_step(tmp_path, monkeypatch, plans):
     (first, second) = [
         node

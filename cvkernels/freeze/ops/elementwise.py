@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvkernels.freeze.graph import Node, Op, Run, TensorSpec, promoted
+from cvkernels.freeze.graph import Node, Op, Run, Step, TensorSpec, promoted
 from cvkernels.ops.common.norm import BatchNormParams
+from cvkernels.ops.common.work import GPU, Work, product
 from cvkernels.ops.dense_concat import op as dense_concat
 
 if TYPE_CHECKING:
@@ -95,6 +96,11 @@ class Linear(Op, name="linear"):
         features, channels = self.weight.shape
         node.check(x[-1] == channels, f"{channels} features", x)
         return (*x[:-1], features)
+
+    def work(self, step: Step, gpu: GPU) -> tuple[Work, ...]:
+        features, channels = self.weight.shape
+        rows = step.inputs[0].value.shape[0]
+        return (product(rows, features, channels, self.weight.dtype.itemsize, gpu),)
 
     def build(self, site: Site) -> Run:
         (x,), weight, bias = site.inputs, self.weight, self.bias

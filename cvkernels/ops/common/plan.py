@@ -17,6 +17,7 @@ from cvkernels.ops.common import autograd
 from cvkernels.ops.common.autograd import observed, tensors_of
 from cvkernels.ops.common.dispatch import Call, Implementation, Table, choose
 from cvkernels.ops.common.traffic import Traffic
+from cvkernels.ops.common.work import GPU, Work, streaming
 
 
 class Plan:
@@ -31,7 +32,7 @@ class Plan:
             or a transform, dispatch mode or tracer is active, and the plan was made without.
     """
 
-    __slots__ = ("_expected", "_traffic", "backend", "op", "reason", "run")
+    __slots__ = ("_expected", "_traffic", "_work", "backend", "op", "reason", "run")
 
     def __init__(
         self,
@@ -40,12 +41,14 @@ class Plan:
         reason: str,
         run: Callable[..., Any],
         traffic: Callable[[], Traffic] | Traffic,
+        work: Callable[[GPU], tuple[Work, ...]] | None = None,
     ) -> None:
         self.op = op
         self.backend = backend
         self.reason = reason
         self.run = run  # checks nothing, and is not seen by a running explain
         self._traffic = traffic
+        self._work = work
         self._expected: _Expected | None = None
 
     @property
@@ -54,6 +57,11 @@ class Plan:
         if not isinstance(self._traffic, Traffic):
             self._traffic = self._traffic()
         return self._traffic
+
+    def work(self, gpu: GPU) -> tuple[Work, ...]:
+        """What its launches do on ``gpu``: as the op describes it, else its traffic alone."""
+        described = self._work(gpu) if self._work is not None else ()
+        return described or streaming(self.traffic)
 
     def expecting(self, call: Call, held: Iterable = (), **examples: Tensor | None) -> Plan:
         """The plan, called with data like ``examples``; ``held`` are its parameters.
@@ -111,7 +119,7 @@ class Plan:
     def bind(self, operands: Any) -> Plan:
         """The plan with its function's first argument given."""
         run = functools.partial(self.run, operands)
-        return Plan(self.op, self.backend, self.reason, run, self._traffic)
+        return Plan(self.op, self.backend, self.reason, run, self._traffic, self._work)
 
     def __repr__(self) -> str:
         return f"<plan of {self.op}: {self.backend} ({self.reason})>"
@@ -206,12 +214,13 @@ def plan_of(
     traffic: Callable[[str], Traffic],
     registered: Callable[[str], Callable[..., Any]] | None = None,
     implementation: Implementation | None = None,
+    work: Callable[[str, GPU], tuple[Work, ...]] | None = None,
 ) -> Plan:
     """The plan of a checked call, by the table, or by one implementation of it that is given.
 
-    ``traffic`` is of the implementation's name. ``registered`` gives the function that calls the
-    registered op, for an implementation by name: it runs where a gradient is needed, and in a graph
-    under torch.compile, which chooses when it runs.
+    ``traffic`` and ``work`` are of the implementation's name. ``registered`` gives the function
+    that calls the registered op, for an implementation by name: it runs where a gradient is needed,
+    and in a graph under torch.compile, which chooses when it runs.
     """
     reason = "requested"
     if implementation is None:
@@ -224,7 +233,10 @@ def plan_of(
         run = implementation.build(problem, call, *operands)
     # Kept plans do not hold what traffic looks at.
     moves = functools.partial(traffic, name)
-    return Plan(table.op, name, reason, run, moves if call.once else moves())
+    if not call.once:
+        return Plan(table.op, name, reason, run, moves())
+    does = None if work is None else functools.partial(work, name)
+    return Plan(table.op, name, reason, run, moves, does)
 
 
 Function = TypeVar("Function", bound=Callable)

@@ -23,7 +23,7 @@ from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.common.plan import Plan, plan_of, planned_by
 from cvkernels.ops.common.registration import register
 from cvkernels.ops.common.traffic import Traffic, nbytes
-from cvkernels.ops.conv_bn_act import cudnn, native, onednn, tuning
+from cvkernels.ops.conv_bn_act import cudnn, native, onednn, tuning, work
 from cvkernels.ops.conv_bn_act.problem import (
     OP,
     Arguments,
@@ -281,7 +281,8 @@ def _plan(
         return run
 
     operands = (arguments.parameters, arguments.like, cache)
-    planned = plan_of(TABLE, problem, call, operands, traffic, registered, implementation)
+    describe = functools.partial(work.of, problem)
+    planned = plan_of(TABLE, problem, call, operands, traffic, registered, implementation, describe)
     if planned.backend != "onednn" or problem.C > 4:
         return planned
     run = _plan_reference(problem, call, *operands)

@@ -23,7 +23,7 @@ from cvkernels.ops.common.traffic import Traffic
 from cvkernels.ops.conv_bn_act.problem import Arguments as GroupedArguments
 from cvkernels.ops.conv_bn_act.problem import Parameters
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_backward
-from cvkernels.ops.depthwise_conv_bn_act import native
+from cvkernels.ops.depthwise_conv_bn_act import native, work
 from cvkernels.ops.depthwise_conv_bn_act.problem import OP, Arguments, DepthwiseProblem, problem_of
 from cvkernels.ops.depthwise_conv_bn_act.reference import depthwise_conv_bn_act_reference
 from cvkernels.ops.depthwise_conv_bn_act.tiling import tiling
@@ -218,7 +218,8 @@ def _plan(
         return run
 
     operands = (Parameters(*arguments[1:4]), (), cache)
-    return plan_of(TABLE, problem, call, operands, traffic, registered)
+    describe = functools.partial(work.of, problem)
+    return plan_of(TABLE, problem, call, operands, traffic, registered, work=describe)
 
 
 def _bytes_of_parts(problem: DepthwiseProblem, gpu: tuple[int, int]) -> int:

@@ -15,7 +15,8 @@ from cvkernels.ops.common.norm import accumulator
 from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
 from cvkernels.ops.common.registration import register
 from cvkernels.ops.common.traffic import Traffic, nbytes
-from cvkernels.ops.squeeze_excite import native
+from cvkernels.ops.common.work import GPU, Work
+from cvkernels.ops.squeeze_excite import native, work
 from cvkernels.ops.squeeze_excite.problem import (
     ACTS,
     DTYPES,
@@ -157,7 +158,13 @@ def _plan(problem: Problem, call: Call) -> Plan:
     def registered(name: str) -> Callable[..., Tensor]:
         return lambda layers, pooled: torch.ops.cvkernels.excite(pooled, *layers, *options, name)
 
-    return plan_of(TABLE, problem, call, (), traffic, registered)
+    def describe(name: str, gpu: GPU) -> tuple[Work, ...]:
+        if name != "triton":
+            return ()
+        N, C = call.x.shape
+        return (work.excite(N, C, problem.R, 1, nbytes(*problem.layers), gpu),)
+
+    return plan_of(TABLE, problem, call, (), traffic, registered, work=describe)
 
 
 def _excite(pooled, weight1, bias1, weight2, bias2, act, sigmoid, count, backend):

@@ -16,7 +16,8 @@ from cvkernels.ops.common.norm import accumulator
 from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
 from cvkernels.ops.common.registration import register
 from cvkernels.ops.common.traffic import Traffic, nbytes
-from cvkernels.ops.squeeze_excite import native, tiles
+from cvkernels.ops.common.work import GPU, Work
+from cvkernels.ops.squeeze_excite import native, tiles, work
 from cvkernels.ops.squeeze_excite.problem import (
     ACTS,
     OUT_ACTS,
@@ -207,7 +208,10 @@ def _plan(problem: Problem, call: Call) -> Plan:
 
         return run
 
-    return plan_of(TABLE, problem, call, (), traffic, registered)
+    def describe(name: str, gpu: GPU) -> tuple[Work, ...]:
+        return work.squeeze_excite(problem, call.x, gpu) if name == "triton" else ()
+
+    return plan_of(TABLE, problem, call, (), traffic, registered, work=describe)
 
 
 def _squeeze_excite(x, weight1, bias1, weight2, bias2, act, residual, out_act, backend):

@@ -16,7 +16,8 @@ from cvkernels.ops.common.layout import format_of, in_format, is_nhwc, new_like
 from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
 from cvkernels.ops.common.registration import register
 from cvkernels.ops.common.traffic import Traffic, nbytes
-from cvkernels.ops.squeeze_excite import native
+from cvkernels.ops.common.work import GPU, Work
+from cvkernels.ops.squeeze_excite import native, work
 from cvkernels.ops.squeeze_excite.problem import (
     OUT_ACTS,
     Problem,
@@ -147,7 +148,10 @@ def _plan(problem: Problem, call: Call) -> Plan:
 
         return run
 
-    return plan_of(TABLE, problem, call, (), traffic, registered)
+    def describe(name: str, gpu: GPU) -> tuple[Work, ...]:
+        return (work.scale(call.x, problem.residual, gpu),) if name == "triton" else ()
+
+    return plan_of(TABLE, problem, call, (), traffic, registered, work=describe)
 
 
 def _se_scale(x, gate, residual, act, backend):

@@ -14,7 +14,8 @@ from cvkernels.ops.common.layout import fits, is_nhwc
 from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
 from cvkernels.ops.common.registration import register
 from cvkernels.ops.common.traffic import Traffic, nbytes
-from cvkernels.ops.squeeze_excite import native, tiles
+from cvkernels.ops.common.work import GPU, Work
+from cvkernels.ops.squeeze_excite import native, tiles, work
 from cvkernels.ops.squeeze_excite.problem import Problem, check_map, table_of
 from cvkernels.ops.squeeze_excite.reference import squeeze_reference
 
@@ -89,7 +90,10 @@ def _plan(call: Call) -> Plan:
     def registered(name: str) -> Callable[..., Tensor]:
         return lambda x: torch.ops.cvkernels.squeeze(x, name)
 
-    return plan_of(TABLE, Problem(OP), call, (), traffic, registered)
+    def describe(name: str, gpu: GPU) -> tuple[Work, ...]:
+        return (work.squeeze(x, gpu), *work.finish(x, gpu)) if name == "triton" else ()
+
+    return plan_of(TABLE, Problem(OP), call, (), traffic, registered, work=describe)
 
 
 def _squeeze(x: Tensor, backend: str) -> Tensor:

@@ -1,0 +1,164 @@
+"""The work of a convolution's launch, by the implementation that runs it, for the time model.
+
+Instructions are counted in the machine code for sm_90 (Triton 3.8), for channels in multiples of
+16; tests/build/test_launches.py counts them again.
+"""
+
+from __future__ import annotations
+
+import re
+
+from cvkernels.ops.common.tiles import cdiv, power_of_two
+from cvkernels.ops.common.work import GPU, MMA_SYNC_SHARE, TF32_SHARE, Work, occupancy
+from cvkernels.ops.conv_bn_act import tuning
+from cvkernels.ops.conv_bn_act.problem import Problem
+from cvkernels.ops.conv_bn_act.tuning import Config
+
+# Of a warp in a K step: as such, for each 16-byte access of a thread, and for each element of x
+# that passes through registers for a prologue. The filter-row kernel gathers single elements. A
+# loop of so few steps is unrolled, and its taps' offsets are constants.
+STEP, UNROLLED, UNROLLED_STEP = {"1x1": 62, "spatial": 110, "filter_row": 62}, 9, 50
+ACCESS = {"1x1": 4, "spatial": 8, "filter_row": 7}
+INPUT_BN, INPUT_GATE = 7, 4
+# Of a warp outside of the loop: as such, for each access of the loop in the filter-row kernel, and
+# for each element of its tile in a thread.
+SETUP, GATHER_SETUP = {"1x1": 230, "spatial": 230, "filter_row": 160}, 24
+ELEMENT, RESIDUAL = 6.2, 4.0
+ACTS = {"none": 0.0, "relu": 0.0, "relu6": 1.0, "silu": 11.3}
+# ASSUMED: the share of the matrix rate that cuDNN's fused convolutions reach, from 128 output
+# channels on and below; that they read their output, whose old value they multiply by 0; that they
+# split the sum over few tiles.
+CUDNN_SHARE, CUDNN_SHARE_NARROW, CUDNN_SPLITS = 0.62, 0.45, 4
+
+
+def of(problem: Problem, name: str, gpu: GPU) -> tuple[Work, ...]:
+    """The launches of the implementation of this name; none where it is not known."""
+    if problem.bytes_written == 0:
+        return ()
+    if name == "cudnn":
+        return (cudnn(problem, gpu),)
+    if name == "halo":
+        return (halo(problem, gpu),)
+    if name.startswith("triton"):
+        return (triton(problem, tile_of(problem, name, gpu), gpu),)
+    return ()
+
+
+_NAME = re.compile(r"triton (\d+)x(\d+)x(\d+) w(\d+) s(\d+)")
+
+
+def tile_of(problem: Problem, name: str, gpu: GPU) -> Config:
+    """The tile that Triton runs the problem with, of which :attr:`Config.name` is ``name``."""
+    chosen = tuning.choose(problem, gpu.name, gpu.capability)
+    if (given := _NAME.match(name)) is None:
+        return chosen
+    block_m, block_n, block_k, num_warps, num_stages = map(int, given.groups())
+    return Config("triton", block_m, block_n, block_k, chosen.group_m, num_warps, num_stages)
+
+
+def triton(problem: Problem, tile: Config, gpu: GPU) -> Work:
+    """A program makes a tile of BLOCK_M pixels and BLOCK_N channels.
+
+    x and the weight pass through shared memory, from where the matrix units read 64 rows of x, and
+    for each 64 rows the weight; for the store the tile passes through it too.
+    """
+    p, kind, size = problem, tuning.kernel(problem), problem.dtype.itemsize
+    m, n, k = tile.block_m, tile.block_n, tile.block_k
+    taps, channels = p.R * p.S, tuning.group_span(p, n)
+    steps = taps * cdiv(channels, k)
+    if kind == "filter_row":
+        k, steps = power_of_two(max(p.S * p.C, 16)), p.R
+    threads = 32 * tile.num_warps
+    tiles_n = cdiv(p.K, n)
+    columns = p.K / tiles_n
+    buffered = size * (m + n) * k
+    rows = taps * channels if kind != "filter_row" else p.R * p.C * p.stride[1] + p.S * p.C
+    residual = size * m * columns * p.has_residual
+    accesses = (m + n) * k / threads / (1 if kind == "filter_row" else 16 // size)
+    elements = m * k / threads * (p.has_input_bn * INPUT_BN + p.has_input_gate * INPUT_GATE)
+    unrolled = kind == "spatial" and steps <= UNROLLED
+    step = (UNROLLED_STEP if unrolled else STEP[kind]) + ACCESS[kind] * accesses + elements
+    each = ELEMENT + ACTS[p.act] + RESIDUAL * p.has_residual
+    setup = SETUP[kind] + (GATHER_SETUP * accesses if kind == "filter_row" else 0)
+    last = tile.num_warps * (setup + each * m * n / threads)
+    stages = 1 if kind == "filter_row" else min(tile.num_stages, steps + 1)
+    ahead = max(1, stages - 1)
+    return Work(
+        p.bytes_read,
+        p.bytes_written,
+        programs=cdiv(p.N * p.P * p.Q, m) * tiles_n,
+        per_sm=occupancy(gpu, threads, registers(p, tile, accesses), stages * buffered),
+        flops=2 * m * n * k * steps,
+        matrix_share=1.0 if size == 2 else TF32_SHARE,
+        l2=size * (m * rows + columns * taps * channels) + residual,
+        shared=steps * (buffered + size * m // 64 * (64 + n) * k)
+        + m * n * (8 if p.has_residual else 2 * size),
+        instructions=tile.num_warps * steps * step + last,
+        last=last,
+        steps=steps,
+        waits=2 + p.has_residual,
+        in_flight=ahead * size * (m + n) * min(k, channels * taps) + residual / 2,
+    )
+
+
+def registers(problem: Problem, tile: Config, accesses: float) -> int:
+    """Of a thread, at most: sums, addresses, elements of a prologue; the compiler has its way."""
+    p, threads = problem, 32 * tile.num_warps
+    sums = tile.block_m * tile.block_n // threads
+    if tuning.kernel(p) == "filter_row":
+        return sums + 96
+    through = tile.block_m * tile.block_k / threads * p.has_prologue
+    return int(sums + 32 + 3 * accesses + 0.75 * through + 24 * (tile.num_warps == 4))
+
+
+def cudnn(problem: Problem, gpu: GPU) -> Work:
+    """ASSUMED, see the constants: tiles of 128 x 128, or of 64 x 64 where these are few."""
+    p, size = problem, problem.dtype.itemsize
+    pixels, depth = p.N * p.P * p.Q, p.R * p.S * p.C // p.groups
+
+    def programs(side: int) -> int:
+        return cdiv(pixels, side) * cdiv(p.K, side)
+
+    side = 128 if programs(128) >= gpu.sms else 64
+    splits = CUDNN_SPLITS if programs(side) < gpu.sms // 2 else 1
+    wide = min(side, power_of_two(p.K))
+    share = CUDNN_SHARE if p.K >= 128 else CUDNN_SHARE_NARROW
+    return Work(
+        p.bytes_read + p.bytes_written,
+        p.bytes_written,
+        programs=programs(side) * splits,
+        per_sm=1,
+        flops=2 * side * wide * depth / splits,
+        matrix_share=share if size == 2 else share * TF32_SHARE,
+        steps=cdiv(depth, 64 * splits),
+        waits=2,
+        in_flight=3 * size * (side + wide) * 64,
+    )
+
+
+def halo(problem: Problem, gpu: GPU) -> Work:
+    """8 x 16 output pixels with their halo once in shared memory, the weights kept there."""
+    p, size = problem, problem.dtype.itemsize
+    down, across, depth, warps = cdiv(p.P, 8), cdiv(p.Q, 16), p.R * p.S * p.C, 4
+    # rows and columns that two patches share, twice
+    height = p.H + (down - 1) * max(0, p.R - p.stride[0])
+    width = p.W + (across - 1) * max(0, p.S - p.stride[1])
+    patch = size * p.C * height * width / (down * across)
+    # x by its taps, and the weights once a warp
+    fragments = size * (128 * depth + warps * p.K * depth)
+    products = 128 * p.K * depth / (16 * 8 * 16)
+    last = 128 * p.K / 32 * 8
+    return Work(
+        p.bytes_read,
+        p.bytes_written,
+        programs=p.N * down * across,
+        per_sm=occupancy(gpu, 32 * warps, 128, 2 * int(patch) + size * p.K * depth),
+        flops=2 * 128 * p.K * depth,
+        matrix_share=MMA_SYNC_SHARE,
+        l2=patch,
+        shared=patch + fragments,
+        instructions=1.3 * (products + fragments / 512) + last,
+        last=last,
+        steps=1,
+        in_flight=patch,
+    )
