@@ -31,9 +31,14 @@ def _slug(name: str) -> str:
 
 
 def machine_folders(results: Path | None = None) -> list[Path]:
-    """Those of complete runs."""
+    """Those of complete runs; not where all is predicted."""
     folders = (path for path in (results or RESULTS).iterdir() if path.is_dir())
-    return sorted(path for path in folders if path.suffix != ".partial")
+    measured = ("kernels-*.json", "models-*.json", "training-*.json", "demo.json")
+    return sorted(
+        path
+        for path in folders
+        if path.suffix != ".partial" and any(any(path.glob(name)) for name in measured)
+    )
 
 
 def reports(folder: Path, kind: str) -> list[Report]:

@@ -63,10 +63,12 @@ def test_programs_share_an_sm(field, rate, bound):
     found = predict((work,), H200)
     assert found.bound == bound
     assert found.seconds - H200.kernel == pytest.approx(20 * 1e-5)
-    # Whole programs: one more takes an SM as long as one on every SM.
-    more = seconds(work._replace(programs=work.programs + 1))
+    # Whole programs: one more takes an SM as long as one on every SM, but for what L2 delivers.
+    more = seconds(work._replace(programs=work.programs + H200.sms))
     assert more == pytest.approx(21 * 1e-5)
-    assert seconds(work._replace(programs=work.programs + H200.sms)) == pytest.approx(more)
+    one = seconds(work._replace(programs=work.programs + 1))
+    port = 1e-5 * H200.l2 / H200.sms / (H200.l2_port * H200.clock)
+    assert one == pytest.approx(20 * 1e-5 + (port if bound == "L2" else 1e-5))
 
 
 def test_a_program_alone_waits_for_its_loads():
@@ -107,6 +109,22 @@ def test_a_tile_loads_its_rows_for_each_tap_and_column_tile():
     square = conv_work.of(conv(256, 256, 1, 14), "triton 128x128x64 w8 s3", H200)[0]
     assert wide.per_sm == 1 and square.per_sm == 2
     assert wide.l2 * wide.programs == 0.75 * square.l2 * square.programs
+
+
+def test_a_split_sum_has_more_programs_of_fewer_steps():
+    problem = conv(512, 512, 3, 7, batch=1)
+    (whole,) = conv_work.of(problem, "triton 64x32x64 w4 s4", H200)
+    parts, finish = conv_work.of(problem, "triton 64x32x64 w4 s4 k4", H200)
+    assert (parts.programs, parts.steps) == (4 * whole.programs, whole.steps / 4)
+    assert parts.flops * parts.programs == whole.flops * whole.programs
+    assert parts.written == finish.read == 4 * 4 * 49 * 512
+    assert predict((parts, finish), H200).seconds < predict((whole,), H200).seconds
+
+
+def test_a_dependent_launch_pays_less_of_the_gap():
+    work = Work(0, 0, waits=0)
+    assert predict((work,), H200).seconds == H200.kernel
+    assert predict((work._replace(dependent=True),), H200).seconds == H200.dependent
 
 
 def test_a_halo_in_shared_memory_saves_the_rereads():

@@ -28,12 +28,14 @@ class GPU(NamedTuple):
     clock: float  # Hz, under load
     memory: float  # bytes/s of a copy, its reads and its writes together
     l2: float  # bytes/s from L2 into the SMs
+    l2_port: float  # bytes a clock into one SM, when others leave it more
     matrix: float  # flop/s of dense products, at the clock that they leave
     shared: float  # bytes a clock and SM, into and out of shared memory
     issue: float  # warp instructions a clock and SM
     load: float  # seconds from a load to its data, under load
     step: float  # seconds of a step of a K loop that nothing else on the SM hides
     kernel: float  # seconds a kernel in a graph, beside its work
+    dependent: float  # the same of a kernel that starts before the one ahead of it has ended
     exposed: float  # share of the shorter of memory's and SMs' time that the longer does not hide
     registers: int  # of an SM
     shared_size: int  # bytes of an SM's shared memory that programs can have
@@ -47,12 +49,14 @@ H200 = GPU(
     clock=1.85e9,  # expected under load; 1.98e9 is the highest
     memory=4.3e12,  # 90 % of the data sheet's 4.8e12
     l2=7.5e12,  # ASSUMED: between 6e12 and 9e12, the first rate to measure
+    l2_port=64,  # architecture
     matrix=790e12,  # 80 % of the data sheet's 989e12
     shared=128,  # 32 banks of 4 bytes
     issue=4 * 0.65,  # one a clock and scheduler, of which 65 % are reached
     load=1.0e-6,  # 4.3e12 bytes/s need 32 KB in flight in an SM: Little's law
     step=0.28e-6,  # ASSUMED
-    kernel=1.0e-6,  # ASSUMED, without programmatic dependent launch
+    kernel=1.0e-6,  # ASSUMED
+    dependent=0.4e-6,  # ASSUMED: programmatic dependent launch saves 0.5 to 1 us
     exposed=0.25,  # ASSUMED: programs load, multiply and store in turn, and few share an SM
     registers=65536,  # architecture
     shared_size=228 * 1024,  # architecture
@@ -74,6 +78,7 @@ class Work(NamedTuple):
     ``steps`` are the trips of its loop, each of which waits for loads, ``waits`` the loads before
     and after it, and ``in_flight`` the bytes of loads that it does not wait for at once.
     ``matrix_share`` is the share of the matrix rate that its instructions reach at best.
+    ``dependent`` says that the launch need not wait for the one ahead of it to end.
     """
 
     read: float
@@ -89,6 +94,7 @@ class Work(NamedTuple):
     steps: int = 0
     waits: float = 1
     in_flight: float = 0
+    dependent: bool = False
 
 
 class Prediction(NamedTuple):
@@ -111,9 +117,10 @@ def predict(work: tuple[Work, ...], gpu: GPU) -> Prediction:
 
 def _launch(work: Work, gpu: GPU) -> Prediction:
     memory, on_sms = memory_time(work, gpu), sm_times(work, gpu)
-    times = {**on_sms, "memory": memory, "launch": gpu.kernel}
+    gap = gpu.dependent if work.dependent else gpu.kernel
+    times = {**on_sms, "memory": memory, "launch": gap}
     longest = max(on_sms.values())
-    seconds = max(memory, longest) + gpu.exposed * min(memory, longest) + gpu.kernel
+    seconds = max(memory, longest) + gpu.exposed * min(memory, longest) + gap
     return Prediction(seconds, max(times, key=times.__getitem__))
 
 
@@ -136,22 +143,25 @@ def memory_time(work: Work, gpu: GPU) -> float:
 
 def sm_times(work: Work, gpu: GPU) -> dict[str, float]:
     """By what may bound them, the seconds of the SMs' work; ``latency`` of chains of waits."""
-    issue = gpu.issue * gpu.clock
-    shares = {
-        "matrix": work.flops * gpu.sms / (gpu.matrix * work.matrix_share),
-        "L2": work.l2 * gpu.sms / gpu.l2,
-        "shared memory": work.shared / (gpu.shared * gpu.clock),
-        "issue": work.instructions / issue,
-    }
+    issue, clock = gpu.issue * gpu.clock, gpu.clock
     last = work.last / issue
-    loop = max({**shares, "issue": shares["issue"] - last}.values())
-    chain = max((work.steps + work.waits) * gpu.step, loop) + last
+    times: dict[str, float] = dict.fromkeys(("matrix", "L2", "shared memory", "issue"), 0.0)
+    spent = 0.0
     full, rest = divmod(work.programs, gpu.sms * work.per_sm)
-    waves = [(full, work.per_sm), (int(rest > 0), cdiv(rest, gpu.sms))]
-    together = sum(count * programs for count, programs in waves)
-    times = {name: together * share for name, share in shares.items()}
-    slowest = max(shares, key=shares.__getitem__)
-    spent = sum(count * max(programs * shares[slowest], chain) for count, programs in waves)
+    for count, programs in ((full, gpu.sms * work.per_sm), (int(rest > 0), rest)):
+        together = cdiv(programs, gpu.sms)  # on the SM that has most
+        wave = {
+            "matrix": together * work.flops * gpu.sms / (gpu.matrix * work.matrix_share),
+            "L2": work.l2 * max(programs / gpu.l2, together / (gpu.l2_port * clock)),
+            "shared memory": together * work.shared / (gpu.shared * clock),
+            "issue": together * work.instructions / issue,
+        }
+        times = {name: time + count * wave[name] for name, time in times.items()}
+        alone = {**wave, "issue": wave["issue"] - together * last}
+        loop = max(alone.values()) / max(1, together)
+        chain = max((work.steps + work.waits) * gpu.step, loop) + last
+        spent += count * max(*wave.values(), chain)
+    slowest = max(times, key=times.__getitem__)
     # a last wave that is not full waits a little in any case
     times[slowest if spent < 1.2 * times[slowest] else "latency"] = spent
     return times

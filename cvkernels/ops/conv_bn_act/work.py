@@ -39,21 +39,51 @@ def of(problem: Problem, name: str, gpu: GPU) -> tuple[Work, ...]:
         return (cudnn(problem, gpu),)
     if name == "halo":
         return (halo(problem, gpu),)
-    if name.startswith("triton"):
-        return (triton(problem, tile_of(problem, name, gpu), gpu),)
-    return ()
+    if not name.startswith("triton"):
+        return ()
+    tile, splits = tile_of(problem, name, gpu)
+    work = triton(problem, tile, gpu)
+    return (work,) if splits == 1 else split(problem, work, splits, gpu)
 
 
-_NAME = re.compile(r"triton (\d+)x(\d+)x(\d+) w(\d+) s(\d+)")
+_NAME = re.compile(r"triton (\d+)x(\d+)x(\d+) w(\d+) s(\d+)(?: k(\d+))?")
 
 
-def tile_of(problem: Problem, name: str, gpu: GPU) -> Config:
-    """The tile that Triton runs the problem with, of which :attr:`Config.name` is ``name``."""
+def tile_of(problem: Problem, name: str, gpu: GPU) -> tuple[Config, int]:
+    """The tile that Triton runs the problem with, of which :attr:`Config.name` is ``name``, and how
+    many programs share a sum."""
     chosen = tuning.choose(problem, gpu.name, gpu.capability)
     if (given := _NAME.match(name)) is None:
-        return chosen
-    block_m, block_n, block_k, num_warps, num_stages = map(int, given.groups())
-    return Config("triton", block_m, block_n, block_k, chosen.group_m, num_warps, num_stages)
+        return chosen, 1
+    *tile, splits = (int(number or 1) for number in given.groups())
+    block_m, block_n, block_k, num_warps, num_stages = tile
+    config = Config("triton", block_m, block_n, block_k, chosen.group_m, num_warps, num_stages)
+    return config, splits
+
+
+def split(problem: Problem, work: Work, splits: int, gpu: GPU) -> tuple[Work, Work]:
+    """The launch of ``work`` with its sums in float32 and in parts, and one that adds these."""
+    p, steps = problem, cdiv(work.steps, splits)
+    parts = 4 * splits * p.N * p.P * p.Q * p.K
+    residual = p.bytes_written * p.has_residual
+    share = steps / work.steps
+    first = work._replace(
+        read=p.bytes_read - residual,
+        written=parts,
+        programs=work.programs * splits,
+        flops=work.flops * share,
+        l2=work.l2 * share,
+        shared=work.shared * share,
+        instructions=(work.instructions - work.last) * share + work.last,
+        steps=steps,
+        waits=2,
+    )
+    programs = cdiv(p.N * p.P * p.Q, 8) * cdiv(p.K, 64)
+    read = (parts + residual) / programs
+    second = Work(
+        parts + residual, p.bytes_written, programs, per_sm=16, l2=read, waits=2, in_flight=read
+    )
+    return first, second
 
 
 def triton(problem: Problem, tile: Config, gpu: GPU) -> Work:
