@@ -8,17 +8,11 @@ TRITON_INTERPRET set cannot compile.
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
-import triton
-import triton.backends.nvidia
-from triton.backends.compiler import GPUTarget
 
+from benchmarks.machine_code import inspect_launch
 from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.conv_bn_act import triton as conv_launches
 from cvkernels.ops.conv_bn_act import triton_fold, tuning
@@ -28,72 +22,6 @@ from cvkernels.ops.depthwise_conv_bn_act.tiling import tiling
 from cvkernels.ops.squeeze_excite import tiles
 from cvkernels.ops.squeeze_excite import triton as se_scale_launches
 from tests.support.cases import depthwise_conv_bn_act
-
-_CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-
-
-class Driver:
-    """Of a GPU that is not there: says what to compile for, and launches nothing."""
-
-    def __init__(self, arch: int) -> None:
-        # a device for each architecture, since Triton keeps a device's code
-        self.get_current_device = lambda: arch
-        self.get_current_stream = lambda device: 0
-        self.get_current_target = lambda: GPUTarget("cuda", arch, 32)
-
-
-def inspect_launch(launch, operands: tuple, arch: int) -> dict:
-    """Compile ``launch`` for ``sm_<arch>``; its resources and the instructions tests ask about.
-
-    Triton's own launcher says which arguments are constants, and which divisible by 16: tensors on
-    the meta device are aligned, as fresh ones are.
-    """
-    triton.runtime.driver.set_active(Driver(arch))
-    compiled = launch.warmup(*operands)
-    ptx = compiled.asm["ptx"]
-    return {
-        "kernel": launch.kernel.__name__,
-        "arch": arch,
-        "shared": compiled.metadata.shared,
-        **_resources(compiled.asm["cubin"]),
-        "wgmma": ptx.count("wgmma.mma_async"),
-        "tcgen05": ptx.count("tcgen05.mma"),
-        "unfenced": unfenced(ptx),
-        "mma": ptx.count("mma.sync"),
-        "async_16": len(re.findall(r"cp\.async\.\w+\.shared\.global[^;]*, (?:0x10|16)\b", ptx)),
-        "async_narrow": len(
-            re.findall(r"cp\.async\.\w+\.shared\.global[^;]*, (?:0x[48]|4|8)\b", ptx)
-        ),
-        "load_16": len(re.findall(r"ld\.global[\w.:]*\.(?:v4\.b32|v2\.b64|v4\.f32)", ptx)),
-        "load_2": len(re.findall(r"ld\.global[\w.:]*\.b16", ptx)),
-        "store_16": len(re.findall(r"st\.global[\w.:]*\.(?:v4\.b32|v2\.b64|v4\.f32)", ptx)),
-        "store": ptx.count("st.global"),
-    }
-
-
-def unfenced(ptx: str) -> int:
-    """Products of the tensor cores that read what was copied asynchronously, without the fence
-    between the two that the PTX memory model asks for."""
-    count, waited = 0, False
-    for line in ptx.splitlines():
-        if "fence.proxy.async" in line:
-            waited = False
-        elif "cp.async.wait_group" in line:
-            waited = True
-        elif waited and re.search(r"\b(wgmma\.mma_async|tcgen05\.mma)\b", line):
-            count, waited = count + 1, False
-    return count
-
-
-def _resources(cubin: bytes) -> dict:
-    """Registers, stack and spills per thread, from the cubin's own resource table."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [_CUOBJDUMP, "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {name.lower(): int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return {"registers": found["reg"], "stack": found["stack"], "local": found["local"]}
 
 
 def conv_launch(case: dict):
