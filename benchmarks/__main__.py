@@ -9,6 +9,8 @@ python -m benchmarks plots      the plots of benchmarks/results/, as SVG beside 
 python -m benchmarks readme     the tables of README.md and of benchmarks/results/*/README.md
 python -m benchmarks guard      speed-ups of the kernels against the committed ones
 python -m benchmarks tune       the fastest tiles on this GPU, into cvkernels/tuned/
+python -m benchmarks predict    times of the frozen networks on an H200, by a model
+python -m benchmarks launches   their Triton kernels, compiled for three GPUs
 """
 
 from __future__ import annotations
@@ -18,7 +20,16 @@ import signal
 import sys
 from pathlib import Path
 
-from benchmarks import bench_models, bench_training, everything, kernels, saved_memory, tune
+from benchmarks import (
+    bench_models,
+    bench_training,
+    everything,
+    kernels,
+    launches,
+    predict,
+    saved_memory,
+    tune,
+)
 from benchmarks.harness import command_line
 from benchmarks.harness.command_line import Refused, add_network_options, add_options, dtypes_of
 from benchmarks.harness.environment import default_batch
@@ -78,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     guard.add_options(command)
     command = commands.add_parser("tune", help="the fastest backend and tile on this GPU")
     tune.add_options(command)
+    command = commands.add_parser("predict", help="times of the frozen networks, by a model")
+    predict.add_options(command)
+    command = commands.add_parser("launches", help="the frozen networks' Triton kernels, compiled")
+    launches.add_options(command)
     return parser
 
 
@@ -124,6 +139,8 @@ _COMMANDS = {
     "memory": _memory,
     "guard": guard.main,
     "tune": tune.main,
+    "predict": predict.main,
+    "launches": launches.main,
 }
 
 

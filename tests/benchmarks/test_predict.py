@@ -49,4 +49,3 @@ def test_predictions_are_called_that(found, tmp_path, capsys):
         times = [key for key in entry if key.endswith(("_ms", "_us"))]
         assert all(key.startswith("predicted") or key == "input_copy_us" for key in times)
     assert len(written["assumptions"]) > 5 and written["gpu"]["l2"] == 7.5e12
-

@@ -1,0 +1,142 @@
+"""Every Triton launch of the five frozen networks, by the machine code that ships.
+
+One process compiles those of one kind, bfloat16 at batch 128 for sm_90, anew; the committed table,
+which ``python -m benchmarks launches`` writes, has all of them.
+"""
+
+import json
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks import launches  # noqa: E402
+from cvkernels.ops.common.work import H200, bytes_needed  # noqa: E402
+from tests.support.made_once import made_once, shared_folder  # noqa: E402
+
+TABLE = launches.read()
+# Channels or pitches of 8 mod 16: elements one by one, no pipeline, and registers of a whole SM.
+# A layer leaves this list when it gets 16-byte accesses.
+NARROW = {
+    "efficientnet_b0": (
+        "features.0.0", "features.2.0.block.3.0", "features.2.1.block.0.0",
+        "features.2.1.block.3.0", "features.3.0.block.3.0", "features.3.1.block.0.0",
+        "features.3.1.block.3.0",
+    ),
+    "googlenet": (
+        "inception4b", "inception4b.branch2.1.conv", "inception4b.branch3.1.conv",
+        "inception4b.branch4.1.conv", "inception4c", "inception4c.branch2.1.conv", "inception4d",
+    ),
+    "resnet50": ("conv1",),
+}  # fmt: skip
+# Architectures and dtypes in the committed table.
+COMMITTED = {(90, "bfloat16")}
+# Their outputs are vectors, in 16 bits.
+WRITE_VECTORS = ("squeeze_nhwc_kernel", "excite_kernel", "squeeze_excite_image_nhwc_kernel")
+
+
+def narrow(row):
+    network, layer = row["layer"].split()
+    return layer in NARROW.get(network, ())
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """The rows of one kind, compiled now, once in a test run."""
+
+    def make(path):
+        rows = launches.rows(batches=(128,), dtypes=("bfloat16",), archs=(90,))
+        path.write_text(json.dumps(rows))
+
+    path = made_once(shared_folder(tmp_path_factory) / "launches.json", make)
+    return json.loads(path.read_text())
+
+
+def spilling(rows):
+    return [row for row in rows if row["spills"] and not narrow(row)]
+
+
+def without_tensor_cores(rows):
+    return [row for row in rows if row["kernel"] in launches.DENSE and not row["matrix"]]
+
+
+def crowded(rows):
+    """Fewer programs fit an SM than the time model counts on; it knows sm_90 and sm_100."""
+    return [
+        row
+        for row in rows
+        if row["arch"] >= 90 and not narrow(row)
+        if min(row["fit_registers"], row["fit_shared"]) < row["assumed"]
+    ]
+
+
+def scalar(rows):
+    return [
+        row
+        for row in rows
+        if row["narrowest"] < 16 and not narrow(row) and row["kernel"] not in WRITE_VECTORS
+    ]
+
+
+def starved(rows):
+    """Bound by memory at batch 128, with fewer bytes in flight than its rate needs."""
+    return [
+        row
+        for row in rows
+        if row["bounds"] == ["memory"] and 1024 * row["kb_in_flight"] < 0.9 * bytes_needed(H200)
+    ]
+
+
+CHECKS = (spilling, without_tensor_cores, crowded, scalar)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_machine_code(fresh, check):
+    assert not check(fresh)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_committed_machine_code(check):
+    assert not check(TABLE)
+
+
+def test_launches_that_memory_bounds_have_enough_in_flight(fresh):
+    assert not starved(fresh)
+    assert [row for row in fresh if row["bounds"] == ["memory"]]
+
+
+def test_the_committed_table_has_every_kind():
+    """Of launches that ``python -m benchmarks launches`` was asked for."""
+    kinds = {(row["arch"], dtype) for row in TABLE for dtype in row["dtype"].split(", ")}
+    assert kinds >= COMMITTED
+
+
+def test_the_committed_table_is_of_these_launches(fresh):
+    """``python -m benchmarks launches`` makes it anew, with the Triton at hand."""
+    known = {_kind(row) for row in TABLE if row["arch"] == 90}
+    assert {_kind(row) for row in fresh} <= known
+
+
+def _kind(row):
+    return json.dumps([row[name] for name in ("kernel", "tile", "warps", "stages")])
+
+
+def test_the_exceptions_are_needed():
+    """No network has a narrow layer in the list that the table does not show as one."""
+    shown = {tuple(row["layer"].split()) for row in TABLE if row["narrowest"] < 16}
+    unneeded = {
+        (network, layer)
+        for network, layers in NARROW.items()
+        for layer in layers
+        if (network, layer) not in shown
+    }
+    assert not unneeded
+
+
+@pytest.mark.parametrize("kernel", [*launches.DENSE, "depthwise_conv_bn_act_kernel"])
+def test_the_model_counts_the_instructions_of_the_machine_code(fresh, kernel):
+    """Those that a warp runs, within a third."""
+    stem = kernel == "conv_bn_act_filter_row_kernel"
+    rows = [row for row in fresh if row["kernel"] == kernel and (stem or not narrow(row))]
+    off = [row for row in rows if not 0.74 < row["modelled"] / row["counted"] < 1.34]
+    assert rows and not off
