@@ -113,7 +113,7 @@ def launches_of(name: str, batch: int, dtype: str, arch: int) -> list[Found]:
                 before = len(launched)
                 if run is not None:
                     run(env)
-                layer, works = f"{name} {step.layer or step.op.name}", plan.work[step]
+                layer, works = f"{name} {step.layer or step.op.name}", plan.work.get(step, ())
                 for number, (launch, operands) in enumerate(launched[before:]):
                     work = works[number] if number < len(works) else Work(0, 0)
                     found.append(Found(launch, operands, layer, work))

@@ -67,10 +67,11 @@ class Plan:
         with progress("freeze", len(index)) as advance:
             for step in index:
                 site = Site(self.memory, step, caches, self._idle[0])
-                self.steps.append((step, step.op.build(site)))
+                run = step.op.build(site)
+                self.steps.append((step, run))
                 self.traffic[step] = site.traffic
                 self.backends[step] = site.backend
-                if self.gpu is not None:
+                if self.gpu is not None and run is not None:
                     self.work[step] = site.work(self.gpu)
                 if site.recordable:
                     native.add(step)
@@ -223,7 +224,7 @@ class Plan:
 
     def prediction(self, step: Step) -> Prediction | None:
         """The time that the model of the plan's GPU predicts; None without one."""
-        return None if self.gpu is None else predict(self.work[step], self.gpu)
+        return None if self.gpu is None else predict(self.work.get(step, ()), self.gpu)
 
     def reason(self, step: Step) -> str:
         """Why the step is as it is, for ``explain`` and the report."""

@@ -34,6 +34,9 @@ def test_every_step_of_every_network_is_predicted(found):
             assert step["predicted_us"] > step["memory_us"] and step["bound"]
         total = sum(step["predicted_us"] for step in entry["steps"])
         assert entry["predicted_ms"] == pytest.approx(total / 1e3, rel=1e-3)
+        slower = entry["predicted_images_per_s_if"]["L2 delivers 6 TB/s"]
+        faster = entry["predicted_images_per_s_if"]["a launch hides all of its shorter time"]
+        assert slower <= entry["predicted_images_per_s"] < faster
         rate = 1e3 * entry["batch"] / entry["predicted_ms"]
         assert entry["predicted_images_per_s"] == pytest.approx(rate, rel=1e-3)
 
