@@ -6,8 +6,8 @@ pytest.importorskip("triton")
 
 from triton import knobs  # noqa: E402
 
-from cvkernels.ops.common import triton_fence  # noqa: E402
 from benchmarks.machine_code import unfenced  # noqa: E402
+from cvkernels.ops.common import triton_fence  # noqa: E402
 
 LOOP = """
 .visible .entry some_kernel(
