@@ -154,9 +154,7 @@ def _plan(
         **_of_kernel(problem, config, strides),
     }  # fmt: skip
     if not tuning.alone(config.block_m, config.block_n):
-        # No more than lets an SM hold two programs. Without a limit ptxas may aim at fewer, and
-        # spill to get there.
-        meta["maxnreg"] = 128 if config.num_warps == 8 else 168
+        meta["maxnreg"] = tuning.registers(config.num_warps)
     channels = () if name == "filter_row" else (p.C // x_vec,)
     size = () if name == "1x1" else (p.H, p.W)
     of_weight = _packs(strides.weight, weight_vec)

@@ -133,10 +133,8 @@ def conv_bn_act_1x1_kernel(
         else:
             x = tl.load(x_ptrs, mask=c_mask[None, :], other=0.0)
             weight = tl.load(weight_ptrs, mask=c_mask[:, None], other=0.0)
-        # channels past C are zero after the prologue: before it they are, and gates are zero there
-        WHOLE: tl.constexpr = EVEN_C or not INPUT_BN
         x = prologue(
-            x, c_mask[None, :], in_bn, in_eps, gate, image, c, C, INPUT_BN, WHOLE, PACKED
+            x, c_mask[None, :], in_bn, in_eps, gate, image, c, C, INPUT_BN, False, EVEN_C, PACKED
         )  # fmt: skip
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)
 
@@ -261,7 +259,8 @@ def conv_bn_act_spatial_kernel(
             weight = tl.load(weight_ptrs, mask=c_mask[:, None], other=0.0)
         # padding is zero after the prologue, not before
         x = prologue(
-            x, x_mask, in_bn, in_eps, gate, image, c_base + c_offs, C, INPUT_BN, False, PACKED
+            x, x_mask, in_bn, in_eps, gate, image, c_base + c_offs, C,
+            INPUT_BN, True, EVEN_C, PACKED,
         )  # fmt: skip
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)
 
@@ -368,7 +367,9 @@ def conv_bn_act_filter_row_kernel(
             x = tl.load(x_ptrs)
             weight = tl.load(weight_ptrs)
         # padding is zero after the prologue, not before
-        x = prologue(x, inside, in_bn, in_eps, gate, image, c, C, INPUT_BN, not MASKED, PACKED)
+        x = prologue(
+            x, inside, in_bn, in_eps, gate, image, c, C, INPUT_BN, MASKED, not MASKED, PACKED
+        )  # fmt: skip
         acc = tl.dot(x, weight.trans(), acc, input_precision=PRECISION)
 
     let_consumers_start(PDL)

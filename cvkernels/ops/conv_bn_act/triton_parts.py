@@ -202,16 +202,16 @@ def scaled_relu(x, scale, shift, PACKED: tl.constexpr):
 @triton.jit
 def prologue(
     x, mask, bn, eps, gate, image, c_offs, C,
-    INPUT_BN: tl.constexpr, WHOLE: tl.constexpr, PACKED: tl.constexpr,
+    INPUT_BN: tl.constexpr, MASKED: tl.constexpr, EVEN_C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """relu(bn(x)) * gate of a tile x[rows, c_offs], zero where mask is not; each part optional.
+    """relu(bn(x)) * gate of a tile x[rows, c_offs], each part optional; channels past C are zero.
 
-    ``image`` is each row's, or one for all of them. WHOLE: what mask leaves out need not be looked
-    at, because there is nothing or the prologue makes zero of it.
+    ``image`` is each row's, or one for all of them. MASKED: with zeros where mask is not. EVEN_C:
+    there are no channels past C.
     """
     gate_ptr, stride_n, stride_c = gate
     c_mask = c_offs < C
-    if WHOLE:
+    if EVEN_C:
         c_mask = None
     if INPUT_BN and gate_ptr is None:
         scale, shift = affine(bn, eps, c_offs, c_mask)
@@ -222,7 +222,7 @@ def prologue(
             scale, shift = affine(bn, eps, c_offs, c_mask)
             u = relu(u * scale[None, :] + shift[None, :])
         x = (u * load_gate(gate, image, c_offs, C)).to(x.dtype)
-    if not WHOLE and (INPUT_BN or gate_ptr is not None):
+    if MASKED and (INPUT_BN or gate_ptr is not None):
         x = tl.where(mask, x, 0.0)
     return x
 

@@ -188,6 +188,14 @@ def alone(block_m: int, block_n: int) -> bool:
     return block_m * block_n > 128 * 128
 
 
+def registers(num_warps: int) -> int:
+    """Of a thread, at most: where a program is not alone on its SM, two fit one.
+
+    Without a limit ptxas may aim at fewer, and spill to get there.
+    """
+    return 128 if num_warps == 8 else 168
+
+
 def _tile(problem: Problem, capability: tuple[int, int]) -> Config:
     """The largest tile that still gives every SM two programs, or one that has it for itself."""
     tiles = _tiles(problem, capability)

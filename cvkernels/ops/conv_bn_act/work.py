@@ -1,12 +1,14 @@
 """The work of a convolution's launch, by the implementation that runs it, for the time model.
 
-Instructions are counted in the machine code for sm_90 (Triton 3.8), for channels in multiples of
-16; tests/build/test_launches.py counts them again.
+Instructions are counted in the machine code for sm_90 (Triton 3.8), for channels in multiples of 8;
+tests/build/test_launches.py counts them again.
 """
 
 from __future__ import annotations
 
-import re
+import math
+
+import torch
 
 from cvkernels.ops.common.tiles import cdiv, power_of_two
 from cvkernels.ops.common.work import GPU, MMA_SYNC_SHARE, TF32_SHARE, Work, occupancy
@@ -14,17 +16,19 @@ from cvkernels.ops.conv_bn_act import tuning
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.conv_bn_act.tuning import Config
 
-# Of a warp in a K step: as such, for each 16-byte access of a thread, and for each element of x
-# that passes through registers for a prologue. The filter-row kernel gathers single elements. A
-# loop of so few steps is unrolled, and its taps' offsets are constants.
-STEP, UNROLLED, UNROLLED_STEP = {"1x1": 62, "spatial": 110, "filter_row": 62}, 9, 50
-ACCESS = {"1x1": 4, "spatial": 8, "filter_row": 7}
-INPUT_BN, INPUT_GATE = 7, 4
-# Of a warp outside of the loop: as such, for each access of the loop in the filter-row kernel, and
-# for each element of its tile in a thread.
-SETUP, GATHER_SETUP = {"1x1": 230, "spatial": 230, "filter_row": 160}, 24
-ELEMENT, RESIDUAL = 6.2, 4.0
-ACTS = {"none": 0.0, "relu": 0.0, "relu6": 1.0, "silu": 11.3}
+# Of a warp in a K step: as such, for each 16-byte access of a thread to x and to the weight, and
+# for each element of x that passes through registers for a prologue.
+STEP = {"1x1": 58, "spatial": 65, "filter_row": 26}
+OF_X, OF_WEIGHT = (
+    {"1x1": 3.0, "spatial": 13.0, "filter_row": 5.0},
+    {"1x1": 3.0, "spatial": 2.5, "filter_row": 5.0},
+)
+INPUT_BN, INPUT_GATE = 3.8, 1.4
+# Of a warp outside of the loop: as such, and for each element of its tile in a thread.
+SETUP = {"1x1": 265, "spatial": 430, "filter_row": 180}
+ELEMENT, RESIDUAL = 4.0, 5.0
+ACTS = {"none": 0.0, "relu": 0.0, "relu6": 1.0, "silu": 3.0}
+ACTS_OF_OTHERS = {torch.float16: {"silu": 5.0}, torch.float32: {"silu": 11.0}}
 # ASSUMED: the share of the matrix rate that cuDNN's fused convolutions reach, from 128 output
 # channels on and below; that they read their output, whose old value they multiply by 0; that they
 # split the sum over few tiles.
@@ -41,27 +45,16 @@ def of(problem: Problem, name: str, gpu: GPU) -> tuple[Work, ...]:
         return (halo(problem, gpu),)
     if not name.startswith("triton"):
         return ()
-    tile, splits = tile_of(problem, name, gpu)
+    return by_tile(problem, tuning.named(problem, name, gpu.name, gpu.capability), gpu)
+
+
+def by_tile(problem: Problem, tile: Config, gpu: GPU) -> tuple[Work, ...]:
+    """The launches of Triton with this tile."""
     work = triton(problem, tile, gpu)
-    return (work,) if splits == 1 else split(problem, work, splits, gpu)
+    return (work,) if tile.split_k == 1 else split(problem, work, tile.split_k)
 
 
-_NAME = re.compile(r"triton (\d+)x(\d+)x(\d+) w(\d+) s(\d+)(?: k(\d+))?")
-
-
-def tile_of(problem: Problem, name: str, gpu: GPU) -> tuple[Config, int]:
-    """The tile that Triton runs the problem with, of which :attr:`Config.name` is ``name``, and how
-    many programs share a sum."""
-    chosen = tuning.choose(problem, gpu.name, gpu.capability)
-    if (given := _NAME.match(name)) is None:
-        return chosen, 1
-    *tile, splits = (int(number or 1) for number in given.groups())
-    block_m, block_n, block_k, num_warps, num_stages = tile
-    config = Config("triton", block_m, block_n, block_k, chosen.group_m, num_warps, num_stages)
-    return config, splits
-
-
-def split(problem: Problem, work: Work, splits: int, gpu: GPU) -> tuple[Work, Work]:
+def split(problem: Problem, work: Work, splits: int) -> tuple[Work, Work]:
     """The launch of ``work`` with its sums in float32 and in parts, and one that adds these."""
     p, steps = problem, cdiv(work.steps, splits)
     parts = 4 * splits * p.N * p.P * p.Q * p.K
@@ -81,8 +74,9 @@ def split(problem: Problem, work: Work, splits: int, gpu: GPU) -> tuple[Work, Wo
     programs = cdiv(p.N * p.P * p.Q, 8) * cdiv(p.K, 64)
     read = (parts + residual) / programs
     second = Work(
-        parts + residual, p.bytes_written, programs, per_sm=16, l2=read, waits=2, in_flight=read
-    )
+        parts + residual, p.bytes_written, programs, per_sm=16, l2=read, waits=2, in_flight=read,
+        dependent=work.dependent,
+    )  # fmt: skip
     return first, second
 
 
@@ -104,30 +98,31 @@ def triton(problem: Problem, tile: Config, gpu: GPU) -> Work:
     buffered = size * (m + n) * k
     rows = taps * channels if kind != "filter_row" else p.R * p.C * p.stride[1] + p.S * p.C
     residual = size * m * columns * p.has_residual
-    accesses = (m + n) * k / threads / (1 if kind == "filter_row" else 16 // size)
+    lanes = math.gcd(16 // size, p.C)
+    of_x, of_weight = m * k / threads / lanes, n * k / threads / lanes
     elements = m * k / threads * (p.has_input_bn * INPUT_BN + p.has_input_gate * INPUT_GATE)
-    unrolled = kind == "spatial" and steps <= UNROLLED
-    step = (UNROLLED_STEP if unrolled else STEP[kind]) + ACCESS[kind] * accesses + elements
-    each = ELEMENT + ACTS[p.act] + RESIDUAL * p.has_residual
-    setup = SETUP[kind] + (GATHER_SETUP * accesses if kind == "filter_row" else 0)
-    last = tile.num_warps * (setup + each * m * n / threads)
+    step = STEP[kind] + OF_X[kind] * of_x + OF_WEIGHT[kind] * of_weight + elements
+    act = ACTS_OF_OTHERS.get(p.dtype, ACTS).get(p.act, ACTS[p.act])
+    each = ELEMENT + act + RESIDUAL * p.has_residual
+    last = tile.num_warps * (SETUP[kind] + each * m * n / threads)
     stages = 1 if kind == "filter_row" else min(tile.num_stages, steps + 1)
-    ahead = max(1, stages - 1)
+    late = p.has_residual and n > 64
     return Work(
         p.bytes_read,
         p.bytes_written,
-        programs=cdiv(p.N * p.P * p.Q, m) * tiles_n,
-        per_sm=occupancy(gpu, threads, registers(p, tile, accesses), stages * buffered),
+        programs=tuning.programs(p, tile),
+        per_sm=occupancy(gpu, threads, registers(p, tile, of_x + of_weight), stages * buffered),
         flops=2 * m * n * k * steps,
         matrix_share=1.0 if size == 2 else TF32_SHARE,
         l2=size * (m * rows + columns * taps * channels) + residual,
         shared=steps * (buffered + size * m // 64 * (64 + n) * k)
-        + m * n * (8 if p.has_residual else 2 * size),
+        + m * n * size * (4 if p.has_residual else 2),
         instructions=tile.num_warps * steps * step + last,
         last=last,
         steps=steps,
-        waits=2 + p.has_residual,
-        in_flight=ahead * size * (m + n) * min(k, channels * taps) + residual / 2,
+        waits=2 + late,
+        in_flight=max(1, stages - 1) * size * (m + n) * min(k, channels * taps) + residual / 2,
+        dependent=gpu.capability >= (9, 0),
     )
 
 
@@ -135,10 +130,11 @@ def registers(problem: Problem, tile: Config, accesses: float) -> int:
     """Of a thread, at most: sums, addresses, elements of a prologue; the compiler has its way."""
     p, threads = problem, 32 * tile.num_warps
     sums = tile.block_m * tile.block_n // threads
-    if tuning.kernel(p) == "filter_row":
-        return sums + 96
-    through = tile.block_m * tile.block_k / threads * p.has_prologue
-    return int(sums + 32 + 3 * accesses + 0.75 * through + 24 * (tile.num_warps == 4))
+    through = tile.block_m * tile.block_k / threads
+    through *= 1.25 * p.has_input_bn + 0.4 * p.has_input_gate
+    base = {"1x1": 24, "spatial": 32, "filter_row": 26}[tuning.kernel(p)]
+    limit = 255 if tuning.alone(tile.block_m, tile.block_n) else tuning.registers(tile.num_warps)
+    return int(min(sums + base + 4 * accesses + through, limit))
 
 
 def cudnn(problem: Problem, gpu: GPU) -> Work:
