@@ -1,8 +1,9 @@
 """The CUDA ops compiled for the CPU: csrc/<op>/cuda.cu with cuda_headers for CUDA's headers.
 
 Everything in a .cu file runs but for the GPU's own instructions: which kernel is chosen and with
-which grid, the indices, shared memory and its barriers. Undefined behaviour is looked for: a
-misaligned vector access, an index beyond an array, an overflow.
+which grid, the indices, shared memory and its barriers. The instructions of csrc/common/mma.cuh
+are functions here, and a copy into shared memory is done when it is waited for. Undefined behaviour
+is looked for: a misaligned vector access, an index beyond an array, an overflow.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ def translate(source: str, namespace: str) -> str:
 
     def launch(found: re.Match) -> str:
         kernel, configuration, arguments = found.groups()
-        grid, block, *_ = _split(configuration)
-        return f"cuda_on_host::launch({grid}, {block}, [&] {{ {kernel}{arguments}; }});"
+        grid, block, bytes_, *_ = [*_split(configuration), "0"]
+        return f"cuda_on_host::launch({grid}, {block}, {bytes_}, [&] {{ {kernel}{arguments}; }});"
 
     source, launches = _LAUNCH.subn(launch, source)
     assert launches and "<<<" not in source
@@ -107,8 +108,8 @@ class HostLibrary:
     def __init__(self, source: Path, folder: Path, namespace: str = "") -> None:
         op = source.parent.name
         namespace = namespace or f"cuda_on_host_{op}"
-        texts = (ROOT / "csrc" / op).iterdir()
-        names = re.findall(r'library\.impl\(\s*"(\w+)"', "".join(p.read_text() for p in texts))
+        texts = [p.read_text() for p in (ROOT / "csrc" / op).iterdir() if p.suffix != ".cpp"]
+        names = re.findall(r'library\.impl\(\s*"(\w+)"', "".join(texts))
         assert names
         target = folder / f"{op}.so"
         path = str(made_once(target, lambda part: _compile(source, namespace, part)))
