@@ -89,6 +89,7 @@ def variants_on(device: torch.device) -> dict[str, Callable[[], Callable]]:
     if device.type == "cuda":
         variants["cvkernels triton"] = lambda: fused("triton")
         variants["cvkernels cudnn"] = lambda: fused("cudnn")
+        variants["cvkernels halo"] = lambda: fused("halo")
     return variants
 
 

@@ -39,7 +39,7 @@ from cvkernels import backend as backends
 from cvkernels.demo import NETWORKS
 from cvkernels.freeze.frozen import planned
 from cvkernels.functional import BatchNormParams, DerivedWeights, conv_bn_act
-from cvkernels.ops.conv_bn_act import cudnn, op, tuning
+from cvkernels.ops.conv_bn_act import cudnn, halo, op, tuning
 from cvkernels.ops.conv_bn_act import triton as conv_launches
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
@@ -122,6 +122,8 @@ def candidates(problem: Problem, capability: tuple[int, int]) -> list[Config]:
     found = [first, *tuning.tiles(problem, capability)]
     if not cudnn.why_not(problem):
         found.append(replace(first, backend="cudnn"))
+    if not halo.unfit(problem) and halo.tile_of(problem, capability):
+        found.append(replace(first, backend="halo"))
     return list(dict.fromkeys(found))
 
 
@@ -146,11 +148,11 @@ def operands(problem: Problem, device: torch.device) -> Operands:
 
 def runner(problem: Problem, config: Config, given: Operands) -> Callable[[], Tensor]:
     """A call with this config, which returns its output."""
-    if config.backend == "cudnn":
+    if config.backend != "triton":
         p, cache = problem, DerivedWeights()
         planned = conv_bn_act.plan(
             *given[:4], stride=p.stride, padding=p.padding, dilation=p.dilation, groups=p.groups,
-            act=p.act, residual=given.residual, backend="cudnn", cache=cache,
+            act=p.act, residual=given.residual, backend=config.backend, cache=cache,
         )  # fmt: skip
         return lambda: planned.run(given.x, given.residual)
 
@@ -249,7 +251,8 @@ def table_of(results: Iterable[Found], device: str, capability: Sequence[int], o
         key, best = tuning.key(found.problem), found.best
         entries.pop(key, None)
         if best != found.heuristic:
-            entries[key] = {"backend": "cudnn"} if best.backend == "cudnn" else asdict(best)
+            named = {"backend": best.backend}
+            entries[key] = asdict(best) if best.backend == "triton" else named
     fields = {"device": device, "capability": list(capability), "op": "conv_bn_act", **made}
     return fields | {"entries": dict(sorted(entries.items()))}
 

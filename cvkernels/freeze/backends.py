@@ -16,11 +16,12 @@ import torch
 
 from cvkernels.backend import gpu, lacks_triton
 from cvkernels.ops.common.dispatch import Call, Implementation
-from cvkernels.ops.conv_bn_act import cudnn, native, tuning
+from cvkernels.ops.conv_bn_act import cudnn, halo, native, tuning
 from cvkernels.ops.conv_bn_act.op import TABLE, triton_by
 from cvkernels.ops.conv_bn_act.problem import OP, Problem
 
 CUDNN = next(i for i in TABLE.implementations if i.name == "cudnn")
+HALO = next(i for i in TABLE.implementations if i.name == "halo")
 
 
 class Backend(NamedTuple):
@@ -72,20 +73,23 @@ def possible(problem: Problem, device: torch.device, sliced: bool = False) -> li
 
 
 def _on_gpu(problem: Problem, device: torch.device, sliced: bool) -> list[Backend]:
-    """Triton's tiles, the table's or the rule's first, and cuDNN.
+    """Triton's tiles, the table's or the rule's first, cuDNN and the halo kernel.
 
-    cuDNN comes before them where it is preferred and its output need not be copied.
+    These come before them where they are preferred, cuDNN if its output need not be copied.
     """
     if not writes_slices(problem.dtype, device):
         prologue = not is_gpu(device) or not lacks_triton("cuda")
         return [Backend(OP, None, prologue=prologue)]
-    name, capability = gpu(torch.empty(0, device=device))
+    like = torch.empty(0, dtype=problem.dtype, device=device)
+    name, capability = gpu(like)
     chosen = tuning.choose(problem, name, capability)
     tiles = [replace(chosen, backend="triton"), *tuning.tiles(problem, capability)]
     backends = [Backend(tile.name, triton_by(tile)) for tile in dict.fromkeys(tiles)]
     if not cudnn.why_not(problem):
         library = Backend("cudnn", CUDNN, writes=False, prologue=False)
         backends.insert(0 if chosen.backend == "cudnn" and not sliced else 1, library)
+    if not halo.why_not(problem, like):
+        backends.insert(0 if chosen.backend == "halo" else 1, Backend("halo", HALO, prologue=False))
     return backends
 
 

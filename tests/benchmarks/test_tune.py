@@ -55,6 +55,7 @@ def test_candidates_are_tiles_that_may_be_chosen(problem):
     found = tune.candidates(problem, (9, 0))
     assert found[0] == tuning.heuristic(problem, (9, 0)) and len(set(found)) == len(found) > 2
     assert any(c.backend == "cudnn" for c in found) == (problem is not PROLOGUES)
+    assert any(c.backend == "halo" for c in found) == (problem is SPATIAL)
     for config in found:
         assert replace(config, backend="triton") in tuning.CONFIGS[tuning.kernel(problem), 2]
 

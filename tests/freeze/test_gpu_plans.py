@@ -50,6 +50,19 @@ def test_cudnn_runs_what_the_rule_gives_it_but_slices(plans, name):
     assert len(ours) == {"googlenet": 1, "resnet50": 16, "seresnet50": 16}[name]
 
 
+@pytest.mark.parametrize(("name", "count"), [("densenet121", 58), ("googlenet", 5)])
+def test_the_halo_kernel_runs_3x3_of_few_output_channels(plans, name, count):
+    """Into slices too; each is still measured against Triton's tiles."""
+    ours = [step for step, _ in plans[name].steps if step.backend == "halo"]
+    assert len(ours) == count and all(step.op.conv.weight.shape[2:] == (3, 3) for step in ours)
+    assert {step.op.conv.weight.shape[0] for step in ours} <= {32, 48, 64}
+    assert any(plans[name].memory.slices(step) for step in ours)
+    for step in ours:
+        problem = step.op.conv.problem(step.inputs[0].value)
+        names = [backend.name for backend in backends.possible(problem, META, sliced=True)]
+        assert names[0] == "halo" and any(name.startswith("triton") for name in names)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_convolution_has_several_candidates(plans, name):
     for _, problem in plans[name].convolutions():

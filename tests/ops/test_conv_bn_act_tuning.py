@@ -42,11 +42,43 @@ def test_cudnn_gets_what_its_fused_op_does_well():
     assert tuning.heuristic(problem(has_residual=True), H100).backend == "cudnn"
 
 
+FEW = {"channels": 128, "out": 32, "size": 14, "act": "none"}
+
+
+@pytest.mark.parametrize(
+    "args", [{}, {"has_out": True}, {"act": "silu"}, {"channels": 24, "out": 64}], ids=str
+)
+def test_the_halo_kernel_gets_few_output_channels(args):
+    assert tuning.heuristic(problem(**FEW | args), H100).backend == "halo"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"out": 64},
+        {"channels": 132},
+        {"out": 28},
+        {"stride": (2, 2)},
+        {"padding": (0, 0)},
+        {"dilation": (2, 2)},
+        {"groups": 2},
+        {"taps": 5},
+        {"dtype": torch.float32},
+        {"has_residual": True},
+        {"has_input_bn": True},
+        {"has_input_gate": True},
+    ],
+    ids=str,
+)
+def test_the_halo_kernel_gets_nothing_else(args):
+    assert tuning.heuristic(problem(**FEW | args), H100).backend != "halo"
+
+
 @pytest.mark.parametrize(
     "args",
     [
         {"taps": 1},
-        {"channels": 32},
+        {"channels": 48},
         {"channels": 3, "taps": 7, "size": 224},
         {"groups": 2},
         {"dtype": torch.float32},
@@ -142,12 +174,14 @@ def test_loaded_table_overrules_the_heuristic_on_its_device(load):
     before = tuning.choose(mine, "Test GPU", H100)
     assert before == tuning.heuristic(mine, H100) != TILE
     entries = {tuning.key(mine): asdict(TILE), tuning.key(other): {"backend": "cudnn"}}
-    assert load(table({"entries": entries})) == 2
+    entries[tuning.key(problem(size=7))] = {"backend": "halo"}
+    assert load(table({"entries": entries})) == 3
     assert tuning.choose(mine, "Test GPU", H100) == TILE
     assert tuning.lookup(mine, "Test GPU", H100) == TILE
     assert tuning.choose(mine, "Other GPU", H100) == before
     cudnn = tuning.choose(other, "Test GPU", H100)
     assert cudnn.backend == "cudnn" and cudnn.block_m == 128
+    assert tuning.choose(problem(size=7), "Test GPU", H100).backend == "halo"
     assert tuning.lookup(problem(channels=128), "Test GPU", H100) is None
 
 

@@ -23,7 +23,7 @@ from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.common.plan import Plan, plan_of, planned_by
 from cvkernels.ops.common.registration import register
 from cvkernels.ops.common.traffic import Traffic, nbytes
-from cvkernels.ops.conv_bn_act import cudnn, native, onednn, tuning, work
+from cvkernels.ops.conv_bn_act import cudnn, halo, native, onednn, tuning, work
 from cvkernels.ops.conv_bn_act.problem import (
     OP,
     Arguments,
@@ -105,7 +105,8 @@ def conv_bn_act(
             convolution. Without it oneDNN and cuDNN fold and pack at every call.
         backend: see :mod:`cvkernels.backend`. "auto" on CUDA tensors runs Triton or cuDNN's fused
             convolution, whichever the table of measured shapes or the heuristic names (Triton
-            missing: cuDNN, else the reference). On CPU tensors it runs the native convolution, in
+            missing: cuDNN, else the reference); a 3x3 of few output channels in a 16-bit dtype runs
+            in CUDA C++ ("halo"). On CPU tensors it runs the native convolution, in
             float32 without groups, a 3x3 of stride 1 by Winograd's minimal filtering where a model
             of its cost says so; else oneDNN's, which has no prologue, in float32 and in the half
             dtypes that the processor convolves natively. The reference runs when a gradient is
@@ -162,6 +163,18 @@ def _checked(arguments: Arguments, backend: Backend, once: bool) -> tuple[Proble
     call = call_of(x, tensors, TABLE, backend, once, arguments.autocast)
     check_not_differentiable(OP, call.grad and arguments.out is not None)
     return problem, call
+
+
+def _why_not_halo(problem: Problem, call: Call) -> str:
+    if call.device != "cuda":
+        return f"it needs CUDA tensors, got {call.device}"
+    reason = halo.why_not(problem, call.x)
+    if reason or not call.automatic:
+        return reason
+    if not halo.packed(call.x):
+        return "its copies need channels in multiples of 8 next to each other"
+    config = tuning.choose(problem, *backends.gpu(call.x))
+    return "" if config.backend == "halo" else "another backend is preferred for this shape"
 
 
 def _why_not_cudnn(problem: Problem, call: Call) -> str:
@@ -246,6 +259,9 @@ def _native_by(name: str, tile: int) -> Implementation:
 
 TABLE = Table(
     OP,
+    Implementation(
+        "halo", _why_not_halo, _fused(halo.plan), "few output channels, weights resident", "cuda"
+    ),
     Implementation("cudnn", _why_not_cudnn, _fused(cudnn.plan), _why_cudnn, "cuda"),
     Implementation(
         "triton", lacks_triton, _fused(_plan_triton), "Triton is preferred for this shape", "cuda"
@@ -339,6 +355,8 @@ def _traffic(problem: Problem, name: str, arguments: Arguments) -> Traffic:
     if name.startswith("native"):
         passes = [nbytes(x)] * native.converts(x)
         passes += [nbytes(t) for t in (residual, out) if t is not None and not is_pixel_matrix(t)]
+    elif name == "halo":
+        passes = [nbytes(t) for t in (x, out) if t is not None and not halo.packed(t)]
     elif name in ("cudnn", "onednn"):
         passes = [nbytes(x)] * (not x.is_contiguous(memory_format=torch.channels_last))
         copies = onednn.extra_passes(problem) if name == "onednn" else 0

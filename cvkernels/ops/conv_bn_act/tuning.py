@@ -7,8 +7,9 @@ A table is a JSON file::
      "entries": {key: config}}
 
 ``key`` is :func:`key` of the problem, and ``config`` the fields of :class:`Config`; an entry
-``{"backend": "cudnn"}`` needs no more. Tables shipped under ``cvkernels/tuned/`` are found by the
-device's name; :func:`load_table` adds one, and its entries win over those loaded before.
+``{"backend": "cudnn"}`` or ``{"backend": "halo"}`` needs no more. Tables shipped under
+``cvkernels/tuned/`` are found by the device's name; :func:`load_table` adds one, and its entries
+win over those loaded before.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from pathlib import Path
 import torch
 
 from cvkernels.ops.common.tiles import cdiv, sm_count
+from cvkernels.ops.conv_bn_act import halo
 from cvkernels.ops.conv_bn_act.problem import Problem
 
 _SHIPPED = Path(__file__).parents[2] / "tuned"
 KERNELS = ("1x1", "spatial", "filter_row")
-_BACKENDS = ("triton", "cudnn")
+_BACKENDS = ("triton", "cudnn", "halo")
 _DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 _TABLE_FIELDS = ("device", "capability", "op", "torch", "triton", "commit", "entries")
 
@@ -123,10 +125,18 @@ def heuristic(problem: Problem, capability: tuple[int, int]) -> Config:
 
     cuDNN gets the spatial convolutions that its fused op can do: one group, 16 bits, ReLU, no
     prologue, memory of its own for the output, and C >= 64, since on a 7x7 stem its fused op is
-    many times slower than its plain one. All others are Triton's.
+    many times slower than its plain one. The halo kernel gets what it can do of at most 32
+    output channels, or 64 from at most 32: there a matrix product that reads its input from L2 for
+    each tap waits for it most of the time. All others are Triton's.
     """
     backend = "cudnn" if _cudnn_rule(problem) else "triton"
+    backend = "halo" if _halo_rule(problem) else backend
     return replace(_tile(problem, capability), backend=backend)
+
+
+def _halo_rule(problem: Problem) -> bool:
+    few = problem.K <= 32 or (problem.K <= 64 and problem.C <= 32)
+    return few and not halo.unfit(problem)
 
 
 def _cudnn_rule(problem: Problem) -> bool:
@@ -350,7 +360,7 @@ def _parse_table(table: object) -> tuple[str, dict[str, Config | dict]]:
 
 
 def _parse_entry(entry: object) -> Config | dict:
-    if entry == {"backend": "cudnn"}:
+    if entry in ({"backend": "cudnn"}, {"backend": "halo"}):
         return entry
     names = [f.name for f in fields(Config)]
     if not isinstance(entry, dict) or set(entry) != set(names):

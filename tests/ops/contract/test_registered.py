@@ -16,6 +16,7 @@ VIEWS = {
     "empty": lambda x: x[:0],
 }
 OPS = sorted(registered_calls(torch.ones(1, 8, 2, 2)))
+ON_CUDA_ALONE = {"conv_bn_act_halo"}  # see tests/build/test_halo_on_host.py
 PUBLIC = [op for op in OPS if "native" not in op and "batch_norm" not in op]
 # Those with a norm or none, and those that are differentiable.
 NORMED = [op for op in PUBLIC if op.startswith(("avg_pool", "dense_concat", "conv", "depthwise"))]
@@ -44,7 +45,8 @@ def make_x(device, shape=(2, 16, 5, 6)):
 
 def test_the_table_has_every_registered_op(native):
     names = (schema.name.split("::") for schema in torch._C._jit_get_all_schemas())
-    assert {name for library, name in names if library == "cvkernels"} == set(OPS)
+    registered = {name for library, name in names if library == "cvkernels"}
+    assert registered == set(OPS) | ON_CUDA_ALONE
 
 
 def leaves_of(arguments):
