@@ -46,23 +46,27 @@ CVK_HOST_DEVICE int channel_of(int column) {
   return (lane * COLUMNS + tile) * 2 + column % 2;
 }
 
-// Asks for all weights, as [9, octets, columns] units. Eight neighbouring lanes write eight
-// neighbouring units, and so to all banks; each reads 64 bytes together with three others.
+// Asks for the weights of a chunk's channels, of [9, octets, columns] units. Eight neighbouring
+// lanes write eight neighbouring units, and so to all banks; each reads 64 bytes together with
+// three others.
 template <typename T, int COLUMNS>
-__device__ void load_weights(const Halo& problem, const T* weight_ptr, Shared to) {
+__device__ void load_weights(const Halo& problem, const T* weight_ptr, Shared to, int chunk) {
   constexpr int OF_WARP = 8 * COLUMNS;
   const int columns = problem.all_columns(), octets = 2 * problem.all_slices();
-  const int groups = (octets + 3) / 4, blocks = columns / 8, lane = threadIdx.x % 32;
+  const int first = chunk * problem.octets(), left = octets - first;
+  const int chunk_octets = problem.octets() < left ? problem.octets() : left;
+  const int groups = (chunk_octets + 3) / 4, blocks = columns / 8, lane = threadIdx.x % 32;
   int block = threadIdx.x / 32, group = 0, tap = 0;
   while (true) {
     for (; block >= blocks; block -= blocks)
       if (++group == groups) group = 0, ++tap;
     if (tap >= 9) break;
-    const int octet = group * 4 + lane / 8, column = block * 8 + lane % 8, c = octet * OCTET;
+    const int octet = first + group * 4 + lane / 8, c = octet * OCTET;
+    const int column = block * 8 + lane % 8;
     const int k = column / OF_WARP * OF_WARP + channel_of<COLUMNS>(column % OF_WARP);
     const bool reads = k < problem.K && c < problem.C;
     const T* from = weight_ptr + (k * 9 + tap) * problem.C + c;
-    if (octet < octets)
+    if (octet - first < chunk_octets)
       copy_async(to + ((tap * octets + octet) * columns + column) * 16, reads ? from : weight_ptr,
                  reads);
     block += HALO_WARPS;
@@ -266,13 +270,14 @@ __global__ void __launch_bounds__(HALO_THREADS, 1)
   const int warp_n = warp % problem.warps_n, number = warp % (HALO_WARPS / problem.warps_c);
   const int pair = number / problem.warps_n, part = warp / (HALO_WARPS / problem.warps_c);
 
-  load_weights<T, COLUMNS>(problem, weight_ptr, weights_at);
   const Walk walk = Walk::of(problem);
   const int chunks = problem.chunks(), tile_step = gridDim.x;
   const int64_t tiles = problem.tiles();
   int64_t next_tile = blockIdx.x;
   int next_chunk = 0, next_stage = 0;
   const auto load_next = [&] {
+    if (next_tile == blockIdx.x)
+      load_weights<T, COLUMNS>(problem, weight_ptr, weights_at, next_chunk);
     if (next_tile < tiles)
       load_patches(problem, walk, x_ptr, stages_at + next_stage * stage_bytes, next_tile,
                    next_chunk);

@@ -17,7 +17,7 @@ import torch
 from cvkernels.backend import gpu, lacks_triton
 from cvkernels.ops.common.dispatch import Call, Implementation
 from cvkernels.ops.conv_bn_act import cudnn, halo, native, tuning
-from cvkernels.ops.conv_bn_act.op import TABLE, triton_by
+from cvkernels.ops.conv_bn_act.op import TABLE, halo_by, triton_by
 from cvkernels.ops.conv_bn_act.problem import OP, Problem
 
 CUDNN = next(i for i in TABLE.implementations if i.name == "cudnn")
@@ -89,7 +89,10 @@ def _on_gpu(problem: Problem, device: torch.device, sliced: bool) -> list[Backen
         library = Backend("cudnn", CUDNN, writes=False, prologue=False)
         backends.insert(0 if chosen.backend == "cudnn" and not sliced else 1, library)
     if not halo.why_not(problem, like):
-        backends.insert(0 if chosen.backend == "halo" else 1, Backend("halo", HALO, prologue=False))
+        others = halo.tiles(problem, capability)[1:]
+        kinds = [("halo", HALO), *((tile.name, halo_by(tile)) for tile in others)]
+        at = 0 if chosen.backend == "halo" else len(backends)
+        backends[at:at] = [Backend(*kind, prologue=False) for kind in kinds]
     return backends
 
 

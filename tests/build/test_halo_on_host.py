@@ -158,6 +158,8 @@ def test_other_layouts_of_x_and_weight(library):
         assert torch.equal(convolve(wide[..., ::2], weight, bias, bn), expected)
         nhwc = weight.contiguous(memory_format=torch.channels_last)
         assert torch.equal(convolve(x, nhwc, bias, bn), expected)
+        part = torch.cat((nhwc, nhwc), 1)[:, 16:]
+        assert torch.equal(convolve(x, part, bias, bn), expected)
         shared = x[:1].expand(2, -1, -1, -1)
         assert torch.equal(convolve(shared, weight, bias, bn)[1], expected[0])
 

@@ -10,7 +10,7 @@ from torch import nn
 import cvkernels
 from cvkernels.freeze import backends
 from cvkernels.freeze.frozen import freeze, planned
-from cvkernels.ops.conv_bn_act import cudnn, tuning
+from cvkernels.ops.conv_bn_act import cudnn, halo, tuning
 
 pytestmark = pytest.mark.skipif(
     bool(cvkernels.backend.lacks_triton("cuda")), reason="Triton is not installed"
@@ -61,6 +61,15 @@ def test_the_halo_kernel_runs_3x3_of_few_output_channels(plans, name, count):
         problem = step.op.conv.problem(step.inputs[0].value)
         names = [backend.name for backend in backends.possible(problem, META, sliced=True)]
         assert names[0] == "halo" and any(name.startswith("triton") for name in names)
+        assert len([name for name in names if name.startswith("halo")]) > 2
+
+
+def test_a_table_of_tune_names_a_halo_tile(plans):
+    step = next(step for step, _ in plans["densenet121"].steps if step.backend == "halo")
+    problem = step.op.conv.problem(step.inputs[0].value)
+    tile = halo.tiles(problem, (9, 0))[2]
+    chosen = backends.choose(problem, META, {backends.key(problem): tile.name})
+    assert chosen.name == tile.name != "halo" and chosen.writes
 
 
 @pytest.mark.parametrize("name", NETWORKS)

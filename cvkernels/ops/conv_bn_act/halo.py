@@ -45,6 +45,7 @@ LEAST_SHARED_MEMORY = 99 << 10
 PAIRS, SHARED_BYTES, L2_BYTES, LATENCY = 1024, 128, 30, 1100
 COPY_ISSUES, OUTPUT_ISSUES, ISSUES = 45, 10, 4 * 0.65
 TILE_CLOCKS, LAUNCH_CLOCKS, UTILISATION = 500, 3000, 0.85
+MEASURED = 4  # tiles that cvkernels.tune measures
 # At most so often the bytes of x and of the output come from L2, if there is a tile that does so.
 MOST_READ = 1.6
 
@@ -76,6 +77,12 @@ class Tile(NamedTuple):
     warps_c: int
     slices: int
     stages: int
+
+    @property
+    def name(self) -> str:
+        """What tells it from the others of a problem; a table of ``cvkernels.tune`` has it."""
+        patch = f"{self.patches}x{self.strips_h}x{self.strips_w}"
+        return f"halo {self.rows}x{self.columns} {patch} c{self.warps_c}"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -165,7 +172,8 @@ def launch_clocks(problem: Problem, tile: Tile, multiprocessors: int) -> float:
     of_tile = max(each.products / UTILISATION, each.shared, each.l2, each.issues)
     of_tile += summed / SHARED_BYTES + TILE_CLOCKS
     # What a block waits for before its first product.
-    start = LAUNCH_CLOCKS + (weight_bytes(problem, tile) + tile.stage_bytes) / L2_BYTES
+    weights = weight_bytes(problem, tile) / cdiv(cdiv(problem.C, PRODUCT), tile.slices)
+    start = LAUNCH_CLOCKS + (weights + tile.stage_bytes) / L2_BYTES
     return start + cdiv(tiles_of(problem, tile), multiprocessors) * of_tile
 
 
@@ -187,8 +195,8 @@ def _tiles(problem: Problem, memory: int) -> Iterator[Tile]:
 
 
 @functools.lru_cache(maxsize=4096)
-def tile_of(problem: Problem, capability: tuple[int, int]) -> Tile | None:
-    """The tile of the least time, by the model of it; None where none fits."""
+def tiles(problem: Problem, capability: tuple[int, int]) -> tuple[Tile, ...]:
+    """Those that may be the fastest, each of another kernel or split, that of the rule first."""
     memory = SHARED_MEMORY.get(capability, LEAST_SHARED_MEMORY)
     multiprocessors = sm_count(capability)
     compulsory = problem.dtype.itemsize * problem.N * problem.H * problem.W * problem.C
@@ -198,7 +206,15 @@ def tile_of(problem: Problem, capability: tuple[int, int]) -> Tile | None:
         excess = max(0.0, map_bytes(problem, tile) / max(compulsory, 1) - MOST_READ)
         return excess, launch_clocks(problem, tile, multiprocessors)
 
-    return min(_tiles(problem, memory), key=cost, default=None)
+    best: dict[tuple, Tile] = {}
+    for tile in sorted(_tiles(problem, memory), key=cost):
+        best.setdefault((tile.rows, tile.columns, tile.warps_c), tile)
+    return tuple(best.values())[:MEASURED]
+
+
+def tile_of(problem: Problem, capability: tuple[int, int]) -> Tile | None:
+    """The tile of the least time, by the model of it; None where none fits."""
+    return next(iter(tiles(problem, capability)), None)
 
 
 def unfit(problem: Problem) -> str:
@@ -248,14 +264,24 @@ def _laid_out(map_: Tensor) -> Tensor:
     return map_.clone(memory_format=torch.channels_last)
 
 
+def _dense(weight: Tensor) -> Tensor:
+    if weight.is_contiguous(memory_format=torch.channels_last) and _aligned(weight):
+        return weight
+    return weight.clone(memory_format=torch.channels_last)
+
+
 def plan(
-    problem: Problem, call: Call, parameters: Parameters, like: tuple, cache: DerivedWeights | None
-) -> Callable[..., Tensor]:
-    """What runs the problem, as (x, residual=None, input_gate=None, out=None)."""
+    problem: Problem, call: Call, parameters: Parameters, like: tuple,
+    cache: DerivedWeights | None, tile: Tile | None = None,
+) -> Callable[..., Tensor]:  # fmt: skip
+    """What runs the problem, as (x, residual=None, input_gate=None, out=None).
+
+    ``tile`` overrides :func:`tile_of`.
+    """
     weight, bias, bn, _ = parameters
-    tile = tile_of(problem, backends.gpu(call.x)[1])
+    tile = tile or tile_of(problem, backends.gpu(call.x)[1])
     assert tile is not None  # see why_not
-    weight = derived(cache, "halo", [weight], lambda: _laid_out(weight.detach()))
+    weight = derived(cache, "halo", [weight], lambda: _dense(weight.detach()))
     options = (code(problem.act), *tile)
     kinds = (problem.dtype, torch.float32)
 

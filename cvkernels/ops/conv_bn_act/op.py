@@ -246,6 +246,14 @@ def triton_by(config: Config) -> Implementation:
     return Implementation(config.name, lacks_triton, plan, device=None)
 
 
+def halo_by(tile: halo.Tile) -> Implementation:
+    """The halo kernel by this tile."""
+    plan = _fused(functools.partial(halo.plan, tile=tile))
+    return Implementation(
+        tile.name, lambda problem, call: halo.why_not(problem, call.x), plan, device=None
+    )
+
+
 def _native_by(name: str, tile: int) -> Implementation:
     """One algorithm of the native convolution, where there are several to choose from."""
 
@@ -355,7 +363,7 @@ def _traffic(problem: Problem, name: str, arguments: Arguments) -> Traffic:
     if name.startswith("native"):
         passes = [nbytes(x)] * native.converts(x)
         passes += [nbytes(t) for t in (residual, out) if t is not None and not is_pixel_matrix(t)]
-    elif name == "halo":
+    elif name.startswith("halo"):
         passes = [nbytes(t) for t in (x, out) if t is not None and not halo.packed(t)]
     elif name in ("cudnn", "onednn"):
         passes = [nbytes(x)] * (not x.is_contiguous(memory_format=torch.channels_last))
