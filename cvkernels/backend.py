@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cvkernels import record
 
-Backend = Literal["auto", "reference", "triton", "native", "cudnn", "halo", "onednn"]
+Backend = Literal["auto", "reference", "triton", "native", "cuda", "cudnn", "halo", "onednn"]
 NAMES: tuple[str, ...] = get_args(Backend)
 
 _requested: ContextVar[str] = ContextVar("cvkernels_backend", default="auto")

@@ -1,21 +1,27 @@
 """The CUDA ops held to the ops' own tests, compiled for the CPU: see cuda_on_host."""
 
 import contextlib
+import re
+from unittest import mock
 
 import pytest
 import torch
 
-from cvkernels import extension
+from cvkernels import backend, extension
 from cvkernels.functional import avg_pool, dense_concat, max_pool
 from cvkernels.ops.batch_norm_act import passes
+from cvkernels.ops.common import native as native_ops
+from cvkernels.ops.depthwise_conv_bn_act import cuda as depthwise
 from tests.ops import (
     test_avg_pool,
     test_batch_norm_act,
     test_dense_concat,
+    test_depthwise_conv_bn_act,
     test_max_pool,
     test_pools,
 )
 from tests.support import cuda_on_host
+from tests.support.cases import depthwise_conv_bn_act as depthwise_cases
 from tests.support.cuda_on_host import HostLibrary
 from tests.support.made_once import shared_folder
 from tests.training import test_convolutions
@@ -129,6 +135,129 @@ class TestBatchNormAct(OfBatchNormAct):
         )
 
 
+@pytest.fixture
+def where():
+    """As if the CPU were a GPU, for whose tensors depthwise_conv_bn_act has CUDA C++."""
+    on_gpu = mock.patch.object(backend, "device_type", lambda x: "cuda")
+    compiled = mock.patch.object(native_ops, "why_not", lambda *_: "")
+    with on_gpu, compiled, backend.use("cuda"):
+        yield torch.device("cpu")
+
+
+# The cases of the op's own tests with channels in packs of 16 bytes, and what only this code has.
+DEPTHWISE = {
+    name: case
+    for name, case in (depthwise_cases.CASES | depthwise_cases.LARGE).items()
+    if case[1] % 8 == 0
+} | {
+    "wide-padding": (1, 16, 3, 4, 3, 1, (4, 3)),
+    "wide-padding-5x5": (2, 40, 5, 4, 5, 1, (6, 4)),
+    "wide-padding-s2": (1, 24, 4, 3, 5, 2, (5, 7)),
+    "padding-of-one-axis": (2, 16, 9, 8, 5, 1, (0, 3)),
+    "mobile-kernel": (2, 48, 15, 17, 3, 2, 0),
+    "many-images": (19, 8, 7, 7, 5, 1, 2),
+    "two-tiles": (1, 8, 4, 120, 3, 1, 1),
+    "two-tiles-5x5": (1, 8, 6, 61, 5, 1, 2),
+}
+# Strips, images, bands of a block, and rows of a band, of two images of 29 x 20 outputs.
+CUTS = [(3, 1, 1, 29), (3, 2, 1, 29), (3, 1, 1, 8), (1, 2, 1, 5), (2, 1, 2, 1), (1, 1, 4, 29)]
+FILTERS = pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2)])
+
+
+@pytest.mark.usefixtures("on_host")
+class TestDepthwise:
+    source = "depthwise_conv_bn_act"
+
+    @pytest.mark.parametrize("dtype", test_depthwise_conv_bn_act.DTYPES, ids=str)
+    @pytest.mark.parametrize("case", DEPTHWISE.values(), ids=DEPTHWISE.keys())
+    def test_matches_reference(self, case, dtype, where):
+        test_depthwise_conv_bn_act.check(*depthwise_cases.make_inputs(case, dtype))
+
+    @pytest.mark.parametrize("act", test_depthwise_conv_bn_act.ACTS)
+    @pytest.mark.parametrize("dtype", test_depthwise_conv_bn_act.DTYPES, ids=str)
+    def test_every_activation(self, dtype, act, where):
+        args, options = depthwise_cases.make_inputs(DEPTHWISE["channels-24"], dtype)
+        test_depthwise_conv_bn_act.check(args, options | {"act": act})
+        op, reference = (
+            test_depthwise_conv_bn_act.depthwise_conv_bn_act,
+            test_depthwise_conv_bn_act.depthwise_conv_bn_act_reference,
+        )
+        test_depthwise_conv_bn_act.assert_matches(op, reference, args, options | {"act": act})
+
+    @FILTERS
+    @pytest.mark.parametrize("dtype", test_depthwise_conv_bn_act.DTYPES, ids=str)
+    @pytest.mark.parametrize("cut", CUTS, ids=str)
+    def test_any_cut_gives_the_same(self, cut, dtype, kernel, stride, where):
+        padding = kernel // 2
+        case = (2, 40, 29 * stride, 20 * stride, kernel, stride, padding)
+        args, options = depthwise_cases.make_inputs(case, dtype)
+        with mock.patch.object(depthwise, "cut", lambda *_: depthwise.Cut(*cut)):
+            test_depthwise_conv_bn_act.check(args, options)
+
+    @pytest.mark.parametrize("act", test_depthwise_conv_bn_act.ACTS)
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+    def test_nan_and_infinity(self, value, act, where):
+        test_depthwise_conv_bn_act.test_nan_and_infinity_come_through_as_in_pytorch(
+            value, act, where
+        )
+
+    @FILTERS
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+    def test_padding_is_multiplied_as_zeros(self, value, kernel, stride, where):
+        (x, weight, *_), options = depthwise_cases.make_inputs(
+            (1, 16, 9, 10, kernel, stride, kernel // 2)
+        )
+        weight[3, 0, 0, 1] = weight[5, 0, -1, 0] = weight[9, 0, 1, -1] = value
+        options["act"] = "none"
+        results = test_depthwise_conv_bn_act.squeezed(x, weight, **options)
+        padded = torch.nn.functional.pad(x, [kernel // 2] * 4)
+        options["padding"] = 0
+        expected = test_depthwise_conv_bn_act.expected_of(padded, weight, **options)
+        for ours, theirs in zip(results, expected, strict=True):
+            assert torch.equal(ours.isnan(), theirs.isnan()) and theirs.isnan().any()
+            assert torch.allclose(ours, theirs, atol=1e-3, equal_nan=True)
+
+    @pytest.mark.parametrize("dtype", test_depthwise_conv_bn_act.DTYPES, ids=str)
+    def test_silu_of_extreme_values(self, dtype, where):
+        values = torch.cat([torch.linspace(-120, 120, 4001), torch.tensor([-3e4, 3e4, -0.0])])
+        x = values.view(1, 1, 4, -1).expand(-1, 8, -1, -1).to(dtype)
+        weight = torch.zeros(8, 1, 3, 3, dtype=dtype)
+        weight[:, 0, 1, 1] = 1.0
+        args = (x.contiguous(memory_format=torch.channels_last), weight)
+        test_depthwise_conv_bn_act.check(args, {"padding": 1, "act": "silu"})
+
+    def test_sums_do_not_overflow_a_half_dtype(self, where):
+        x = torch.full((1, 8, 64, 64), 1000.0, dtype=torch.float16)
+        weight = torch.zeros(8, 1, 3, 3, dtype=torch.float16)
+        weight[:, :, 1, 1] = 1.0
+        x = x.contiguous(memory_format=torch.channels_last)
+        _, sums = test_depthwise_conv_bn_act.squeezed(x, weight, padding=1)
+        assert torch.equal(sums, torch.full_like(sums, 1000.0 * 64 * 64))
+
+    @pytest.mark.parametrize("start", [8, 3], ids=["aligned", "copied"])
+    def test_channel_slices_and_vectors_of_other_dtypes(self, start, where):
+        (x, weight, bias, bn), options = depthwise_cases.make_inputs(
+            DEPTHWISE["49-pixels"], torch.bfloat16
+        )
+        wide = channels_last(2, 48, 7, 7, dtype=torch.bfloat16)
+        bn = bn._replace(weight=bn.weight.half(), mean=bn.mean.bfloat16())
+        test_depthwise_conv_bn_act.check(
+            (wide[:, start : start + 24], weight, bias.bfloat16(), bn), options
+        )
+
+    def test_what_it_refuses(self, where):
+        (x, weight, *_), options = depthwise_cases.make_inputs(DEPTHWISE["49-pixels"])
+        for other, reason in (
+            ({"x": x.contiguous()}, "needs channels_last"),
+            ({"x": x[:, :22], "weight": weight[:22]}, "in packs of 4"),
+            ({"stride": 3}, "of stride 1 or 2"),
+            ({"dilation": 2}, "not dilated"),
+        ):
+            arguments = {"x": x, "weight": weight} | options | other
+            with pytest.raises(backend.BackendError, match=reason):
+                test_depthwise_conv_bn_act.squeezed(**arguments)
+
+
 def channels_last(*shape, dtype=torch.float32):
     return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
 
@@ -149,6 +278,26 @@ ORDERS = {
     "dense_concat": lambda x: dense_concat(x.repeat(1, 2, 1, 1), x, 16, backend="native"),
     "batch_norm_act": statistics_and_gradient,
 }
+
+
+def depthwise_in_bands(kernel, stride, dtype):
+    (x, *others), options = depthwise_cases.make_inputs(
+        (3, 72, 29 * stride, 21, kernel, stride, kernel // 2), dtype
+    )
+    with mock.patch.object(depthwise, "cut", lambda *_: depthwise.Cut(3, 1, 1, 12)):
+        return test_depthwise_conv_bn_act.squeezed(x, *others, **options)
+
+
+@FILTERS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_order_of_threads_changes_no_depthwise(kernel, stride, dtype, where, host_library, capfd):
+    results, library = [], host_library("depthwise_conv_bn_act")
+    for reverse in (False, True):
+        torch.manual_seed(0)
+        with library.in_place_of_the_cpu_ops(reverse):
+            results.append(depthwise_in_bands(kernel, stride, dtype))
+    assert all(map(torch.equal, *results))
+    assert "runtime error" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("channels", [64, 67, 600])
@@ -233,3 +382,37 @@ def test_finds_a_missing_barrier_and_a_misaligned_access(tmp_path, capfd):
     with library.in_place_of_the_cpu_ops():
         passes.statistics(x[:, 1:65])
     assert "misaligned address" in capfd.readouterr().err
+
+
+# What may be left out of the depthwise kernel's steps, each with something to put in its place.
+LEFT_OUT = {
+    "the barrier before a step": ("__pipeline_wait_prior(Of::STAGES - 2);\n    __syncthreads();",
+                                  "__pipeline_wait_prior(Of::STAGES - 2);"),
+    "the wait for its rows": ("__pipeline_wait_prior(Of::STAGES - 2);\n", "\n"),
+    "the barrier before the sums": ("if constexpr (SQUEEZE) {\n    __syncthreads();",
+                                    "if constexpr (SQUEEZE) {"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LEFT_OUT)
+def test_finds_what_is_left_out_of_a_pipeline(what, tmp_path, where):
+    """The looking itself, for copies that are made later than they are asked for."""
+    folder = tmp_path / "depthwise_conv_bn_act"
+    folder.mkdir()
+    original = cuda_on_host.ROOT / "csrc/depthwise_conv_bn_act"
+    right, wrong = LEFT_OUT[what]
+    text = (original / "kernels.cuh").read_text()
+    assert right in text
+    (folder / "kernels.cuh").write_text(text.replace(right, wrong))
+    # One kernel is enough, and compiles sooner.
+    text = re.sub(r"<T, \d, \d>\(call, at, act", "<T, 3, 1>(call, at, act",
+                  (original / "cuda.cu").read_text())  # fmt: skip
+    text = text.replace("SiluInto<T>{}", "Clamp{}").replace("launch<T, K, S, false>", "(void)")
+    (folder / "cuda.cu").write_text(text)
+    library = HostLibrary(folder / "cuda.cu", tmp_path, "broken_" + tmp_path.name.replace("-", "_"))
+    results = []
+    for reverse in (False, True):
+        torch.manual_seed(0)
+        with library.in_place_of_the_cpu_ops(reverse):
+            results.append(depthwise_in_bands(3, 1, torch.bfloat16))
+    assert not all(map(torch.equal, *results))

@@ -59,7 +59,9 @@ def test_squeezes_are_planned_into_few_kernels():
     rows = planned("efficientnet_b0").rows
     ops = [row.op for row in rows if row.layer.startswith("features.2.1")]
     assert ops == ["conv_bn_act", "depthwise_conv_bn_act", "excite", "conv_bn_act"]
-    assert {row.kernels for row in rows} == {1}
+    # The sums of a depthwise convolution that is cut into bands are added by a second kernel.
+    assert {row.kernels for row in rows if row.op != "depthwise_conv_bn_act"} == {1}
+    assert {row.kernels for row in rows if row.op == "depthwise_conv_bn_act"} <= {1, 2}
 
 
 def test_plan_needs_no_memory_and_no_run_on_a_meta_model():

@@ -23,7 +23,7 @@ from cvkernels.ops.common.traffic import Traffic
 from cvkernels.ops.conv_bn_act.problem import Arguments as GroupedArguments
 from cvkernels.ops.conv_bn_act.problem import Parameters
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_backward
-from cvkernels.ops.depthwise_conv_bn_act import native, work
+from cvkernels.ops.depthwise_conv_bn_act import cuda, native, work
 from cvkernels.ops.depthwise_conv_bn_act.problem import OP, Arguments, DepthwiseProblem, problem_of
 from cvkernels.ops.depthwise_conv_bn_act.reference import depthwise_conv_bn_act_reference
 from cvkernels.ops.depthwise_conv_bn_act.tiling import tiling
@@ -84,10 +84,12 @@ def depthwise_conv_bn_act(
         squeeze: return (out, sums).
         cache: keeps what a backend derives from the parameters (folded, repacked, cast); one per
             convolution. Without it the native op folds at every call, and Triton gathers weights.
-        backend: see :mod:`cvkernels.backend`. "auto" runs kernels of 3x3 and 5x5: on CUDA tensors
-            by Triton, on CPU tensors by the native op, for strides of 1 and 2 without dilation. The
-            reference runs other kernels, float64, and where Triton or the compiled part is missing;
-            on CPU also when a gradient is needed and under torch.compile (inductor fuses it there).
+        backend: see :mod:`cvkernels.backend`. "auto" runs kernels of 3x3 and 5x5: for strides of 1
+            and 2 without dilation on CUDA tensors in CUDA C++ ("cuda"), where the compiled part is
+            there and x is channels_last with channels and strides in packs of 16 bytes, and on CPU
+            tensors by the native op; on other CUDA tensors by Triton. The reference runs other
+            kernels, float64, and where these are missing; on CPU also when a gradient is needed and
+            under torch.compile (inductor fuses it there).
 
     Returns:
         Tensor[N, C, P, Q], dtype of x (of autocast, where it is active), channels_last, never a
@@ -143,6 +145,21 @@ def _why_not_native(problem: DepthwiseProblem, call: Call) -> str:
     return native.why_not(problem, call.device)
 
 
+def _plan_cuda(
+    problem: DepthwiseProblem, call: Call, parameters: Parameters, like: tuple,
+    cache: DerivedWeights | None,
+) -> Run:  # fmt: skip
+    weight, bias, bn, _ = parameters
+    launch = cuda.plan_launch(problem, call.x, _rsc(weight, cache), bias, bn)
+
+    def run(x):
+        out, sums = new_outputs(problem, x.device)
+        launch(x, out, sums)
+        return out, sums
+
+    return run
+
+
 def _plan_triton(
     problem: DepthwiseProblem, call: Call, parameters: Parameters, like: tuple,
     cache: DerivedWeights | None,
@@ -190,6 +207,7 @@ def new_outputs(problem: DepthwiseProblem, device: torch.device) -> tuple[Tensor
 _fused = functools.partial(convolution.fused, allocate=new_outputs)
 TABLE = Table(
     OP,
+    Implementation("cuda", cuda.why_not, _fused(_plan_cuda), "fused on cuda", "cuda"),
     Implementation("triton", _why_not_triton, _fused(_plan_triton), "fused on cuda", "cuda"),
     Implementation("native", _why_not_native, _fused(native.plan), "fused on cpu", "cpu"),
     _absent("cudnn"),
@@ -205,7 +223,7 @@ def _plan(
     """The plan of a checked call."""
 
     def traffic(name: str) -> Traffic:
-        parts = _bytes_of_parts(problem, backends.gpu(call.x)[1]) if name == "triton" else 0
+        parts = _bytes_of_parts(problem, name, backends.gpu(call.x)[1])
         return Traffic(1 + (parts > 0), problem.bytes_read + parts, problem.bytes_written + parts)
 
     def registered(name: str) -> Run:
@@ -222,12 +240,13 @@ def _plan(
     return plan_of(TABLE, problem, call, operands, traffic, registered, work=describe)
 
 
-def _bytes_of_parts(problem: DepthwiseProblem, gpu: tuple[int, int]) -> int:
-    """What the second kernel, which adds the bands of Triton's sums, reads; 0 without one."""
-    if not problem.squeeze or problem.N * problem.C == 0:
+def _bytes_of_parts(problem: DepthwiseProblem, name: str, gpu: tuple[int, int]) -> int:
+    """What the second kernel, which adds a GPU kernel's partial sums, reads; 0 without one."""
+    if not problem.squeeze or problem.N * problem.C == 0 or name not in ("cuda", "triton"):
         return 0
-    bands = tiling(problem, gpu).bands
-    return 4 * problem.N * problem.C * bands if bands > 1 else 0
+    in_triton = name == "triton"
+    parts = tiling(problem, gpu).bands if in_triton else cuda.cut(problem, gpu).parts(problem)
+    return 4 * problem.N * problem.C * parts if parts > 1 else 0
 
 
 def runs_fused(x: Tensor, kernel_size: tuple[int, int], stride: tuple, dilation: tuple) -> bool:

@@ -17,3 +17,10 @@ T larger_or_nan(T a, T b) {
 inline __half2 __hmax2_nan(__half2 a, __half2 b) {
   return {larger_or_nan(a.x, b.x), larger_or_nan(a.y, b.y)};
 }
+
+inline __half2 __floats2half2_rn(float x, float y) {
+  return {cvkernels::Number<cvkernels::float16>::narrow(x),
+          cvkernels::Number<cvkernels::float16>::narrow(y)};
+}
+inline float __low2float(__half2 a) { return cvkernels::Number<cvkernels::float16>::widen(a.x); }
+inline float __high2float(__half2 a) { return cvkernels::Number<cvkernels::float16>::widen(a.y); }

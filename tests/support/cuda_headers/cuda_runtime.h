@@ -168,11 +168,15 @@ extern "C" __attribute__((visibility("default"))) void cuda_on_host_reverse(int 
 #define blockDim (cuda_on_host::block.size)
 #define gridDim (cuda_on_host::block.grid)
 #define __syncthreads() cuda_on_host::block.wait()
+#define __syncwarp()
 
 template <typename T>
 T __ldg(const T* from) {
   return *from;
 }
+
+using std::max;
+using std::min;
 
 inline uint32_t __float_as_uint(float x) { return __builtin_bit_cast(uint32_t, x); }
 inline float __uint_as_float(uint32_t x) { return __builtin_bit_cast(float, x); }
