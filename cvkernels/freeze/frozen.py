@@ -18,6 +18,7 @@ from cvkernels import backend, record
 from cvkernels.freeze import saving
 from cvkernels.freeze.backends import is_gpu, read_table, writes_slices
 from cvkernels.freeze.capture import capture
+from cvkernels.freeze.compile import compile_launches
 from cvkernels.freeze.cuda_graphs import CudaGraph, Pool, may_be_captured
 from cvkernels.freeze.fuse import fuse, own_weights
 from cvkernels.freeze.graph import Graph, Node, TensorSpec, fill
@@ -292,6 +293,8 @@ class Frozen(nn.Module):
                 with _planning(self.device):
                     spec = TensorSpec(tuple(x.shape), self.dtype)
                     plan = Plan(self.graph, spec, self.device, self._caches, self.table)
+                    if x.is_cuda:
+                        compile_launches(plan)
                     self._plans[x.shape] = self._captured(plan) if x.is_cuda else plan
             return self._plans[x.shape]
 

@@ -23,6 +23,7 @@ from cvkernels.freeze.programs import Env, Segment, recordable
 from cvkernels.freeze.progress import progress
 from cvkernels.freeze.steps import Site
 from cvkernels.functional import DerivedWeights
+from cvkernels.ops.common.launches import Launched, collecting
 from cvkernels.ops.common.traffic import Traffic
 from cvkernels.ops.common.work import GPUS, Prediction, Work, predict
 from cvkernels.ops.conv_bn_act.problem import Problem
@@ -118,6 +119,27 @@ class Plan:
     def images(self, staged: Tensor) -> Tensor:
         """Where in the memory of staged images they themselves are."""
         return self.input.images(staged, self.shape)
+
+    def launches(self) -> list[tuple[str, Launched]]:
+        """The launches of Triton kernels in a call, each with its layer; nothing runs.
+
+        Of a plan for the meta device, if it was made where they are collected.
+        """
+        env = self._idle_env()
+        found: list[tuple[str, Launched]] = []
+        for step, run in self.steps:
+            if run is None or "triton" not in self.backends[step]:
+                continue
+            site = Site(self.memory, step, {}, env)
+            for number in (*site.inputs, site.out):
+                env[number] = site.like(number)
+            with collecting() as launched:
+                run(env)
+            found += [(step.layer, one) for one in launched]
+            for number in {*self.memory.index.values()} - self.fixed:
+                env[number] = None
+        self._give_back(env)
+        return found
 
     def drop_arenas(self) -> list[Env]:
         """The idle arenas, which later calls get no more."""

@@ -164,7 +164,7 @@ def fused(
     def build(
         problem: Any, call: Call, parameters: Any, like: tuple, cache: DerivedWeights | None
     ) -> Callable:
-        if problem.bytes_written == 0 or call.x.is_meta:
+        if problem.bytes_written == 0 or call.computes_nothing:
             return lambda x, residual=None, input_gate=None, out=None: (
                 allocate(problem, x.device) if out is None else out
             )

@@ -12,6 +12,7 @@ from cvkernels import backend as backends
 from cvkernels import record
 from cvkernels.backend import BackendError, Choice
 from cvkernels.ops.common import autograd
+from cvkernels.ops.common.launches import collected
 
 
 class Call(NamedTuple):
@@ -28,6 +29,11 @@ class Call(NamedTuple):
     @property
     def automatic(self) -> bool:
         return self.requested == "auto"
+
+    @property
+    def computes_nothing(self) -> bool:
+        """Whether its plan has no launches: on the meta device, unless they are collected."""
+        return self.x.is_meta and collected.found is None
 
 
 class Implementation(NamedTuple):

@@ -17,6 +17,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from cvkernels.ops.common import triton_fence
+from cvkernels.ops.common.launches import Launched, collected
 from cvkernels.ops.common.norm import BatchNormParams
 
 # Parameters of NVIDIA's launcher of compiled kernels, from Triton 3.6 on: some versions name the
@@ -97,6 +98,9 @@ class Launch:
 
     def __call__(self, *operands: Tensor | float | None) -> None:
         if self._empty:
+            return
+        if collected.found is not None:
+            collected.found.append(Launched(self, operands))
             return
         if self._device_caches is None:
             self._by_triton(operands)
