@@ -80,6 +80,10 @@ def test_an_error_names_the_layer(found):
     assert found["error"] == message
 
 
+def test_what_fails_in_a_thread_is_compiled_without(found):
+    assert found["failed in a thread"] == 3
+
+
 def test_an_interrupt_ends_it_and_a_later_call_goes_on(found):
     assert found["interrupted"] == {"compiled": 2, "later": 3}
 
@@ -131,10 +135,12 @@ class Compiler:
     """In place of Triton's: counts what it is asked for."""
 
     def __init__(self):
-        self.keys, self.wrong, self.wait = [], "", lambda: None
+        self.keys, self.wait = [], lambda: None
+        self.wrong, self.in_threads_alone = "", False
 
     def __call__(self, src, target=None, options=None, _env_vars=None):
-        if self.wrong and self.wrong in src.name:
+        in_thread = threading.current_thread() is not threading.main_thread()
+        if self.wrong and self.wrong in src.name and (in_thread or not self.in_threads_alone):
             raise ValueError("no such thing")
         self.keys.append((src.hash(), str(sorted(options.items(), key=str))))
         self.wait()
@@ -208,6 +214,15 @@ def error():
         return str(error)
 
 
+def failed_in_a_thread():
+    """The kernels that are there all the same."""
+    compiler = Compiler()
+    by_counting(compiler)
+    compiler.wrong, compiler.in_threads_alone = "1x1", True
+    compile_launches(plan_of(Small(), 2, 16))
+    return len(compiler.keys)
+
+
 def interrupted():
     """After the first kernel, while one is being compiled and one waits."""
     compiler, compiling, end = Compiler(), threading.Event(), threading.Event()
@@ -256,6 +271,7 @@ def main():
         "networks": networks(),
         "at once": at_once(),
         "error": error(),
+        "failed in a thread": failed_in_a_thread(),
         "interrupted": interrupted(),
         "compiled by the launch": compiled_by_the_launch(),
     }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import gc
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -16,6 +18,7 @@ from triton import AsyncCompileMode, FutureKernel, JITFunction
 from cvkernels.ops.common.launches import Launched
 from cvkernels.tables import first_line
 
+_one_at_a_time = threading.Lock()
 # Of a number of kernels: gives what is called after each of them.
 Bar = Callable[[int], AbstractContextManager[Callable[[], None]]]
 
@@ -43,7 +46,8 @@ def compile_all(
     executor = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), "compile")
     launched = [one for one in launched if isinstance(one[1].launch.kernel, JITFunction)]
     try:
-        return contextvars.copy_context().run(_compile, launched, device, bar, executor)
+        with _one_at_a_time, _without_collector():
+            return contextvars.copy_context().run(_compile, launched, device, bar, executor)
     except BaseException:
         _forget_unfinished(launched)
         raise
@@ -61,10 +65,9 @@ def _compile(
     AsyncCompileMode(executor, ignore_errors=True).__enter__()
     pending, loading = _submitted(launched), []
     with bar(len(pending)) as advance:
-        for layer, kernel in pending:
+        for layer, one, kernel in pending:
             with _naming(layer):
-                # one that this process has compiled before is no future
-                kernel = kernel.result() if isinstance(kernel, FutureKernel) else kernel
+                kernel = _finished(one, kernel)
             loading.append((layer, executor.submit(_load, kernel, device)))
             advance()
     for layer, future in loading:
@@ -73,15 +76,27 @@ def _compile(
     return len(pending)
 
 
-def _submitted(launched: Iterable[tuple[str, Launched]]) -> list[tuple[str, Any]]:
-    """Each kernel once, with the first layer that launches it."""
-    pending: dict[int, tuple[str, Any]] = {}
-    for layer, (launch, operands) in launched:
+def _submitted(launched: Iterable[tuple[str, Launched]]) -> list[tuple[str, Launched, Any]]:
+    """Each kernel once, with the first launch of it and that one's layer."""
+    pending: dict[int, tuple[str, Launched, Any]] = {}
+    for layer, one in launched:
         with _naming(layer):
-            kernel = launch.warmup(*operands)
+            kernel = one.launch.warmup(*one.operands)
         if kernel is not None:  # None: a hook of Triton's has compiled it
-            pending.setdefault(id(kernel), (layer, kernel))
+            pending.setdefault(id(kernel), (layer, one, kernel))
     return list(pending.values())
+
+
+def _finished(one: Launched, kernel: Any) -> Any:
+    """The compiled kernel. Where a thread fails, this one compiles it: the error is then its own,
+    and not one of threads."""
+    if not isinstance(kernel, FutureKernel):  # compiled before
+        return kernel
+    try:
+        return kernel.result()
+    except Exception:  # noqa: BLE001 - a compiler may raise anything
+        _forget_unfinished([("", one)])
+        return contextvars.Context().run(one.launch.warmup, *one.operands)
 
 
 def _forget_unfinished(launched: Iterable[tuple[str, Launched]]) -> None:
@@ -98,6 +113,19 @@ def _load(kernel: Any, device: torch.device | None) -> None:
     if device is not None:
         with torch.cuda.device(device):
             _ = kernel.run
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """CPython 3.11.7 and others fail where threads change within ast.parse: they do where the
+    collector calls Python code there."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager
