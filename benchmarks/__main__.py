@@ -30,9 +30,10 @@ from benchmarks import (
     saved_memory,
     tune,
 )
-from benchmarks.harness import command_line
+from benchmarks.harness import command_line, sticky
 from benchmarks.harness.command_line import Refused, add_network_options, add_options, dtypes_of
 from benchmarks.harness.environment import default_batch
+from benchmarks.harness.sticky import ContextLost
 from benchmarks.output import guard, readme, results
 
 NETWORKS = {"models": bench_models, "training": bench_training}
@@ -49,6 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except ContextLost as error:
+        print(f"error: {error}; go on in a new process", file=sys.stderr)
+        return sticky.STATUS
 
 
 def _parser() -> argparse.ArgumentParser:

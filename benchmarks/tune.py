@@ -35,6 +35,7 @@ from benchmarks.harness.command_line import Refused, dtypes_of
 from benchmarks.harness.environment import environment
 from benchmarks.harness.machine import Machine, Settings, Timed, interleave
 from benchmarks.harness.report import summarize
+from benchmarks.harness.sticky import check_context
 from cvkernels import backend as backends
 from cvkernels.demo import NETWORKS
 from cvkernels.freeze.frozen import planned
@@ -196,6 +197,7 @@ def measure(problem: Problem, machine: Machine, settings: Settings = SETTINGS) -
             assert_close_as_eager(run(), eager, truth)
         except Exception as error:  # noqa: BLE001 - of a compiler, too; others go on
             print(f"{tuning.key(problem)}: {config}: {error}", file=sys.stderr)
+            check_context(error)
         else:
             calls[config] = Timed(run)
     del truth, eager

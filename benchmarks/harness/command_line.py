@@ -14,7 +14,7 @@ from benchmarks.harness import run
 from benchmarks.harness.case import Case
 from benchmarks.harness.environment import default_device, default_dtypes
 from benchmarks.harness.machine import QUICK, Machine, Settings
-from benchmarks.harness.report import DTYPES, Report
+from benchmarks.harness.report import DTYPES, Report, Row, dtype_name
 
 
 class Refused(Exception):
@@ -29,6 +29,10 @@ def add_options(parser: argparse.ArgumentParser, rounds: bool = True) -> None:
     parser.add_argument("--dtype", action="append", choices=list(DTYPES))
     parser.add_argument("--device", type=device_of, default=default_device())
     parser.add_argument("--minutes", type=float, default=float("inf"), help="in all, about")
+    if rounds:
+        parser.add_argument(
+            "--go-on", action="store_true", help="keep --json's rows, and add to them"
+        )
     parser.add_argument("--json", "--json-out", type=Path, metavar="FILE", help="write the result")
 
 
@@ -84,10 +88,19 @@ def measure(cases: Sequence[Case], options: argparse.Namespace) -> int:
             write_report(path, report)
 
     settings = settings_of(options, getattr(options, "quick", False))
-    report = _run_with_progress(cases, Machine(options.device), settings, save, options.minutes)
+    rows = _rows_before(path) if options.go_on else []
+    met = {(row.op, row.case, row.dtype, row.part) for row in rows}
+    left = [c for c in cases if (c.op, c.name, dtype_name(c.dtype), c.part) not in met]
+    machine = Machine(options.device)
+    report = _run_with_progress(left, machine, settings, save, options.minutes, rows)
     save(report)
     print(report)
     return exit_status(report)
+
+
+def _rows_before(path: Path | None) -> list[Row]:
+    found = path is not None and path.exists()
+    return Report.from_dict(json.loads(path.read_text())).rows if path and found else []
 
 
 def exit_status(report: Report) -> int:
@@ -124,6 +137,7 @@ def _run_with_progress(
     settings: Settings,
     save: Callable[[Report], None],
     minutes: float,
+    rows: list[Row],
 ) -> Report:
     from rich.console import Console
     from rich.progress import Progress
@@ -138,4 +152,4 @@ def _run_with_progress(
         def tick() -> None:
             progress.advance(task)
 
-        return run.run_cases(cases, machine, settings, start_case, tick, save, minutes)
+        return run.run_cases(cases, machine, settings, start_case, tick, save, minutes, rows)

@@ -30,6 +30,7 @@ from benchmarks.harness.case import Case, PeerMissing, grad_mode
 from benchmarks.harness.environment import environment
 from benchmarks.harness.machine import Machine, Settings, Timed, interleave
 from benchmarks.harness.report import Rates, Report, Row, dtype_name, summarize
+from benchmarks.harness.sticky import ContextLost, check_context
 from benchmarks.harness.trial import Trial, WrongResult
 from cvkernels.backend import BackendError
 from cvkernels.memory_use import out_of_memory, peak_memory, resident_memory
@@ -68,6 +69,7 @@ def prepare(trial: Trial, row: Row) -> Timed | None:
     except Exception as error:  # noqa: BLE001 - a compiler may raise anything, and other rows count too
         row.status = "unavailable" if row.peer or out_of_memory(error) else "failed"
         row.note = f"{type(error).__name__}: {first_line(error)}"
+        check_context(error)
     else:
         return timed
     row.max_error = row.eager_error = None
@@ -181,6 +183,7 @@ def measure_case(
             if row.status == "pending":
                 row.status = "unavailable" if missing else "failed"
                 row.note = first_line(error)
+        check_context(error)
     finally:
         for name, row in rows.items():
             if row.status == "pending" and samples.get(name):
@@ -203,13 +206,17 @@ def run_cases(
     tick: Callable[[], None] = lambda: None,
     save: Callable[[Report], None] = lambda report: None,
     minutes: float = math.inf,
+    rows: Sequence[Row] = (),
 ) -> Report:
-    """Measure the cases in turn; Ctrl-C ends it and keeps what was measured.
+    """Measure the cases in turn, after ``rows``; Ctrl-C ends it and keeps what was measured.
 
     ``save`` gets the report so far after each case. Cases that ``minutes`` leave no time for have
     rows that say so.
+
+    Raises:
+        ContextLost: a CUDA error that stays; ``save`` has got what was measured until then.
     """
-    report = Report(environment(machine.device))
+    report = Report(environment(machine.device), rows=list(rows))
     end = time.monotonic() + 60 * minutes
     try:
         for index, case in enumerate(cases):
@@ -225,4 +232,8 @@ def run_cases(
             save(report)
     except KeyboardInterrupt:
         report.complete = False
+    except ContextLost:
+        report.complete = False
+        save(report)
+        raise
     return report
