@@ -29,8 +29,8 @@ NARROW = {
     ),
     "resnet50": ("conv1",),
 }  # fmt: skip
-# Architectures and dtypes in the committed table.
-COMMITTED = {(90, "bfloat16")}
+# Of Triton, architectures and dtypes in the committed table.
+COMMITTED = {("3.6.0", 90, "bfloat16"), ("3.8.0", 90, "bfloat16")}
 # Their outputs are vectors, in 16 bits.
 WRITE_VECTORS = ("squeeze_nhwc_kernel", "excite_kernel", "squeeze_excite_image_nhwc_kernel")
 
@@ -107,7 +107,9 @@ def test_launches_that_memory_bounds_have_enough_in_flight(fresh):
 
 def test_the_committed_table_has_every_kind():
     """Of launches that ``python -m benchmarks launches`` was asked for."""
-    kinds = {(row["arch"], dtype) for row in TABLE for dtype in row["dtype"].split(", ")}
+    kinds = {
+        (row["triton"], row["arch"], dtype) for row in TABLE for dtype in row["dtype"].split(", ")
+    }
     assert kinds >= COMMITTED
 
 
