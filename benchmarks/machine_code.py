@@ -84,6 +84,7 @@ def _inspected(launch: Launch, compiled: Any, arch: int) -> dict[str, Any]:
     return {
         "kernel": launch.kernel.__name__,
         "arch": arch,
+        "grid": launch.grid,
         "shared": compiled.metadata.shared,
         **resources(compiled.asm["cubin"]),
         "wgmma": ptx.count("wgmma.mma_async"),

@@ -19,7 +19,12 @@ from cvkernels.ops.squeeze_excite.reference import (
 )
 from tests.support.cases.squeeze_excite import NETWORKS, SMALL, Map, make_layers, make_map
 from tests.support.cases.views import STRIDED
-from tests.support.numerics import assert_close_as_eager, assert_matches, assert_same_numbers
+from tests.support.numerics import (
+    assert_close_as_eager,
+    assert_matches,
+    assert_same_numbers,
+    max_error,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CHANNELS_LAST = torch.channels_last
@@ -67,6 +72,48 @@ def test_excite_is_two_layers(m, dtype, sigmoid, where):
     assert_matches(excite, excite_reference, arguments, {"sigmoid": sigmoid})
 
 
+# What two launches make: the first layer is wide, or its sums come in many parts.
+LARGE = {
+    "wide": Map(3, 24, 513, 3, 3),
+    "split": Map(2, 520, 70, 3, 3, "silu"),
+    "many-images": Map(600, 24, 66, 2, 1),
+    "parts": Map(1, 264, 66, 24, 24, "silu"),
+}
+
+
+@dtypes
+@pytest.mark.parametrize("m", LARGE.values(), ids=LARGE.keys())
+@pytest.mark.parametrize("where", ["triton"], indirect=True)
+def test_layers_in_two_launches(m, dtype, where):
+    layers = make_layers(m, dtype, where)
+    assert tiles.excite(m.N, 1, m.C, m.R, dtype.itemsize, 132).launches == 2
+    pooled = torch.randn(m.N, m.C, device=where).to(dtype)
+    assert_matches(excite, excite_reference, (pooled, *layers, m.act), {"sigmoid": True})
+    x = make_map(m, dtype, CHANNELS_LAST, where)
+    assert_matches(squeeze_excite, squeeze_excite_reference, (x, *layers, m.act))
+
+
+def test_many_images_in_one_launch(device):
+    pytest.importorskip("triton")
+    m = Map(600, 24, 6, 1, 1)
+    arguments = (torch.randn(m.N, m.C, device=device), *make_layers(m, torch.float32, device))
+    excite_by_triton = functools.partial(excite, backend="triton")
+    assert_matches(excite_by_triton, excite_reference, arguments)
+
+
+@halves
+@pytest.mark.parametrize("m", [SMALL["several-blocks"], LARGE["split"]], ids=["one", "two"])
+def test_products_with_16_bit_weights_keep_more_digits_than_those(m, dtype, device):
+    """Means and hidden layer enter them as sums of two numbers."""
+    pytest.importorskip("triton")
+    x, layers = make_map(m, dtype, CHANNELS_LAST, device), make_layers(m, dtype, device)
+    _, mean, gate = torch.ops.cvkernels.squeeze_excite(x, *layers, m.act, None, "none", "triton")
+    exact_mean = x.double().mean((2, 3))
+    exact = excite_reference(exact_mean, *(t.double() for t in layers), m.act)
+    for ours, theirs in ((mean, exact_mean), (gate, exact)):
+        assert max_error(ours, theirs) <= torch.finfo(dtype).eps / 32 * theirs.abs().max()
+
+
 @fused
 @pytest.mark.parametrize(("m", "act", "residual"), ends(SMALL))
 @dtypes
@@ -92,7 +139,22 @@ def test_squeeze_excite_is_the_block(m, dtype, residual, memory_format, where):
 
 def test_the_maps_cover_several_parts():
     x = make_map(SMALL["several-parts"], torch.float32, CHANNELS_LAST, "cpu")
-    assert tiles.parts_of(x) > 1 and tiles.reduction(1, 40, 21 * 23, 8, tiles.BACKWARD).parts > 1
+    assert tiles.parts_of(x, 132) > 1 and tiles.parts_of(x, 132, tiles.BACKWARD) > 1
+
+
+@pytest.mark.parametrize("sms", [108, 132, 148])
+@pytest.mark.parametrize("N", [1, 8, 128])
+@pytest.mark.parametrize("m", NETWORKS.values(), ids=NETWORKS.keys())
+def test_parts_leave_few_multiprocessors_idle(m, N, sms):
+    """Nine tenths of their time is used, or a part has no more than three steps."""
+    for of in (tiles.SQUEEZE, tiles.BACKWARD):
+        tile = tiles.reduction((N, m.C, m.H, m.W), 2, 8, of, sms)
+        assert (tile.parts - 1) * tile.pixels_per_part < m.H * m.W
+        assert tile.parts * tile.pixels_per_part >= m.H * m.W
+        programs = N * -(-m.C // tile.block_c) * tile.parts
+        of_sm = programs / sms
+        busy = of_sm >= 0.9 * of.resident and of_sm >= 0.8 * -(-programs // sms)
+        assert busy or tile.pixels_per_part <= 3 * tile.block_p
 
 
 @pytest.mark.parametrize("name", ["seresnet50.layer1", "efficientnet_b0.1", "efficientnet_b0.2.0"])

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from cvkernels import record
-from cvkernels.backend import BackendError
 from cvkernels.functional import excite, se_scale, squeeze, squeeze_excite
 from tests.support.cases.squeeze_excite import Map, make_layers, make_map
 
@@ -61,13 +60,15 @@ def test_native_reads_the_map_once(native):
     assert row.bytes_written == 4 * 2 * 16 * 5 * 6
 
 
-def test_triton_refuses_a_wide_hidden_layer():
-    layers = (torch.ones(513, 8), None, torch.ones(8, 513), None)
-    with pytest.raises(BackendError, match="R = 513 is over 512"):
-        excite(torch.ones(1, 8), *layers, backend="triton")
-    pooled, *layers = (t if t is None else t.to("meta") for t in (torch.ones(1, 8), *layers))
-    with record.recording(record.Recorder()):
-        assert excite.plan(pooled, *layers).backend == "reference"
+def test_large_layers_take_two_launches():
+    """The first leaves the hidden layer in float32, in as many splits as fill 132 SMs."""
+    N, C, R, hidden = 128, 2048, 128, 4 * 4 * 128 * 128
+    row = explained(
+        Map(N, C, R, 7, 7), torch.bfloat16, "meta", lambda x, layers, gate: excite(gate, *layers)
+    )
+    parameters = 2 * (2 * C * R + C + R)
+    counted = [2, 2 * N * C + parameters + hidden, 2 * N * C + hidden]
+    assert [row.kernels, row.bytes_read, row.bytes_written] == counted
 
 
 # Bad input

@@ -1,20 +1,17 @@
 """Gradients of squeeze-and-excitation's registered ops, by hand, against autograd's of PyTorch."""
 
-import importlib
-
 import pytest
 import torch
 
 from cvkernels import backend, extension
 from cvkernels.functional import excite, se_scale, squeeze, squeeze_excite
-from cvkernels.ops.squeeze_excite import tiles
 from cvkernels.ops.squeeze_excite.reference import (
     excite_reference,
     se_scale_reference,
     squeeze_excite_reference,
     squeeze_reference,
 )
-from tests.ops.test_squeeze_excite import dtypes, ends, residuals
+from tests.ops.test_squeeze_excite import dtypes, ends
 from tests.support.cases.squeeze_excite import (
     SMALL,
     Map,
@@ -23,10 +20,9 @@ from tests.support.cases.squeeze_excite import (
     make_map,
     of_flat_layers,
 )
-from tests.support.numerics import assert_matches, assert_matches_grad
+from tests.support.numerics import assert_matches_grad
 
 CHANNELS_LAST = torch.channels_last
-SEVERAL = Map(3, 72, 18, 3, 5, "silu")
 ops = torch.ops.cvkernels
 
 
@@ -179,38 +175,3 @@ def test_compiles_with_gradients(chosen, device):
             for function in (torch.compile(run, fullgraph=True), run)
         )
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours, theirs, strict=True))
-
-
-# Where an image fits into the caches of an SM, Triton has one launch for the block
-
-
-@dtypes
-@residuals
-def test_an_image_that_fits_is_one_launch(dtype, residual, device, monkeypatch):
-    pytest.importorskip("triton")
-    se_launches = importlib.import_module("cvkernels.ops.squeeze_excite.triton")
-    x, added = (make_map(SEVERAL, dtype, CHANNELS_LAST, device) for _ in range(2))
-    added = added if residual else None
-    arguments = (x, *make_layers(SEVERAL, dtype, device), "silu", added, "relu")
-    monkeypatch.setattr(tiles, "IMAGES", 3)
-    launched, launch = [], se_launches.Launch.__call__
-    monkeypatch.setattr(
-        se_launches.Launch, "__call__", lambda self, *t: launched.append(self) or launch(self, *t)
-    )
-    with backend.use("triton"):
-        assert_matches(squeeze_excite, squeeze_excite_reference, arguments)
-        names = [launch.kernel.__name__ for launch in launched]
-        assert names == ["squeeze_excite_image_nhwc_kernel"]
-        monkeypatch.setattr(tiles, "IMAGES", 4)
-        squeeze_excite.plan(*arguments)(x, added)
-    assert len(launched) == 1 + 3
-
-
-def test_gradients_of_images_in_one_launch(device, monkeypatch):
-    pytest.importorskip("triton")
-    monkeypatch.setattr(tiles, "IMAGES", 3)
-    x = leaf(make_map(SEVERAL, torch.float32, CHANNELS_LAST, device))
-    layers = leaf(make_flat_layers(SEVERAL, torch.float32, device))
-    ours, stock = (of_flat_layers(f, SEVERAL) for f in (squeeze_excite, squeeze_excite_reference))
-    with backend.use("triton"):
-        assert_matches_grad(ours, stock, (x, layers, "silu", None, "relu"))

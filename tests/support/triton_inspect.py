@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.machine_code import inspect_launch
 from cvkernels.ops.common.norm import BatchNormParams
+from cvkernels.ops.common.tiles import sm_count
 from cvkernels.ops.conv_bn_act import triton as conv_launches
 from cvkernels.ops.conv_bn_act import triton_fold, tuning
 from cvkernels.ops.conv_bn_act.problem import Problem
@@ -68,7 +69,7 @@ def se_scale_launch(case: dict):
     """Launch and operands of a case: ``kernel``, N, C, R, ``size`` = H = W, ``dtype`` (a word),
     ``act``, ``residual`` and ``nchw``.
 
-    ``kernel`` is "squeeze", "finish", "excite", "image" (squeeze_excite in one launch),
+    ``kernel`` is "squeeze", "finish", "excite", "hidden" or "out" (the two launches of excite),
     "scale", "shift", "backward" or "reduce", which is the backward that writes no gradient of x.
     """
     N, C, R, size = case["N"], case["C"], case["R"], case["size"]
@@ -83,31 +84,37 @@ def se_scale_launch(case: dict):
 
     x, gate = image(), empty(N, C, dtype=torch.float32)
     residual = image() if case["residual"] else None
-    launches = se_scale_launches
+    launches, sms = se_scale_launches, sm_count(divmod(case["arch"], 10))
     if case["kernel"] == "squeeze":
-        sums = empty(*launches.parts_shape(x), dtype=torch.float32)
-        return launches.squeeze_launch(x, 1), (x, sums)
+        sums = empty(*launches.parts_shape(x, sms), dtype=torch.float32)
+        return launches.squeeze_launch(x, 1, sms), (x, sums)
     if case["kernel"] == "finish":
         return launches.finish_launch((N, 4, C)), (
             empty(N, 4, C, dtype=torch.float32), gate, gate,
         )  # fmt: skip
-    layers = (empty(R, C), empty(R), empty(C, R), empty(C))
-    if case["kernel"] == "image":
-        launch = launches.image_launch(x, R, "relu", residual, act, image())
-        return launch, (x, *layers, residual, image(), gate, gate)
-    if case["kernel"] == "excite":
-        shape = launches.parts_shape(x)
-        launch = launches.excite_launch(shape, R, "relu", False, size * size)
-        return launch, (empty(*shape, dtype=torch.float32), *layers, gate, gate)
+    if case["kernel"] in ("excite", "hidden", "out"):
+        weight1, bias1, weight2, bias2 = empty(R, C), empty(R), empty(C, R), empty(C)
+        shape = launches.parts_shape(x, sms)
+        tile = tiles.excite(*shape, R, dtype.itemsize, sms)
+        sums = empty(*shape, dtype=torch.float32)
+        if case["kernel"] == "excite":
+            launch = launches.excite_launch(shape, R, "relu", False, size * size, tile)
+            return launch, (sums, weight1, bias1, weight2, bias2, gate)
+        hidden = empty(tile.splits, N, R, dtype=torch.float32)
+        if case["kernel"] == "hidden":
+            launch = launches.excite_hidden_launch(shape, R, size * size, tile)
+            return launch, (sums, weight1, hidden)
+        launch = launches.excite_out_launch(N, C, R, "relu", False, tile)
+        return launch, (hidden, bias1, weight2, bias2, gate)
     if case["kernel"] == "scale":
         launch = launches.se_scale_launch(x, residual, act, image())
         return launch, (x, gate, None, residual, image())
     if case["kernel"] == "shift":
         return launches.se_scale_launch(x, None, "none", image()), (x, gate, gate, None, image())
-    parts = empty(*launches.parts_shape(x, tiles.BACKWARD), dtype=torch.float32)
+    parts = empty(*launches.parts_shape(x, sms, tiles.BACKWARD), dtype=torch.float32)
     kept = (residual if act == "silu" else None, image() if act == "relu" else None)
     made = (image() if case["kernel"] == "backward" else None, None if act == "none" else image())
-    launch = launches.backward_launch(image(), x, *kept, act)
+    launch = launches.backward_launch(image(), x, *kept, act, sms)
     return launch, (image(), x, gate, *kept, *made, parts)
 
 

@@ -16,7 +16,7 @@ from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
 from cvkernels.ops.common.registration import register
 from cvkernels.ops.common.traffic import Traffic, nbytes
 from cvkernels.ops.common.work import GPU, Work
-from cvkernels.ops.squeeze_excite import native, work
+from cvkernels.ops.squeeze_excite import native, tiles, work
 from cvkernels.ops.squeeze_excite.problem import (
     ACTS,
     DTYPES,
@@ -76,13 +76,15 @@ def excite(
         act: "relu" or "silu".
         sigmoid: returns the multiplier ``sigmoid(out)``, as ``conv_bn_act(input_gate=)`` takes it.
         count: pixels of the map that pooled sums over.
-        backend: see :mod:`cvkernels.backend`; the rule is that of :func:`se_scale`. Triton keeps
-            the hidden layer on chip: R is at most 512, else "auto" runs the reference.
+        backend: see :mod:`cvkernels.backend`; the rule is that of :func:`se_scale`. Triton has one
+            launch where weight1 and the means of 16 images are at most 96 KiB and R is at most 64,
+            else two.
 
     Returns:
         Tensor[N, C], contiguous, never a view: dtype of pooled; of weight1, with ``count``. The
-        fused backends compute in float32 throughout. NaN and infinity propagate. N = 0 gives an
-        empty output.
+        fused backends compute in float32; Triton's products take means and hidden layer as sums
+        of two numbers of the weights' dtype, where that is a half. NaN and infinity propagate.
+        N = 0 gives an empty output.
 
     Raises:
         ValueError: a shape, device, act or count does not fit.
@@ -153,7 +155,13 @@ def _plan(problem: Problem, call: Call) -> Plan:
 
     def traffic(name: str) -> Traffic:
         pooled, dtype = call.x, _dtype_of(problem, call.x)
-        return Traffic(1, nbytes(pooled, *problem.layers), pooled.numel() * dtype.itemsize)
+        read, written = nbytes(pooled, *problem.layers), pooled.numel() * dtype.itemsize
+        if name != "triton":
+            return Traffic(1, read, written)
+        (N, C), itemsize = pooled.shape, problem.layers[0].element_size()
+        tile = tiles.excite(N, 1, C, problem.R, itemsize, tiles.sms_of(pooled))
+        hidden = 4 * tile.splits * N * problem.R
+        return Traffic(tile.launches, read + hidden, written + hidden)
 
     def registered(name: str) -> Callable[..., Tensor]:
         return lambda layers, pooled: torch.ops.cvkernels.excite(pooled, *layers, *options, name)

@@ -75,9 +75,8 @@ def squeeze_excite(
     """The whole block: ``out = out_act(x * sigmoid(logits)[:, :, None, None] + residual)``.
 
     ``logits = excite(squeeze(x), weight1, bias1, weight2, bias2, act)``. On CUDA three launches,
-    or one: where x is channels_last with at least 66 images of at most 208 KiB and R is at most
-    128, a program makes a whole image while it is in its SM's caches. On CPU one pass per image, or
-    per few small ones, while they are in the cache; outputs of 8 MB and more are written past it.
+    or four where :func:`excite` takes two. On CPU one pass per image, or per few small ones, while
+    they are in the cache; outputs of 8 MB and more are written past it.
 
     Args:
         x: Tensor[N, C, H, W], float32, float16, bfloat16 or float64; contiguous, channels_last and
@@ -91,8 +90,7 @@ def squeeze_excite(
         residual: Tensor[N, C, H, W], dtype of x, added before out_act; fast in x's layout.
         out_act: "none", "relu" or "silu".
         out: as of :func:`se_scale`; it may be x itself.
-        backend: see :mod:`cvkernels.backend`; the rule is that of :func:`se_scale`. With R over
-            512, "auto" runs the reference on CUDA; the library's networks have at most 160.
+        backend: see :mod:`cvkernels.backend`; the rule is that of :func:`se_scale`.
 
     Returns:
         Tensor[N, C, H, W], as :func:`se_scale`. The fused backends keep means and logits in
@@ -169,8 +167,8 @@ def _triton(
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
     from cvkernels.ops.squeeze_excite import triton
 
-    options = (problem.R, problem.act, problem.residual, problem.out_act, problem.out)
-    return triton.plan_squeeze_excite(x, *options, keep_mean, tiles.one_launch(x, problem.R))
+    options = (problem.layers[0], problem.act, problem.residual, problem.out_act, problem.out)
+    return triton.plan_squeeze_excite(x, *options, keep_mean)
 
 
 def _plan_reference(problem: Problem, call: Call) -> Callable[..., Tensor]:
@@ -194,12 +192,14 @@ def _plan(problem: Problem, call: Call) -> Plan:
 
     def traffic(name: str) -> Traffic:
         x, others = call.x, nbytes(problem.residual, *problem.layers)
-        three = name == "triton" and not tiles.one_launch(x, problem.R)
         copied, size = copies(problem, x), nbytes(x)
-        moved = size * copied + (2 * 4 * x.shape[:2].numel() if three else 0)
-        return Traffic(
-            (3 if three else 1) + copied, (2 if three else 1) * size + others + moved, size + moved
-        )
+        moved = size * copied
+        if name != "triton":
+            return Traffic(1 + copied, size + others + moved, size + moved)
+        (N, C), parts = x.shape[:2], tiles.parts_of(x, sms := tiles.sms_of(x))
+        layers = tiles.excite(N, parts, C, problem.R, problem.layers[0].element_size(), sms)
+        moved += 4 * N * (C * (parts + 1) + layers.splits * problem.R)
+        return Traffic(2 + layers.launches + copied, 2 * size + others + moved, size + moved)
 
     def registered(name: str) -> Callable[..., Tensor]:
         def run(layers, x, residual=None, out=None):

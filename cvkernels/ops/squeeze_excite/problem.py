@@ -13,7 +13,6 @@ from cvkernels import extension
 from cvkernels.ops.common import layout
 from cvkernels.ops.common.arguments import check_not_differentiable, check_out, check_residual
 from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, reference
-from cvkernels.ops.squeeze_excite import tiles
 
 # The two weights, each before its bias.
 Layers = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
@@ -61,10 +60,6 @@ def _why_not_triton(problem: Problem, call: Call) -> str:
     x = call.x
     if x.dtype not in TRITON_DTYPES:
         return f"Triton computes in float16, bfloat16 and float32, got {x.dtype}"
-    if problem.R > tiles.LARGEST_R:
-        return (
-            f"Triton keeps the hidden layer on chip, and R = {problem.R} is over {tiles.LARGEST_R}"
-        )
     pixels = x.shape[2:].numel()
     if pixels > LARGEST_MAP:
         return f"Triton counts pixels in 32 bits, got {pixels}"

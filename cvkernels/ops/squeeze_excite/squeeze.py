@@ -82,7 +82,7 @@ def _plan(call: Call) -> Plan:
     x = call.x
 
     def traffic(name: str) -> Traffic:
-        launches = 2 if name == "triton" and tiles.parts_of(x) > 1 else 1
+        launches = 2 if name == "triton" and tiles.parts_of(x, tiles.sms_of(x)) > 1 else 1
         copied = int(not fits(x, is_nhwc(x)))
         moved, means = nbytes(x) * copied, x.shape[:2].numel() * x.element_size()
         return Traffic(launches + copied, nbytes(x) + moved, means + moved)

@@ -6,20 +6,32 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from cvkernels import backend as backends
 from cvkernels.ops.common.layout import is_nhwc, pixel_stride
-from cvkernels.ops.common.tiles import cdiv, power_of_two
+from cvkernels.ops.common.tiles import cdiv, power_of_two, sm_count
 
-# Enough programs that each SM of the largest GPU has four.
-PROGRAMS = 512
-# Elements of a reduction's tile.
-SQUEEZE, BACKWARD = 4096, 2048
-# The hidden layer that excite_kernel keeps in registers.
-LARGEST_R = 512
 
-# One program makes a whole image where that stays in an SM's caches, as SENet's 7x7 maps do in half
-# precision, and where there are images for half of the SMs of the largest GPU: a rule, since none
-# was measured yet.
-IMAGE_BYTES, IMAGE_R, IMAGES = 208 * 1024, 128, 66
+class Pass(NamedTuple):
+    """Bytes of a program's tile of a map, how many programs of 128 threads keep an SM busy, and the
+    registers that a thread may take: without a limit ptxas aims at fewer, and spills to get there.
+    """
+
+    bytes: int
+    resident: int
+    registers: int
+
+    def elements(self, itemsize: int) -> int:
+        return self.bytes // itemsize
+
+
+SQUEEZE, SCALE, BACKWARD = Pass(8192, 4, 64), Pass(8192, 6, 80), Pass(4096, 5, 96)
+# Steps whose loads are under way together, of a squeeze and of a product.
+SQUEEZE_STAGES, PRODUCT_STAGES = 3, 3
+# Of weight1 and the sums, what one program may read where each of one launch makes the hidden layer
+# anew: at an SM's share of L2's rate less than a second launch costs.
+HIDDEN_BYTES = 96 * 1024
+# Parts of the first layer that a program of the second one adds.
+MOST_SPLITS = 8
 
 
 class Tile(NamedTuple):
@@ -32,44 +44,70 @@ class Tile(NamedTuple):
     parts: int
 
 
-def elementwise(C: int, HW: int, vec: int, widest: int = 128) -> Tile:
-    block_c = _block_c(C, widest)
-    block_p = max(1, min(4096 // block_c, power_of_two(HW)))
+class Layers(NamedTuple):
+    """Tiles of excite's products, of block_n images each.
+
+    The first product has block_r units and steps of block_c channels of a part, the second has
+    block_out channels and steps of block_r units. Without ``splits`` one launch makes both.
+    """
+
+    block_n: int
+    block_c: int
+    block_r: int
+    block_out: int
+    splits: int
+    steps: int
+    steps_per_split: int
+
+    @property
+    def launches(self) -> int:
+        return 2 if self.splits else 1
+
+
+def sms_of(x: Tensor) -> int:
+    """Multiprocessors of the GPU that a call on x is planned for."""
+    return sm_count(backends.gpu(x)[1])
+
+
+def elementwise(C: int, HW: int, itemsize: int, vec: int) -> Tile:
+    block_c = _block_c(C, 128)
+    block_p = max(1, min(SCALE.elements(itemsize) // block_c, power_of_two(HW)))
     return Tile(vec, block_p, block_c, HW, 1)
 
 
-def reduction(N: int, C: int, HW: int, vec: int, elements: int) -> Tile:
-    """A tile of about ``elements``, and as many parts as fill the GPU."""
+def reduction(shape: tuple[int, ...], itemsize: int, vec: int, of: Pass, sms: int) -> Tile:
+    """A tile of a map, and as many parts as keep all SMs busy."""
+    N, C, HW = shape[0], shape[1], shape[2] * shape[3]
     block_c = _block_c(C, 64)
-    block_p = max(1, min(elements // block_c, power_of_two(HW), 64))
-    wanted = cdiv(PROGRAMS, max(1, N * cdiv(C, block_c)))
-    parts = max(1, min(wanted, cdiv(HW, 2 * block_p)))
-    pixels = cdiv(cdiv(HW, parts), block_p) * block_p
-    return Tile(vec, block_p, block_c, pixels, cdiv(HW, pixels))
+    block_p = min(of.elements(itemsize) // max(block_c, 32), power_of_two(HW))
+    steps = _steps(max(1, N * cdiv(C, block_c)), cdiv(HW, block_p), of.resident, sms)
+    return Tile(vec, block_p, block_c, steps * block_p, cdiv(HW, steps * block_p))
 
 
-def planes(HW: int, elements: int) -> tuple[int, int]:
+def planes(HW: int, itemsize: int, of: Pass) -> tuple[int, int]:
     """(BLOCK_ROWS, BLOCK_P) of dense planes."""
     block_p = min(power_of_two(HW), 1024)
-    return max(1, elements // block_p), block_p
+    return max(1, of.elements(itemsize) // block_p), block_p
 
 
-def one_launch(x: Tensor, R: int) -> bool:
-    """Whether one program makes a whole image of squeeze_excite."""
-    N, C, H, W = x.shape
-    fits = C * H * W * x.element_size() <= IMAGE_BYTES and R <= IMAGE_R
-    return is_nhwc(x) and fits and N >= IMAGES
-
-
-def block_r(R: int) -> int:
-    return max(16, power_of_two(R))
-
-
-def excite(N: int, C: int, R: int) -> tuple[int, int]:
-    """(BLOCK_C, programs per image)."""
-    block_c = max(16, min(4096 // block_r(R), 128))
-    splits = min(cdiv(C, 4 * block_c), max(1, PROGRAMS // (4 * max(1, N))))
-    return block_c, splits
+def excite(N: int, parts: int, C: int, R: int, itemsize: int, sms: int) -> Layers:
+    """The tiles for weights of ``itemsize`` bytes and means in ``parts``."""
+    # 16 rows are the least of a product, and more images share what is read of the weights
+    block_n = 16 if N <= 512 else 64
+    n_blocks = cdiv(max(1, N), block_n)
+    block_c = min(128 if itemsize == 2 else 64, max(16, power_of_two(C)))
+    steps = parts * cdiv(C, block_c)
+    images = min(N, block_n)
+    if R <= 64 and parts * C * (R * itemsize + images * 4) <= HIDDEN_BYTES:
+        block_out = min(64, max(16, power_of_two(C)))
+        return Layers(block_n, block_c, max(16, power_of_two(R)), block_out, 0, steps, steps)
+    block_r = 32
+    wanted = sms // (n_blocks * cdiv(R, block_r))
+    per_split = cdiv(steps, max(1, min(wanted, MOST_SPLITS)))
+    block_out = 128 if itemsize == 2 else 64
+    while block_out > 32 and n_blocks * cdiv(C, block_out) < sms // 2:
+        block_out //= 2
+    return Layers(block_n, block_c, block_r, block_out, cdiv(steps, per_split), steps, per_split)
 
 
 def vec_of(*maps: Tensor | None) -> int:
@@ -83,10 +121,23 @@ def vec_of(*maps: Tensor | None) -> int:
     return 8
 
 
-def parts_of(x: Tensor, elements: int = SQUEEZE) -> int:
+def parts_of(x: Tensor, sms: int, of: Pass = SQUEEZE) -> int:
     """In how many parts a reduction of x is summed, the squeeze or another one."""
-    N, C, H, W = x.shape
-    return reduction(N, C, H * W, 1, elements).parts if is_nhwc(x) else 1
+    return reduction(x.shape, x.element_size(), 1, of, sms).parts if is_nhwc(x) else 1
+
+
+def _steps(programs: int, steps: int, resident: int, sms: int) -> int:
+    """Of the ``steps`` of each of ``programs``, how many a part has, at least two: the most with
+    which nine tenths of the SMs' time are used, by ``resident`` programs or more, as many on each.
+    """
+
+    def used(of_part: int) -> float:
+        made = programs * cdiv(steps, of_part)
+        return min(1.0, made / sms / resident) * made / sms / cdiv(made, sms)
+
+    most = max(1, min(cdiv(steps, 2), 4 * resident * sms // programs))
+    possible = [cdiv(steps, parts) for parts in range(1, most + 1)]
+    return next((of_part for of_part in possible if used(of_part) >= 0.9), max(possible, key=used))
 
 
 def _block_c(C: int, largest: int) -> int:

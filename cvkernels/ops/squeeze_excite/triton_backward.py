@@ -7,6 +7,7 @@ from cvkernels.ops.squeeze_excite.triton_kernels import (
     UNSPECIALIZED,
     load_scale,
     load_tile,
+    sigmoid,
     split_program,
     store_tile,
     tile_offsets,
@@ -20,7 +21,7 @@ def activation_grad(grad, x, scale, residual, out, ACT: tl.constexpr):
         grad = tl.where(out <= 0.0, 0.0, grad)
     elif ACT == "silu":
         z = x * scale + residual
-        s = tl.sigmoid(z)
+        s = sigmoid(z)
         grad = grad * s * (1.0 + z * (1.0 - s))
     else:
         tl.static_assert(ACT == "none")

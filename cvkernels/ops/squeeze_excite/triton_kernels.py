@@ -1,7 +1,8 @@
-"""Squeeze, excite and scale on a GPU; backward is in :mod:`triton_backward`.
+"""Squeeze and scale on a GPU; the layers are in :mod:`triton_excite`, gradients in
+:mod:`triton_backward`.
 
-Letters: x, residual and out[N, C, HW], gate[N, C] (logits), weight1[R, C], weight2[C, R]. A pointer
-that the call does not have is None. Maps come in two layouts, each with kernels of its own:
+Letters: x, residual and out[N, C, HW], gate[N, C] (logits). A pointer that the call does not have
+is None. Maps come in two layouts, each with kernels of its own:
 
 - ``_nhwc``: channels are neighbours in memory, and the pixels of an image have one stride. C and
   the strides are given in packs of VEC elements, so that accesses of VEC elements are known to be
@@ -20,11 +21,21 @@ UNSPECIALIZED = ["HW", "pixels_per_part", "parts"]
 
 
 @triton.jit
+def sigmoid(y):
+    return tl.sigmoid(y)
+
+
+@triton.jit
+def silu(y):
+    return y / (1.0 + tl.exp(-y))
+
+
+@triton.jit
 def activate(y, ACT: tl.constexpr):
     if ACT == "relu":
         y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACT == "silu":
-        y = y / (1.0 + tl.exp(-y))
+        y = silu(y)
     else:
         tl.static_assert(ACT == "none")
     return y
@@ -47,7 +58,7 @@ def store_tile(ptr, offs, value, mask):
 @triton.jit
 def load_scale(gate_ptr, offs, mask):
     # fp32: sigmoid in half precision loses the small gates
-    return tl.sigmoid(tl.load(gate_ptr + offs, mask=mask, other=0.0).to(tl.float32))
+    return sigmoid(tl.load(gate_ptr + offs, mask=mask, other=0.0).to(tl.float32))
 
 
 @triton.jit
@@ -74,7 +85,7 @@ def squeeze_nhwc_kernel(
     HW, c_packs,
     x_stride_n, x_stride_p,
     pixels_per_part, parts, divisor,
-    VEC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program sums BLOCK_C channels of one image over the pixels of one part, and divides."""
     C = c_packs * VEC
@@ -83,7 +94,7 @@ def squeeze_nhwc_kernel(
     first = part * pixels_per_part
     last = tl.minimum(first + pixels_per_part, HW)
     acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for start in range(first, last, BLOCK_P):
+    for start in tl.range(first, last, BLOCK_P, num_stages=STAGES):
         p_offs = start + tl.arange(0, BLOCK_P)
         mask = (p_offs < last)[:, None] & c_mask[None, :]
         offs = tile_offsets(n, p_offs, c_offs, x_stride_n, x_stride_p, VEC)
@@ -131,120 +142,6 @@ def squeeze_finish_kernel(
         scale = load_scale(gate_ptr, n * C + c_offs, mask)
         acc *= scale * (1.0 - scale)
     store_tile(out_ptr, n * C + c_offs, acc, mask)
-
-
-@triton.jit(do_not_specialize=["parts", "c_splits", "c_per_program"])
-def excite_kernel(
-    sums_ptr,  # [N, parts, C]
-    weight1_ptr,  # [R, C]
-    bias1_ptr,  # [R]
-    weight2_ptr,  # [C, R]
-    bias2_ptr,  # [C]
-    out_ptr,  # [N, C]
-    mean_ptr,  # [N, C], written
-    C, R, parts, divisor, c_splits, c_per_program,
-    ACT: tl.constexpr, SIGMOID: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Both layers for one image, float32 between them.
-
-    One program has the whole hidden layer, and c_per_program of the channels that come out. It
-    reads weight1 and its rows of weight2, mostly from L2.
-    """
-    n = (tl.program_id(0) // c_splits).to(tl.int64)
-    split = tl.program_id(0) % c_splits
-    r_offs = tl.arange(0, BLOCK_R)
-    r_mask = r_offs < R
-    acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for start in range(0, C, BLOCK_C):
-        c_offs = start + tl.arange(0, BLOCK_C)
-        c_mask = c_offs < C
-        mean = tl.zeros((BLOCK_C,), tl.float32)
-        for part in range(0, parts):
-            mean += load_tile(sums_ptr, (n * parts + part) * C + c_offs, c_mask)
-        mean = mean / divisor
-        if mean_ptr is not None:
-            store_tile(mean_ptr, n * C + c_offs, mean, c_mask & (split == 0))
-        offs = r_offs[:, None] * C + c_offs[None, :]
-        acc += load_tile(weight1_ptr, offs, r_mask[:, None] & c_mask[None, :]) * mean[None, :]
-    hidden = tl.sum(acc, axis=1) + load_tile(bias1_ptr, r_offs, r_mask)
-    hidden = activate(hidden, ACT)
-    first = split * c_per_program
-    last = tl.minimum(first + c_per_program, C)
-    for start in range(first, last, BLOCK_C):
-        c_offs = start + tl.arange(0, BLOCK_C)
-        c_mask = c_offs < last
-        offs = c_offs[:, None] * R + r_offs[None, :]
-        weight = load_tile(weight2_ptr, offs, c_mask[:, None] & r_mask[None, :])
-        y = tl.sum(weight * hidden[None, :], axis=1) + load_tile(bias2_ptr, c_offs, c_mask)
-        if SIGMOID:
-            y = tl.sigmoid(y)
-        store_tile(out_ptr, n * C + c_offs, y, c_mask)
-
-
-@triton.jit(do_not_specialize=["HW"])
-def squeeze_excite_image_nhwc_kernel(
-    x_ptr,  # [N, HW, C], as residual and out
-    weight1_ptr,  # [R, C]
-    bias1_ptr,  # [R]
-    weight2_ptr,  # [C, R]
-    bias2_ptr,  # [C]
-    residual_ptr,
-    out_ptr,
-    gate_ptr,  # [N, C], written
-    mean_ptr,  # [N, C], written
-    HW, c_packs, R,
-    x_stride_n, x_stride_p,
-    residual_stride_n, residual_stride_p,
-    out_stride_n, out_stride_p,
-    ACT: tl.constexpr, OUT_ACT: tl.constexpr,
-    VEC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """The whole block for one image: squeeze, both layers, scale.
-
-    Reads x twice, the second time from the cache, residual and the parameters once, and writes out.
-    """
-    C = c_packs * VEC
-    n = tl.program_id(0).to(tl.int64)
-    r_offs = tl.arange(0, BLOCK_R)
-    r_mask = r_offs < R
-    hidden = tl.zeros((BLOCK_R,), tl.float32)
-    for start in range(0, C, BLOCK_C):
-        c_offs = start + tl.arange(0, BLOCK_C)
-        c_mask = c_offs < C
-        acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        for first in range(0, HW, BLOCK_P):
-            p_offs = first + tl.arange(0, BLOCK_P)
-            mask = (p_offs < HW)[:, None] & c_mask[None, :]
-            acc += load_tile(
-                x_ptr, tile_offsets(n, p_offs, c_offs, x_stride_n, x_stride_p, VEC), mask
-            )
-        mean = tl.sum(acc, axis=0) / HW
-        if mean_ptr is not None:
-            store_tile(mean_ptr, n * C + c_offs, mean, c_mask)
-        weight_offs = r_offs[:, None] * C + c_offs[None, :]
-        weight = load_tile(weight1_ptr, weight_offs, r_mask[:, None] & c_mask[None, :])
-        hidden += tl.sum(weight * mean[None, :], axis=1)
-    hidden = activate(hidden + load_tile(bias1_ptr, r_offs, r_mask), ACT)
-    for start in range(0, C, BLOCK_C):
-        c_offs = start + tl.arange(0, BLOCK_C)
-        c_mask = c_offs < C
-        weight_offs = c_offs[:, None] * R + r_offs[None, :]
-        weight = load_tile(weight2_ptr, weight_offs, c_mask[:, None] & r_mask[None, :])
-        gate = tl.sum(weight * hidden[None, :], axis=1) + load_tile(bias2_ptr, c_offs, c_mask)
-        if gate_ptr is not None:
-            store_tile(gate_ptr, n * C + c_offs, gate, c_mask)
-        scale = tl.sigmoid(gate)
-        for first in range(0, HW, BLOCK_P):
-            p_offs = first + tl.arange(0, BLOCK_P)
-            mask = (p_offs < HW)[:, None] & c_mask[None, :]
-            offs = tile_offsets(n, p_offs, c_offs, x_stride_n, x_stride_p, VEC)
-            y = load_tile(x_ptr, offs, mask) * scale[None, :]
-            if residual_ptr is not None:
-                offs = tile_offsets(n, p_offs, c_offs, residual_stride_n, residual_stride_p, VEC)
-                y += load_tile(residual_ptr, offs, mask)
-            offs = tile_offsets(n, p_offs, c_offs, out_stride_n, out_stride_p, VEC)
-            store_tile(out_ptr, offs, activate(y, OUT_ACT), mask)
 
 
 @triton.jit(do_not_specialize=["HW"])
