@@ -169,8 +169,7 @@ def _plan(problem: Problem, call: Call) -> Plan:
     def describe(name: str, gpu: GPU) -> tuple[Work, ...]:
         if name != "triton":
             return ()
-        N, C = call.x.shape
-        return (work.excite(N, C, problem.R, 1, nbytes(*problem.layers), gpu),)
+        return work.excite(call.x.shape[0], 1, problem, gpu)
 
     return plan_of(TABLE, problem, call, (), traffic, registered, work=describe)
 
