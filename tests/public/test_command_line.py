@@ -31,6 +31,7 @@ def test_explain_the_frozen_plan_of_a_gpu_that_is_not_there(capsys):
     printed = capsys.readouterr().out
     assert "on a planned cuda device" in printed and "cudnn" in printed
     assert "triton 64x32" in printed  # the tile of a step
+    assert "predicted for NVIDIA H200, not measured: " in printed
 
 
 @pytest.mark.parametrize(
