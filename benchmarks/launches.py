@@ -30,19 +30,15 @@ from benchmarks.harness.environment import ROOT
 from benchmarks.output.results import RESULTS
 from benchmarks.predict import TARGETS, plan_of
 from cvkernels import record
-from cvkernels.ops.common import work as work_model
 from cvkernels.ops.common.dispatch import Implementation
-from cvkernels.ops.common.tiles import SM_COUNT
 from cvkernels.ops.common.triton_launch import Launch
-from cvkernels.ops.common.work import H200, Work, bytes_in_flight, occupancy, predict
+from cvkernels.ops.common.work import H200, Work, bytes_in_flight, model_of, occupancy, predict
 
 FILE = RESULTS / "h200" / "launches.json"
 NETWORKS = tuple(TARGETS)
 BATCHES = (128, 1)
 DTYPES = ("bfloat16", "float16")
 ARCHS = (80, 90, 100)
-# Shared memory of an SM, by architecture.
-SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 # Kernels that multiply matrices: dense convolutions.
 DENSE = ("conv_bn_act_1x1_kernel", "conv_bn_act_spatial_kernel", "conv_bn_act_filter_row_kernel")
 TILES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_P", "BLOCK_Q", "BLOCK_C", "BLOCK_R")
@@ -86,17 +82,12 @@ def _collected() -> Iterator[list[tuple[Launch, tuple]]]:
 
 @contextlib.contextmanager
 def _gpu_of(arch: int) -> Iterator[None]:
-    """Plans on the meta device are for a GPU of this architecture; the model has its SMs."""
+    """Plans on the meta device are for a GPU of this architecture."""
     capability = divmod(arch, 10)
-    name = {80: "NVIDIA A100", 90: H200.name, 100: "NVIDIA B200"}[arch]
-    model = H200._replace(
-        name=name, capability=capability, sms=SM_COUNT[capability], shared_size=SHARED[arch]
-    )
-    gpus = {capability: model}
+    name = model_of(capability).name
     with (
         mock.patch("cvkernels.backend.gpu", lambda x: (name, capability)),
         mock.patch("cvkernels.freeze.backends.gpu", lambda x: (name, capability)),
-        mock.patch.dict(work_model.GPUS, gpus),
     ):
         yield
 
@@ -155,7 +146,7 @@ def row_of(launches: list[Found], arch: int) -> dict[str, Any]:
     launch, operands, layer, work = max(launches, key=lambda f: f.work.read + f.work.written)
     found = machine_code.disassemble(launch, operands, arch)
     warps = launch.meta.get("num_warps", 4)
-    gpu = H200._replace(shared_size=SHARED[arch])
+    gpu = model_of(divmod(arch, 10))
     tensors = [operand for operand in operands if isinstance(operand, Tensor)]
     kept = ("kernel", "arch", "triton", "registers", "shared", "accesses", "narrowest")
     return {

@@ -44,7 +44,7 @@ from cvkernels.ops.conv_bn_act import cudnn, halo, op, tuning
 from cvkernels.ops.conv_bn_act import triton as conv_launches
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
-from cvkernels.ops.conv_bn_act.tuning import Config
+from cvkernels.ops.conv_bn_act.tiles import Config
 from cvkernels.tables import text_table
 from tests.support.numerics import assert_close_as_eager
 
@@ -120,7 +120,7 @@ def _key_of(problem: Problem) -> Problem:
 def candidates(problem: Problem, capability: tuple[int, int]) -> list[Config]:
     """The heuristic's answer first, then what else might be faster."""
     first = tuning.heuristic(problem, capability)
-    found = [first, *tuning.tiles(problem, capability)]
+    found = [first, *tuning.measured(problem, capability)]
     if not cudnn.why_not(problem):
         found.append(replace(first, backend="cudnn"))
     if not halo.unfit(problem) and halo.tile_of(problem, capability):

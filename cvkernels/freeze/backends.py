@@ -83,7 +83,7 @@ def _on_gpu(problem: Problem, device: torch.device, sliced: bool) -> list[Backen
     like = torch.empty(0, dtype=problem.dtype, device=device)
     name, capability = gpu(like)
     chosen = tuning.choose(problem, name, capability)
-    tiles = [replace(chosen, backend="triton"), *tuning.tiles(problem, capability)]
+    tiles = [replace(chosen, backend="triton"), *tuning.measured(problem, capability)]
     backends = [Backend(tile.name, triton_by(tile)) for tile in dict.fromkeys(tiles)]
     if not cudnn.why_not(problem):
         library = Backend("cudnn", CUDNN, writes=False, prologue=False)

@@ -25,7 +25,7 @@ from cvkernels.freeze.steps import Site
 from cvkernels.functional import DerivedWeights
 from cvkernels.ops.common.launches import Launched, collecting
 from cvkernels.ops.common.traffic import Traffic
-from cvkernels.ops.common.work import GPUS, Prediction, Work, predict
+from cvkernels.ops.common.work import Prediction, Work, model_of, predict
 from cvkernels.ops.conv_bn_act.problem import Problem
 
 # Arenas that a plan keeps for later calls; more calls at once than this allocate theirs.
@@ -62,7 +62,7 @@ class Plan:
         # The GPU whose times are predicted, if the plan is for one that the model knows.
         self.gpu = None
         if is_gpu(device):
-            self.gpu = GPUS.get(backend.gpu(torch.empty(0, device=device))[1])
+            self.gpu = model_of(backend.gpu(torch.empty(0, device=device))[1])
         self.work: dict[Step, tuple[Work, ...]] = {}
         native = set()
         with progress("freeze", len(index)) as advance:

@@ -13,9 +13,9 @@ from benchmarks.__main__ import main
 from benchmarks.harness import machine as machines
 from benchmarks.harness.machine import Machine, Settings
 from cvkernels.backend import BackendError
-from cvkernels.ops.conv_bn_act import tuning
+from cvkernels.ops.conv_bn_act import tiles, tuning
 from cvkernels.ops.conv_bn_act.problem import Problem
-from cvkernels.ops.conv_bn_act.tuning import Config
+from cvkernels.ops.conv_bn_act.tiles import Config
 
 GEOMETRY = ((1, 1), (0, 0), (1, 1))
 TINY = Problem(2, 16, 6, 5, 16, 1, 1, *GEOMETRY, 1, torch.float16, "relu", has_bn=True)
@@ -57,7 +57,7 @@ def test_candidates_are_tiles_that_may_be_chosen(problem):
     assert any(c.backend == "cudnn" for c in found) == (problem is not PROLOGUES)
     assert any(c.backend == "halo" for c in found) == (problem is SPATIAL)
     for config in found:
-        assert replace(config, backend="triton") in tuning.CONFIGS[tuning.kernel(problem), 2]
+        assert replace(config, backend="triton") in tiles.CONFIGS[tiles.kernel(problem), 2]
 
 
 @pytest.mark.parametrize("problem", [TINY, PROLOGUES, SPATIAL], ids=["1x1", "prologues", "3x3"])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from cvkernels.ops.conv_bn_act import tuning
+from cvkernels.ops.conv_bn_act import tiles
 from tests.support.cases.conv_bn_act import RESNET50
 from tests.support.triton_compiled import compile_cases, compiled_once
 
@@ -26,7 +26,7 @@ class Case:
     name: str
     arch: int
     problem: dict = field(hash=False)
-    config: tuning.Config | None = None
+    config: tiles.Config | None = None
     precision: str = "ieee"
     nchw: bool = False  # of x and weight
     affine: bool = False  # the input's norm is a scale and a shift, as in frozen plans
@@ -129,9 +129,9 @@ def all_cases():
         for name, p in AFFINE.items():
             cases.append(Case(name, arch, p | {"has_bn": False, "has_bias": True}, affine=True))
         cases.append(Case("stem-nchw", arch, problem(3, 64, 7, 224, 2), nchw=True))
-        for (kernel, itemsize), configs in tuning.CONFIGS.items():
+        for (kernel, itemsize), configs in tiles.CONFIGS.items():
             for config in configs:
-                if arch == 80 and tuning.alone(config.block_m, config.block_n):
+                if arch == 80 and tiles.alone(config.block_m, config.block_n):
                     continue
                 size = f"{config.block_m}x{config.block_n}x{config.block_k}-{config.num_stages}"
                 precisions = ("tf32", "ieee") if itemsize == 4 else ("ieee",)
@@ -206,7 +206,7 @@ SHARED_SM = [case for case in CASES if case.arch >= 90 and not exact_float32(cas
 
 def alone(found):
     """Whether a program's tile is one that has an SM for itself."""
-    return tuning.alone(found["meta"]["BLOCK_M"], found["meta"]["BLOCK_N"])
+    return tiles.alone(found["meta"]["BLOCK_M"], found["meta"]["BLOCK_N"])
 
 
 @pytest.mark.parametrize("case", SHARED_SM, ids=str)

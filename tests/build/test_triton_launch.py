@@ -27,8 +27,8 @@ from triton.backends.nvidia.driver import CudaLauncher  # noqa: E402
 import cvkernels  # noqa: E402
 from cvkernels.ops.common.norm import BatchNormParams  # noqa: E402
 from cvkernels.ops.common.triton_launch import Launch  # noqa: E402
+from cvkernels.ops.conv_bn_act import tiles, tuning  # noqa: E402
 from cvkernels.ops.conv_bn_act import triton as conv_launches  # noqa: E402
-from cvkernels.ops.conv_bn_act import tuning  # noqa: E402
 from cvkernels.ops.conv_bn_act.problem import problem_of  # noqa: E402
 from cvkernels.ops.depthwise_conv_bn_act import triton as depthwise_launches  # noqa: E402
 from cvkernels.ops.depthwise_conv_bn_act.problem import problem_of as depthwise_problem  # noqa: E402
@@ -110,7 +110,7 @@ def test_plans_are_kept_by_what_they_depend_on():
     weight = torch.empty(16, 16, 1, 1, device="meta")
     maps = [view(torch.empty(2, 16, 5, 5, device="meta")) for view in STRIDES.values()]
     problem, silu = (pointwise(maps[0], weight, act) for act in ("relu", "silu"))
-    tile = tuning.CONFIGS["1x1", 4][0]
+    tile = tiles.CONFIGS["1x1", 4][0]
 
     def plans():
         for p, precision, config in (
@@ -136,7 +136,7 @@ def test_a_table_that_is_loaded_reaches_the_next_plan(monkeypatch):
         return conv_launches.plan_launch(problem, x, weight, None, None, x, precision="ieee")
 
     before = plan()
-    other = tuning.CONFIGS["1x1", 4][0]
+    other = tiles.CONFIGS["1x1", 4][0]
     monkeypatch.setattr(tuning, "choose", lambda *_: other)
     assert plan().launch.meta["BLOCK_M"] == other.block_m and plan() is not before
 

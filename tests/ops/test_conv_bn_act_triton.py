@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from cvkernels.functional import BatchNormParams, conv_bn_act
+from cvkernels.ops.conv_bn_act import tiles, tuning
 from cvkernels.ops.conv_bn_act import triton as conv_launches
-from cvkernels.ops.conv_bn_act import tuning
 from cvkernels.ops.conv_bn_act.problem import problem_of
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_reference
-from cvkernels.ops.conv_bn_act.tuning import Config
+from cvkernels.ops.conv_bn_act.tiles import Config
 from tests.support.cases.conv_bn_act import ODD, TILED, Conv, add_residual, make_inputs
 from tests.support.numerics import assert_matches
 
@@ -73,7 +73,7 @@ def test_activation_and_residual(case, act, residual, memory_format, device):
 # every tile the heuristic can choose, on a problem of several tiles either way
 SHIPPED = [
     pytest.param(kernel, itemsize, config, id=f"{kernel}-{8 * itemsize}bit-{index}")
-    for (kernel, itemsize), configs in tuning.CONFIGS.items()
+    for (kernel, itemsize), configs in tiles.CONFIGS.items()
     for index, config in enumerate(configs)
 ]
 
@@ -84,7 +84,7 @@ def test_every_shipped_config(kernel, itemsize, config, device):
     dtype = torch.float16 if itemsize == 2 else torch.float32
     conv = Conv(channels, 11, 9, 136, taps, taps, 1, taps // 2)
     args, options = make(conv, dtype, device, residual=True)
-    assert tuning.kernel(problem(*args, **options)) == kernel
+    assert tiles.kernel(problem(*args, **options)) == kernel
     check(args, options, by_config(config))
 
 
@@ -123,7 +123,7 @@ def test_images_laid_out_in_pairs_of_pixels(kernel, device):
     args, options = make(conv, torch.float16, device, act="silu")
     options["stride"] = (2, 1)
     p = problem(*args, **options)
-    assert tuning.kernel(p) == "filter_row"
+    assert tiles.kernel(p) == "filter_row"
     check(args, options)
     check(args, options, by_config(tuning.heuristic(p, (9, 0))))
 

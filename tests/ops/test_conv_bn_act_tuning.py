@@ -6,9 +6,9 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from cvkernels.ops.conv_bn_act import tuning
+from cvkernels.ops.conv_bn_act import tiles, tuning
 from cvkernels.ops.conv_bn_act.problem import Problem
-from cvkernels.ops.conv_bn_act.tuning import Config
+from cvkernels.ops.conv_bn_act.tiles import Config
 
 H100, A100, B200 = (9, 0), (8, 0), (10, 0)
 # shared memory that one program may have
@@ -34,7 +34,7 @@ def problem(channels=64, out=64, taps=3, size=56, batch=128, groups=1, **options
     ],
 )
 def test_kernel_by_geometry(kernel, args):
-    assert tuning.kernel(problem(**args)) == kernel
+    assert tiles.kernel(problem(**args)) == kernel
 
 
 def test_cudnn_gets_what_its_fused_op_does_well():
@@ -105,8 +105,8 @@ def test_every_answer_is_a_shipped_config_that_fits(dtype, capability, prologue)
                     )
                     config = tuning.heuristic(p, capability)
                     tile = replace(config, backend="triton")
-                    assert tile in tuning.CONFIGS[tuning.kernel(p), dtype.itemsize]
-    for config in tuning.CONFIGS["1x1", dtype.itemsize]:
+                    assert tile in tiles.CONFIGS[tiles.kernel(p), dtype.itemsize]
+    for config in tiles.CONFIGS["1x1", dtype.itemsize]:
         stage = (config.block_m + config.block_n) * config.block_k * dtype.itemsize
         assert stage * config.num_stages <= SHARED_LIMIT[capability]
 
@@ -130,7 +130,7 @@ def test_small_problems_get_small_tiles():
 )
 def test_group_span(channels, out, groups, block_n, span):
     p = problem(channels, out, groups=groups)
-    assert tuning.group_span(p, block_n) == span
+    assert tiles.group_span(p, block_n) == span
     reached = set()
     for start in range(0, out, block_n):
         of_group = {k // (out // groups) for k in range(start, min(start + block_n, out))}

@@ -15,6 +15,7 @@ import torch
 from benchmarks.machine_code import inspect_launch
 from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.common.tiles import sm_count
+from cvkernels.ops.conv_bn_act import tiles as conv_tiles
 from cvkernels.ops.conv_bn_act import triton as conv_launches
 from cvkernels.ops.conv_bn_act import triton_fold, tuning
 from cvkernels.ops.conv_bn_act.problem import Problem
@@ -38,7 +39,7 @@ def conv_launch(case: dict):
     p = Problem(**fields)
     capability = divmod(case["arch"], 10)
     config = case.get("config")
-    config = tuning.Config(**config) if config else tuning.heuristic(p, capability)
+    config = conv_tiles.Config(**config) if config else tuning.heuristic(p, capability)
 
     def image(*shape, nchw=False):
         layout = torch.contiguous_format if nchw else torch.channels_last

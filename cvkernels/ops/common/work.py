@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cvkernels.ops.common.tiles import cdiv
+from cvkernels.ops.common.tiles import cdiv, sm_count
 from cvkernels.ops.common.traffic import Traffic
 
 
@@ -61,7 +61,21 @@ H200 = GPU(
     registers=65536,  # architecture
     shared_size=228 * 1024,  # architecture
 )
-GPUS = {gpu.capability: gpu for gpu in (H200,)}
+# By their data sheets, in the same shares of them; L2 rates ASSUMED.
+A100 = H200._replace(
+    name="NVIDIA A100", capability=(8, 0), sms=108, clock=1.41e9, memory=1.8e12, l2=4.5e12,
+    matrix=250e12, shared_size=164 * 1024, dependent=H200.kernel,
+)  # fmt: skip
+B200 = H200._replace(
+    name="NVIDIA B200", capability=(10, 0), sms=148, memory=7.2e12, l2=10e12, matrix=1.7e15
+)
+
+
+def model_of(capability: tuple[int, int]) -> GPU:
+    """The GPU of the nearest generation, with the multiprocessors of that capability's."""
+    near = {8: A100, 9: H200}.get(capability[0], B200 if capability[0] > 9 else A100)
+    return near._replace(capability=capability, sms=sm_count(capability))
+
 
 # Of the matrix rate: products of float32 by TF32, and of mma.sync on Hopper.
 TF32_SHARE, MMA_SYNC_SHARE = 0.5, 0.5

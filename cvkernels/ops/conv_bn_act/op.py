@@ -23,6 +23,7 @@ from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.common.plan import Plan, plan_of, planned_by
 from cvkernels.ops.common.registration import register
 from cvkernels.ops.common.traffic import Traffic, nbytes
+from cvkernels.ops.common.work import GPU, Work
 from cvkernels.ops.conv_bn_act import cudnn, halo, native, onednn, tuning, work
 from cvkernels.ops.conv_bn_act.problem import (
     OP,
@@ -33,7 +34,7 @@ from cvkernels.ops.conv_bn_act.problem import (
     problem_of,
 )
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_backward, conv_bn_act_reference
-from cvkernels.ops.conv_bn_act.tuning import Config
+from cvkernels.ops.conv_bn_act.tiles import Config
 
 ARGUMENTS = (
     f"Tensor x, Tensor weight, Tensor? bias, {convolution.BN}, "
@@ -304,8 +305,12 @@ def _plan(
 
         return run
 
+    def describe(name: str, gpu: GPU) -> tuple[Work, ...]:
+        by_triton = name.startswith("triton")
+        tile = tuning.named(problem, name, gpu.name, gpu.capability) if by_triton else None
+        return work.of(problem, name, tile, gpu)
+
     operands = (arguments.parameters, arguments.like, cache)
-    describe = functools.partial(work.of, problem)
     planned = plan_of(TABLE, problem, call, operands, traffic, registered, implementation, describe)
     if planned.backend != "onednn" or problem.C > 4:
         return planned

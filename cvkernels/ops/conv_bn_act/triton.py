@@ -20,15 +20,15 @@ from cvkernels.ops.common.triton_launch import (
     has_dependent_launch,
     norm_operands,
 )
-from cvkernels.ops.conv_bn_act import tuning
+from cvkernels.ops.conv_bn_act import tiles, tuning
 from cvkernels.ops.conv_bn_act.problem import Problem
+from cvkernels.ops.conv_bn_act.tiles import Config
 from cvkernels.ops.conv_bn_act.triton_kernels import (
     conv_bn_act_1x1_kernel,
     conv_bn_act_filter_row_kernel,
     conv_bn_act_finish_kernel,
     conv_bn_act_spatial_kernel,
 )
-from cvkernels.ops.conv_bn_act.tuning import Config
 
 _KERNELS = {
     "1x1": conv_bn_act_1x1_kernel,
@@ -133,9 +133,9 @@ class Strides(NamedTuple):
 def _plan(
     problem: Problem, config: Config, precision: str, strides: Strides, capability: tuple[int, int]
 ) -> Planned:
-    p, name = problem, tuning.kernel(problem)
-    tiles, pixels = tuning.programs(problem, config), p.N * p.P * p.Q
-    if pixels > INT32_MAX - config.block_m or tiles > INT32_MAX:
+    p, name = problem, tiles.kernel(problem)
+    programs, pixels = tiles.programs(problem, config), p.N * p.P * p.Q
+    if pixels > INT32_MAX - config.block_m or programs > INT32_MAX:
         raise ValueError(
             f"conv_bn_act: out may have at most 2^31 pixels N * P * Q for the Triton kernels, "
             f"got {p.N} * {p.P} * {p.Q}; split the batch"
@@ -153,8 +153,8 @@ def _plan(
         "num_warps": config.num_warps, "num_stages": config.num_stages,
         **_of_kernel(problem, config, strides),
     }  # fmt: skip
-    if not tuning.alone(config.block_m, config.block_n):
-        meta["maxnreg"] = tuning.registers(config.num_warps)
+    if not tiles.alone(config.block_m, config.block_n):
+        meta["maxnreg"] = tiles.registers(config.num_warps)
     channels = () if name == "filter_row" else (p.C // x_vec,)
     size = () if name == "1x1" else (p.H, p.W)
     of_weight = _packs(strides.weight, weight_vec)
@@ -164,7 +164,7 @@ def _plan(
         pixels, *channels, p.K // out_vec, *size, p.P, p.Q, *_packs(strides.x, x_vec),
         *(of_weight[:2] if name == "1x1" else of_weight), *of_out, *of_residual, *strides.gate,
     )  # fmt: skip
-    grid = (tiles,) if config.split_k == 1 else (tiles, config.split_k)
+    grid = (programs,) if config.split_k == 1 else (programs, config.split_k)
     launch = Launch(_KERNELS[name], grid, fixed, meta)
     if config.split_k == 1:
         return Planned(launch)
@@ -178,7 +178,7 @@ def _plan(
 
 def _of_kernel(problem: Problem, config: Config, strides: Strides) -> dict[str, Any]:
     """The constants that the kernel of the problem has beside those of all."""
-    p, name = problem, tuning.kernel(problem)
+    p, name = problem, tiles.kernel(problem)
     even = p.groups == 1 and p.C % config.block_k == 0
     if name == "1x1":
         # Of a wider tile it would take the registers of a second program.
@@ -199,7 +199,7 @@ def _of_kernel(problem: Problem, config: Config, strides: Strides) -> dict[str, 
     return {
         **window, "SPLIT_K": config.split_k, "EVEN_C": even, "C_GROUP": p.C // p.groups,
         "K_GROUP": p.K // p.groups if p.groups > 1 else 0,
-        "C_STEPS": cdiv(tuning.group_span(p, config.block_n), config.block_k),
+        "C_STEPS": cdiv(tiles.group_span(p, config.block_n), config.block_k),
     }  # fmt: skip
 
 

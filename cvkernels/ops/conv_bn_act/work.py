@@ -12,9 +12,10 @@ import torch
 
 from cvkernels.ops.common.tiles import cdiv, power_of_two
 from cvkernels.ops.common.work import GPU, MMA_SYNC_SHARE, TF32_SHARE, Work, occupancy
-from cvkernels.ops.conv_bn_act import tuning
+from cvkernels.ops.conv_bn_act import halo as halo_kernel
+from cvkernels.ops.conv_bn_act import tiles
 from cvkernels.ops.conv_bn_act.problem import Problem
-from cvkernels.ops.conv_bn_act.tuning import Config
+from cvkernels.ops.conv_bn_act.tiles import Config
 
 # Of a warp in a K step: as such, for each 16-byte access of a thread to x and to the weight, and
 # for each element of x that passes through registers for a prologue.
@@ -35,17 +36,16 @@ ACTS_OF_OTHERS = {torch.float16: {"silu": 5.0}, torch.float32: {"silu": 11.0}}
 CUDNN_SHARE, CUDNN_SHARE_NARROW, CUDNN_SPLITS = 0.62, 0.45, 4
 
 
-def of(problem: Problem, name: str, gpu: GPU) -> tuple[Work, ...]:
-    """The launches of the implementation of this name; none where it is not known."""
+def of(problem: Problem, name: str, tile: Config | None, gpu: GPU) -> tuple[Work, ...]:
+    """The launches of the implementation of this name, and of Triton with this tile; none where it
+    is not known."""
     if problem.bytes_written == 0:
         return ()
     if name == "cudnn":
         return (cudnn(problem, gpu),)
-    if name == "halo":
-        return (halo(problem, gpu),)
-    if not name.startswith("triton"):
-        return ()
-    return by_tile(problem, tuning.named(problem, name, gpu.name, gpu.capability), gpu)
+    if name.startswith("halo"):
+        return (halo(problem, name, gpu),)
+    return () if tile is None else by_tile(problem, tile, gpu)
 
 
 def by_tile(problem: Problem, tile: Config, gpu: GPU) -> tuple[Work, ...]:
@@ -86,9 +86,9 @@ def triton(problem: Problem, tile: Config, gpu: GPU) -> Work:
     x and the weight pass through shared memory, from where the matrix units read 64 rows of x, and
     for each 64 rows the weight; for the store the tile passes through it too.
     """
-    p, kind, size = problem, tuning.kernel(problem), problem.dtype.itemsize
+    p, kind, size = problem, tiles.kernel(problem), problem.dtype.itemsize
     m, n, k = tile.block_m, tile.block_n, tile.block_k
-    taps, channels = p.R * p.S, tuning.group_span(p, n)
+    taps, channels = p.R * p.S, tiles.group_span(p, n)
     steps = taps * cdiv(channels, k)
     if kind == "filter_row":
         k, steps = power_of_two(max(p.S * p.C, 16)), p.R
@@ -110,7 +110,7 @@ def triton(problem: Problem, tile: Config, gpu: GPU) -> Work:
     return Work(
         p.bytes_read,
         p.bytes_written,
-        programs=tuning.programs(p, tile),
+        programs=tiles.programs(p, tile),
         per_sm=occupancy(gpu, threads, registers(p, tile, of_x + of_weight), stages * buffered),
         flops=2 * m * n * k * steps,
         matrix_share=1.0 if size == 2 else TF32_SHARE,
@@ -132,8 +132,8 @@ def registers(problem: Problem, tile: Config, accesses: float) -> int:
     sums = tile.block_m * tile.block_n // threads
     through = tile.block_m * tile.block_k / threads
     through *= 1.25 * p.has_input_bn + 0.4 * p.has_input_gate
-    base = {"1x1": 24, "spatial": 32, "filter_row": 26}[tuning.kernel(p)]
-    limit = 255 if tuning.alone(tile.block_m, tile.block_n) else tuning.registers(tile.num_warps)
+    base = {"1x1": 24, "spatial": 32, "filter_row": 26}[tiles.kernel(p)]
+    limit = 255 if tiles.alone(tile.block_m, tile.block_n) else tiles.registers(tile.num_warps)
     return int(min(sums + base + 4 * accesses + through, limit))
 
 
@@ -162,29 +162,20 @@ def cudnn(problem: Problem, gpu: GPU) -> Work:
     )
 
 
-def halo(problem: Problem, gpu: GPU) -> Work:
-    """8 x 16 output pixels with their halo once in shared memory, the weights kept there."""
-    p, size = problem, problem.dtype.itemsize
-    down, across, depth, warps = cdiv(p.P, 8), cdiv(p.Q, 16), p.R * p.S * p.C, 4
-    # rows and columns that two patches share, twice
-    height = p.H + (down - 1) * max(0, p.R - p.stride[0])
-    width = p.W + (across - 1) * max(0, p.S - p.stride[1])
-    patch = size * p.C * height * width / (down * across)
-    # x by its taps, and the weights once a warp
-    fragments = size * (128 * depth + warps * p.K * depth)
-    products = 128 * p.K * depth / (16 * 8 * 16)
-    last = 128 * p.K / 32 * 8
+def halo(problem: Problem, name: str, gpu: GPU) -> Work:
+    """A block an SM goes through its tiles, the next one's patch on its way meanwhile."""
+    possible = halo_kernel.tiles(problem, gpu.capability)
+    tile = next((t for t in possible if t.name == name), possible[0])
+    each, count = halo_kernel.clocks(problem, tile), halo_kernel.tiles_of(problem, tile)
     return Work(
-        p.bytes_read,
-        p.bytes_written,
-        programs=p.N * down * across,
-        per_sm=occupancy(gpu, 32 * warps, 128, 2 * int(patch) + size * p.K * depth),
-        flops=2 * 128 * p.K * depth,
-        matrix_share=MMA_SYNC_SHARE,
-        l2=patch,
-        shared=patch + fragments,
-        instructions=1.3 * (products + fragments / 512) + last,
-        last=last,
-        steps=1,
-        in_flight=patch,
+        problem.bytes_read,
+        problem.bytes_written,
+        programs=count,
+        flops=2 * each.products * halo_kernel.PAIRS,
+        matrix_share=MMA_SYNC_SHARE * halo_kernel.UTILISATION,
+        l2=halo_kernel.map_bytes(problem, tile) / count,
+        shared=each.shared * halo_kernel.SHARED_BYTES,
+        instructions=each.issues * halo_kernel.ISSUES,
+        waits=0,
+        in_flight=(tile.stages - 1) * tile.stage_bytes,
     )
