@@ -111,6 +111,8 @@ def key(problem: Problem) -> str:
     parts = [f"{p.N}x{p.C}x{p.H}x{p.W}", f"{p.K}x{p.R}x{p.S}", str(p.dtype).removeprefix("torch.")]
     parts += [f"s{p.stride[0]},{p.stride[1]}", f"p{p.padding[0]},{p.padding[1]}"]
     parts += [f"d{p.dilation[0]},{p.dilation[1]}", f"g{p.groups}", p.act]
+    if p.projection is not None:
+        parts += ["projection{} s{},{}".format(p.projection.C, *p.projection.stride)]
     flags = {"residual": p.has_residual, "norm": p.has_input_bn, "gate": p.has_input_gate}
     return " ".join(parts + [name for name, is_set in flags.items() if is_set])
 

@@ -25,6 +25,7 @@ from cvkernels.freeze.graph import Graph, Node, TensorSpec, fill
 from cvkernels.freeze.image import lay_out_image
 from cvkernels.freeze.ops import Call, Conv
 from cvkernels.freeze.plan import Plan
+from cvkernels.freeze.projections import merge_projections
 from cvkernels.freeze.report import Report, report
 from cvkernels.freeze.siblings import merge_siblings
 from cvkernels.functional import DerivedWeights
@@ -133,6 +134,7 @@ def _fused_graph(
     if writes_slices(dtype, example.device):
         merge_siblings(graph)
         if is_gpu(example.device):
+            merge_projections(graph)
             lay_out_image(graph)
     return graph
 

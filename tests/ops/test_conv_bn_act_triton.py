@@ -277,3 +277,53 @@ def test_plan_needs_no_data():
     assert args["residual_ptr"] is None and args["bn_var_ptr"] is None
     assert launch.meta["X_VEC"] == launch.meta["WEIGHT_VEC"] == launch.meta["OUT_VEC"] == 8
     assert (args["x_stride_c"], args["x_stride_w"], args["out_stride_w"]) == (1, 8, 32)
+
+
+PROJECTIONS = {
+    # (C, H, W, K, stride) of the convolution, (C', stride) of the projection of its residual
+    "stage": ((72, 7, 5, 40, 1), (24, 2)),
+    "first stage": ((40, 6, 6, 72, 1), (40, 1)),
+    "stride in the convolution": ((24, 14, 9, 72, 2), (72, 1)),
+    "odd channels": ((19, 7, 5, 17, 1), (11, 2)),
+}
+
+
+def projected(case, dtype, device, memory_format=CHANNELS_LAST):
+    """Arguments and options of a call with a projection."""
+    (C, H, W, K, stride), (channels, step) = PROJECTIONS[case]
+    (x, weight, bias, _), options = make(
+        Conv(C, H, W, K, stride=stride), dtype, device, memory_format
+    )
+    args = (x, weight, bias if bias is not None else torch.randn(K, device=device), None)
+    P, Q = -(-H // stride), -(-W // stride)
+    size = (2, channels, (P - 1) * step + 1, Q * step)
+    other = torch.randn(size, device=device).to(dtype).contiguous(memory_format=memory_format)
+    filters = torch.randn(K, channels, 1, 1, device=device).to(dtype) / channels**0.5
+    return args, options | {"residual": other, "projection": filters, "projection_stride": step}
+
+
+def projected_reference(x, weight, bias, bn, residual, projection, projection_stride, **options):
+    added = torch.nn.functional.conv2d(residual, projection, stride=projection_stride)
+    return conv_bn_act_reference(x, weight, bias, bn, residual=added, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", PROJECTIONS)
+def test_projections_of_the_residual(case, dtype, memory_format, device):
+    args, options = projected(case, dtype, device, memory_format)
+    assert_matches(by_triton, projected_reference, args, options)
+
+
+@pytest.mark.parametrize("config", [(64, 32, 32, 8, 4, 3, 1), (64, 64, 64, 8, 8, 2, 3)], ids=str)
+@pytest.mark.parametrize("case", PROJECTIONS)
+def test_projections_by_tiles_and_splits(case, config, device):
+    (x, weight, bias, bn), options = projected(case, torch.float16, device)
+    p = problem_of(x, weight, bias, bn, act="relu", **options)
+    out = x.new_full((p.N, p.K, p.P, p.Q), torch.nan).contiguous(memory_format=CHANNELS_LAST)
+    given = (p, x, weight, bias, bn, options["residual"], None, None, out, options["projection"])
+
+    def run(*args, **options):
+        conv_launches.run(*given, precision="ieee", config=Config("triton", *config))
+        return out
+
+    assert_matches(run, projected_reference, (x, weight, bias, bn), options)

@@ -15,7 +15,7 @@ from cvkernels.freeze.ops.elementwise import Affine
 from cvkernels.freeze.ops.squeeze_excite import Scale
 from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.conv_bn_act import op as conv_bn_act
-from cvkernels.ops.conv_bn_act.problem import Problem
+from cvkernels.ops.conv_bn_act.problem import Problem, Projection
 from cvkernels.ops.depthwise_conv_bn_act import native as depthwise_native
 from cvkernels.ops.depthwise_conv_bn_act import op as depthwise
 from cvkernels.ops.max_pool import op as max_pool
@@ -44,6 +44,9 @@ class Conv(Op, name="conv"):
     act: str = "none"
     input_affine: tuple[Tensor, Tensor] | None = None
     squeeze: bool = False
+    # A 1x1 convolution that the residual gets before it is added.
+    projection: Tensor | None = None
+    projection_stride: tuple[int, int] = (1, 1)
 
     @property
     def bn(self) -> BatchNormParams | None:
@@ -74,17 +77,24 @@ class Conv(Op, name="conv"):
         return {
             "weight": self.weight, "bias": self.bias, "bn": self.bn, "stride": self.stride,
             "padding": self.padding, "dilation": self.dilation, "groups": self.groups,
-            "act": self.act, "input_bn": self.input_bn,
+            "act": self.act, "input_bn": self.input_bn, "projection": self.projection,
+            "projection_stride": self.projection_stride,
         }  # fmt: skip
 
     def problem(self, x: TensorSpec) -> Problem:
         """The problem that conv_bn_act solves on x, with all that the graph fused to the op."""
         K, _, R, S = self.weight.shape
+        projection = None
+        if self.projection is not None:
+            stride = tuple(self.projection_stride)
+            projection = Projection(self.projection.shape[1], (stride[0], stride[1]))
         return Problem(
             *x.shape, K, R, S, tuple(self.stride), tuple(self.padding), tuple(self.dilation),
             self.groups, x.dtype, self.act, has_bias=self.bias is not None,
-            has_bn=self.scale is not None, has_residual="residual" in self.roles,
+            has_bn=self.scale is not None,
+            has_residual="residual" in self.roles and projection is None,
             has_input_bn=self.input_affine is not None, has_input_gate="gate" in self.roles,
+            projection=projection,
         )  # fmt: skip
 
     def bare(self) -> Conv:
@@ -118,6 +128,9 @@ class Conv(Op, name="conv"):
         shape = (x[0], K, *size)
         if "residual" in self.roles:
             residual = others[self.roles.index("residual") - 1]
+            if self.projection is not None:
+                steps = zip(residual[2:], self.projection_stride, strict=True)
+                residual = (residual[0], K, *((n - 1) // step + 1 for n, step in steps))
             node.check(residual == shape, f"a shortcut {shape}", x)
         return shape
 
@@ -223,7 +236,8 @@ class Depthwise(Op, name="depthwise", runs_plans=True):
 
     def build(self, site: Site) -> Run:
         (x,), sums, arguments = site.inputs, site.reader(Sums), self.conv.arguments
-        del arguments["groups"], arguments["input_bn"]
+        for name in ("groups", "input_bn", "projection", "projection_stride"):
+            del arguments[name]
         options = {"squeeze": self.conv.squeeze, "cache": site.cache}
         convolve = site.plan(depthwise.plan, site.like(x), **arguments, **options)
         if self.writes:

@@ -77,8 +77,15 @@ def model_of(capability: tuple[int, int]) -> GPU:
     return near._replace(capability=capability, sms=sm_count(capability))
 
 
-# Of the matrix rate: products of float32 by TF32, and of mma.sync on Hopper.
-TF32_SHARE, MMA_SYNC_SHARE = 0.5, 0.5
+# Of the matrix rate: products of float32 by TF32.
+TF32_SHARE = 0.5
+
+
+def mma_sync_share(gpu: GPU) -> float:
+    """Of the matrix rate, what products by mma.sync reach; ASSUMED for Blackwell."""
+    return {8: 1.0, 9: 0.5}.get(gpu.capability[0], 0.25)
+
+
 # Bytes of shared memory that the driver takes of each program.
 RESERVED = 1024
 

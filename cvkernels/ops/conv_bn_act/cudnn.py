@@ -18,6 +18,8 @@ def why_not(problem: Problem) -> str:
     """Why this backend cannot run ``problem`` on CUDA tensors; empty where it can."""
     if problem.has_prologue:
         return "cuDNN's fused convolution has no prologue (input_bn, input_gate)"
+    if problem.projection is not None:
+        return "cuDNN's fused convolution adds its residual without a projection"
     if problem.has_out:
         return "cuDNN's fused convolution allocates its output, and cannot write into out"
     if problem.act != "relu":
@@ -33,7 +35,7 @@ def plan(
     problem: Problem, call: Call, parameters: Parameters, like: tuple, cache: DerivedWeights | None
 ) -> Callable[..., Tensor]:
     """What runs the problem, as (x, residual=None)."""
-    weight, bias, bn, _ = parameters
+    weight, bias, bn = parameters[:3]
 
     def build() -> tuple[Tensor, Tensor]:
         if bn is not None and not backends.lacks_triton("cuda"):

@@ -224,7 +224,7 @@ def unfit(problem: Problem) -> str:
         return f"the halo kernel computes in float16 and bfloat16, got {p.dtype}"
     if (p.R, p.S, *p.stride, *p.padding, *p.dilation, p.groups) != (3, 3, 1, 1, 1, 1, 1, 1, 1):
         return "the halo kernel is for 3x3 taps, stride, padding and dilation 1, and one group"
-    if p.has_prologue or p.has_residual:
+    if p.has_prologue or p.has_residual or p.projection is not None:
         return "the halo kernel has no prologue (input_bn, input_gate) and no residual"
     if p.C % 8 or p.K % 8 or p.K > MOST_COLUMNS:
         return (
@@ -278,7 +278,7 @@ def plan(
 
     ``tile`` overrides :func:`tile_of`.
     """
-    weight, bias, bn, _ = parameters
+    weight, bias, bn = parameters[:3]
     tile = tile or tile_of(problem, backends.gpu(call.x)[1])
     assert tile is not None  # see why_not
     weight = derived(cache, "halo", [weight], lambda: _dense(weight.detach()))

@@ -92,6 +92,8 @@ def lacks(dtype: torch.dtype, groups: int) -> str:
 
 def why_not(problem: Problem) -> str:
     """Why the compiled op cannot run ``problem`` on CPU tensors; empty where it can."""
+    if problem.projection is not None:
+        return "the compiled convolution adds its residual without a projection"
     return lacks(problem.dtype, problem.groups)
 
 
@@ -170,7 +172,7 @@ def packed_of(
     problem: Problem, parameters: Parameters, cache: DerivedWeights | None, tile: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The folded and packed weight, its shift, and scale and shift of the prologue's norm."""
-    weight, bias, bn, input_bn = parameters
+    weight, bias, bn, input_bn = parameters[:4]
 
     def build() -> tuple[Tensor, Tensor]:
         folded, shift = fold(weight, bias, bn)

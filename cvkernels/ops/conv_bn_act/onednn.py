@@ -64,6 +64,8 @@ def why_not(problem: Problem) -> str:
     """Why this backend cannot run ``problem`` on CPU tensors; empty where it can."""
     if problem.has_prologue:
         return "oneDNN has no prologue (input_bn, input_gate)"
+    if problem.projection is not None:
+        return "oneDNN adds its residual without a projection"
     if not torch.backends.mkldnn.enabled:
         return "torch.backends.mkldnn.enabled is False"
     return lacks(problem.dtype)
@@ -73,7 +75,7 @@ def plan(
     problem: Problem, call: Call, parameters: Parameters, like: tuple, cache: DerivedWeights | None
 ) -> Callable[..., Tensor]:
     """What runs the problem, as (x, residual=None, input_gate=None, out=None)."""
-    weight, bias, bn, _ = parameters
+    weight, bias, bn = parameters[:3]
     geometry = (problem.padding, problem.stride, problem.dilation, problem.groups)
     size = (problem.N, problem.C, problem.H, problem.W)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cvkernels import backend as backends
@@ -24,7 +25,7 @@ from cvkernels.ops.common.plan import Plan, plan_of, planned_by
 from cvkernels.ops.common.registration import register
 from cvkernels.ops.common.traffic import Traffic, nbytes
 from cvkernels.ops.common.work import GPU, Work
-from cvkernels.ops.conv_bn_act import cudnn, halo, native, onednn, tuning, work
+from cvkernels.ops.conv_bn_act import cudnn, halo, native, onednn, tiles, tuning, work
 from cvkernels.ops.conv_bn_act.problem import (
     OP,
     Arguments,
@@ -80,6 +81,7 @@ def conv_bn_act(
     dilation: int | tuple[int, int] = 1, groups: int = 1, act: str = "relu",
     residual: Tensor | None = None, input_bn: BatchNormParams | None = None,
     input_gate: Tensor | None = None, out: Tensor | None = None,
+    projection: Tensor | None = None, projection_stride: int | tuple[int, int] = 1,
     cache: DerivedWeights | None = None, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """Convolution, inference batch norm, residual and activation as one pass over the output.
@@ -97,7 +99,12 @@ def conv_bn_act(
         stride, padding, dilation: in pixels, (height, width) or one number for both.
         groups: divides C and K.
         act: "none", "relu", "relu6" or "silu" (x * sigmoid(x)).
-        residual: Tensor[N, K, P, Q], dtype of x, added before the activation.
+        residual: Tensor[N, K, P, Q], dtype of x, added before the activation; with ``projection``
+            Tensor[N, C', H', W'], any strides.
+        projection, projection_stride: Tensor[K, C', 1, 1], dtype of x, any strides, and a stride:
+            what is added is ``conv2d(residual, projection, stride=projection_stride)``, a ResNet
+            stage's shortcut. Triton sums both convolutions at once where this one is 1x1 too and
+            has no norm; elsewhere the projection is computed first.
         input_bn: vectors Tensor[C]; a ReLU follows it (DenseNet's norm1 and relu1).
         input_gate: Tensor[N, C] of multipliers, after their sigmoid (squeeze-and-excitation).
         out: Tensor[N, K, P, Q] to write into, with channel stride 1: a channels_last tensor, or a
@@ -135,15 +142,16 @@ def conv_bn_act(
     """
     geometry, like = (stride, padding, dilation, groups), (residual, input_gate, out)
     given = (x, weight, bias, bn, *geometry, act, residual, input_bn, input_gate, out)
+    projecting = (projection, projection_stride)
     if torch.compiler.is_compiling():
-        return _traced(Arguments(*given, autocast_dtype(x)), backend)
+        return _traced(Arguments(*given, autocast_dtype(x), *projecting), backend)
 
     def make(once: bool = False) -> Plan:
-        arguments = Arguments(*given, autocast_dtype(x))
+        arguments = Arguments(*given, autocast_dtype(x), *projecting)
         return _plan(*_checked(arguments, backend, once), arguments, cache)
 
     planned = None
-    if groups == 1 and x.dtype == torch.float32:
+    if groups == 1 and x.dtype == torch.float32 and projection is None:
         parameters = (weight, bias, bn, input_bn)
         planned = convolution.kept_plan(
             cache, backend, (x, *like), parameters, (geometry, act), make
@@ -210,28 +218,44 @@ def _plan_triton(
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
     from cvkernels.ops.conv_bn_act import triton
 
-    weight, bias, bn, input_bn = parameters
+    weight, bias, bn, input_bn, projection = parameters
     weight, (residual, gate, out) = _nhwc(weight, cache), like
     if out is None:
         out = new_output(problem, torch.device("meta"))
     launch = triton.plan_launch(
         problem, call.x, weight, residual, gate, out, precision=_fp32_precision(), config=config,
-        input_bn=input_bn,
+        input_bn=input_bn, projection=projection,
     )  # fmt: skip
 
     def run(x, residual=None, input_gate=None, out=None):
         out = new_output(problem, x.device) if out is None else out
-        launch(x, weight, bias, bn, residual, input_bn, input_gate, out)
+        launch(x, weight, bias, bn, residual, input_bn, input_gate, out, projection)
         return out
 
     return run
 
 
+def _project(problem: Problem, residual: Tensor | None, projection: Tensor | None) -> Tensor | None:
+    """The residual that is added."""
+    if problem.projection is None or residual is None or projection is None:
+        return residual
+    return F.conv2d(residual, projection, stride=problem.projection.stride)
+
+
+def _why_not_triton(problem: Problem, call: Call) -> str:
+    if problem.projection is not None and tiles.kernel(problem) != "1x1":
+        return "Triton projects the residual of 1x1 convolutions without padding and groups"
+    if problem.projection is not None and problem.has_bn:
+        return "Triton sums both convolutions, and a norm is of one; fold it into the weight"
+    return lacks_triton(problem, call)
+
+
 def _plan_reference(problem: Problem, call: Call, parameters: Parameters, *_: Any) -> Run:
-    weight, bias, bn, input_bn = parameters
+    weight, bias, bn, input_bn, projection = parameters
     options = (problem.stride, problem.padding, problem.dilation, problem.groups, problem.act)
 
     def run(x, residual=None, input_gate=None, out=None):
+        residual = _project(problem, residual, projection)
         y = conv_bn_act_reference(x, weight, bias, bn, *options, residual, input_bn, input_gate)
         return y if out is None else out.copy_(y)
 
@@ -244,7 +268,7 @@ _fused = functools.partial(convolution.fused, allocate=new_output)
 def triton_by(config: Config) -> Implementation:
     """Triton's convolution by this tile."""
     plan = _fused(functools.partial(_plan_triton, config=config))
-    return Implementation(config.name, lacks_triton, plan, device=None)
+    return Implementation(config.name, _why_not_triton, plan, device=None)
 
 
 def halo_by(tile: halo.Tile) -> Implementation:
@@ -273,7 +297,11 @@ TABLE = Table(
     ),
     Implementation("cudnn", _why_not_cudnn, _fused(cudnn.plan), _why_cudnn, "cuda"),
     Implementation(
-        "triton", lacks_triton, _fused(_plan_triton), "Triton is preferred for this shape", "cuda"
+        "triton",
+        _why_not_triton,
+        _fused(_plan_triton),
+        "Triton is preferred for this shape",
+        "cuda",
     ),
     Implementation(
         "native", _on_cpu(native.why_not), _fused(native.plan), "compiled for CPU", "cpu"
@@ -300,6 +328,7 @@ def _plan(
         geometry = (problem.stride, problem.padding, problem.dilation)
 
         def run(x, residual=None, input_gate=None, out=None):
+            residual = _project(problem, residual, arguments.projection)
             data = {"x": x, "residual": residual, "input_gate": input_gate, "out": None}
             return _registered(arguments._replace(**data), geometry, name)
 
@@ -402,8 +431,11 @@ def _fp32_precision() -> str:
 def _traced(arguments: Arguments, backend: Backend) -> Tensor:
     """The call under torch.compile: the registered op, or on CPU the reference for inductor."""
     a = arguments
+    if a.projection is not None and a.residual is not None:
+        residual = F.conv2d(a.residual, a.projection, stride=a.projection_stride)
+        a = a._replace(residual=residual, projection=None)
     if (name := convolution.traced(TABLE, backend, a.x)) == "reference":
-        y = conv_bn_act_reference(*a[:-2])
+        y = conv_bn_act_reference(*a[:12])
         return y if a.out is None else a.out.copy_(y)
     return _registered(a, convolution.pairs(OP, a.stride, a.padding, a.dilation), name)
 
@@ -426,7 +458,8 @@ def _registered(a: Arguments, geometry: tuple[tuple[int, int], ...], name: str) 
 def _arguments_of(flat: Sequence[Any], out: Tensor | None = None) -> Arguments:
     """Those of a call of the registered op."""
     norm, input_norm = norm_of(flat[3:8]), norm_of(flat[14:19])
-    return Arguments._make([*flat[:3], norm, *flat[8:14], input_norm, flat[19], out, None])
+    given = (*flat[:3], norm, *flat[8:14], input_norm, flat[19], out)
+    return Arguments(*given)
 
 
 def _compute(flat: tuple, out: Tensor | None) -> Tensor:

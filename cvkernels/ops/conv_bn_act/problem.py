@@ -4,7 +4,7 @@ or launched."""
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cvkernels.ops.common.aliasing import overlap, same_view
-from cvkernels.ops.common.arguments import check_bn, check_tensor
+from cvkernels.ops.common.arguments import check_bn, check_tensor, pair
 from cvkernels.ops.common.convolution import (
     Pair,
     check_fits,
@@ -35,6 +35,14 @@ class Parameters(NamedTuple):
     bias: Tensor | None
     bn: BatchNormParams | None
     input_bn: BatchNormParams | None = None
+    projection: Tensor | None = None
+
+
+class Projection(NamedTuple):
+    """A 1x1 convolution of residual[N, C, H, W] that gives it the output's shape."""
+
+    C: int
+    stride: tuple[int, int]
 
 
 class Arguments(NamedTuple):
@@ -54,10 +62,12 @@ class Arguments(NamedTuple):
     input_gate: Tensor | None = None
     out: Tensor | None = None
     autocast: torch.dtype | None = None  # what autocast converts x, weight and residual to
+    projection: Tensor | None = None
+    projection_stride: Pair = 1
 
     @property
     def parameters(self) -> Parameters:
-        return Parameters(self.weight, self.bias, self.bn, self.input_bn)
+        return Parameters(self.weight, self.bias, self.bn, self.input_bn, self.projection)
 
     @property
     def like(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -88,6 +98,7 @@ class Problem:
     has_input_bn: bool = False
     has_input_gate: bool = False
     has_out: bool = False  # the call is given the output's memory
+    projection: Projection | None = None  # then has_residual is False
 
     @cached_property
     def P(self) -> int:
@@ -117,7 +128,9 @@ class Problem:
     @property
     def flops(self) -> int:
         """Multiply-adds counted as two, without the epilogue."""
-        return 2 * self.N * self.P * self.Q * self.K * (self.C // self.groups) * self.R * self.S
+        depth = (self.C // self.groups) * self.R * self.S
+        depth += self.projection.C if self.projection else 0
+        return 2 * self.N * self.P * self.Q * self.K * depth
 
     @property
     def bytes_read(self) -> int:
@@ -131,6 +144,8 @@ class Problem:
         elements = self.N * self.C * pixels + self.K * (self.C // self.groups) * self.R * self.S
         elements += self.N * self.K * self.P * self.Q * self.has_residual
         elements += self.N * self.C * self.has_input_gate
+        if self.projection is not None:
+            elements += self.projection.C * (self.N * self.P * self.Q + self.K)
         vectors = self.K * (self.has_bias + 4 * self.has_bn) + 4 * self.C * self.has_input_bn
         return elements * self.dtype.itemsize + 4 * vectors
 
@@ -143,11 +158,12 @@ def problem_of(*given: Any, **named: Any) -> Problem:
     """The checked call of these :class:`Arguments`."""
     (
         x, weight, bias, bn, stride, padding, dilation, groups, act, residual, input_bn, input_gate,
-        out, autocast,
+        out, autocast, projection, projection_stride,
     ) = Arguments(*given, **named)  # fmt: skip
     problem = _shapes(
         x.shape, weight.shape, pairs(OP, stride, padding, dilation), groups, autocast or x.dtype,
-        act, bias is not None, bn is not None, residual is not None, input_bn is not None,
+        act, bias is not None, bn is not None, residual is not None and projection is None,
+        input_bn is not None,
         input_gate is not None, out is not None,
     )  # fmt: skip
     check_parameters(OP, problem, x, weight, bias, bn, autocast)
@@ -156,7 +172,9 @@ def problem_of(*given: Any, **named: Any) -> Problem:
     if input_gate is not None:
         check_tensor(OP, "input_gate", input_gate, (problem.N, problem.C), "[N, C]", x)
     shape = (problem.N, problem.K, problem.P, problem.Q)
-    if residual is not None:
+    if projection is not None:
+        problem = _projected(problem, x, residual, projection, projection_stride)
+    elif residual is not None:
         check_tensor(OP, "residual", residual, shape, "[N, K, P, Q]", x)
         if autocast is None and residual.dtype != x.dtype:
             raise TypeError(f"{OP}: residual must have x's dtype {x.dtype}, got {residual.dtype}")
@@ -168,7 +186,7 @@ def problem_of(*given: Any, **named: Any) -> Problem:
 @functools.lru_cache(maxsize=4096)
 def _shapes(
     x: torch.Size, weight: torch.Size, geometry: tuple[tuple[int, int], ...], groups: int,
-    dtype: torch.dtype, act: str, *flags: bool,
+    dtype: torch.dtype, act: str, *flags: Any,
 ) -> Problem:  # fmt: skip
     check_options(OP, x, dtype, act, geometry)
     if len(weight) != 4 or 0 in weight:
@@ -190,6 +208,30 @@ def _shapes(
     problem = Problem(N, C, H, W, K, R, S, stride, padding, dilation, groups, dtype, act, *flags)
     check_fits(OP, problem)
     return problem
+
+
+def _projected(
+    problem: Problem, x: Tensor, residual: Tensor | None, weight: Tensor, stride: Pair
+) -> Problem:
+    """The problem with the checked projection of its residual."""
+    if residual is None or residual.dim() != 4:
+        got = "none" if residual is None else list(residual.shape)
+        raise ValueError(f"{OP}: a projection needs a residual[N, C, H, W], got {got}")
+    N, C, H, W = residual.shape
+    check_tensor(OP, "projection", weight, (problem.K, C, 1, 1), "[K, C, 1, 1]", x)
+    step = pair(OP, "projection_stride", stride)
+    if min(step) < 1:
+        raise ValueError(f"{OP}: projection_stride must be at least 1, got {list(step)}")
+    made = (N, *output_size((H, W), (1, 1), step, (0, 0), (1, 1)))
+    if made != (problem.N, problem.P, problem.Q):
+        raise ValueError(
+            f"{OP}: residual {list(residual.shape)} with projection_stride {list(step)} gives "
+            f"[N, P, Q] = {list(made)}, and the convolution {[problem.N, problem.P, problem.Q]}"
+        )
+    for name, tensor in (("residual", residual), ("projection", weight)):
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{OP}: {name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+    return replace(problem, projection=Projection(C, step))
 
 
 def _check_out(out: Tensor, shape: tuple, dtype: torch.dtype, x: Tensor) -> None:

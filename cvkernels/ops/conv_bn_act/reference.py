@@ -92,12 +92,12 @@ def conv_bn_act_backward(
     grad: Tensor, arguments: Arguments, out: Tensor | None
 ) -> dict[str, Tensor | None]:
     """Gradients by argument name; relu and relu6 need ``out``, and silu the residual."""
-    x, weight, bias, bn, stride, padding, dilation, groups, act, _, input_bn, gate, _, _ = arguments
+    x, weight, bias, bn, stride, padding, dilation, groups, act, _, input_bn, gate = arguments[:12]
     bn = bn or BatchNormParams()
     dtype = accumulator(x.dtype)
     pre_activation = None
     if act == "silu":
-        pre_activation = conv_bn_act_reference(*arguments._replace(act="none")[:-2])
+        pre_activation = conv_bn_act_reference(*arguments._replace(act="none")[:12])
     dz = activation_backward(grad, act, out, pre_activation)
     scale, _ = scale_shift(bias, bn, weight, dtype)
     u, before_gate, input_scale, positive = prologue(x, input_bn, gate, dtype)

@@ -36,6 +36,8 @@ _KERNELS = {
     "filter_row": conv_bn_act_filter_row_kernel,
 }
 
+# The place of the parts among a launch's operands.
+_PARTS = 16
 # Pixels and channels of a program that adds the parts of a split reduction.
 _FINISH = (8, 64)
 
@@ -52,15 +54,18 @@ class Planned(NamedTuple):
         self,
         x: Tensor, weight: Tensor, bias: Tensor | None, bn: BatchNormParams | None,
         residual: Tensor | None, input_bn: BatchNormParams | None, input_gate: Tensor | None,
-        out: Tensor,
+        out: Tensor, projection: Tensor | None = None,
     ) -> tuple[Tensor | float | None, ...]:  # fmt: skip
         """The arguments in the order of the kernels' first parameters, with room for parts."""
         norm, input_norm = norm_operands(bn), norm_operands(input_bn)
-        operands = (x, weight, out, bias, *norm, residual, *input_norm, input_gate)
+        projected, added = (None, residual) if projection is None else (residual, None)
+        operands = (x, weight, out, bias, *norm, added, *input_norm, input_gate)
         if "SPLIT_K" not in self.launch.meta:
             return operands
         parts = self.parts and x.new_empty(self.parts, dtype=torch.float32)
-        return (*operands, parts)
+        if "PROJECTED" not in self.launch.meta:
+            return (*operands, parts)
+        return (*operands, parts, projected, projection)
 
     def launches(self, *arguments: Any) -> list[tuple[Launch, tuple]]:
         """Each launch with its operands; takes what :meth:`operands` takes."""
@@ -68,7 +73,7 @@ class Planned(NamedTuple):
         made: list[tuple[Launch, tuple]] = [(self.launch, operands)]
         if self.finish is not None:
             out, bias_to_residual = operands[2], operands[3:10]
-            made.append((self.finish, (operands[-1], out, *bias_to_residual)))
+            made.append((self.finish, (operands[_PARTS], out, *bias_to_residual)))
         return made
 
     def __call__(self, *arguments: Any) -> None:
@@ -86,10 +91,13 @@ def run(problem: Problem, *operands: Any, precision: str, config: Config | None 
     Takes what :meth:`Planned.operands` takes, checked by the op; the rest is as of
     :func:`plan_launch`.
     """
-    x, weight, _, _, residual, _, gate, out = operands
+    x, weight, _, _, residual, _, gate, out, *projection = operands
     if out.numel():
         like = (problem, x, weight, residual, gate, out)
-        planned = plan_launch(*like, precision=precision, config=config, input_bn=operands[5])
+        planned = plan_launch(
+            *like, precision=precision, config=config, input_bn=operands[5],
+            projection=projection[0] if projection else None,
+        )  # fmt: skip
         planned(*operands)
 
 
@@ -97,7 +105,7 @@ def plan_launch(
     problem: Problem,
     x: Tensor, weight: Tensor, residual: Tensor | None, input_gate: Tensor | None, out: Tensor, *,
     precision: str, config: Config | None = None, capability: tuple[int, int] | None = None,
-    input_bn: BatchNormParams | None = None,
+    input_bn: BatchNormParams | None = None, projection: Tensor | None = None,
 ) -> Planned:  # fmt: skip
     """The call for tensors with these strides, which may be on the meta device.
 
@@ -116,6 +124,10 @@ def plan_launch(
     of_residual = None if residual is None else residual.stride()
     of_gate = (0, 0) if input_gate is None else input_gate.stride()
     strides = Strides(x.stride(), weight.stride(), out.stride(), of_residual, of_gate)
+    if projection is not None:
+        strides = strides._replace(
+            residual=None, projected=of_residual, projection=projection.stride()
+        )
     return _plan(problem, config, precision, strides, capability)
 
 
@@ -127,6 +139,8 @@ class Strides(NamedTuple):
     out: tuple[int, ...]
     residual: tuple[int, ...] | None
     gate: tuple[int, ...]
+    projected: tuple[int, ...] | None = None
+    projection: tuple[int, ...] | None = None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -163,6 +177,7 @@ def _plan(
     fixed = (
         pixels, *channels, p.K // out_vec, *size, p.P, p.Q, *_packs(strides.x, x_vec),
         *(of_weight[:2] if name == "1x1" else of_weight), *of_out, *of_residual, *strides.gate,
+        *(_of_projection(problem, strides) if name == "1x1" else ()),
     )  # fmt: skip
     grid = (programs,) if config.split_k == 1 else (programs, config.split_k)
     launch = Launch(_KERNELS[name], grid, fixed, meta)
@@ -187,6 +202,7 @@ def _of_kernel(problem: Problem, config: Config, strides: Strides) -> dict[str, 
             "SPLIT_K": config.split_k, "EVEN_C": even, "PER_IMAGE": p.has_input_gate,
             "FLAT_X": p.stride == (1, 1) and _flat(strides.x, p.H, p.W),
             "EARLY_RESIDUAL": p.has_residual and narrow and config.split_k == 1,
+            **_projection_constants(problem, config, strides),
         }  # fmt: skip
     window = {
         "R": p.R, "S": p.S, "PADDING_H": p.padding[0], "PADDING_W": p.padding[1],
@@ -200,6 +216,41 @@ def _of_kernel(problem: Problem, config: Config, strides: Strides) -> dict[str, 
         **window, "SPLIT_K": config.split_k, "EVEN_C": even, "C_GROUP": p.C // p.groups,
         "K_GROUP": p.K // p.groups if p.groups > 1 else 0,
         "C_STEPS": cdiv(tiles.group_span(p, config.block_n), config.block_k),
+    }  # fmt: skip
+
+
+def _projection_vecs(problem: Problem, strides: Strides) -> tuple[int, int]:
+    """Elements of the packs of the projected tensor and of the projection; 1 without."""
+    if problem.projection is None:
+        return 1, 1
+    lanes, shapes = 16 // problem.dtype.itemsize, _shapes(problem)
+    assert shapes.projected is not None and shapes.projection is not None
+    return (
+        _vec(lanes, shapes.projected, strides.projected),
+        _vec(lanes, shapes.projection, strides.projection),
+    )
+
+
+def _of_projection(problem: Problem, strides: Strides) -> tuple[int, ...]:
+    """The last sizes and strides of the 1x1 kernel."""
+    if problem.projection is None or strides.projected is None or strides.projection is None:
+        return (0,) * 7
+    x_vec, weight_vec = _projection_vecs(problem, strides)
+    of_weight = _packs(strides.projection, weight_vec)[:2]
+    return (problem.projection.C // x_vec, *_packs(strides.projected, x_vec), *of_weight)
+
+
+def _projection_constants(problem: Problem, config: Config, strides: Strides) -> dict[str, Any]:
+    projection = problem.projection
+    if projection is None:
+        meta = {"PROJECTED": False, "PROJECTED_STRIDE_H": 1, "PROJECTED_STRIDE_W": 1}
+        return {**meta, "PROJECTED_EVEN_C": False, "PROJECTED_VEC": 1, "PROJECTION_VEC": 1}
+    x_vec, weight_vec = _projection_vecs(problem, strides)
+    return {
+        "PROJECTED": True, "PROJECTED_STRIDE_H": projection.stride[0],
+        "PROJECTED_STRIDE_W": projection.stride[1],
+        "PROJECTED_EVEN_C": projection.C % config.block_k == 0,
+        "PROJECTED_VEC": x_vec, "PROJECTION_VEC": weight_vec,
     }  # fmt: skip
 
 
@@ -220,7 +271,13 @@ def _shapes(problem: Problem) -> Strides:
     p = problem
     out = (p.N, p.K, p.P, p.Q)
     filters = (p.K, p.C // p.groups, p.R, p.S)
-    return Strides((p.N, p.C, p.H, p.W), filters, out, out, (p.N, p.C))
+    shapes = Strides((p.N, p.C, p.H, p.W), filters, out, out, (p.N, p.C))
+    if (projection := p.projection) is None:
+        return shapes
+    # as much of it as is read
+    height, width = ((n - 1) * s + 1 for n, s in zip((p.P, p.Q), projection.stride, strict=True))
+    projected = (p.N, projection.C, height, width)
+    return shapes._replace(projected=projected, projection=(p.K, projection.C, 1, 1))
 
 
 def _vec(lanes: int, shape: tuple[int, ...], *strides: tuple[int, ...] | None) -> int:

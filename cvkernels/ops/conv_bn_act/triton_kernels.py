@@ -26,6 +26,7 @@ from cvkernels.ops.conv_bn_act.triton_parts import (
     finish_tile,
     first_sums,
     let_consumers_start,
+    part_of,
     pixel_offsets,
     prologue,
     row_offsets,
@@ -42,6 +43,8 @@ _UNSPECIALIZED = ["M", "H", "W", "P", "Q"]
 _UNALIGNED = ["c_packs", "k_packs"]
 _UNALIGNED += [f"{x}_stride_{axis}" for x in ("x", "out", "residual") for axis in "nhw"]
 _UNALIGNED += [f"weight_stride_{axis}" for axis in "krs"]
+_UNALIGNED += [f"projected_{size}" for size in ("packs", "stride_n", "stride_h", "stride_w")]
+_UNALIGNED += ["projection_stride_k"]
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED, do_not_specialize_on_alignment=_UNALIGNED)
@@ -54,13 +57,21 @@ def conv_bn_act_1x1_kernel(
     in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr, in_eps,  # [C]
     gate_ptr,  # [N, C]
     parts_ptr,  # [SPLIT_K, M, K]
+    projected_ptr,  # [N, C', H', W']
+    projection_ptr,  # [K, C']
     M, c_packs, k_packs, P, Q,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w,
     weight_stride_k, weight_stride_c,
     out_stride_n, out_stride_k, out_stride_h, out_stride_w,
     residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
     gate_stride_n, gate_stride_c,
+    projected_packs, projected_stride_n, projected_stride_c, projected_stride_h, projected_stride_w,
+    projection_stride_k, projection_stride_c,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PROJECTED: tl.constexpr,  # a 1x1 convolution of another map is added to the sums
+    PROJECTED_STRIDE_H: tl.constexpr, PROJECTED_STRIDE_W: tl.constexpr,
+    PROJECTED_EVEN_C: tl.constexpr,
+    PROJECTED_VEC: tl.constexpr, PROJECTION_VEC: tl.constexpr,
     ACT: tl.constexpr, PRECISION: tl.constexpr,
     INPUT_BN: tl.constexpr,
     PER_IMAGE: tl.constexpr,  # a row tile lies within one image; what there is a gate with
@@ -94,10 +105,7 @@ def conv_bn_act_1x1_kernel(
     m_offs = m_first + tl.arange(0, BLOCK_M)
     k_offs = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
-    c_begin = part * (tl.cdiv(tl.cdiv(C, BLOCK_K), SPLIT_K) * BLOCK_K)
-    c_end = C
-    if SPLIT_K > 1:
-        c_end = tl.minimum(c_begin + tl.cdiv(tl.cdiv(C, BLOCK_K), SPLIT_K) * BLOCK_K, C)
+    c_begin, c_end = part_of(C, part, BLOCK_K, SPLIT_K)
     # rows and columns past the end read the last one and are not stored: no mask in the loop
     m_safe = tl.minimum(m_offs, m_end - 1)
     k_safe = tl.minimum(k_offs, K - 1)
@@ -137,6 +145,27 @@ def conv_bn_act_1x1_kernel(
             x, c_mask[None, :], in_bn, in_eps, gate, image, c, C, INPUT_BN, False, EVEN_C, PACKED
         )  # fmt: skip
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+
+    if PROJECTED:
+        step_h, step_w = PROJECTED_STRIDE_H, PROJECTED_STRIDE_W
+        strides = (projected_stride_n, projected_stride_h * step_h, projected_stride_w * step_w)
+        other_rows = pixel_offsets(m_safe, P, Q, strides, False, PROJECTED_VEC, INT64)
+        other_offs = other_rows[:, None] + (c_offs * projected_stride_c)[None, :]
+        filter_rows = wide(k_safe, INT64) * projection_stride_k * PROJECTION_VEC
+        filter_offs = filter_rows[None, :] + (c_offs * projection_stride_c)[:, None]
+        channels = projected_packs * PROJECTED_VEC
+        c_begin, c_end = part_of(channels, part, BLOCK_K, SPLIT_K)
+        for c_start in range(c_begin, c_end, BLOCK_K):
+            c_mask = c_start + tl.arange(0, BLOCK_K) < channels
+            x_ptrs = projected_ptr + wide(c_start, INT64) * projected_stride_c + other_offs
+            weight_ptrs = projection_ptr + wide(c_start, INT64) * projection_stride_c + filter_offs
+            if PROJECTED_EVEN_C:
+                x = tl.load(x_ptrs)
+                weight = tl.load(weight_ptrs)
+            else:
+                x = tl.load(x_ptrs, mask=c_mask[None, :], other=0.0)
+                weight = tl.load(weight_ptrs, mask=c_mask[:, None], other=0.0)
+            acc = tl.dot(x, weight, acc, input_precision=PRECISION)
 
     let_consumers_start(PDL)
     if SPLIT_K > 1:

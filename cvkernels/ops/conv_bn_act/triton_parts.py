@@ -242,6 +242,16 @@ def load_gate(gate, image, c_offs, C):
 
 
 @triton.jit
+def part_of(C, part, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
+    """The first channel of a part of a split reduction, and the end of it."""
+    c_begin = part * (tl.cdiv(tl.cdiv(C, BLOCK_K), SPLIT_K) * BLOCK_K)
+    c_end = C
+    if SPLIT_K > 1:
+        c_end = tl.minimum(c_begin + tl.cdiv(tl.cdiv(C, BLOCK_K), SPLIT_K) * BLOCK_K, C)
+    return c_begin, c_end
+
+
+@triton.jit
 def store_part(acc, part, m_offs, k_offs, m_end, K, parts_ptr, M):
     """A tile's sums over one part of the reduction, into parts[part, M, K]."""
     rows = (part.to(tl.int64) * M + m_offs) * K

@@ -81,15 +81,22 @@ def _fastest(problem: Problem, capability: tuple[int, int]) -> Config:
 def heuristic(problem: Problem, capability: tuple[int, int]) -> Config:
     """The answer for a problem that no table holds.
 
-    cuDNN gets the spatial convolutions that its fused op can do: one group, 16 bits, ReLU, no
-    prologue, memory of its own for the output, and C >= 64, since on a 7x7 stem its fused op is
-    many times slower than its plain one. The halo kernel gets what it can do of at most 32
-    output channels, or 64 from at most 32: there a matrix product that reads its input from L2 for
-    each tap waits for it most of the time. All others are Triton's.
+    Of the spatial convolutions that its fused op can do, cuDNN gets those that it is predicted to
+    do in less time than Triton: one group, 16 bits, ReLU, no prologue, memory of its own for the
+    output, and C >= 64, since on a 7x7 stem its fused op is many times slower than its plain one.
+    The halo kernel gets what it can do of at most 32 output channels, or 64 from at most 32: there
+    a matrix product that reads its input from L2 for each tap waits for it most of the time. All
+    others are Triton's.
     """
-    backend = "cudnn" if _cudnn_rule(problem) else "triton"
-    backend = "halo" if _halo_rule(problem) else backend
-    return replace(_fastest(problem, capability), backend=backend)
+    tile = _fastest(problem, capability)
+    if _halo_rule(problem):
+        return replace(tile, backend="halo")
+    if _cudnn_rule(problem) and problem.bytes_written:
+        gpu = model_of(capability)
+        ours = predict(work.by_tile(problem, tile, gpu), gpu).seconds
+        if predict((work.cudnn(problem, gpu),), gpu).seconds < ours:
+            return replace(tile, backend="cudnn")
+    return tile
 
 
 def _halo_rule(problem: Problem) -> bool:
@@ -113,7 +120,7 @@ def key(problem: Problem) -> str:
     """The table key: what the speed depends on, with N rounded up to a power of two.
 
     ``bf16 C64 K64 R3 S3 stride1x1 pad1x1 dil1x1 groups1 H56 W56 N128 relu`` and then, where the
-    problem has them, ``residual``, ``input_bn``, ``input_gate``.
+    problem has them, ``residual``, ``input_bn``, ``input_gate``, ``projection64 by1x1``.
     """
     p = problem
     words = [
@@ -125,12 +132,15 @@ def key(problem: Problem) -> str:
     ]
     flags = ("has_residual", "has_input_bn", "has_input_gate")
     words += [flag.removeprefix("has_") for flag in flags if getattr(p, flag)]
+    if p.projection is not None:
+        words.append("projection{} by{}x{}".format(p.projection.C, *p.projection.stride))
     return " ".join(words)
 
 
 _KEY = re.compile(
     r"(f16|bf16|f32) C\d+ K\d+ R\d+ S\d+ stride\d+x\d+ pad\d+x\d+ dil\d+x\d+ groups\d+ H\d+ W\d+ "
     r"N\d+ (none|relu|relu6|silu)( residual)?( input_bn)?( input_gate)?"
+    r"( projection\d+ by\d+x\d+)?"
 )
 
 

@@ -11,7 +11,7 @@ import math
 import torch
 
 from cvkernels.ops.common.tiles import cdiv, power_of_two
-from cvkernels.ops.common.work import GPU, MMA_SYNC_SHARE, TF32_SHARE, Work, occupancy
+from cvkernels.ops.common.work import GPU, TF32_SHARE, Work, mma_sync_share, occupancy
 from cvkernels.ops.conv_bn_act import halo as halo_kernel
 from cvkernels.ops.conv_bn_act import tiles
 from cvkernels.ops.conv_bn_act.problem import Problem
@@ -89,14 +89,17 @@ def triton(problem: Problem, tile: Config, gpu: GPU) -> Work:
     p, kind, size = problem, tiles.kernel(problem), problem.dtype.itemsize
     m, n, k = tile.block_m, tile.block_n, tile.block_k
     taps, channels = p.R * p.S, tiles.group_span(p, n)
-    steps = taps * cdiv(channels, k)
+    projected = p.projection.C if p.projection else 0
+    steps = taps * cdiv(channels, k) + cdiv(projected, k)
     if kind == "filter_row":
         k, steps = power_of_two(max(p.S * p.C, 16)), p.R
     threads = 32 * tile.num_warps
     tiles_n = cdiv(p.K, n)
     columns = p.K / tiles_n
     buffered = size * (m + n) * k
-    rows = taps * channels if kind != "filter_row" else p.R * p.C * p.stride[1] + p.S * p.C
+    rows = (
+        taps * channels + projected if kind != "filter_row" else p.R * p.C * p.stride[1] + p.S * p.C
+    )
     residual = size * m * columns * p.has_residual
     lanes = math.gcd(16 // size, p.C)
     of_x, of_weight = m * k / threads / lanes, n * k / threads / lanes
@@ -114,7 +117,7 @@ def triton(problem: Problem, tile: Config, gpu: GPU) -> Work:
         per_sm=occupancy(gpu, threads, registers(p, tile, of_x + of_weight), stages * buffered),
         flops=2 * m * n * k * steps,
         matrix_share=1.0 if size == 2 else TF32_SHARE,
-        l2=size * (m * rows + columns * taps * channels) + residual,
+        l2=size * (m * rows + columns * (taps * channels + projected)) + residual,
         shared=steps * (buffered + size * m // 64 * (64 + n) * k)
         + m * n * size * (4 if p.has_residual else 2),
         instructions=tile.num_warps * steps * step + last,
@@ -172,7 +175,7 @@ def halo(problem: Problem, name: str, gpu: GPU) -> Work:
         problem.bytes_written,
         programs=count,
         flops=2 * each.products * halo_kernel.PAIRS,
-        matrix_share=MMA_SYNC_SHARE * halo_kernel.UTILISATION,
+        matrix_share=mma_sync_share(gpu) * halo_kernel.UTILISATION,
         l2=halo_kernel.map_bytes(problem, tile) / count,
         shared=each.shared * halo_kernel.SHARED_BYTES,
         instructions=each.issues * halo_kernel.ISSUES,

@@ -55,7 +55,7 @@ def plan(
     cache: DerivedWeights | None,
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:  # fmt: skip
     """What runs the problem, as x -> (out, sums or None); ``once``, they may be given after x."""
-    weight, bias, bn, _ = parameters
+    weight, bias, bn = parameters[:3]
     key, sources = ("native", bn and bn.eps), sources_of(weight, bias, bn)
     taps, affine = derived(cache, key, sources, lambda: pack(weight, bias, bn))
     options = (problem.R, problem.stride[0], *problem.padding, code(problem.act))

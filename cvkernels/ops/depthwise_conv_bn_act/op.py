@@ -149,7 +149,7 @@ def _plan_cuda(
     problem: DepthwiseProblem, call: Call, parameters: Parameters, like: tuple,
     cache: DerivedWeights | None,
 ) -> Run:  # fmt: skip
-    weight, bias, bn, _ = parameters
+    weight, bias, bn = parameters[:3]
     launch = cuda.plan_launch(problem, call.x, _rsc(weight, cache), bias, bn)
 
     def run(x):
@@ -167,7 +167,7 @@ def _plan_triton(
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
     from cvkernels.ops.depthwise_conv_bn_act import triton
 
-    _, bias, bn, _ = parameters
+    _, bias, bn = parameters[:3]
     weight = _rsc(parameters.weight, cache)
     out, _ = new_outputs(problem, torch.device("meta"))
     launch = triton.plan_launch(problem, call.x, weight, out)
