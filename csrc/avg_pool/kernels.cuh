@@ -29,14 +29,16 @@ __global__ void __launch_bounds__(THREADS)
   }
   const Taps w = taps_of(problem.w, q);
   const int64_t w_counted = average.counted(problem.w, q, w);
+  const int row_stride = problem.x_stride_h, column_stride = problem.x_stride_w;
+  const int w_begin = w.begin, w_end = w.end;
 
-  place.over_rows(problem, [&](int64_t n, int64_t p) {
+  place.over_rows(problem, [&](int64_t n, int p) {
     const T* x = x_ptr + n * problem.x_stride_n + c;
     const Taps h = taps_of(problem.h, p);
+    const int h_begin = h.begin, h_end = h.end;
     float sums[LANES] = {};
-    const auto load = [&](int64_t ih, int64_t iw) {
-      return __ldg(
-          reinterpret_cast<const Pack*>(x + ih * problem.x_stride_h + iw * problem.x_stride_w));
+    const auto load = [&](int ih, int iw) {
+      return __ldg(reinterpret_cast<const Pack*>(x + (ih * row_stride + iw * column_stride)));
     };
     const auto add = [&](const Pack& pack) {
       T elements[LANES];
@@ -53,17 +55,17 @@ __global__ void __launch_bounds__(THREADS)
       for (int r = 0; r < KERNEL; ++r)
 #pragma unroll
         for (int s = 0; s < KERNEL; ++s)
-          if (h.begin + r < h.end && w.begin + s < w.end)
-            taps[r][s] = load(h.begin + r, w.begin + s);
+          if (h_begin + r < h_end && w_begin + s < w_end)
+            taps[r][s] = load(h_begin + r, w_begin + s);
 #pragma unroll
       for (int r = 0; r < KERNEL; ++r)
 #pragma unroll
         for (int s = 0; s < KERNEL; ++s)
-          if (h.begin + r < h.end && w.begin + s < w.end) add(taps[r][s]);
+          if (h_begin + r < h_end && w_begin + s < w_end) add(taps[r][s]);
     } else {
-      for (int64_t ih = h.begin; ih < h.end; ++ih)
+      for (int ih = h_begin; ih < h_end; ++ih)
 #pragma unroll 4
-        for (int64_t iw = w.begin; iw < w.end; ++iw) add(load(ih, iw));
+        for (int iw = w_begin; iw < w_end; ++iw) add(load(ih, iw));
     }
     const int64_t taps = average.counted(problem.h, p, h) * w_counted;
     T elements[LANES];
@@ -72,8 +74,9 @@ __global__ void __launch_bounds__(THREADS)
       elements[lane] = Number<T>::narrow(average.of(sums[lane], taps));
     Pack pooled;
     memcpy(&pooled, elements, sizeof(Pack));
-    T* out = out_ptr + n * problem.out_stride_n + p * problem.out_stride_h +
-             q * problem.out_stride_w + c;
+    const int offset =
+        p * static_cast<int>(problem.out_stride_h) + q * static_cast<int>(problem.out_stride_w) + c;
+    T* out = out_ptr + n * problem.out_stride_n + offset;
     *reinterpret_cast<Pack*>(out) = pooled;
   });
 }

@@ -6,8 +6,6 @@
 namespace cvkernels::batch_norm_act {
 namespace {
 
-// Most blocks whose sums are finished together: four for each multiprocessor of an H100.
-constexpr int64_t PARTS = 528;
 // Pixels of one thread in the passes that sum nothing, enough to pay for the vectors it reads.
 constexpr int64_t STREAMED = 2 * PIXELS;
 
@@ -25,17 +23,17 @@ struct Blocks {
   int64_t share;
 };
 
-// Blocks whose threads have `pixels` pixels each, or more where that were over `most_parts`.
+// Blocks whose threads have `pixels` pixels each, or more where that were over `most` blocks.
 template <int LANES>
-Blocks blocks_for(const Matrix& x, int64_t pixels, int64_t most_parts) {
+Blocks blocks_for(const Matrix& x, int64_t pixels, int64_t most) {
   const int64_t packed = x.C / LANES;
   const int64_t columns = std::min<int64_t>(packed, COLUMNS);
   const int64_t of_block = THREADS / columns * pixels;
+  const int64_t across = (packed + columns - 1) / columns;
   const int64_t parts =
-      std::max<int64_t>(1, std::min((x.pixels + of_block - 1) / of_block, most_parts));
-  return {
-      dim3(static_cast<unsigned>(parts), static_cast<unsigned>((packed + columns - 1) / columns)),
-      (x.pixels + parts - 1) / parts};
+      std::max<int64_t>(1, std::min((x.pixels + of_block - 1) / of_block, most / across));
+  return {dim3(static_cast<unsigned>(parts), static_cast<unsigned>(across)),
+          (x.pixels + parts - 1) / parts};
 }
 
 // Calls launch.operator()<LANES>() with 16 bytes of T, or with one element.
@@ -68,7 +66,9 @@ struct OnCuda : Cuda {
     const T* x_ptr = static_cast<const T*>(x);
     constexpr int WIDE = sizeof(Pack) / sizeof(T);
     with_lanes<T>(map, packs<T, WIDE>(x_ptr, map.C, map.stride), [&]<int LANES>() {
-      const auto [grid, share] = blocks_for<LANES>(map, PIXELS, PARTS);
+      const int64_t most =
+          cuda.resident_blocks(batch_norm_act_statistics_kernel<T, LANES>, THREADS);
+      const auto [grid, share] = blocks_for<LANES>(map, PIXELS, most);
       const Tensor partial = cuda.floats(int64_t(grid.x) * 2 * map.C);
       float* partial_ptr = static_cast<float*>(partial.mutable_data_ptr());
       batch_norm_act_statistics_kernel<T, LANES>
@@ -116,12 +116,19 @@ struct OnCuda : Cuda {
                         packs<T, WIDE>(maps.grad_residual, map.C) &&
                         packs<float, WIDE>(maps.total, map.C);
     with_lanes<T>(map, packed, [&]<int LANES>() {
-      const auto [grid, share] = blocks_for<LANES>(map, PIXELS, PARTS);
-      const Tensor partial = cuda.floats(int64_t(grid.x) * 2 * map.C);
-      float* partial_ptr = static_cast<float*>(partial.mutable_data_ptr());
-      const auto launch = [&, grid = grid, share = share](auto activation, auto with) {
+      const auto launch = [&](auto activation, auto with) {
+        using Activation = decltype(activation);
+        using With = decltype(with);
+        const int64_t most =
+            cuda.resident_blocks(batch_norm_act_reduce_kernel<T, LANES, Activation, With>, THREADS);
+        const auto [grid, share] = blocks_for<LANES>(map, PIXELS, most);
+        const Tensor partial = cuda.floats(int64_t(grid.x) * 2 * map.C);
+        float* partial_ptr = static_cast<float*>(partial.mutable_data_ptr());
         batch_norm_act_reduce_kernel<T, LANES><<<grid, THREADS, 0, cuda.stream>>>(
             grad_ptr, x_ptr, partial_ptr, map, share, grad.stride, bn, activation, with);
+        batch_norm_act_reduce_finish_kernel<T>
+            <<<finish_grid(map.C), dim3(FINISH_CHANNELS, FINISH_ROWS), 0, cuda.stream>>>(
+                partial_ptr, grid.x, map, bn, results);
       };
       const auto bounded = Bounded<float>::of(act == Act::RELU);
       if (act == Act::SILU)
@@ -134,9 +141,6 @@ struct OnCuda : Cuda {
         launch(bounded, IntoTotal{static_cast<float*>(maps.total.data), maps.total.stride});
       else
         launch(bounded, Alone{});
-      batch_norm_act_reduce_finish_kernel<T>
-          <<<finish_grid(map.C), dim3(FINISH_CHANNELS, FINISH_ROWS), 0, cuda.stream>>>(
-              partial_ptr, grid.x, map, bn, results);
     });
   }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "batch_norm_act/pixels.cuh"
 
@@ -58,7 +59,7 @@ __device__ void pivots(float (&pivot)[LANES], const T* x_ptr, const Matrix& x, i
 // partial[part, 0, c] = the mean of x - pivot over the block's pixels, partial[part, 1, c] the sum
 // of squared distances from it; the pivot keeps the means small, and so their digits.
 template <typename T, int LANES>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 3)
     batch_norm_act_statistics_kernel(const T* x_ptr,      // [pixels, C]
                                      float* partial_ptr,  // [gridDim.x, 2, C]
                                      Matrix x, int64_t share) {
@@ -198,9 +199,15 @@ struct OfOutput {
   };
 };
 
+// Blocks of a multiprocessor: as many as the registers of the work allow without spills. Told of
+// none, ptxas saves registers by loading late.
+template <typename Activation, typename With = Alone>
+constexpr int BLOCKS =
+    std::is_same_v<Activation, Silu<float>> || std::is_same_v<With, IntoTotal> ? 2 : 3;
+
 // partial[part, 0, c] = sum of dy, partial[part, 1, c] = sum of dy * (x - mean).
 template <typename T, int LANES, typename Activation, typename With>
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS, (BLOCKS<Activation, With>))
     batch_norm_act_reduce_kernel(const T* grad_ptr,   // [pixels, C]
                                  const T* x_ptr,      // [pixels, C]
                                  float* partial_ptr,  // [gridDim.x, 2, C]
@@ -252,7 +259,7 @@ __global__ void __launch_bounds__(FINISH_CHANNELS* FINISH_ROWS)
 
 // out = dy * scale + (x - mean) * slope + offset.
 template <typename T, typename G, int LANES, typename Activation>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, BLOCKS<Activation>)
     batch_norm_act_input_gradient_kernel(const G* grad_ptr,  // [pixels, C]
                                          const T* x_ptr,     // [pixels, C]
                                          T* out_ptr,         // [pixels, C], may be grad or x

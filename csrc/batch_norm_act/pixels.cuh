@@ -17,8 +17,9 @@ constexpr int THREADS = 256;
 constexpr int COLUMNS = 32;
 // Pixels of one thread whose loads are in flight at once, of one map and of two.
 constexpr int PIXELS = 4, PIXELS_OF_TWO = 2;
-// How a block shares out the channels and the parts whose sums it finishes.
-constexpr int FINISH_CHANNELS = 32, FINISH_ROWS = 32;
+// How a block shares out the channels and the parts whose sums it finishes: a sector of channels,
+// so that few of them still make several blocks.
+constexpr int FINISH_CHANNELS = 8, FINISH_ROWS = 64;
 
 // Which pixels and channels a thread has.
 struct Place {
@@ -164,15 +165,16 @@ __device__ bool add_parts(int64_t parts, bool inside, double& first, double& sec
       first += part_first;
       second += part_second;
     }
-  shared[0][threadIdx.y][threadIdx.x] = first;
-  shared[1][threadIdx.y][threadIdx.x] = second;
-  __syncthreads();
-  if (threadIdx.y != 0 || !inside) return false;
-  for (int row = 1; row < FINISH_ROWS; ++row) {
-    first += shared[0][row][threadIdx.x];
-    second += shared[1][row][threadIdx.x];
+  for (int rows = FINISH_ROWS; rows > 1; rows /= 2) {
+    shared[0][threadIdx.y][threadIdx.x] = first;
+    shared[1][threadIdx.y][threadIdx.x] = second;
+    __syncthreads();
+    if (int(threadIdx.y) < rows / 2) {
+      first += shared[0][threadIdx.y + rows / 2][threadIdx.x];
+      second += shared[1][threadIdx.y + rows / 2][threadIdx.x];
+    }
   }
-  return true;
+  return inside && threadIdx.y == 0;
 }
 
 }  // namespace cvkernels::batch_norm_act

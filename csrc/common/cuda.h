@@ -6,7 +6,11 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
 #include <initializer_list>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "check.h"
 
@@ -29,6 +33,22 @@ struct Cuda {
          Cuda{x.device(), static_cast<cudaStream_t>(stream)});
     const cudaError_t error = cudaGetLastError();
     CVK_CHECK(op, error == cudaSuccess, "the kernel launch failed: ", cudaGetErrorString(error));
+  }
+
+  // Blocks of a kernel that the current device, this one, runs at once; asked once for each.
+  template <typename Kernel>
+  int64_t resident_blocks(Kernel* kernel, int threads) const {
+    static std::mutex mutex;
+    static std::map<std::pair<Kernel*, int>, int64_t> known;
+    const std::lock_guard lock(mutex);
+    const auto [found, is_new] = known.try_emplace({kernel, device.index()}, 0);
+    if (is_new) {
+      int of_multiprocessor = 0, multiprocessors = 0;
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_multiprocessor, kernel, threads, 0);
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device.index());
+      found->second = std::max(1, of_multiprocessor) * std::max(1, multiprocessors);
+    }
+    return found->second;
   }
 
   // Memory for `count` floats.

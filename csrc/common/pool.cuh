@@ -17,8 +17,8 @@ constexpr int THREADS = 128;
 template <typename T>
 struct PackPlace {
   static constexpr int LANES = sizeof(Pack) / sizeof(T);
-  // Most output rows, which 32 bits count and step through.
-  static constexpr int64_t ROWS_MAX = std::numeric_limits<int32_t>::max();
+  // Most output rows, and elements of an image: 32 bits count them and step through them.
+  static constexpr int64_t MOST = std::numeric_limits<int32_t>::max();
 
   int q, c;
   bool inside;
@@ -40,7 +40,16 @@ struct PackPlace {
                     problem.x_stride_h, problem.x_stride_w) &&
            packable(out, problem.C, sizeof(T), problem.out_stride_n, problem.out_stride_c,
                     problem.out_stride_h, problem.out_stride_w) &&
-           columns(problem) <= GRID_Y_MAX && problem.N * problem.P <= ROWS_MAX;
+           columns(problem) <= GRID_Y_MAX && problem.N * problem.P <= MOST &&
+           extent(problem.h.size, problem.x_stride_h, problem.w.size, problem.x_stride_w) <=
+               MOST - problem.C &&
+           extent(problem.P, problem.out_stride_h, problem.Q, problem.out_stride_w) <=
+               MOST - problem.C;
+  }
+
+  // Elements from an image's first pixel to its last.
+  static int64_t extent(int64_t rows, int64_t row_stride, int64_t columns, int64_t column_stride) {
+    return (rows - 1) * row_stride + (columns - 1) * column_stride;
   }
 
   // Calls body(n, p) for the rows of this block.
@@ -48,7 +57,7 @@ struct PackPlace {
   __device__ void over_rows(const Problem& problem, Body&& body) const {
     const uint32_t P = problem.P, rows = problem.N * problem.P;
     for (uint32_t row = blockIdx.x; row < rows; row += gridDim.x)
-      body(int64_t(row / P), int64_t(row % P));
+      body(int64_t(row / P), static_cast<int>(row % P));
   }
 };
 

@@ -45,7 +45,7 @@ __device__ Pack max_of(Pack best, Pack next) {
           WordMax<T>::max(best.z, next.z), WordMax<T>::max(best.w, next.w)};
 }
 
-__device__ inline int64_t clamp(int64_t index, int64_t size) {
+__device__ inline int clamp(int index, int size) {
   return index < 0 ? 0 : (index < size ? index : size - 1);
 }
 
@@ -64,18 +64,18 @@ __global__ void __launch_bounds__(THREADS)
   const auto place = PackPlace<T>::of(problem);
   if (!place.inside) return;
   const int q = place.q, c = place.c;
+  const int row_stride = problem.x_stride_h, column_stride = problem.x_stride_w;
 
-  place.over_rows(problem, [&](int64_t n, int64_t p) {
+  place.over_rows(problem, [&](int64_t n, int p) {
     const T* x = x_ptr + n * problem.x_stride_n + c;
     const uint32_t lowest = WordMax<T>::lowest();
     Pack best{lowest, lowest, lowest, lowest};
-    const auto load = [&](int64_t ih, int64_t iw) {
-      return __ldg(
-          reinterpret_cast<const Pack*>(x + ih * problem.x_stride_h + iw * problem.x_stride_w));
+    const auto load = [&](int ih, int iw) {
+      return __ldg(reinterpret_cast<const Pack*>(x + (ih * row_stride + iw * column_stride)));
     };
     if constexpr (KERNEL > 0) {
-      const int64_t h_begin = p * problem.h.stride - problem.h.padding;
-      const int64_t w_begin = q * problem.w.stride - problem.w.padding;
+      const int h_begin = p * static_cast<int>(problem.h.stride) - problem.h.padding;
+      const int w_begin = q * static_cast<int>(problem.w.stride) - problem.w.padding;
       Pack taps[KERNEL][KERNEL];
 #pragma unroll
       for (int r = 0; r < KERNEL; ++r)
@@ -89,12 +89,13 @@ __global__ void __launch_bounds__(THREADS)
     } else {
       const Taps h = taps_of(problem.h, p);
       const Taps w = taps_of(problem.w, q);
-      for (int64_t ih = h.begin; ih < h.end; ih += problem.h.dilation)
-        for (int64_t iw = w.begin; iw < w.end; iw += problem.w.dilation)
+      for (int ih = h.begin; ih < h.end; ih += problem.h.dilation)
+        for (int iw = w.begin; iw < w.end; iw += problem.w.dilation)
           best = max_of<T>(best, load(ih, iw));
     }
-    T* out = out_ptr + n * problem.out_stride_n + p * problem.out_stride_h +
-             q * problem.out_stride_w + c;
+    const int offset =
+        p * static_cast<int>(problem.out_stride_h) + q * static_cast<int>(problem.out_stride_w) + c;
+    T* out = out_ptr + n * problem.out_stride_n + offset;
     *reinterpret_cast<Pack*>(out) = best;
   });
 }
