@@ -51,6 +51,7 @@ class Found(NamedTuple):
     operands: tuple[Any, ...]
     layer: str
     work: Work
+    dtype: str  # of the network
 
 
 class _Shaped(Tensor):
@@ -107,7 +108,7 @@ def launches_of(name: str, batch: int, dtype: str, arch: int) -> list[Found]:
                 layer, works = f"{name} {step.layer or step.op.name}", plan.work.get(step, ())
                 for number, (launch, operands) in enumerate(launched[before:]):
                     work = works[number] if number < len(works) else Work(0, 0)
-                    found.append(Found(launch, operands, layer, work))
+                    found.append(Found(launch, operands, layer, work, dtype))
     return found
 
 
@@ -143,7 +144,8 @@ def row_of(launches: list[Found], arch: int) -> dict[str, Any]:
     """Compile the largest of launches that have one machine code: what the table shows of them."""
     from benchmarks import machine_code
 
-    launch, operands, layer, work = max(launches, key=lambda f: f.work.read + f.work.written)
+    largest = max(launches, key=lambda f: f.work.read + f.work.written)
+    launch, operands, layer, work, dtype = largest
     found = machine_code.disassemble(launch, operands, arch)
     warps = launch.meta.get("num_warps", 4)
     gpu = model_of(divmod(arch, 10))
@@ -152,7 +154,7 @@ def row_of(launches: list[Found], arch: int) -> dict[str, Any]:
     return {
         "layer": layer,
         "launches": len(launches),
-        "dtype": str(operands[0].dtype).removeprefix("torch."),
+        "dtype": dtype,
         "shapes": ["x".join(map(str, tensor.shape)) for tensor in tensors[:2]],
         "tile": {name: launch.meta[name] for name in TILES if name in launch.meta},
         "warps": warps,
