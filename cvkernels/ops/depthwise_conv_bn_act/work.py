@@ -9,13 +9,14 @@ from __future__ import annotations
 from cvkernels.ops.common.tiles import cdiv
 from cvkernels.ops.common.traffic import Traffic
 from cvkernels.ops.common.work import GPU, Work, occupancy, streaming
+from cvkernels.ops.depthwise_conv_bn_act import cuda
 from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
 from cvkernels.ops.depthwise_conv_bn_act.tiling import tiling
 
 # A thread's, for each element of its tile, by the filter's size and the stride.
 TRITON = {(3, 1): 49.0, (3, 2): 67.0, (5, 1): 85.0, (5, 2): 131.0}
-# ASSUMED of a kernel with sliding windows in registers, until its code is counted.
-CUDA = {(3, 1): 18.0, (3, 2): 26.0, (5, 1): 34.0, (5, 2): 46.0}
+# Of the CUDA C++ kernel's main loop, with SiLU and sums in bfloat16; those of stride 2 ASSUMED.
+CUDA = {(3, 1): 18.1, (3, 2): 26.0, (5, 1): 36.1, (5, 2): 46.0}
 REGISTERS = 128
 
 
@@ -26,7 +27,7 @@ def of(problem: DepthwiseProblem, name: str, gpu: GPU) -> tuple[Work, ...]:
     if name == "triton":
         return triton(problem, gpu)
     if name == "cuda":
-        return (cuda(problem, gpu),)
+        return cuda_kernel(problem, gpu)
     return ()
 
 
@@ -53,22 +54,26 @@ def triton(problem: DepthwiseProblem, gpu: GPU) -> tuple[Work, ...]:
     return (work, *(streaming(Traffic(1, sums, 0)) if sums and tile.bands > 1 else ()))
 
 
-def cuda(problem: DepthwiseProblem, gpu: GPU) -> Work:
-    """A thread has 8 channels of a strip of 8 columns and goes down the rows of x."""
-    p, size = problem, problem.dtype.itemsize
-    vec, strip, threads = 16 // size, 8, 256
-    elements = p.N * p.P * cdiv(p.Q, strip) * strip * p.C
-    programs = cdiv(p.N * p.C // vec * cdiv(p.Q, strip), threads)
-    bands = max(1, min(p.P // 4, cdiv(4 * gpu.sms, programs)))
-    programs *= bands
-    columns = (strip - 1) * p.stride[1] + p.S
-    return Work(
+def cuda_kernel(problem: DepthwiseProblem, gpu: GPU) -> tuple[Work, ...]:
+    """A block goes down the rows of its bands; rows of x come by copies that run ahead."""
+    p, size, stride = problem, problem.dtype.itemsize, problem.stride[0]
+    cut = cuda.cut(p, gpu.capability)
+    blocks, units = cut.blocks(p), cut.images * cut.bands
+    channels = 4 if (size, p.R, stride) == (2, 3, 1) else 2  # of a thread
+    # rows of out, those before the first of a band, and the filter
+    rows = cut.band_rows + (p.R - 1) / stride + 3
+    outputs = cuda.THREADS * cuda.STRIP * channels * rows
+    row = cuda.PIXEL * ((cut.strips * cuda.STRIP - 1) * stride + p.R)
+    work = Work(
         p.bytes_read,
         p.bytes_written,
-        programs=programs,
-        per_sm=2,
-        l2=p.bytes_read / programs * columns / (strip * p.stride[1]),
-        instructions=elements / 32 / programs * CUDA.get((p.R, p.stride[0]), CUDA[5, 1]),
-        steps=cdiv(p.P, bands),
-        in_flight=threads * 16 * columns,
+        programs=blocks,
+        per_sm=cuda.BLOCKS,
+        l2=units * row * (cut.band_rows * stride + p.R - stride),
+        instructions=outputs / 32 * CUDA.get((p.R, stride), CUDA[5, 1]),
+        waits=3,
+        in_flight=2 * units * row,
     )
+    parts = cut.parts(p)
+    sums = 4 * p.N * p.C * parts if p.squeeze and parts > 1 else 0
+    return (work, *(streaming(Traffic(1, sums, 4 * p.N * p.C)) if sums else ()))
