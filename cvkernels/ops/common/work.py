@@ -41,7 +41,8 @@ class GPU(NamedTuple):
     shared_size: int  # bytes of an SM's shared memory that programs can have
 
 
-# None of these was fitted to a measurement of the library's kernels.
+# None of these was fitted to a measurement, and none to a target. ``exposed`` was chosen with another
+# model's figures of the same kernels in view, which it brings this one close to.
 H200 = GPU(
     name="NVIDIA H200",
     capability=(9, 0),
@@ -57,7 +58,7 @@ H200 = GPU(
     step=0.28e-6,  # ASSUMED
     kernel=1.0e-6,  # ASSUMED
     dependent=0.4e-6,  # ASSUMED: programmatic dependent launch saves 0.5 to 1 us
-    exposed=0.25,  # ASSUMED: programs load, multiply and store in turn, and few share an SM
+    exposed=0.25,  # ASSUMED, as said: programs load, multiply and store in turn, few on an SM
     registers=65536,  # architecture
     shared_size=228 * 1024,  # architecture
 )
