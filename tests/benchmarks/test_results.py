@@ -119,3 +119,11 @@ def test_machine_names_are_short(monkeypatch):
     assert results.machine_name(torch.device("cpu")) == "xeon-4core"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     assert results.machine_name(torch.device("cuda")) == "h200"
+
+
+def test_a_machine_without_these_results_has_no_tables(folder):
+    other = folder.parent / "h200"
+    other.mkdir()
+    (other / "first_light.json").write_text("{}")
+    (other / "NOTES.md").write_text("")
+    assert results.machine_folders(folder.parent) == [folder]
