@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -140,6 +141,19 @@ class Plan:
                 env[number] = None
         self._give_back(env)
         return found
+
+    def each_step(self, x: Tensor) -> Iterator[tuple[Step, Callable[[], None]]]:
+        """The steps of a call in their order, each with what runs it; it is to run before the next
+        one is asked for, and may run several times."""
+        env = self._idle_env()
+        env.programs.clear()  # the steps make their tensors anew
+        env[0] = x.contiguous(memory_format=torch.channels_last)
+        for step, run in self.steps:
+            if run is not None:
+                yield step, functools.partial(run, env)
+        for number in {*self.memory.index.values()} - self.fixed:
+            env[number] = None
+        self._give_back(env)
 
     def drop_arenas(self) -> list[Env]:
         """The idle arenas, which later calls get no more."""
