@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import ctypes
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -30,14 +31,25 @@ POLL = 0.1
 GRACE = 15.0  # of a step's seconds, its last ones start no further item
 STARTS = 4  # of one step in a run: after an item that hangs or breaks CUDA a new process goes on
 BATCH = 128
+LOG_BYTES = 2**22  # of earlier runs, kept
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="in all, at most")
+    parser.add_argument("--seconds", type=seconds_of, default=SECONDS, help="in all, at most")
     parser.add_argument("--rehearse", action="store_true", help="all of it without a GPU, tiny")
     parser.add_argument(
         "--results", "--json", type=Path, metavar="FOLDER", help="where first_light.json lies"
     )
+
+
+def seconds_of(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not LEAST <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least {LEAST:g}, got {text!r}")
+    return seconds
 
 
 def main(options: argparse.Namespace) -> int:
@@ -72,6 +84,9 @@ class Run:
         self.start = time.monotonic()
         self.end = self.start + seconds
         self.saved = Saved(folder, rehearsal)
+        self.log = folder / "first_light.log"
+        if self.log.exists() and self.log.stat().st_size > LOG_BYTES:
+            self.log.unlink()
         self.steps = chosen
         self.rehearsal = rehearsal
         self.setting: dict[str, Any] = {"rehearsal": rehearsal, "batch": BATCH}
@@ -142,7 +157,7 @@ class Run:
             "skip": sorted(tried | (self.saved.settled(step.name) - {"facts"})),
             "last": sorted(self.saved.step(step.name)["items"]), "setting": self.setting,
             "part": str(self.saved.part),
-            "log": str(self.saved.path.with_suffix(".log")),
+            "log": str(self.log),
             "seconds": seconds - min(GRACE, seconds / 3),
         }  # fmt: skip
         self.saved.drop_part()

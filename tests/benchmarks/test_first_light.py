@@ -173,6 +173,20 @@ def test_folders_that_cannot_be_used_are_refused_at_once(tmp_path, capsys):
         Saved(tmp_path / "gpu", rehearsal=True)
 
 
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon"])
+def test_seconds_that_measure_nothing_are_refused(seconds, capsys):
+    with pytest.raises(SystemExit):
+        main(["first_light", "--rehearse", f"--seconds={seconds}"])
+    assert "must be a number of at least 8" in capsys.readouterr().err
+
+
+def test_a_large_log_is_begun_anew(tmp_path):
+    for size, kept in ((100, True), (2**22 + 1, False)):
+        (tmp_path / "first_light.log").write_bytes(b"\0" * size)
+        run(tmp_path, "30", "one")
+        assert ((tmp_path / "first_light.log").stat().st_size >= size) == kept
+
+
 def test_what_a_killed_run_left_in_a_part_is_taken(tmp_path):
     saved = Saved(tmp_path, True)
     row = {"id": "1", "status": "done"}

@@ -46,7 +46,7 @@ def compile_all(
     executor = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), "compile")
     launched = [one for one in launched if isinstance(one[1].launch.kernel, JITFunction)]
     try:
-        with _one_at_a_time, _without_collector():
+        with _one_at_a_time, _without_collector(), _on(device):
             return contextvars.copy_context().run(_compile, launched, device, bar, executor)
     except BaseException:
         _forget_unfinished(launched)
@@ -111,8 +111,13 @@ def _forget_unfinished(launched: Iterable[tuple[str, Launched]]) -> None:
 def _load(kernel: Any, device: torch.device | None) -> None:
     """Build the kernel's launcher and load its code, as the first launch would."""
     if device is not None:
-        with torch.cuda.device(device):
+        with _on(device):
             _ = kernel.run
+
+
+def _on(device: torch.device | None) -> AbstractContextManager[object]:
+    """The device as the current one, which Triton compiles for and loads on."""
+    return contextlib.nullcontext() if device is None else torch.cuda.device(device)
 
 
 @contextlib.contextmanager
