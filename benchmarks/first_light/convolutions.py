@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from benchmarks import tune
 from benchmarks.first_light.setting import Setting, cudnn_benchmark, timed
 from benchmarks.harness.machine import Machine, Timed
 from benchmarks.harness.sticky import check_context
 from cvkernels import backend as backends
+from cvkernels.ops.common.norm import fold
 from cvkernels.ops.conv_bn_act import tuning
 from cvkernels.ops.conv_bn_act.problem import Problem
 from cvkernels.tables import first_line
@@ -89,7 +91,9 @@ def candidates(setting: Setting, problem: Problem, given: tune.Operands) -> dict
         found[name] = tune.runner(problem, config, given)
     for benchmark in (False, True):
         word = "benchmark" if benchmark else "first answer"
-        found[f"convolution + relu, {word}"] = with_cudnn(plain(problem, given), benchmark)
+        if not problem.has_prologue:
+            call = with_cudnn(plain(problem, given), benchmark)
+            found[f"convolution + {problem.act}, {word}"] = call
         if any(c.backend == "cudnn" for c in (first, *others)) and not setting.rehearsal:
             run = tune.runner(problem, replace(first, backend="cudnn"), given)
             found[f"cudnn fused, {word}"] = with_cudnn(run, benchmark)
@@ -105,8 +109,19 @@ def with_cudnn(call: Call, benchmark: bool) -> Call:
 
 
 def plain(problem: Problem, given: tune.Operands) -> Call:
-    """The reference in this dtype: aten's convolution, and the rest as PyTorch's own kernels."""
-    return functools.partial(tune.exact, problem, given, problem.dtype)
+    """aten's convolution with folded weights, then shortcut and activation in place."""
+    p = problem
+    weight, bias = fold(given.weight, given.bias, given.bn)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    geometry = (p.stride, p.padding, p.dilation, False, (0, 0), p.groups)
+
+    def run() -> Tensor:
+        y = torch.convolution(given.x, weight, bias, *geometry)
+        if given.residual is not None:
+            y.add_(given.residual)
+        return y if p.act == "none" else getattr(functional, p.act)(y, inplace=True)
+
+    return run
 
 
 def products(problem: Problem, given: tune.Operands) -> dict[str, Call]:
