@@ -17,12 +17,13 @@ import threading
 import time
 import traceback
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.first_light.saved import write_json
+from benchmarks.harness.sticky import STATUS, ContextLost, check_context
 
-LOST = 75  # the process cannot use CUDA any more, see benchmarks.harness.sticky
 START = "its start"
 
 
@@ -90,27 +91,20 @@ def run(request: dict[str, Any]) -> int:
         part.running(key)
         start = time.perf_counter()
         try:
-            row = {"status": "done", **(measure() or {})}
-        except Exception as error:  # noqa: BLE001 - the other items count too
-            traceback.print_exc()
-            first_line = (str(error).splitlines() or [""])[0]
-            row = {"status": "failed", "note": f"{type(error).__name__}: {first_line}"}
-            if lost := lost_cuda(error):
-                part.put(key, {"status": "lost CUDA", "note": lost})
-                return LOST
+            row = attempt(measure)
+        except ContextLost as error:
+            part.put(key, {"status": "lost CUDA", "note": str(error)})
+            return STATUS
         part.put(key, {**row, "seconds": round(time.perf_counter() - start, 2)})
     part.end()
     return 0
 
 
-def lost_cuda(error: Exception) -> str:
-    """Why this process can use CUDA no more; empty where it can."""
-    if "torch" not in sys.modules:
-        return ""
-    from benchmarks.harness.sticky import ContextLost, check_context
-
+def attempt(measure: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
     try:
+        return {"status": "done", **(measure() or {})}
+    except Exception as error:  # noqa: BLE001 - the other items count too
+        traceback.print_exc()
         check_context(error)
-    except ContextLost as lost:
-        return str(lost)
-    return ""
+        first_line = (str(error).splitlines() or [""])[0]
+        return {"status": "failed", "note": f"{type(error).__name__}: {first_line}"}

@@ -94,12 +94,14 @@ def test_an_item_that_hangs_is_ended_and_the_rest_goes_on(tmp_path):
 
 
 def test_a_process_that_dies_is_replaced_for_the_other_items(tmp_path):
-    process = run(tmp_path, "30", "dies", "fails")
+    process = run(tmp_path, "30", "dies", "fails", "loses")
     assert process.returncode == 1
     assert statuses(tmp_path) == {
-        "dying": "died", "left": "done", "failing": "failed", "fine": "done"
+        "dying": "died", "left": "done", "failing": "failed", "fine": "done",
+        "losing": "lost CUDA", "rest": "done",
     }  # fmt: skip
     rows = items_of(tmp_path)
+    assert rows["loses", "losing"]["note"] == "CUDA is lost to this process"
     assert rows["dies", "dying"]["note"] == "the process ended with status 3"
     assert rows["fails", "failing"]["note"] == "ValueError: no such"
     for _ in range(2):  # what failed is tried once more, and then no more

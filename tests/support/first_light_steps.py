@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks.first_light import runner
 from benchmarks.first_light.steps import Step
+from benchmarks.harness.sticky import ContextLost
 
 HERE = "tests.support.first_light_steps"
 
@@ -31,6 +32,10 @@ def fail():
     raise ValueError("no such\nthing")
 
 
+def lose():
+    raise ContextLost("CUDA is lost to this process")
+
+
 def items(setting, kind):
     if kind == "machine":
         yield "facts", lambda: {"batch": 2}
@@ -40,6 +45,8 @@ def items(setting, kind):
         yield from (noted("before"), noted("hanging", lambda: time.sleep(60)), noted("after"))
     elif kind == "dies":
         yield from (noted("dying", lambda: os._exit(3)), noted("left"))
+    elif kind == "loses":
+        yield from (noted("losing", lose), noted("rest"))
     elif kind == "fails":
         yield from (noted("failing", fail), noted("fine"))
     else:
