@@ -61,7 +61,7 @@ def main(request: dict[str, Any]) -> None:
     """In a process group of its own, which ends when the runner does."""
     os.setsid()
     threading.Thread(target=end_with_runner, daemon=True).start()
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.exit(run(request))
