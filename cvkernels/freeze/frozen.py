@@ -220,8 +220,8 @@ class Frozen(nn.Module):
     Several threads may call it at once, with equal results. It can be pickled and deep-copied; what
     is derived from the weights is derived again. It has no parameters: ``state_dict`` is empty. It
     computes in its dtype, under torch.autocast too, and by the backends of its plans, whatever
-    :func:`cvkernels.backend.use` asks for. On CPU an image that holds NaN or infinity gives NaN; on a
-    GPU a first convolution of stride 2 also spreads it to the output beside those whose window
+    :func:`cvkernels.backend.use` asks for. On CPU an image that holds NaN or infinity gives NaN; on
+    a GPU a first convolution of stride 2 also spreads it to the output beside those whose window
     holds it.
     """
 

@@ -41,8 +41,8 @@ class GPU(NamedTuple):
     shared_size: int  # bytes of an SM's shared memory that programs can have
 
 
-# None of these was fitted to a measurement, and none to a target. ``exposed`` was chosen with another
-# model's figures of the same kernels in view, which it brings this one close to.
+# None of these was fitted to a measurement, and none to a target. ``exposed`` was chosen with
+# another model's figures of the same kernels in view, which it brings this one close to.
 H200 = GPU(
     name="NVIDIA H200",
     capability=(9, 0),
