@@ -81,12 +81,17 @@ def disassemble(launch: Launch, operands: tuple, arch: int) -> dict[str, Any]:
 
 def _inspected(launch: Launch, compiled: Any, arch: int) -> dict[str, Any]:
     ptx = compiled.asm["ptx"]
+    (needs,) = resources(compiled.asm["cubin"]).values()
+    has_matrix = re.search(r"\b(mma\.sync|wgmma\.|tcgen05\.mma)", ptx)
     return {
         "kernel": launch.kernel.__name__,
         "arch": arch,
         "grid": launch.grid,
         "shared": compiled.metadata.shared,
-        **resources(compiled.asm["cubin"]),
+        "registers": needs.registers,
+        "stack": needs.stack,
+        "local": needs.local,
+        "waits_for": 0 if has_matrix else bytes_per_thread(sass_of(compiled.asm["cubin"])),
         "wgmma": ptx.count("wgmma.mma_async"),
         "tcgen05": ptx.count("tcgen05.mma"),
         "unfenced": unfenced(ptx),
@@ -116,11 +121,70 @@ def unfenced(ptx: str) -> int:
     return count
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and spills per thread, from the cubin's own resource table."""
-    text = _run("cuobjdump", "-res-usage", cubin)
-    found = {name.lower(): int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return {"registers": found["reg"], "stack": found["stack"], "local": found["local"]}
+class Resources(NamedTuple):
+    """What a kernel needs: registers, stack and spills of a thread, shared bytes of a block."""
+
+    registers: int
+    stack: int
+    local: int
+    static_shared: int
+
+
+def resources(cubin: bytes) -> dict[str, Resources]:
+    """Of each kernel by its mangled name, from the cubin's own resource table."""
+    usage = re.findall(r"Function (\S+?):\n(.*)", _run("cuobjdump", "-res-usage", cubin))
+    found = {}
+    for name, text in usage:
+        n = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", text)}
+        found[name] = Resources(n["REG"], n["STACK"], n["LOCAL"], n["SHARED"])
+    return found
+
+
+def kernels_in(cubin: bytes) -> dict[str, tuple[Resources, str]]:
+    """The resources and the machine code of each kernel, by its mangled name."""
+    parts = re.split(r"\n\s*Function : (\S+)\n", _run("cuobjdump", "-sass", cubin))
+    needs = resources(cubin)
+    codes = zip(parts[1::2], parts[2::2], strict=True)
+    return {name: (needs[name], sass) for name, sass in codes}
+
+
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+
+
+def bytes_per_thread(sass: str) -> int:
+    """Most bytes from global memory that a thread waits for at once.
+
+    The code is read from top to bottom. A load is on its way until an instruction names a register
+    that it fills; an asynchronous copy, until a barrier waits for its group.
+    """
+    most = 0
+    loads: dict[int, int] = {}  # first register: bytes
+    groups: list[int] = []
+    open_group = 0
+    for opcode, operands in _INSTRUCTION.findall(sass):
+        name, *modifiers = opcode.split(".")
+        size = next((int(m) for m in modifiers if m in ("128", "64")), 32) // 8
+        if name == "LDG":
+            target, _, operands = operands.partition(",")
+            size = 2 if {"U16", "S16"} & set(modifiers) else size
+        used = {int(r) for r in re.findall(r"\bR(\d+)", operands)}
+        loads = {
+            first: filled
+            for first, filled in loads.items()
+            if used.isdisjoint(range(first, first + max(1, filled // 4)))
+        }
+        if name == "LDG":
+            loads[int(target.strip().removeprefix("R"))] = size
+        elif name == "LDGSTS":
+            open_group += size
+        elif name == "LDGDEPBAR":
+            groups.append(open_group)
+            open_group = 0
+        elif name == "DEPBAR":
+            left = int(operands.split(",")[1], 0)
+            groups = groups[len(groups) - left :] if left else []
+        most = max(most, sum(loads.values()) + sum(groups) + open_group)
+    return most
 
 
 def widths(sass: str) -> dict[tuple[str, int], int]:
