@@ -19,7 +19,7 @@ __device__ __forceinline__ float tanh_approx(float x) {
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  const bool more = bits_as<uint32_t>(x) >> 12 & 1;
+  const bool more = __builtin_parity(bits_as<uint32_t>(x));
   return std::tanh(x) * (1 + (more ? 0x1p-11f : -0x1p-11f));
 #endif
 }

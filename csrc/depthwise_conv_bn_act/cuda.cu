@@ -8,8 +8,6 @@ namespace cvkernels::depthwise_conv_bn_act {
 namespace {
 
 constexpr const char* OP = "depthwise_conv_bn_act";
-// Blocks that a multiprocessor holds at least: 16 warps.
-constexpr int BLOCKS = 4;
 
 struct Operands {
   const void *x, *weight;
@@ -18,8 +16,18 @@ struct Operands {
 };
 
 template <typename T, int K, int S, bool SQUEEZE, typename Activation>
-void launch(const Call& call, const Operands& at, Activation activation, cudaStream_t stream) {
+void launch(Call call, const Operands& at, Activation activation, cudaStream_t stream) {
   using Of = Tile<T, K, S>;
+  // The threads of a unit access its packs one after another.
+  const int64_t columns = call.strips * Of::LANES / PACKS;
+  const auto bytes = [](int64_t elements) {
+    CVK_CHECK(OP, elements <= std::numeric_limits<int32_t>::max() / int64_t(sizeof(T)),
+              "rows and columns must be less than 2 GiB apart");
+    return static_cast<uint32_t>(elements * sizeof(T));
+  };
+  call.x_row_bytes = bytes(call.x_stride_h), call.x_pack_bytes = bytes(columns * call.x_stride_w);
+  call.out_row_bytes = bytes(call.out_stride_h);
+  call.out_pack_bytes = bytes(columns * call.out_stride_w);
   const int units = call.images * call.bands;
   CVK_CHECK(OP, units * call.strips <= Of::SLOTS && units * Of::span(call.strips) <= Of::COLUMNS,
             "a block has no room for ", units, " units of ", call.strips, " strips");
@@ -29,7 +37,7 @@ void launch(const Call& call, const Operands& at, Activation activation, cudaStr
   CVK_CHECK(OP, blocks <= std::numeric_limits<int32_t>::max() && band_groups <= GRID_Y_MAX, call.N,
             " images of ", call.C, " channels are more than a launch can index; split the batch");
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(band_groups));
-  depthwise_conv_bn_act_kernel<T, K, S, BLOCKS, SQUEEZE, Activation>
+  depthwise_conv_bn_act_kernel<T, K, S, SQUEEZE, Activation>
       <<<grid, THREADS, 0, stream>>>(static_cast<const T*>(at.x), static_cast<const T*>(at.weight),
                                      static_cast<T*>(at.out), at.parts, call, activation);
 }
@@ -93,9 +101,6 @@ Call call_of(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t stri
               packable(map->const_data_ptr(), C, map->element_size(), map->stride(0),
                        map->stride(1), map->stride(2), map->stride(3)),
               "the channels of x and out must be neighbours, in whole packs of 16 bytes");
-    // In 32 bits, as many bytes as lie between the accesses of a thread.
-    CVK_CHECK(OP, map->stride(2) * map->element_size() <= std::numeric_limits<int32_t>::max(),
-              "a row must have less than 2 GiB");
   }
   Call call{};
   call.N = N;

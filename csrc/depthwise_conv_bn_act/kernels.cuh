@@ -33,9 +33,17 @@ struct Call {
   int64_t weight_stride_r, weight_stride_s, weight_stride_c;
   int strips, images, bands, band_rows;
   int tiles, channel_blocks, all_bands;  // of the whole
+  // Bytes between the rows of a map, and between the packs that a thread accesses one after
+  // another.
+  uint32_t x_row_bytes, x_pack_bytes, out_row_bytes, out_pack_bytes;
   BatchNorm bn;
   Vector bias;
 };
+
+template <typename Byte>
+__device__ __forceinline__ Byte* further(Byte* from, uint32_t step, uint32_t times) {
+  return from + static_cast<uint64_t>(step) * times;
+}
 
 // 32 bits of T, as float32 and back.
 template <typename T>
@@ -93,6 +101,9 @@ struct Tile {
   static constexpr int SLOTS = THREADS / LANES;  // strips of a block
   static constexpr int WORDS = WIDTH / Word<T>::COUNT;
 
+  // Blocks that a multiprocessor holds at least: 16 warps, where no register is spilled for it.
+  static constexpr int BLOCKS = sizeof(T) == 4 && K == 5 && S == 2 ? 3 : 4;
+
   // Output rows of a step, and rows of x that end them.
   static constexpr int ROWS_OUT = sizeof(T) == 2 && K == 5 && S == 1 ? 2 : 1;
   static constexpr int ROWS_IN = ROWS_OUT * S;
@@ -104,20 +115,33 @@ struct Tile {
   static constexpr int COLUMNS_IN = (STRIP - 1) * S + K;
   static __device__ __host__ constexpr int span(int strips) { return (strips * STRIP - 1) * S + K; }
   // Columns of x that a row of shared memory holds: those of units of one strip, or what fits.
-  static constexpr int COLUMNS = sizeof(T) == 2 ? SLOTS * COLUMNS_IN : S == 1 ? 160 : 120;
+  static constexpr int COLUMNS = sizeof(T) == 2 ? SLOTS * COLUMNS_IN : S == 1 ? 152 : 119;
   static constexpr int ROW = COLUMNS * PIXEL;
   static constexpr int STAGE = ROWS_IN * ROW;
   static constexpr int ROW_OUT = SLOTS * STRIP * PIXEL;
+
+  static __device__ __forceinline__ int behind(int stage) {
+    if (STAGES == 2) return STAGE - stage;
+    return stage == (STAGES - 1) * STAGE ? 0 : stage + STAGE;
+  }
+  static __device__ __forceinline__ int before(int stage) {
+    if (STAGES == 2) return STAGE - stage;
+    return stage == 0 ? (STAGES - 1) * STAGE : stage - STAGE;
+  }
 
   // Accesses of 16 bytes of a thread for a row of x, in units of one strip, and for one of out.
   static constexpr int READS = (COLUMNS_IN * PACKS + LANES - 1) / LANES;
   static constexpr int WRITES = (STRIP * PACKS + LANES - 1) / LANES;
 
-  // A thread reads four numbers of the filter at once: the channels of one tap or of two.
+  // A thread reads four numbers of the filter at once: the channels of one tap or of two, from the
+  // last row to the first, as it uses them; only the last row has no neighbour in its last four.
   static constexpr int TAPS = 4 / WIDTH;
-  static constexpr int TAP_READS = (K + TAPS - 1) / TAPS;  // for a row of the filter
-  static __device__ __host__ constexpr int place(int r, int s, int c) {
-    return (((r * TAP_READS + s / TAPS) * LANES + c / WIDTH) * TAPS + s % TAPS) * WIDTH + c % WIDTH;
+  static constexpr int TAP_READS = (K * K + 2 * (TAPS - 1)) / TAPS;
+  static __device__ __host__ constexpr int tap(int r, int s) {
+    return r == K - 1 ? s : K + (TAPS - 1) + (K - 2 - r) * K + s;
+  }
+  static __device__ __host__ constexpr int place(int tap, int c) {
+    return ((tap / TAPS * LANES + c / WIDTH) * TAPS + tap % TAPS) * WIDTH + c % WIDTH;
   }
 };
 
@@ -131,8 +155,9 @@ struct Memory {
   using Of = Tile<T, K, S>;
   Pack x[Of::STAGES * Of::STAGE / PACK];
   Pack out[2 * Of::ROWS_OUT * Of::ROW_OUT / PACK];
-  Floats taps[(K * Of::TAP_READS + 1) * Of::LANES];  // and behind them the shift
+  Floats taps[(Of::TAP_READS + 1) * Of::LANES];  // and behind them the shift
   float scale[Of::CHANNELS];
+  int64_t part[THREADS];            // where a thread's sums go, or -1
   float sums[THREADS * Of::WIDTH];  // of out, in a thread's columns
   float outside[K * Of::CHANNELS];  // what the filter's rows add to it outside x: 0, or NaN
 };
@@ -208,7 +233,7 @@ template <typename T, int K, int S>
 struct Reader {
   using Of = Tile<T, K, S>;
   const char* from;  // this thread's first pack of the next row
-  uint32_t row_bytes, step_bytes;
+  uint32_t row_bytes, pack_bytes;
   char* to;
   int step_to;
   int row, H;
@@ -221,17 +246,16 @@ struct Reader {
     const int w = place.q * S - call.padding_w + column;
     const int channel = c + pack * (PACK / static_cast<int>(sizeof(T)));
     row = first_row, H = call.H;
-    row_bytes = call.x_stride_h * sizeof(T);
-    step_bytes = threads / PACKS * call.x_stride_w * sizeof(T);
+    row_bytes = call.x_row_bytes, pack_bytes = call.x_pack_bytes;
     from = reinterpret_cast<const char*>(x_ptr) +
            (place.n * call.x_stride_n + row * call.x_stride_h + w * call.x_stride_w + channel) *
                static_cast<int64_t>(sizeof(T));
     to = stages + place.unit * span * PIXEL + place.index * PACK;
     step_to = threads * PACK;
     for (int k = 0; k < Of::READS; ++k) {
-      const int further = k * (threads / PACKS);
-      if (!place.inside || column + further >= span) break;
-      const bool reads = w + further >= 0 && w + further < call.W && channel < call.C;
+      const int beyond = k * (threads / PACKS);
+      if (!place.inside || column + beyond >= span) break;
+      const bool reads = w + beyond >= 0 && w + beyond < call.W && channel < call.C;
       if (reads) {
         mask |= READ << k;
         continue;
@@ -243,15 +267,14 @@ struct Reader {
 
   __device__ __forceinline__ void read_step(int stage, uint32_t mask) {
 #pragma unroll
-    for (int j = 0; j < Of::ROWS_IN; ++j) {
-      const bool reads = static_cast<unsigned>(row) < static_cast<unsigned>(H);
+    for (int k = 0; k < Of::READS; ++k)
 #pragma unroll
-      for (int k = 0; k < Of::READS; ++k)
+      for (int j = 0; j < Of::ROWS_IN; ++j)
         copy_pack_async(to + stage + k * step_to + j * Of::ROW,
-                        from + static_cast<uint64_t>(step_bytes) * k, mask, READ << k, reads);
-      from += row_bytes;
-      ++row;
-    }
+                        further(further(from, row_bytes, j), pack_bytes, k), mask, READ << k,
+                        static_cast<unsigned>(row + j) < static_cast<unsigned>(H));
+    from = further(from, row_bytes, Of::ROWS_IN);
+    row += Of::ROWS_IN;
   }
 };
 
@@ -260,7 +283,7 @@ template <typename T, int K, int S>
 struct Writer {
   using Of = Tile<T, K, S>;
   char* to;  // this thread's first pack of the next row
-  uint32_t row_bytes, step_bytes;
+  uint32_t row_bytes, pack_bytes;
   const char* from;
   int step_from;
 
@@ -270,8 +293,7 @@ struct Writer {
     const int column = place.index / PACKS, pack = place.index % PACKS;
     const int q = place.q + column;
     const int channel = c + pack * (PACK / static_cast<int>(sizeof(T)));
-    row_bytes = call.out_stride_h * sizeof(T);
-    step_bytes = threads / PACKS * call.out_stride_w * sizeof(T);
+    row_bytes = call.out_row_bytes, pack_bytes = call.out_pack_bytes;
     const int64_t p = static_cast<int64_t>(place.band) * call.band_rows;
     to = reinterpret_cast<char*>(out_ptr) +
          (place.n * call.out_stride_n + p * call.out_stride_h + q * call.out_stride_w + channel) *
@@ -279,8 +301,8 @@ struct Writer {
     from = rows + place.unit * call.strips * STRIP * PIXEL + place.index * PACK;
     step_from = threads * PACK;
     for (int k = 0; k < Of::WRITES; ++k) {
-      const int further = k * (threads / PACKS);
-      if (place.inside && column + further < call.strips * STRIP && q + further < call.Q &&
+      const int beyond = k * (threads / PACKS);
+      if (place.inside && column + beyond < call.strips * STRIP && q + beyond < call.Q &&
           channel < call.C)
         mask |= WRITE << k;
     }
@@ -291,12 +313,15 @@ struct Writer {
     for (int j = 0; j < Of::ROWS_OUT; ++j) {
       if (j >= rows) break;
 #pragma unroll
-      for (int k = 0; k < Of::WRITES; ++k)
+      for (int k = 0; k < Of::WRITES; ++k) {
+        // Read by all, so that the write alone is predicated.
+        const Pack pack =
+            *reinterpret_cast<const Pack*>(from + half + k * step_from + j * Of::ROW_OUT);
         if (mask & WRITE << k)
-          *reinterpret_cast<Pack*>(to + static_cast<uint64_t>(step_bytes) * k) =
-              *reinterpret_cast<const Pack*>(from + half + k * step_from + j * Of::ROW_OUT);
-      to += row_bytes;
+          *reinterpret_cast<Pack*>(further(further(to, row_bytes, j), pack_bytes, k)) = pack;
+      }
     }
+    to = further(to, row_bytes, Of::ROWS_OUT);
   }
 };
 
@@ -306,14 +331,14 @@ template <typename T, int K, int S>
 __device__ void load_filter(const Call& call, const T* weight_ptr, int c, float factor,
                             Memory<T, K, S>& memory) {
   using Of = Tile<T, K, S>;
-  for (int i = threadIdx.x; i < Of::CHANNELS; i += THREADS) {
+  if (const int i = threadIdx.x; i < Of::CHANNELS) {
     Affine<float> affine{0, 0};
     if (c + i < call.C) {
       affine = affine_of<T>(call.bn, c + i);
       affine.shift += call.bias.template at<T>(c + i, 0.0f) * affine.scale;
     }
     memory.scale[i] = affine.scale * factor;
-    memory.taps[0].at[Of::place(K, 0, i)] = affine.shift * factor;
+    memory.taps[0].at[Of::place(Of::TAP_READS * Of::TAPS, i)] = affine.shift * factor;
   }
   __syncthreads();
   float* taps = memory.taps[0].at;
@@ -323,13 +348,14 @@ __device__ void load_filter(const Call& call, const T* weight_ptr, int c, float 
     if (c + channel < call.C)
       value = Number<T>::widen(weight_ptr[r * call.weight_stride_r + s * call.weight_stride_s +
                                           (c + channel) * call.weight_stride_c]);
-    taps[Of::place(r, s, channel)] = value * memory.scale[channel];
+    taps[Of::place(Of::tap(r, s), channel)] = value * memory.scale[channel];
   }
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < K * Of::CHANNELS; i += THREADS) {
     float sum = 0;
     for (int s = 0; s < K; ++s)
-      sum += taps[Of::place(i / Of::CHANNELS, s, i % Of::CHANNELS)] * 0.0f;
+      sum += taps[Of::place(Of::tap(i / Of::CHANNELS, s), i % Of::CHANNELS)] * 0.0f;
     memory.outside[i] = sum;
   }
   __syncthreads();
@@ -370,7 +396,7 @@ struct Window {
   // The rows that begin, and those that go on, without what the rows of x add.
   __device__ __forceinline__ void begin(float (&current)[Of::CARRIED + 1][STRIP][WIDTH],
                                         const Floats* taps) const {
-    const Floats shift = taps[K * Of::TAP_READS * Of::LANES];
+    const Floats shift = taps[Of::TAP_READS * Of::LANES];
 #pragma unroll
     for (int q = 0; q < STRIP; ++q)
 #pragma unroll
@@ -442,16 +468,17 @@ struct Window {
       for (int m = 0; m <= Of::CARRIED; ++m) {
         const int r = K - S + j - m * S;  // the filter's row
         if (r < 0 || r >= K || (m == 0 && !FINISHES)) continue;
-        if (m % 2) __syncwarp();
+        if (m == 1) __syncwarp();
 #pragma unroll
         for (int s = 0; s < K; ++s) {
-          const Floats four = taps[(r * Of::TAP_READS + s / Of::TAPS) * Of::LANES];
+          const int tap = Of::tap(r, s);
+          const Floats four = taps[tap / Of::TAPS * Of::LANES];
 #pragma unroll
           for (int q = 0; q < STRIP; ++q)
 #pragma unroll
             for (int i = 0; i < WIDTH; ++i)
               current[m][q][i] =
-                  fmaf(x[q * S + s][i], four.at[s % Of::TAPS * WIDTH + i], current[m][q][i]);
+                  fmaf(x[q * S + s][i], four.at[tap % Of::TAPS * WIDTH + i], current[m][q][i]);
         }
         if (m == 0 && j == S - 1) finish(current[0], activation, which, to, sums);
       }
@@ -483,14 +510,30 @@ struct Window {
   }
 };
 
+// The sums of a unit's strips, by the threads of its first one.
+template <typename T, int K, int S>
+__device__ void add_strips(const Memory<T, K, S>& memory, float* parts_ptr, int strips) {
+  using Of = Tile<T, K, S>;
+  const int64_t part = memory.part[threadIdx.x];
+  if (part < 0) return;
+#pragma unroll
+  for (int i = 0; i < Of::WIDTH; ++i) {
+    float sum = 0;
+#pragma unroll 1
+    for (int strip = 0; strip < strips; ++strip)
+      sum += memory.sums[(threadIdx.x + strip * Of::LANES) * Of::WIDTH + i];
+    parts_ptr[part + i] = sum;
+  }
+}
+
 // out = act(depthwise(x) * scale + shift), and parts[n, band, tile, c] the sums of out over a unit.
 //
 // A thread walks down its strip of STRIP columns for WIDTH channels. Each row of x is in registers
 // once, as float32, and adds to the K / S output rows that it belongs to. Rows of x come to shared
 // memory ahead of their use, and rows of out leave by it, so that all accesses have 16 bytes. Reads
 // x once, but for what neighbouring bands and tiles share, and writes out once.
-template <typename T, int K, int S, int BLOCKS, bool SQUEEZE, typename Activation>
-__global__ void __launch_bounds__(THREADS, BLOCKS)
+template <typename T, int K, int S, bool SQUEEZE, typename Activation>
+__global__ void __launch_bounds__(THREADS, Tile<T, K, S>::BLOCKS)
     depthwise_conv_bn_act_kernel(const T* __restrict__ x_ptr,       // [N, C, H, W]
                                  const T* __restrict__ weight_ptr,  // [K, K, C]
                                  T* __restrict__ out_ptr,           // [N, C, P, Q]
@@ -512,20 +555,24 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   const int inside = place.inside ? call.Q - place.q - place.strip * STRIP : 0;
   uint32_t mask = ((1u << min(max(inside, 0), STRIP)) - 1) * COLUMN;
   Reader<T, K, S> reader(call, place, x_ptr, c, stages, first_row, mask);
-  Writer<T, K, S> writer(call, place, out_ptr, c, rows_out, mask);
-  int to_read = steps.begin, stage_to = 0;
-  const auto read_ahead = [&] {
-    if (to_read < steps.end) reader.read_step(stage_to, mask);
-    to_read += Of::ROWS_OUT;
-    stage_to = stage_to == (Of::STAGES - 1) * Of::STAGE ? 0 : stage_to + Of::STAGE;
+  // The rows of the step that begins `t` rows into the band, to their stage.
+  const auto read_step = [&](int t, int stage) {
+    if (t < steps.end) reader.read_step(stage, mask);
     __pipeline_commit();
   };
+  constexpr int AHEAD = Of::STAGES - 1;
 #pragma unroll 1
-  for (int i = 1; i < Of::STAGES; ++i) read_ahead();
+  for (int i = 0; i < AHEAD; ++i) read_step(steps.begin + i * Of::ROWS_OUT, i * Of::STAGE);
   load_filter<T, K, S>(call, weight_ptr, c, Activation::SCALE, memory);
+  Writer<T, K, S> writer(call, place, out_ptr, c, rows_out, mask);
 
-  Window<T, K, S, SQUEEZE> window{};
   const int slot = threadIdx.x / Of::LANES, channel = place.lane * Of::WIDTH;
+  if constexpr (SQUEEZE) {
+    const int64_t part = (place.n * call.all_bands + place.band) * call.tiles + place.tile;
+    const bool adds = place.inside && place.strip == 0 && c + channel < call.C;
+    memory.part[threadIdx.x] = adds ? part * call.C + c + channel : -1;
+  }
+  Window<T, K, S, SQUEEZE> window{};
   const int lane_bytes = channel * static_cast<int>(sizeof(T));
   const char* x_strip =
       stages + (place.unit * Of::span(call.strips) + place.strip * STRIP * S) * PIXEL + lane_bytes;
@@ -552,7 +599,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   const auto step = [&]<bool FINISHES> {
     __pipeline_wait_prior(Of::STAGES - 2);
     __syncthreads();
-    read_ahead();
+    read_step(t + AHEAD * Of::ROWS_OUT, Of::before(stage));
     if (FINISHES && t > 0) writer.write_step(HALF - half, mask);
 #pragma unroll(FINISHES ? Of::ROWS_OUT : 1)
     for (int j = 0; j < Of::ROWS_OUT; ++j)
@@ -560,7 +607,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
                                     t + j < steps.rows ? mask : 0,
                                     out_strip + half + j * Of::ROW_OUT, sums);
     half = HALF - half;
-    stage = stage == (Of::STAGES - 1) * Of::STAGE ? 0 : stage + Of::STAGE;
+    stage = Of::behind(stage);
     t += Of::ROWS_OUT;
   };
 #pragma unroll 1
@@ -574,18 +621,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   __syncthreads();
   writer.write_step(HALF - half, mask, steps.rows + Of::ROWS_OUT - t);
 
-  if constexpr (SQUEEZE) {
-    __syncthreads();
-    if (!place.inside || place.strip != 0 || c + channel >= call.C) return;
-    const int64_t part = (place.n * call.all_bands + place.band) * call.tiles + place.tile;
-#pragma unroll
-    for (int i = 0; i < Of::WIDTH; ++i) {
-      float sum = 0;
-      for (int s = 0; s < call.strips; ++s)
-        sum += memory.sums[(threadIdx.x + s * Of::LANES) * Of::WIDTH + i];
-      parts_ptr[part * call.C + c + channel + i] = sum;
-    }
-  }
+  if constexpr (SQUEEZE) add_strips(memory, parts_ptr, call.strips);
 }
 
 // sums[n, c] = the sum of parts[n, :, c].

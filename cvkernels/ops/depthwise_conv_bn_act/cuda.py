@@ -85,7 +85,7 @@ def _units(problem: DepthwiseProblem) -> tuple[int, int]:
     kernel, stride, size = problem.R, problem.stride[0], problem.dtype.itemsize
     width = 4 if (size, kernel, stride) == (2, 3, 1) else 2
     slots = THREADS * width * size // PIXEL
-    columns = slots * ((STRIP - 1) * stride + kernel) if size == 2 else {1: 160, 2: 120}[stride]
+    columns = slots * ((STRIP - 1) * stride + kernel) if size == 2 else {1: 152, 2: 119}[stride]
 
     def span(strips: int) -> int:
         return (strips * STRIP - 1) * stride + kernel
@@ -127,7 +127,7 @@ def _why_not_packed(x: Tensor, itemsize: int) -> str:
             f"the CUDA kernel needs channels_last with channels in packs of {PACK // itemsize}, "
             f"got shape {list(x.shape)} with strides {list(x.stride())}"
         )
-    if h * itemsize > INT32_MAX:
+    if max(h, THREADS * w) * itemsize > INT32_MAX:
         return "the CUDA kernel needs rows of less than 2 GiB"
     return ""
 
