@@ -124,7 +124,6 @@ def test_layers_are_products_whose_loads_are_ahead(case, compiled):
     """Matrix instructions, on tiles that asynchronous copies fetch steps before."""
     found = compiled[case]
     assert found["mma"] + found["wgmma"] + found["tcgen05"] > 0, found
-    # What is a row of weight2 is no multiple of 16 bytes in most of EfficientNet's.
     assert found["async_16"] > 0, found
 
 

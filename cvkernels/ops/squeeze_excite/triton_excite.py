@@ -65,10 +65,8 @@ def first_product(
 
 
 @triton.jit
-def store_logits(
-    out_ptr, acc, bias2_ptr, n_offs, c_offs, N, C,
-    SIGMOID: tl.constexpr,
-):  # fmt: skip
+def store_logits(out_ptr, acc, bias2_ptr, n_offs, c_offs, N, C, SIGMOID: tl.constexpr):
+    """acc + bias2, or its sigmoid."""
     y = acc + load_tile(bias2_ptr, c_offs, c_offs < C)[None, :]
     if SIGMOID:
         y = sigmoid(y)
