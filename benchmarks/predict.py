@@ -58,7 +58,7 @@ ASSUMPTIONS = (
     f"splits sums over few tiles into {conv_work.CUDNN_SPLITS}.",
     f"cuBLAS reaches {work.CUBLAS_SHARE:.0%} of the matrix rate and splits sums over few tiles "
     f"into {work.CUBLAS_SPLITS}.",
-    "Channel counts and pitches that are no multiple of 16 cost nothing but padding.",
+    "Channel counts and pitches that are no multiple of 8 cost nothing but padding.",
     "Pools, copies and aten's elementwise kernels move 16 bytes a thread and do nothing else.",
     "The copy of the images into the graph's input is not counted; input_copy_us has it.",
 )
@@ -142,8 +142,8 @@ def predictions() -> dict[str, Any]:
             "conv_bn_act": {
                 name: getattr(conv_work, name)
                 for name in (
-                    "STEP", "ACCESS", "INPUT_BN", "INPUT_GATE", "SETUP", "ELEMENT", "RESIDUAL",
-                    "ACTS",
+                    "STEP", "OF_X", "OF_WEIGHT", "INPUT_BN", "INPUT_GATE", "SETUP", "ELEMENT",
+                    "RESIDUAL", "ACTS",
                 )
             },
             "depthwise_conv_bn_act": {

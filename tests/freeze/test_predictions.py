@@ -15,6 +15,7 @@ from cvkernels.ops.common.work import (
     predict,
     streaming,
 )
+from cvkernels.ops.conv_bn_act import tuning
 from cvkernels.ops.conv_bn_act import work as conv_work
 from cvkernels.ops.conv_bn_act.problem import Problem
 
@@ -27,6 +28,13 @@ def conv(C, K, R, size, batch=128, **options):
     return Problem(
         batch, C, size, size, K, R, R, *geometry, torch.bfloat16, "relu", has_bias=True, **options
     )
+
+
+def described(problem, name):
+    tile = None
+    if name.startswith("triton"):
+        tile = tuning.named(problem, name, H200.name, H200.capability)
+    return conv_work.of(problem, name, tile, H200)
 
 
 def seconds(work):
@@ -99,22 +107,20 @@ def test_occupancy_is_of_what_runs_out_first():
 
 
 def test_a_tile_loads_its_rows_for_each_tap_and_column_tile():
-    one, three = (
-        conv_work.of(conv(128, 128, R, 28), "triton 128x128x64 w8 s3", H200)[0] for R in (1, 3)
-    )
+    one, three = (described(conv(128, 128, R, 28), "triton 128x128x64 w8 s3")[0] for R in (1, 3))
     assert one.l2 == 2 * (128 + 128) * 128 and three.l2 == 9 * one.l2
     assert three.steps == 9 * one.steps == 18
     assert three.flops * three.programs == conv(128, 128, 3, 28).flops
-    wide = conv_work.of(conv(256, 256, 1, 14), "triton 128x256x64 w8 s3", H200)[0]
-    square = conv_work.of(conv(256, 256, 1, 14), "triton 128x128x64 w8 s3", H200)[0]
+    wide = described(conv(256, 256, 1, 14), "triton 128x256x64 w8 s3")[0]
+    square = described(conv(256, 256, 1, 14), "triton 128x128x64 w8 s3")[0]
     assert wide.per_sm == 1 and square.per_sm == 2
     assert wide.l2 * wide.programs == 0.75 * square.l2 * square.programs
 
 
 def test_a_split_sum_has_more_programs_of_fewer_steps():
     problem = conv(512, 512, 3, 7, batch=1)
-    (whole,) = conv_work.of(problem, "triton 64x32x64 w4 s4", H200)
-    parts, finish = conv_work.of(problem, "triton 64x32x64 w4 s4 k4", H200)
+    (whole,) = described(problem, "triton 64x32x64 w4 s4")
+    parts, finish = described(problem, "triton 64x32x64 w4 s4 k4")
     assert (parts.programs, parts.steps) == (4 * whole.programs, whole.steps / 4)
     assert parts.flops * parts.programs == whole.flops * whole.programs
     assert parts.written == finish.read == 4 * 4 * 49 * 512
@@ -129,16 +135,14 @@ def test_a_dependent_launch_pays_less_of_the_gap():
 
 def test_a_halo_in_shared_memory_saves_the_rereads():
     problem = conv(128, 32, 3, 56)
-    taps, halo = (
-        conv_work.of(problem, name, H200)[0] for name in ("triton 128x32x64 w4 s3", "halo")
-    )
+    taps, halo = (described(problem, name)[0] for name in ("triton 128x32x64 w4 s3", "halo"))
     compulsory = 2 * 128 * 128 * 56 * 56
     assert halo.l2 * halo.programs < 1.6 * compulsory < 9 * compulsory < taps.l2 * taps.programs
     assert seconds(halo) < seconds(taps)
 
 
 def test_nothing_is_described_that_is_not_known():
-    assert conv_work.of(conv(64, 64, 3, 14), "native", H200) == ()
+    assert described(conv(64, 64, 3, 14), "native") == ()
     plan = planned(meta(cvkernels.models.resnet18()), torch.empty(2, 3, 64, 64, device="meta"))
     for step, run in plan.steps:
         launches = run is not None and plan.traffic[step].kernels > 0

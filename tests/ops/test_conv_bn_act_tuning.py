@@ -104,7 +104,7 @@ def test_every_answer_is_a_shipped_config_that_fits(dtype, capability, prologue)
                         channels, out, taps, size, batch, dtype=dtype, has_input_bn=prologue
                     )
                     config = tuning.heuristic(p, capability)
-                    tile = replace(config, backend="triton")
+                    tile = replace(config, backend="triton", split_k=1)
                     assert tile in tiles.CONFIGS[tiles.kernel(p), dtype.itemsize]
     for config in tiles.CONFIGS["1x1", dtype.itemsize]:
         stage = (config.block_m + config.block_n) * config.block_k * dtype.itemsize
@@ -114,8 +114,8 @@ def test_every_answer_is_a_shipped_config_that_fits(dtype, capability, prologue)
 def test_small_problems_get_small_tiles():
     large = tuning.heuristic(problem(256, 256, 1, 56), H100)
     small = tuning.heuristic(problem(512, 512, 1, 7, batch=1), H100)
-    assert (large.block_m, large.block_n) == (128, 128)
-    assert (small.block_m, small.block_n) == (64, 32)
+    assert large.block_m * large.block_n >= 128 * 128 and large.split_k == 1
+    assert small.block_m * small.block_n <= 128 * 32 and small.split_k > 1
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def halo(problem: Problem, name: str, gpu: GPU) -> Work:
         programs=count,
         flops=2 * each.products * halo_kernel.PAIRS,
         matrix_share=mma_sync_share(gpu) * halo_kernel.UTILISATION,
-        l2=halo_kernel.map_bytes(problem, tile) / count,
+        l2=(halo_kernel.map_bytes(problem, tile) - problem.bytes_written) / count,
         shared=each.shared * halo_kernel.SHARED_BYTES,
         instructions=each.issues * halo_kernel.ISSUES,
         waits=0,
