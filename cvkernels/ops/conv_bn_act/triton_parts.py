@@ -12,14 +12,21 @@ import triton.language as tl
 def tile_ids(tiles_m, K, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """(pid_m, pid_n) of this program, in bands of GROUP_M row tiles.
 
-    The programs that run at one time then share both x and weight in L2.
+    The programs that run at one time then share both x and weight in L2. A band of one row takes
+    the least arithmetic.
     """
     pid = tl.program_id(0)
     tiles_n = tl.cdiv(K, BLOCK_N)
-    band = pid // (GROUP_M * tiles_n)
-    in_band = pid - band * (GROUP_M * tiles_n)
-    rows = min(tiles_m - band * GROUP_M, GROUP_M)
-    return band * GROUP_M + in_band % rows, in_band // rows
+    if GROUP_M == 1:
+        pid_m = (pid.to(tl.uint32) // tiles_n.to(tl.uint32)).to(tl.int32)
+        pid_n = pid - pid_m * tiles_n
+    else:
+        band = pid // (GROUP_M * tiles_n)
+        in_band = pid - band * (GROUP_M * tiles_n)
+        rows = min(tiles_m - band * GROUP_M, GROUP_M)
+        pid_m = band * GROUP_M + in_band % rows
+        pid_n = in_band // rows
+    return pid_m, pid_n
 
 
 @triton.jit

@@ -26,7 +26,7 @@ OF_X, OF_WEIGHT = (
 )
 INPUT_BN, INPUT_GATE = 3.8, 1.4
 # Of a warp outside of the loop: as such, and for each element of its tile in a thread.
-SETUP = {"1x1": 265, "spatial": 430, "filter_row": 180}
+SETUP = {"1x1": 217, "spatial": 382, "filter_row": 132}
 ELEMENT, RESIDUAL = 4.0, 5.0
 ACTS = {"none": 0.0, "relu": 0.0, "relu6": 1.0, "silu": 3.0}
 ACTS_OF_OTHERS = {torch.float16: {"silu": 5.0}, torch.float32: {"silu": 11.0}}
