@@ -31,7 +31,6 @@ pytestmark = [
     pytest.mark.skipif(bool(cuda_on_host.missing()), reason=cuda_on_host.missing()),
     pytest.mark.skipif(not extension.has("cpu"), reason="the overridden ops are not there"),
 ]
-LIBRARIES: dict[str, HostLibrary] = {}
 
 
 @pytest.fixture
@@ -40,10 +39,8 @@ def host_library(tmp_path_factory):
     folder = shared_folder(tmp_path_factory)
 
     def library(name: str) -> HostLibrary:
-        if name not in LIBRARIES:
-            (source,) = (path for path in cuda_on_host.SOURCES if path.parent.name == name)
-            LIBRARIES[name] = HostLibrary(source, folder)
-        return LIBRARIES[name]
+        (source,) = (path for path in cuda_on_host.SOURCES if path.parent.name == name)
+        return cuda_on_host.library_of(source, folder)
 
     return library
 

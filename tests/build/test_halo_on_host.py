@@ -21,7 +21,6 @@ pytestmark = [
     pytest.mark.skipif(not extension.has("cpu"), reason="the overridden ops are not there"),
 ]
 SOURCE = ROOT / "csrc/conv_bn_act/cuda.cu"
-LIBRARIES: list[HostLibrary] = []
 # N, C, H, W, K
 SHAPES = {
     "nothing-divides": (3, 48, 9, 9, 24),
@@ -45,9 +44,7 @@ TILES = {
 
 @pytest.fixture
 def library(tmp_path_factory):
-    if not LIBRARIES:
-        LIBRARIES.append(HostLibrary(SOURCE, shared_folder(tmp_path_factory)))
-    return LIBRARIES[0]
+    return cuda_on_host.library_of(SOURCE, shared_folder(tmp_path_factory))
 
 
 @pytest.fixture(autouse=True)

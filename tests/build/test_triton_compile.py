@@ -191,7 +191,8 @@ def test_fences_stand_between_copies_and_tensor_cores(case, compiled):
 def test_accesses_are_16_bytes_wide(case, compiled):
     found = compiled[case]
     assert found["store_16"] == found["store"], found
-    if case.problem.get("has_residual"):
+    # a split reduction's second launch adds it
+    if case.problem.get("has_residual") and found["meta"].get("SPLIT_K", 1) == 1:
         assert found["load_16"] > 0, found
     if case.problem["C"] >= 16:
         assert found["async_16"] > 0, found

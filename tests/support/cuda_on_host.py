@@ -102,6 +102,12 @@ def _compile(source: Path, namespace: str, target: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@functools.cache
+def library_of(source: Path, folder: Path) -> HostLibrary:
+    """The library of a .cu file of csrc: a process registers its ops once."""
+    return HostLibrary(source, folder)
+
+
 class HostLibrary:
     """The ops of one .cu file on CPU tensors, compiled in folder."""
 

@@ -118,11 +118,14 @@ def alone(block_m: int, block_n: int) -> bool:
     return block_m * block_n > 128 * 128
 
 
-def registers(num_warps: int) -> int:
+def registers(num_warps: int, itemsize: int, capability: tuple[int, int]) -> int:
     """Of a thread, at most: where a program is not alone on its SM, two fit one.
 
-    Without a limit ptxas may aim at fewer, and spill to get there.
+    Without a limit ptxas may aim at fewer, and spill to get there. mma.sync, and float32 without
+    tensor cores, keep more in registers.
     """
+    if itemsize == 4 or capability < (9, 0):
+        return 255
     return 128 if num_warps == 8 else 168
 
 
@@ -150,6 +153,9 @@ def candidates(problem: Problem, capability: tuple[int, int]) -> Iterator[Config
 
 def _block_k(problem: Problem, block_n: int) -> int:
     if problem.dtype.itemsize == 4 or kernel(problem) == "filter_row":
+        return 32
+    # gates and the sums of a wide tile use up the registers
+    if problem.has_input_gate and block_n > 64:
         return 32
     return 32 if group_span(problem, block_n) <= 32 else 64
 

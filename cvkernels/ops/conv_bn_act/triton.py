@@ -167,8 +167,10 @@ def _plan(
         "num_warps": config.num_warps, "num_stages": config.num_stages,
         **_of_kernel(problem, config, strides),
     }  # fmt: skip
-    if not tiles.alone(config.block_m, config.block_n):
-        meta["maxnreg"] = tiles.registers(config.num_warps)
+    # float32 gathers hoist loads until they spill where they are given registers
+    gathers = name == "filter_row" and p.dtype.itemsize == 4
+    if not gathers and not tiles.alone(config.block_m, config.block_n):
+        meta["maxnreg"] = tiles.registers(config.num_warps, p.dtype.itemsize, capability)
     channels = () if name == "filter_row" else (p.C // x_vec,)
     size = () if name == "1x1" else (p.H, p.W)
     of_weight = _packs(strides.weight, weight_vec)

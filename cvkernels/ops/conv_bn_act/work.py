@@ -27,6 +27,7 @@ OF_X, OF_WEIGHT = (
 INPUT_BN, INPUT_GATE = 3.8, 1.4
 # Of a warp outside of the loop: as such, and for each element of its tile in a thread.
 SETUP = {"1x1": 217, "spatial": 382, "filter_row": 132}
+PROJECTION_SETUP = 200
 ELEMENT, RESIDUAL = 4.0, 5.0
 ACTS = {"none": 0.0, "relu": 0.0, "relu6": 1.0, "silu": 3.0}
 ACTS_OF_OTHERS = {torch.float16: {"silu": 5.0}, torch.float32: {"silu": 11.0}}
@@ -74,7 +75,7 @@ def split(problem: Problem, work: Work, splits: int) -> tuple[Work, Work]:
     programs = cdiv(p.N * p.P * p.Q, 8) * cdiv(p.K, 64)
     read = (parts + residual) / programs
     second = Work(
-        parts + residual, p.bytes_written, programs, per_sm=16, l2=read, waits=2, in_flight=read,
+        parts + residual, p.bytes_written, programs, per_sm=10, l2=read, waits=2, in_flight=read,
         dependent=work.dependent,
     )  # fmt: skip
     return first, second
@@ -107,14 +108,17 @@ def triton(problem: Problem, tile: Config, gpu: GPU) -> Work:
     step = STEP[kind] + OF_X[kind] * of_x + OF_WEIGHT[kind] * of_weight + elements
     act = ACTS_OF_OTHERS.get(p.dtype, ACTS).get(p.act, ACTS[p.act])
     each = ELEMENT + act + RESIDUAL * p.has_residual
-    last = tile.num_warps * (SETUP[kind] + each * m * n / threads)
+    setup = SETUP[kind] + PROJECTION_SETUP * (p.projection is not None)
+    last = tile.num_warps * (setup + each * m * n / threads)
     stages = 1 if kind == "filter_row" else min(tile.num_stages, steps + 1)
     late = p.has_residual and n > 64
     return Work(
         p.bytes_read,
         p.bytes_written,
         programs=tiles.programs(p, tile),
-        per_sm=occupancy(gpu, threads, registers(p, tile, of_x + of_weight), stages * buffered),
+        per_sm=occupancy(
+            gpu, threads, registers(p, tile, of_x + of_weight, gpu), stages * buffered
+        ),
         flops=2 * m * n * k * steps,
         matrix_share=1.0 if size == 2 else TF32_SHARE,
         l2=size * (m * rows + columns * (taps * channels + projected)) + residual,
@@ -129,14 +133,19 @@ def triton(problem: Problem, tile: Config, gpu: GPU) -> Work:
     )
 
 
-def registers(problem: Problem, tile: Config, accesses: float) -> int:
+def registers(problem: Problem, tile: Config, accesses: float, gpu: GPU) -> int:
     """Of a thread, at most: sums, addresses, elements of a prologue; the compiler has its way."""
     p, threads = problem, 32 * tile.num_warps
     sums = tile.block_m * tile.block_n // threads
     through = tile.block_m * tile.block_k / threads
-    through *= 1.25 * p.has_input_bn + 0.4 * p.has_input_gate
+    through = 1.25 * through * p.has_input_bn + (30 + 0.4 * through) * p.has_input_gate
     base = {"1x1": 24, "spatial": 32, "filter_row": 26}[tiles.kernel(p)]
-    limit = 255 if tiles.alone(tile.block_m, tile.block_n) else tiles.registers(tile.num_warps)
+    base += 20 * (p.projection is not None)
+    limit = (
+        255
+        if tiles.alone(tile.block_m, tile.block_n)
+        else tiles.registers(tile.num_warps, p.dtype.itemsize, gpu.capability)
+    )
     return int(min(sums + base + 4 * accesses + through, limit))
 
 

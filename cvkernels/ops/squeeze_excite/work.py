@@ -14,11 +14,11 @@ from cvkernels.ops.squeeze_excite import tiles
 from cvkernels.ops.squeeze_excite.problem import Problem
 
 # Threads of a program, and registers of one of a product's.
-THREADS, PRODUCT_REGISTERS = 128, 128
+THREADS, PRODUCT_REGISTERS = 128, 192
 # Of a warp, and of a thread for each element of the tiles that its program goes through.
 SQUEEZE_SETUP, SQUEEZE = 280, 4.1
 SCALE, RESIDUAL = 8.8, 2.7
-PRODUCT_SETUP, PRODUCT_STEP, PRODUCT = 350, 90, 4.0
+PRODUCT_SETUP, PRODUCT_STEP, PRODUCT = 350, 40, 2.4
 
 
 def squeeze(x: Tensor, gpu: GPU) -> Work:

@@ -16,7 +16,8 @@ VIEWS = {
     "empty": lambda x: x[:0],
 }
 OPS = sorted(registered_calls(torch.ones(1, 8, 2, 2)))
-ON_CUDA_ALONE = {"conv_bn_act_halo"}  # see tests/build/test_halo_on_host.py
+# See tests/build/test_halo_on_host.py and test_cuda_on_host.py.
+ON_CUDA_ALONE = {"conv_bn_act_halo", "depthwise_conv_bn_act_cuda"}
 PUBLIC = [op for op in OPS if "native" not in op and "batch_norm" not in op]
 # Those with a norm or none, and those that are differentiable.
 NORMED = [op for op in PUBLIC if op.startswith(("avg_pool", "dense_concat", "conv", "depthwise"))]
