@@ -141,6 +141,8 @@ def registers(problem: Problem, tile: Config, accesses: float, gpu: GPU) -> int:
     through = 1.25 * through * p.has_input_bn + (30 + 0.4 * through) * p.has_input_gate
     base = {"1x1": 24, "spatial": 32, "filter_row": 26}[tiles.kernel(p)]
     base += 20 * (p.projection is not None)
+    # of few elements the compiler keeps more of the loop
+    base += 40 * (p.has_input_bn and tile.num_warps == 4)
     limit = (
         255
         if tiles.alone(tile.block_m, tile.block_n)
