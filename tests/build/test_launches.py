@@ -36,7 +36,14 @@ def fresh(tmp_path_factory):
 
 def spilling(rows):
     """But for DenseNet's prologue in wide tiles, where Triton 3.6 compiles for Blackwell."""
-    return [row for row in rows if row["spills"] and (row["triton"], row["arch"]) != ("3.6.0", 100)]
+
+    def known(row):
+        wide = row["tile"]["BLOCK_M"] == row["tile"]["BLOCK_N"] == 128
+        return (
+            (row["triton"], row["arch"]) == ("3.6.0", 100) and wide and "denselayer" in row["layer"]
+        )
+
+    return [row for row in rows if row["spills"] and not known(row)]
 
 
 def without_tensor_cores(rows):
@@ -53,14 +60,24 @@ def crowded(rows):
     ]
 
 
+def narrowest(row):
+    """Bytes of the narrowest access to a map: those of 4 are to vectors in float32, and one load of
+    2 is of a bias in 16 bits, an element a thread."""
+    widths = [
+        int(access.split()[1])
+        for access, count in row["accesses"].items()
+        if not access.endswith(" 4") and (access, count) != ("LDG 2", 1)
+    ]
+    return min(widths)
+
+
 def scalar(rows):
+    """Narrower than 16 bytes; than 8 in the first convolution, whose small tiles have few."""
     return [
         row
         for row in rows
-        if row["narrowest"] < 16 and row["kernel"] not in VECTORS
-        # a bias in 16 bits, an element a thread; and images of a small tile, 8 bytes a thread
-        if row["accesses"].get("LDG 2") != 1
-        if row["kernel"] != "conv_bn_act_filter_row_kernel" or row["narrowest"] < 8
+        if row["kernel"] not in VECTORS
+        if narrowest(row) < (8 if row["kernel"] == "conv_bn_act_filter_row_kernel" else 16)
     ]
 
 
@@ -69,7 +86,7 @@ def starved(rows):
     return [
         row
         for row in rows
-        if row["bounds"] == ["memory"] and 1024 * row["kb_in_flight"] < 0.9 * bytes_needed(H200)
+        if row["bounds"] == ["memory"] and 1024 * row["kb_in_flight"] < bytes_needed(H200)
     ]
 
 
