@@ -36,7 +36,7 @@ def machine(monkeypatch, device):
 def few(problem, capability):
     """The heuristic's answer, and two other tiles that the interpreter is quick with."""
     first = tuning.heuristic(problem, capability)
-    tiles = [Config("triton", 64, 32, k, 8, 4, 2) for k in (16, 32)]
+    tiles = [Config("triton", 64, 32, k, 4, 2) for k in (16, 32)]
     return [first, *tiles]
 
 
@@ -91,7 +91,7 @@ def test_cudnn_is_asked_for_by_name(device):
 def results():
     """One where another tile wins, one where cuDNN does, one where the gain is noise."""
     first = tuning.heuristic(TINY, (9, 0))
-    other = Config("triton", 64, 32, 32, 8, 4, 3)
+    other = Config("triton", 64, 32, 32, 4, 3)
     library = replace(first, backend="cudnn")
     noise, cudnn = replace(TINY, K=24), replace(TINY, K=40)
     return [

@@ -123,7 +123,7 @@ def test_a_measured_table_changes_backend_and_tile_of_a_frozen_step(tmp_path, mo
     ]
     values = plans["resnet50"].lowered.values
     keys = [tuning.key(node.op.problem(values[node.inputs[0]])) for node in (first, second)]
-    tile = tiles.Config("triton", 64, 64, 32, 8, 4, 4)
+    tile = tiles.Config("triton", 64, 64, 32, 4, 4)
     entries = {key: vars(tile) for key in keys}
     table = {
         "device": "NVIDIA H200", "capability": [9, 0], "op": "conv_bn_act", "torch": "2.11.0",

@@ -94,7 +94,7 @@ def test_every_shipped_config(kernel, itemsize, config, device):
 def test_split_reductions(case, act, splits, memory_format, device):
     """Among them such that some programs have nothing to add."""
     args, options = make(case, torch.float16, device, memory_format, residual=True, act=act)
-    config = Config("triton", 64, 32, 32, 8, 4, 2, splits)
+    config = Config("triton", 64, 32, 32, 4, 2, splits)
     check(args, options, by_config(config))
     run = by_config(config)
     assert torch.equal(run(*args, **options), run(*args, **options))
@@ -103,7 +103,7 @@ def test_split_reductions(case, act, splits, memory_format, device):
 def test_split_reductions_with_a_prologue(device):
     args, options = make(Conv(200, 5, 5, 24), torch.float16, device)
     options["input_gate"] = torch.rand(2, 200, device=device).half()
-    check(args, options, by_config(Config("triton", 64, 32, 32, 8, 4, 2, 3)))
+    check(args, options, by_config(Config("triton", 64, 32, 32, 4, 2, 3)))
 
 
 # Channels in packs of 8, 4, 2 and 1 elements, and of 8 in more than the kernels' blocks.
@@ -130,7 +130,7 @@ def test_images_laid_out_in_pairs_of_pixels(kernel, device):
 
 def test_residuals_fetched_before_the_loop(device):
     args, options = make(Conv(72, 9, 7, 72), torch.float16, device, residual=True)
-    config = Config("triton", 128, 64, 32, 8, 8, 2)
+    config = Config("triton", 128, 64, 32, 8, 2)
     check(args, options, by_config(config))
 
 
@@ -314,7 +314,7 @@ def test_projections_of_the_residual(case, dtype, memory_format, device):
     assert_matches(by_triton, projected_reference, args, options)
 
 
-@pytest.mark.parametrize("config", [(64, 32, 32, 8, 4, 3, 1), (64, 64, 64, 8, 8, 2, 3)], ids=str)
+@pytest.mark.parametrize("config", [(64, 32, 32, 4, 3, 1), (64, 64, 64, 8, 2, 3)], ids=str)
 @pytest.mark.parametrize("case", PROJECTIONS)
 def test_projections_by_tiles_and_splits(case, config, device):
     (x, weight, bias, bn), options = projected(case, torch.float16, device)

@@ -147,7 +147,7 @@ def test_key_says_what_the_speed_depends_on():
     assert tuning.key(replace(p, N=129)) != tuning.key(p)
 
 
-TILE = Config("triton", 64, 64, 32, 4, 4, 3)
+TILE = Config("triton", 64, 64, 32, 4, 3)
 
 
 def table(entries, **fields):
@@ -206,7 +206,10 @@ BAD_TABLES = {
     "unknown-value": (table({"entries": {KEY: asdict(TILE) | {"split": 2}}}), "needs the fields"),
     "backend": (table({"entries": {KEY: asdict(TILE) | {"backend": "fast"}}}), "backend must be"),
     "block": (table({"entries": {KEY: asdict(TILE) | {"block_m": 48}}}), "block_m must be a power"),
-    "type": (table({"entries": {KEY: asdict(TILE) | {"group_m": "8"}}}), "group_m must be a posit"),
+    "type": (
+        table({"entries": {KEY: asdict(TILE) | {"num_warps": "8"}}}),
+        "num_warps must be a posit",
+    ),
     "warps": (table({"entries": {KEY: asdict(TILE) | {"num_warps": 3}}}), "num_warps must be"),
     "stages": (table({"entries": {KEY: asdict(TILE) | {"num_stages": 99}}}), "num_stages must be"),
 }

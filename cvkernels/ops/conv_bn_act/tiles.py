@@ -11,8 +11,6 @@ from cvkernels.ops.conv_bn_act.problem import Problem
 
 KERNELS = ("1x1", "spatial", "filter_row")
 BACKENDS = ("triton", "cudnn", "halo")
-# Weights of one convolution stay in L2 in any order.
-GROUP_M = 1
 
 # below this many input channels, a channel block of one tap would be mostly padding
 _FILTER_ROW_BELOW = 16
@@ -29,7 +27,6 @@ class Config:
     block_m: int
     block_n: int
     block_k: int
-    group_m: int
     num_warps: int
     num_stages: int
     split_k: int = 1  # programs that share the reduction of a tile
@@ -143,7 +140,7 @@ def candidates(problem: Problem, capability: tuple[int, int]) -> Iterator[Config
         # a pipeline deeper than the loop only takes shared memory from other programs
         if name == "1x1" and problem.C <= 2 * block_k:
             num_stages = 2
-        tile = Config("triton", block_m, block_n, block_k, GROUP_M, num_warps, num_stages)
+        tile = Config("triton", block_m, block_n, block_k, num_warps, num_stages)
         yield tile
         steps = depth * cdiv(group_span(problem, block_n), block_k)
         if name == "filter_row" or programs(problem, tile) > sm_count(capability):
@@ -198,7 +195,7 @@ def _reachable(name: str, itemsize: int) -> tuple[Config, ...]:
             if name == "1x1" and not large:
                 stages.add(2)
             for block_k, count in itertools.product(depths, sorted(stages)):
-                tile = (block_m, block_n, block_k, GROUP_M, num_warps, count)
+                tile = (block_m, block_n, block_k, num_warps, count)
                 found.append(Config("triton", *tile))
     return tuple(dict.fromkeys(found))
 

@@ -163,7 +163,7 @@ def _plan(
         "STRIDE_H": p.stride[0], "STRIDE_W": p.stride[1], "PRECISION": precision,
         "INPUT_BN": p.has_input_bn, "X_VEC": x_vec, "WEIGHT_VEC": weight_vec,
         "PACKED": p.dtype.itemsize == 2 and not INTERPRETED, **after, "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
+        "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "num_warps": config.num_warps, "num_stages": config.num_stages,
         **_of_kernel(problem, config, strides),
     }  # fmt: skip
@@ -179,7 +179,7 @@ def _plan(
     fixed = (
         pixels, *channels, p.K // out_vec, *size, p.P, p.Q, *_packs(strides.x, x_vec),
         *(of_weight[:2] if name == "1x1" else of_weight), *of_out, *of_residual, *strides.gate,
-        *(_of_projection(problem, strides) if name == "1x1" else ()),
+        *(_of_projection(problem, config, strides)[0] if name == "1x1" else ()),
     )  # fmt: skip
     grid = (programs,) if config.split_k == 1 else (programs, config.split_k)
     launch = Launch(_KERNELS[name], grid, fixed, meta)
@@ -204,7 +204,7 @@ def _of_kernel(problem: Problem, config: Config, strides: Strides) -> dict[str, 
             "SPLIT_K": config.split_k, "EVEN_C": even, "PER_IMAGE": p.has_input_gate,
             "FLAT_X": p.stride == (1, 1) and _flat(strides.x, p.H, p.W),
             "EARLY_RESIDUAL": p.has_residual and narrow and config.split_k == 1,
-            **_projection_constants(problem, config, strides),
+            **_of_projection(problem, config, strides)[1],
         }  # fmt: skip
     window = {
         "R": p.R, "S": p.S, "PADDING_H": p.padding[0], "PADDING_W": p.padding[1],
@@ -221,38 +221,25 @@ def _of_kernel(problem: Problem, config: Config, strides: Strides) -> dict[str, 
     }  # fmt: skip
 
 
-def _projection_vecs(problem: Problem, strides: Strides) -> tuple[int, int]:
-    """Elements of the packs of the projected tensor and of the projection; 1 without."""
-    if problem.projection is None:
-        return 1, 1
-    lanes, shapes = 16 // problem.dtype.itemsize, _shapes(problem)
-    assert shapes.projected is not None and shapes.projection is not None
-    return (
-        _vec(lanes, shapes.projected, strides.projected),
-        _vec(lanes, shapes.projection, strides.projection),
-    )
-
-
-def _of_projection(problem: Problem, strides: Strides) -> tuple[int, ...]:
-    """The last sizes and strides of the 1x1 kernel."""
-    if problem.projection is None or strides.projected is None or strides.projection is None:
-        return (0,) * 7
-    x_vec, weight_vec = _projection_vecs(problem, strides)
-    of_weight = _packs(strides.projection, weight_vec)[:2]
-    return (problem.projection.C // x_vec, *_packs(strides.projected, x_vec), *of_weight)
-
-
-def _projection_constants(problem: Problem, config: Config, strides: Strides) -> dict[str, Any]:
-    projection = problem.projection
-    if projection is None:
-        meta = {"PROJECTED": False, "PROJECTED_STRIDE_H": 1, "PROJECTED_STRIDE_W": 1}
-        return {**meta, "PROJECTED_EVEN_C": False, "PROJECTED_VEC": 1, "PROJECTION_VEC": 1}
-    x_vec, weight_vec = _projection_vecs(problem, strides)
-    return {
-        "PROJECTED": True, "PROJECTED_STRIDE_H": projection.stride[0],
-        "PROJECTED_STRIDE_W": projection.stride[1],
-        "PROJECTED_EVEN_C": projection.C % config.block_k == 0,
-        "PROJECTED_VEC": x_vec, "PROJECTION_VEC": weight_vec,
+def _of_projection(
+    problem: Problem, config: Config, strides: Strides
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """The last sizes and strides of the 1x1 kernel, and its constants, of the projection."""
+    projection, shapes = problem.projection, _shapes(problem)
+    x_vec = weight_vec = 1
+    sizes: tuple[int, ...] = (0,) * 7
+    if projection is not None and shapes.projected is not None and shapes.projection is not None:
+        assert strides.projected is not None and strides.projection is not None
+        lanes = 16 // problem.dtype.itemsize
+        x_vec = _vec(lanes, shapes.projected, strides.projected)
+        weight_vec = _vec(lanes, shapes.projection, strides.projection)
+        of_weight = _packs(strides.projection, weight_vec)[:2]
+        sizes = (projection.C // x_vec, *_packs(strides.projected, x_vec), *of_weight)
+    step_h, step_w = (1, 1) if projection is None else projection.stride
+    return sizes, {
+        "PROJECTED": projection is not None, "PROJECTED_STRIDE_H": step_h,
+        "PROJECTED_STRIDE_W": step_w, "PROJECTED_VEC": x_vec, "PROJECTION_VEC": weight_vec,
+        "PROJECTED_EVEN_C": projection is not None and projection.C % config.block_k == 0,
     }  # fmt: skip
 
 

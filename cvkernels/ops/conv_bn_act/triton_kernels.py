@@ -81,7 +81,7 @@ def conv_bn_act_1x1_kernel(
     FLAT_OUT: tl.constexpr,
     X_VEC: tl.constexpr, WEIGHT_VEC: tl.constexpr, OUT_VEC: tl.constexpr,
     INT64: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr, SPLIT_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """1x1 convolution without padding or groups: a matrix product over pixels.
 
@@ -93,12 +93,12 @@ def conv_bn_act_1x1_kernel(
     C, K = c_packs * X_VEC, k_packs * OUT_VEC
     if PER_IMAGE:
         image_tiles = tl.cdiv(P * Q, BLOCK_M)
-        pid_m, pid_n = tile_ids(M // (P * Q) * image_tiles, K, BLOCK_N, GROUP_M)
+        pid_m, pid_n = tile_ids(K, BLOCK_N)
         image = pid_m // image_tiles
         m_first = image * (P * Q) + (pid_m - image * image_tiles) * BLOCK_M
         m_end = (image + 1) * (P * Q)
     else:
-        pid_m, pid_n = tile_ids(tl.cdiv(M, BLOCK_M), K, BLOCK_N, GROUP_M)
+        pid_m, pid_n = tile_ids(K, BLOCK_N)
         image = pid_m * 0
         m_first = pid_m * BLOCK_M
         m_end = M
@@ -206,7 +206,7 @@ def conv_bn_act_spatial_kernel(
     FLAT_OUT: tl.constexpr,
     X_VEC: tl.constexpr, WEIGHT_VEC: tl.constexpr, OUT_VEC: tl.constexpr,
     INT64: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr, SPLIT_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Convolution as a sum over taps (r, s) of matrix products over channels.
 
@@ -220,7 +220,7 @@ def conv_bn_act_spatial_kernel(
     """
     wait_for_producers(PDL)
     C, K = c_packs * X_VEC, k_packs * OUT_VEC
-    pid_m, pid_n = tile_ids(tl.cdiv(M, BLOCK_M), K, BLOCK_N, GROUP_M)
+    pid_m, pid_n = tile_ids(K, BLOCK_N)
     m_offs = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     k_offs = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # rows and columns past the end read the last one and are not stored: no mask in the loop
@@ -336,7 +336,6 @@ def conv_bn_act_filter_row_kernel(
     INT64: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,  # at least S * C
-    GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Convolution of few channels (the stem): a sum over filter rows of products over (s, c).
 
@@ -347,7 +346,7 @@ def conv_bn_act_filter_row_kernel(
     """
     wait_for_producers(PDL)
     K = k_packs * OUT_VEC
-    pid_m, pid_n = tile_ids(tl.cdiv(M, BLOCK_M), K, BLOCK_N, GROUP_M)
+    pid_m, pid_n = tile_ids(K, BLOCK_N)
     m_offs = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     k_offs = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # rows and columns past the end read the last one and are not stored
@@ -429,7 +428,7 @@ def conv_bn_act_finish_kernel(
     """out = act(bn(sum of the parts) + residual), of a tile [BLOCK_M pixels, BLOCK_N channels]."""
     wait_for_producers(PDL)
     K = k_packs * OUT_VEC
-    pid_m, pid_n = tile_ids(tl.cdiv(M, BLOCK_M), K, BLOCK_N, 1)
+    pid_m, pid_n = tile_ids(K, BLOCK_N)
     m_offs = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     k_offs = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (m_offs < M)[:, None] & (k_offs < K)[None, :]

@@ -9,24 +9,15 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_ids(tiles_m, K, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """(pid_m, pid_n) of this program, in bands of GROUP_M row tiles.
+def tile_ids(K, BLOCK_N: tl.constexpr):
+    """(pid_m, pid_n) of this program: the column tiles of a row tile follow one another.
 
-    The programs that run at one time then share both x and weight in L2. A band of one row takes
-    the least arithmetic.
+    The programs that run at one time then share its rows of x in L2, where the weights stay.
     """
     pid = tl.program_id(0)
     tiles_n = tl.cdiv(K, BLOCK_N)
-    if GROUP_M == 1:
-        pid_m = (pid.to(tl.uint32) // tiles_n.to(tl.uint32)).to(tl.int32)
-        pid_n = pid - pid_m * tiles_n
-    else:
-        band = pid // (GROUP_M * tiles_n)
-        in_band = pid - band * (GROUP_M * tiles_n)
-        rows = min(tiles_m - band * GROUP_M, GROUP_M)
-        pid_m = band * GROUP_M + in_band % rows
-        pid_n = in_band // rows
-    return pid_m, pid_n
+    pid_m = (pid.to(tl.uint32) // tiles_n.to(tl.uint32)).to(tl.int32)
+    return pid_m, pid - pid_m * tiles_n
 
 
 @triton.jit

@@ -42,7 +42,7 @@ def named(problem: Problem, name: str, device_name: str, capability: tuple[int, 
     if (given := _NAME.fullmatch(name)) is None:
         return choose(problem, device_name, capability)
     block_m, block_n, block_k, warps, stages, splits = (int(n or 1) for n in given.groups())
-    return Config("triton", block_m, block_n, block_k, tiles.GROUP_M, warps, stages, splits)
+    return Config("triton", block_m, block_n, block_k, warps, stages, splits)
 
 
 @functools.lru_cache(maxsize=4096)
