@@ -49,6 +49,8 @@ def items(setting, kind):
         yield from (noted("losing", lose), noted("rest"))
     elif kind == "fails":
         yield from (noted("failing", fail), noted("fine"))
+    elif kind == "slow":
+        yield from (noted(f"slow {index}", lambda: time.sleep(0.5)) for index in range(8))
     else:
         yield from (noted(f"{kind} {index}") for index in range(8))
 
