@@ -143,7 +143,7 @@ def predictions() -> dict[str, Any]:
                 name: getattr(conv_work, name)
                 for name in (
                     "STEP", "OF_X", "OF_WEIGHT", "INPUT_BN", "INPUT_GATE", "SETUP", "ELEMENT",
-                    "RESIDUAL", "ACTS",
+                    "RESIDUAL", "OUTPUT_GATE", "ACTS",
                 )
             },
             "depthwise_conv_bn_act": {

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import cvkernels
@@ -64,6 +65,8 @@ class Operands(NamedTuple):
     input_bn: BatchNormParams | None
     gate: Tensor | None
     out: Tensor
+    projection: Tensor | None
+    output_gate: Tensor | None
 
 
 class Found(NamedTuple):
@@ -113,8 +116,10 @@ def problems(
 
 
 def _key_of(problem: Problem) -> Problem:
-    """The problem with its norm in the epilogue, for all that have its key."""
-    return replace(problem, has_bias=False, has_bn=True, has_out=False)
+    """The problem with its norm in the epilogue, for all that have its key; beside a projection,
+    where it is folded, with a bias."""
+    projected = problem.projection is not None
+    return replace(problem, has_bias=projected, has_bn=not projected, has_out=False)
 
 
 def candidates(problem: Problem, capability: tuple[int, int]) -> list[Config]:
@@ -134,16 +139,27 @@ def operands(problem: Problem, device: torch.device) -> Operands:
     def image(*shape: int) -> Tensor:
         return random_image(*shape, dtype=p.dtype, device=device)
 
+    def gates(channels: int) -> Tensor:
+        return torch.rand(p.N, channels, device=device).to(p.dtype)
+
+    residual = image(p.N, p.K, p.P, p.Q) if p.has_residual else None
+    projection = None
+    if (projected := p.projection) is not None:
+        size = [(n - 1) * s + 1 for n, s in zip((p.P, p.Q), projected.stride, strict=True)]
+        residual = image(p.N, projected.C, *size)
+        projection = image(p.K, projected.C, 1, 1) / projected.C**0.5
     fan_in = p.C // p.groups * p.R * p.S
     return Operands(
         image(p.N, p.C, p.H, p.W),
         image(p.K, p.C // p.groups, p.R, p.S) / fan_in**0.5,
         torch.randn(p.K, device=device) if p.has_bias else None,
         batch_norm(p.K, device) if p.has_bn else None,
-        image(p.N, p.K, p.P, p.Q) if p.has_residual else None,
+        residual,
         BatchNormParams(*batch_norm(p.C, device)[:2]) if p.has_input_bn else None,
-        torch.rand(p.N, p.C, device=device).to(p.dtype) if p.has_input_gate else None,
+        gates(p.C) if p.has_input_gate else None,
         image(p.N, p.K, p.P, p.Q),
+        projection,
+        gates(p.K) if p.has_output_gate else None,
     )
 
 
@@ -175,11 +191,13 @@ def exact(problem: Problem, given: Operands, dtype: torch.dtype) -> Tensor:
             )
         return None if value is None else value.to(dtype)
 
-    x, weight, bias, bn, residual, input_bn, gate = map(cast, given[:7])
+    x, weight, bias, bn, residual, input_bn, gate, _, projection, output_gate = map(cast, given)
+    if problem.projection is not None:
+        residual = F.conv2d(residual, projection, stride=problem.projection.stride)
     return conv_bn_act_reference(
         x, weight, bias, bn, stride=problem.stride, padding=problem.padding,
         dilation=problem.dilation, groups=problem.groups, act=problem.act, residual=residual,
-        input_bn=input_bn, input_gate=gate,
+        input_bn=input_bn, input_gate=gate, output_gate=output_gate,
     )  # fmt: skip
 
 

@@ -94,9 +94,10 @@ void run(const Problem& problem, const Data& data, int64_t tile) { CVK_BEST_ISA(
 
 void conv_bn_act_native(const Tensor& x, const Tensor& weight, const Tensor& shift,
                         const Tensor& out, const Maybe& residual, const Maybe& input_affine,
-                        const Maybe& input_gate, int64_t kernel_h, int64_t kernel_w,
-                        int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w,
-                        int64_t dilation_h, int64_t dilation_w, int64_t act, int64_t tile) {
+                        const Maybe& input_gate, const Maybe& output_gate, int64_t kernel_h,
+                        int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t padding_h,
+                        int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t act,
+                        int64_t tile) {
   CVK_CHECK_CPU(OP, x);
   CVK_CHECK_DIM(OP, x, 4);
   CVK_CHECK_DIM(OP, out, 4);
@@ -147,6 +148,7 @@ void conv_bn_act_native(const Tensor& x, const Tensor& weight, const Tensor& shi
   const void* shifts = floats_of(OP, "shift", shift, problem.panels() * PANEL);
   const void* affine = floats_of(OP, "input_affine", input_affine, 2 * problem.C);
   const void* gate = floats_of(OP, "input_gate", input_gate, problem.N * problem.C);
+  const void* output_gates = floats_of(OP, "output_gate", output_gate, problem.N * problem.K);
   problem.out_stride = pixel_stride(OP, "out", out);
   if (residual) {
     CVK_CHECK_SAME(OP, *residual, x);
@@ -157,14 +159,14 @@ void conv_bn_act_native(const Tensor& x, const Tensor& weight, const Tensor& shi
   const int64_t out_bytes =
       ((problem.pixels() - 1) * problem.out_stride + problem.K) * sizeof(float);
   perform({x.const_data_ptr(), weights, shifts, out.mutable_data_ptr(), address_of(residual),
-           affine, gate},
+           affine, gate, output_gates},
           [=](void* const* at) {
             prefer_huge_pages(at[3], out_bytes);
             const auto floats = [at](int i) { return static_cast<float*>(at[i]); };
             const float* scale = floats(5);
             const Data data{floats(0), floats(1), floats(2),
                             floats(4), scale,     scale == nullptr ? nullptr : scale + problem.C,
-                            floats(6), floats(3)};
+                            floats(6), floats(7), floats(3)};
             run(problem, data, tile);
           });
 }

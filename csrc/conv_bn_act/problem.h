@@ -40,7 +40,7 @@ struct Problem {
 
 // x, out and residual start at their first element. Direct: weight[panels, R, S, C, PANEL].
 // Winograd: weight[points, panels, C, PANEL]. shift[panels * PANEL]. Without an affine map before
-// the convolution, input_scale and input_shift are null; gate[N, C] likewise.
+// the convolution, input_scale and input_shift are null; gate[N, C] and output_gate[N, K] likewise.
 struct Data {
   const float* x;
   const float* weight;
@@ -49,6 +49,7 @@ struct Data {
   const float* input_scale;
   const float* input_shift;
   const float* gate;
+  const float* output_gate;
   float* out;
 };
 

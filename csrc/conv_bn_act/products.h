@@ -76,12 +76,13 @@ CVK_INLINE void load_rows(const float** rows, const float* const* from) {
   }
 }
 
-// What becomes of the sums: to[row, column] = clamp(sums + shift + residual), or without a shift
-// the sums themselves.
+// What becomes of the sums: to[row, column] = clamp((sums + shift) * gates[row][column] +
+// residual), or without a shift the sums themselves.
 struct Epilogue {
   float* to;
   int64_t to_stride;
   const float* shift;
+  const float* const* gates;
   const float* residual;
   int64_t residual_stride;
   float low, high;
@@ -93,6 +94,7 @@ CVK_INLINE void finish_sums(const V* sums, const Epilogue& epilogue, const V* sh
   if constexpr (INDEX < HEIGHT * WIDTH) {
     constexpr int row = INDEX / WIDTH, column = INDEX % WIDTH * LANES;
     V y = sums[INDEX] + shift[INDEX % WIDTH];
+    if (epilogue.gates != nullptr) y = y * load(epilogue.gates[row] + column);
     if (epilogue.residual != nullptr)
       y += load(epilogue.residual + row * epilogue.residual_stride + column);
     y = y < low ? low : y;  // a NaN stays one
@@ -161,24 +163,31 @@ CVK_TARGET static Multiply tile_of(int64_t height, int64_t columns, int64_t* wid
   return *width = LANES, multiply_of_height<1>(height);
 }
 
-// out = act(sums + shift + residual) for `height` pixels and the `kept` first of `columns`.
+// The `kept` first lanes at `from`, and zeros.
+CVK_INLINE V load_some(const float* from, int64_t kept) {
+  float lanes[LANES] = {};
+  for (int64_t i = 0; i < kept; ++i) lanes[i] = from[i];
+  return load(lanes);
+}
+
+// out = act((sums + shift) * gates + residual) for `height` pixels and the `kept` first of
+// `columns`.
 template <Act ACT>
 CVK_TARGET static void finish(const Problem& problem, const float* sums, int64_t sums_stride,
                               int64_t height, int64_t columns, int64_t kept, const float* shift,
-                              const float* residual, float* out) {
+                              const float* const* gates, const float* residual, float* out) {
   for (int64_t row = 0; row < height; ++row, sums += sums_stride, out += problem.out_stride) {
     for (int64_t c = 0; c < columns && c < kept; c += LANES) {
       V y = load(sums + c) + load(shift + c);
       if (c + LANES <= kept) {
+        if (gates != nullptr) y = y * load(gates[row] + c);
         if (residual != nullptr) y += load(residual + c);
         store(out + c, activate<ACT>(y));
         continue;
       }
-      float lanes[LANES] = {};
-      if (residual != nullptr) {
-        for (int64_t i = c; i < kept; ++i) lanes[i - c] = residual[i];
-        y += load(lanes);
-      }
+      if (gates != nullptr) y = y * load_some(gates[row] + c, kept - c);
+      if (residual != nullptr) y += load_some(residual + c, kept - c);
+      float lanes[LANES];
       store(lanes, activate<ACT>(y));
       for (int64_t i = c; i < kept; ++i) out[i] = lanes[i - c];
     }
@@ -188,21 +197,32 @@ CVK_TARGET static void finish(const Problem& problem, const float* sums, int64_t
 
 CVK_TARGET static void finish_tile(const Problem& problem, const float* sums, int64_t sums_stride,
                                    int64_t height, int64_t columns, int64_t kept,
-                                   const float* shift, const float* residual, float* out) {
+                                   const float* shift, const float* const* gates,
+                                   const float* residual, float* out) {
+  const auto finish_by = [&](auto finish) {
+    finish(problem, sums, sums_stride, height, columns, kept, shift, gates, residual, out);
+  };
   switch (problem.act) {
     case Act::NONE:
-      return finish<Act::NONE>(problem, sums, sums_stride, height, columns, kept, shift, residual,
-                               out);
+      return finish_by(&finish<Act::NONE>);
     case Act::RELU:
-      return finish<Act::RELU>(problem, sums, sums_stride, height, columns, kept, shift, residual,
-                               out);
+      return finish_by(&finish<Act::RELU>);
     case Act::RELU6:
-      return finish<Act::RELU6>(problem, sums, sums_stride, height, columns, kept, shift, residual,
-                                out);
+      return finish_by(&finish<Act::RELU6>);
     case Act::SILU:
-      return finish<Act::SILU>(problem, sums, sums_stride, height, columns, kept, shift, residual,
-                               out);
+      return finish_by(&finish<Act::SILU>);
   }
+}
+
+// Pointers to the gates of `count` pixels from `pixel` on, at a column; null without gates.
+CVK_INLINE const float* const* find_gates(const Problem& problem, const Data& data, int64_t pixel,
+                                          int64_t count, int64_t column, const float** gates) {
+  if (data.output_gate == nullptr) return nullptr;
+  for (int64_t row = 0; row < count; ++row) {
+    const int64_t image = (pixel + row) / (problem.P * problem.Q);
+    gates[row] = data.output_gate + image * problem.K + column;
+  }
+  return gates;
 }
 
 // Sums whose SiLU is taken together: an exponential takes a hundred cycles, in which those of
@@ -337,9 +357,11 @@ CVK_TARGET static void multiply_strip(const Problem& problem, const Data& data, 
       float* out = data.out + pixel * problem.out_stride + column;
       const float* residual = data.residual;
       if (residual != nullptr) residual += pixel * problem.residual_stride + column;
+      const float* of_rows[HIGHEST];
+      const float* const* gates = find_gates(problem, data, pixel, height, column, of_rows);
       if (width <= kept) {
         tile(operand + row, stride, taps, depth, weight, panel_size,
-             {out, problem.out_stride, shift, residual, problem.residual_stride, low, high});
+             {out, problem.out_stride, shift, gates, residual, problem.residual_stride, low, high});
         const int64_t pending = end - activated;
         if (problem.act == Act::SILU && (pending * width >= TOGETHER || end == count)) {
           apply_silu(out + (height - pending) * problem.out_stride, problem.out_stride, pending,
@@ -349,8 +371,8 @@ CVK_TARGET static void multiply_strip(const Problem& problem, const Data& data, 
         continue;
       }
       tile(operand + row, stride, taps, depth, weight, panel_size,
-           {sums, WIDEST * LANES, nullptr, nullptr, 0, low, high});
-      finish_tile(problem, sums, WIDEST * LANES, height, width, kept, shift, residual, out);
+           {sums, WIDEST * LANES, nullptr, nullptr, nullptr, 0, low, high});
+      finish_tile(problem, sums, WIDEST * LANES, height, width, kept, shift, gates, residual, out);
     }
   }
 }

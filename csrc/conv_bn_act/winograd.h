@@ -117,13 +117,13 @@ CVK_TARGET static void multiply_points(const Problem& problem, const Data& data,
         for (int64_t i = 0; i < height; ++i) rows[i] = from + (tile + i) * channels;
         const Multiply product = tile_of(height, columns - column, &width);
         product(rows, 0, 1, problem.C, part, panel_size,
-                {to + tile * columns + column, columns, nullptr, nullptr, 0, 0.0f, 0.0f});
+                {to + tile * columns + column, columns, nullptr, nullptr, nullptr, 0, 0.0f, 0.0f});
       }
     }
   }
 }
 
-// out = act(A^T products A + shift + residual) for a range of tiles and panels.
+// out = act((A^T products A + shift) * gates + residual) for a range of tiles and panels.
 template <int MH, int MW>
 CVK_TARGET static void transform_output(const Problem& problem, const Data& data,
                                         const Tiling& tiling, Range tiles, Range panels,
@@ -149,8 +149,10 @@ CVK_TARGET static void transform_output(const Problem& problem, const Data& data
         const int64_t pixel = (n * problem.P + p + i) * problem.Q + q;
         const float* residual = data.residual;
         if (residual != nullptr) residual += pixel * problem.residual_stride + channel;
+        const float* of_rows[MW];
+        const float* const* gates = find_gates(problem, data, pixel, width, channel, of_rows);
         finish_tile(problem, y + i * MW * LANES, LANES, width, LANES, kept, data.shift + channel,
-                    residual, data.out + pixel * problem.out_stride + channel);
+                    gates, residual, data.out + pixel * problem.out_stride + channel);
       }
     }
   }

@@ -12,8 +12,9 @@ struct Excite {
   ScalarType dtype;
   Layer first, second;
 
-  int64_t C() const { return second.rows; }
+  int64_t C() const { return first.columns; }
   int64_t R() const { return first.rows; }
+  int64_t K() const { return second.rows; }
 
   // The same with both weights and biases at these addresses.
   Excite at(void* const* layers) const {
@@ -34,11 +35,11 @@ Excite excite_of(const char* op, const Tensor& weight1, const Maybe& bias1, cons
         "a weight must be a matrix or a 1x1 convolution's, got ", shape_of(*weight));
     CVK_CHECK(op, weight->is_contiguous(), "weights must be contiguous");
   }
-  const int64_t R = weight1.size(0), C = weight1.size(1);
+  const int64_t R = weight1.size(0), C = weight1.size(1), K = weight2.size(0);
   CVK_CHECK(op, R > 0, "weight1 must have rows, got ", shape_of(weight1));
   CVK_CHECK_SAME(op, weight2, weight1);
-  CVK_CHECK(op, weight2.size(0) == C && weight2.size(1) == R, "weight2 must have shape [", C, ", ",
-            R, "], got ", shape_of(weight2));
+  CVK_CHECK(op, K > 0 && weight2.size(1) == R, "weight2 must have rows and ", R, " columns, got ",
+            shape_of(weight2));
   const auto data = [&](const Maybe& bias, int64_t size) -> const void* {
     if (!bias) return nullptr;
     CVK_CHECK_SAME(op, *bias, weight1);
@@ -48,10 +49,10 @@ Excite excite_of(const char* op, const Tensor& weight1, const Maybe& bias1, cons
   };
   return {weight1.scalar_type(),
           {weight1.const_data_ptr(), data(bias1, R), R, C, static_cast<Act>(act)},
-          {weight2.const_data_ptr(), data(bias2, C), C, R, Act::NONE}};
+          {weight2.const_data_ptr(), data(bias2, K), K, R, Act::NONE}};
 }
 
-// gate[images, C] = the logits, or their sigmoid, of mean[images, C]; hidden[images, R] is scratch.
+// gate[images, K] = the logits, or their sigmoid, of mean[images, C]; hidden[images, R] is scratch.
 void excite_images(const Excite& excite, int64_t images, const float* mean, float* hidden,
                    float* gate, bool sigmoid) {
   dispatch("excite", excite.dtype, [&](auto type) {
@@ -64,7 +65,7 @@ void excite_images(const Excite& excite, int64_t images, const float* mean, floa
     run(excite.first, mean, hidden);
     run(excite.second, hidden, gate);
   });
-  if (sigmoid) apply_sigmoid(gate, images * excite.C());
+  if (sigmoid) apply_sigmoid(gate, images * excite.K());
 }
 
 // Images that a thread takes together: the layers' weights are read once for four of them, and
@@ -176,21 +177,21 @@ Tensor excite(const Tensor& pooled, const Tensor& weight1, const Maybe& bias1,
   const Excite layers = excite_of("excite", weight1, bias1, weight2, bias2, act);
   CVK_CHECK("excite", pooled.dim() == 2 && pooled.size(1) == layers.C() && pooled.is_contiguous(),
             "pooled must be contiguous with shape [N, ", layers.C(), "], got ", shape_of(pooled));
-  const int64_t N = pooled.size(0), size = N * layers.C();
+  const int64_t N = pooled.size(0), size = N * layers.C(), made = N * layers.K();
   const ScalarType dtype = count ? weight1.scalar_type() : pooled.scalar_type();
-  const Tensor out = new_matrix(pooled, N, layers.C(), dtype);
+  const Tensor out = new_matrix(pooled, N, layers.K(), dtype);
   const ScalarType from_dtype = pooled.scalar_type();
   perform({pooled.const_data_ptr(), layers.first.weight, layers.first.bias, layers.second.weight,
            layers.second.bias, out.mutable_data_ptr()},
           [=](void* const* at) {
-            std::vector<float> mean(size), hidden(N * layers.R()), gate(size);
+            std::vector<float> mean(size), hidden(N * layers.R()), gate(made);
             dispatch("excite", from_dtype,
                      [&](auto type) { load_floats(type, at[0], size, mean.data()); });
             if (count)
               for (float& value : mean) value /= static_cast<float>(count);
             excite_images(layers.at(at + 1), N, mean.data(), hidden.data(), gate.data(), sigmoid);
             dispatch("excite", dtype,
-                     [&](auto type) { store_floats(type, gate.data(), size, at[5]); });
+                     [&](auto type) { store_floats(type, gate.data(), made, at[5]); });
           });
   return out;
 }
@@ -238,8 +239,9 @@ void squeeze_excite_out(const Tensor& x, const Tensor& weight1, const Maybe& bia
                         const Maybe& residual, int64_t out_act, const Tensor& out) {
   const Map map = map_of("squeeze_excite", x, is_nhwc(x));
   const Excite layers = excite_of("squeeze_excite", weight1, bias1, weight2, bias2, act);
-  CVK_CHECK("squeeze_excite", layers.C() == map.C, "weight1 must have shape [R, ", map.C, "], got ",
-            shape_of(weight1));
+  CVK_CHECK("squeeze_excite", layers.C() == map.C && layers.K() == map.C,
+            "the layers must be from ", map.C, " channels to as many, got weight1 ",
+            shape_of(weight1), " and weight2 ", shape_of(weight2));
   dispatch("squeeze_excite", x.scalar_type(), [&]<typename T>(Type<T>) {
     const Maps<T> maps = maps_of<T>("squeeze_excite", x, residual, &out, out_act);
     const int64_t element_size = x.element_size();

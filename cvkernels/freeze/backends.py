@@ -113,7 +113,10 @@ def key(problem: Problem) -> str:
     parts += [f"d{p.dilation[0]},{p.dilation[1]}", f"g{p.groups}", p.act]
     if p.projection is not None:
         parts += ["projection{} s{},{}".format(p.projection.C, *p.projection.stride)]
-    flags = {"residual": p.has_residual, "norm": p.has_input_bn, "gate": p.has_input_gate}
+    flags = {
+        "residual": p.has_residual, "norm": p.has_input_bn, "gate": p.has_input_gate,
+        "output gate": p.has_output_gate,
+    }  # fmt: skip
     return " ".join(parts + [name for name, is_set in flags.items() if is_set])
 
 

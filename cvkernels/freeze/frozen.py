@@ -20,6 +20,7 @@ from cvkernels.freeze.backends import is_gpu, read_table, writes_slices
 from cvkernels.freeze.capture import capture
 from cvkernels.freeze.compile import compile_launches
 from cvkernels.freeze.cuda_graphs import CudaGraph, Pool, may_be_captured
+from cvkernels.freeze.early_gates import gate_early
 from cvkernels.freeze.fuse import fuse, own_weights
 from cvkernels.freeze.graph import Graph, Node, TensorSpec, fill
 from cvkernels.freeze.image import lay_out_image
@@ -130,6 +131,8 @@ def _fused_graph(
         if isinstance(node.op, Call):
             node.op.to(dtype)
     fuse(graph, graph.infer(TensorSpec(tuple(example.shape), dtype), example.device))
+    if writes_slices(dtype, example.device):
+        gate_early(graph)
     own_weights(graph, dtype, example.device)
     if writes_slices(dtype, example.device):
         merge_siblings(graph)

@@ -107,15 +107,21 @@ def _runner(
 
     x = drawn(problem.N, problem.C, problem.H, problem.W)
     gate = drawn(problem.N, problem.C) if problem.has_input_gate else None
-    shape = (problem.N, problem.K, problem.P, problem.Q)
-    residual = drawn(*shape) if problem.has_residual else None
+    output_gate = drawn(problem.N, problem.K) if problem.has_output_gate else None
+    channels, size = problem.K, (problem.P, problem.Q)
+    if (projected := problem.projection) is not None:
+        channels, steps = projected.C, zip(size, projected.stride, strict=True)
+        size = tuple((n - 1) * step + 1 for n, step in steps)
+    has_residual = problem.has_residual or projected is not None
+    residual = drawn(problem.N, channels, *size) if has_residual else None
     alone = problem.has_prologue and not backend.prologue
     convolve = conv_bn_act.plan(
         x, **(conv.bare() if alone else conv).arguments, residual=residual, cache=DerivedWeights(),
-        input_gate=None if alone else gate, implementation=backend.implementation, once=True,
+        input_gate=None if alone else gate, output_gate=output_gate,
+        implementation=backend.implementation, once=True,
     ).run  # fmt: skip
     if not alone:
-        return lambda: convolve(x, residual, gate)
+        return lambda: convolve(x, residual, gate, None, output_gate)
     before = torch.empty_like(x)
 
     def run() -> None:
@@ -123,6 +129,6 @@ def _runner(
             dense_concat(before, x, 0, conv.input_bn, relu=True)
         else:
             se_scale(x, gate, out=before)
-        convolve(before, residual)
+        convolve(before, residual, None, None, output_gate)
 
     return run

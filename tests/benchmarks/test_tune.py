@@ -14,7 +14,7 @@ from benchmarks.harness import machine as machines
 from benchmarks.harness.machine import Machine, Settings
 from cvkernels.backend import BackendError
 from cvkernels.ops.conv_bn_act import tiles, tuning
-from cvkernels.ops.conv_bn_act.problem import Problem
+from cvkernels.ops.conv_bn_act.problem import Problem, Projection
 from cvkernels.ops.conv_bn_act.tiles import Config
 
 GEOMETRY = ((1, 1), (0, 0), (1, 1))
@@ -24,6 +24,9 @@ PROLOGUES = Problem(
     has_input_bn=True, has_input_gate=True, has_out=True,
 )  # fmt: skip
 SPATIAL = replace(TINY, C=64, H=5, K=64, R=3, S=3, padding=(1, 1))
+ADDED = replace(TINY, has_bn=False, has_bias=True)
+PROJECTED = replace(ADDED, projection=Projection(24, (2, 2)))
+GATED = replace(ADDED, has_residual=True, has_output_gate=True)
 ONCE = Settings(rounds=1, seconds=60.0, least=1)
 
 
@@ -62,7 +65,10 @@ def test_candidates_are_tiles_that_may_be_chosen(problem):
         )
 
 
-@pytest.mark.parametrize("problem", [TINY, PROLOGUES, SPATIAL], ids=["1x1", "prologues", "3x3"])
+@pytest.mark.parametrize(
+    "problem", [TINY, PROLOGUES, SPATIAL, PROJECTED, GATED],
+    ids=["1x1", "prologues", "3x3", "projection", "gates"],
+)  # fmt: skip
 def test_right_answers_are_timed_and_wrong_ones_named(problem, machine, monkeypatch, capsys):
     pytest.importorskip("triton")
     monkeypatch.setattr(tune, "candidates", few)

@@ -113,10 +113,10 @@ CALLS = {
     "dense_concat of bits": lambda: (nhwc(2, 16, 4, 4), nhwc(2, 8, 4, 4), 8, *NO_NORM, False),
     "conv_bn_act_native": lambda: (nhwc(2, 16, 5, 5), torch.randn(2 * 9 * 16 * 16),
                                    torch.randn(32), nhwc(2, 32, 5, 5), nhwc(2, 32, 5, 5), None,
-                                   None, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0),
+                                   None, torch.rand(2, 32), 3, 3, 1, 1, 1, 1, 1, 1, 1, 0),
     "conv_bn_act_native of an affine": lambda: (
         nhwc(1, 16, 5, 5), torch.randn(16 * 16), torch.randn(16), nhwc(1, 16, 5, 5), None,
-        torch.randn(2, 16), torch.rand(1, 16), 1, 1, 1, 1, 0, 0, 1, 1, 0, 0),
+        torch.randn(2, 16), torch.rand(1, 16), None, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0),
     "depthwise_conv_bn_act_native": lambda: (
         nhwc(2, 16, 30, 5), torch.randn(9 * 16), torch.randn(2, 16), 3, 1, 1, 1, 3,
         torch.randn(2, 30, 5, 16), torch.randn(2, 16)),

@@ -82,6 +82,11 @@ OTHERS = {
     "8-channels-merged": problem(528, 296, 1, 14),
     "fp16-silu": problem(16, 96, 1, 112, act="silu", dtype="float16"),
     "early-residual": problem(64, 256, 1, 56, has_residual=True, has_bn=False, has_bias=True),
+    "gated": problem(64, 256, 1, 56, has_output_gate=True, has_residual=True),
+    "gated-frozen": problem(
+        512, 2048, 1, 7, has_output_gate=True, has_residual=True, has_bn=False, has_bias=True
+    ),
+    "gated-alone": problem(64, 256, 1, 56, act="none", has_output_gate=True),
     "split": problem(512, 512, 3, 7, batch=1),
     "split-1x1": problem(2048, 512, 1, 7, batch=1),
 }

@@ -98,6 +98,32 @@ def test_prologue_runs_before_padding(conv, prologue, gated, backend, memory_for
         assert_matches(run(backend, cache=cache), conv_bn_act_reference, args, kwargs)
 
 
+@pytest.mark.parametrize("backend", [name for name in FUSED if name not in ("onednn", "cudnn")])
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("conv", ["1x1", "pointwise-odd", "3x3", "channels-not-8", "stem-3x3"])
+def test_gates_of_the_output_come_before_the_residual(
+    conv, act, residual, backend, memory_format, device
+):
+    conv = (ODD | TILED)[conv]
+    args, kwargs = make_inputs(conv, memory_format=memory_format, device=device)
+    kwargs["output_gate"] = torch.rand(conv.N, conv.K, device=device)
+    kwargs = {**(add_residual(args, kwargs) if residual else kwargs), "act": act}
+    for cache in (None, DerivedWeights()):
+        assert_matches(run(backend, cache=cache), conv_bn_act_reference, args, kwargs)
+
+
+def test_a_gate_of_the_output_is_of_the_convolution_alone(device):
+    """Of what the projection adds there is none."""
+    args, kwargs = make_inputs(ODD["pointwise-odd"], device=device)
+    gate = torch.rand(args[0].shape[0], args[1].shape[0], device=device)
+    other, filters = args[0][:, :9] + 1, torch.randn(args[1].shape[0], 9, 1, 1, device=device)
+    y = conv_bn_act(*args, **kwargs, residual=other, projection=filters, output_gate=gate)
+    added = torch.nn.functional.conv2d(other, filters)
+    expected = conv_bn_act_reference(*args, **kwargs, residual=added, output_gate=gate)
+    torch.testing.assert_close(y, expected)
+
+
 @pytest.mark.parametrize("backend", ["reference", *FUSED])
 def test_out_writes_its_slice_and_nothing_else(backend, device):
     conv = ODD["pointwise-odd"]
@@ -160,22 +186,23 @@ GRAD_CASES = {
     "strided-relu": (ODD["strided-pointwise"], "relu", ()),
     "1x1-prologue": (ODD["pointwise-odd"], "relu", ("input_bn", "input_gate")),
     "3x3-gate-silu": (ODD["channels-not-8"], "silu", ("input_gate",)),
+    "1x1-output-gate": (ODD["pointwise-odd"], "relu", ("output_gate",)),
+    "3x3-gates-silu": (ODD["channels-not-8"], "silu", ("input_gate", "output_gate")),
 }
 
 
 @pytest.mark.parametrize("case", GRAD_CASES.values(), ids=GRAD_CASES.keys())
 @pytest.mark.parametrize("backend", FUSED)
 def test_gradients_match_reference(case, backend, device):
-    conv, act, prologue = case
+    conv, act, others = case
     args, kwargs = make_inputs(conv, device=device)
     kwargs = add_residual(args, kwargs) | {"act": act}
-    if "input_bn" in prologue:
+    if "input_bn" in others:
         kwargs["input_bn"] = make_bn(conv.C, device=device)
-    if "input_gate" in prologue:
-        kwargs["input_gate"] = torch.rand(conv.N, conv.C, device=device)
+    for name, channels in (("input_gate", conv.C), ("output_gate", conv.K)):
+        if name in others:
+            kwargs[name] = torch.rand(conv.N, channels, device=device).requires_grad_()
     norms = [bn for bn in (args[3], kwargs.get("input_bn")) if bn is not None]
     for leaf in tensors_in([args[:3], [bn[:2] for bn in norms], kwargs["residual"]]):
         leaf.requires_grad_()
-    if "input_gate" in kwargs:
-        kwargs["input_gate"].requires_grad_()
     assert_matches_grad(run(backend), conv_bn_act_reference, args, kwargs)

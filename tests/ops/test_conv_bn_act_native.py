@@ -32,21 +32,25 @@ ONCE = Call(torch.empty(0), "cpu", "native", once=True)
 def problem(conv, act="relu", **tensors):
     args, kwargs = make_inputs(conv)
     geometry = tuple(kwargs.values())
-    options = dict.fromkeys(("residual", "input_bn", "input_gate", "out")) | tensors
-    return problem_of(*args, *geometry, act, *options.values(), None)
+    return problem_of(*args, *geometry, act, **tensors)
 
 
 @pytest.mark.parametrize("tile", [0, 2, 4])
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gates"])
 @pytest.mark.parametrize("act", ["relu", "silu"])
 @pytest.mark.parametrize("conv", WINOGRAD.values(), ids=WINOGRAD.keys())
-def test_every_algorithm_matches_the_reference(conv, act, tile):
+def test_every_algorithm_matches_the_reference(conv, act, gated, tile):
     args, kwargs = make_inputs(conv, memory_format=torch.channels_last)
     residual = torch.randn_like(conv_bn_act_reference(*args, **kwargs))
     kwargs = {**kwargs, "act": act, "residual": residual}
+    kwargs["output_gate"] = torch.rand(conv.N, conv.K) if gated else None
 
-    def run(x, weight, bias, bn, residual, **_):
-        p, parameters = problem(conv, act, residual=residual), Parameters(weight, bias, bn)
-        return native.plan(p, ONCE, parameters, (), None, tile)(x, residual)
+    def run(x, weight, bias, bn, residual, output_gate, **_):
+        p = problem(conv, act, residual=residual, output_gate=output_gate)
+        parameters = Parameters(weight, bias, bn)
+        return native.plan(p, ONCE, parameters, (), None, tile)(
+            x, residual, output_gate=output_gate
+        )
 
     assert_matches(run, conv_bn_act_reference, args, kwargs)
 

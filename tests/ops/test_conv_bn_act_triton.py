@@ -38,9 +38,7 @@ def check(args, options, op=by_triton):
 
 def problem(x, weight, bias=None, bn=None, out=None, **options):
     """The problem of a call."""
-    defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "act": "relu"}
-    rest = dict.fromkeys(("residual", "input_bn", "input_gate"))
-    return problem_of(x, weight, bias, bn, *(defaults | rest | options).values(), out, None)
+    return problem_of(x, weight, bias, bn, **({"act": "relu"} | options), out=out)
 
 
 def by_config(config, layout=CHANNELS_LAST):
@@ -50,7 +48,7 @@ def by_config(config, layout=CHANNELS_LAST):
         p = problem(x, weight, bias, bn, **options)
         out = x.new_full((p.N, p.K, p.P, p.Q), torch.nan).contiguous(memory_format=layout)
         others = (options.get(name) for name in ("residual", "input_bn", "input_gate"))
-        args = (p, x, weight, bias, bn, *others, out)
+        args = (p, x, weight, bias, bn, *others, out, None, options.get("output_gate"))
         conv_launches.run(*args, precision="ieee", config=config)
         return out
 
@@ -277,6 +275,32 @@ def test_plan_needs_no_data():
     assert args["residual_ptr"] is None and args["bn_var_ptr"] is None
     assert launch.meta["X_VEC"] == launch.meta["WEIGHT_VEC"] == launch.meta["OUT_VEC"] == 8
     assert (args["x_stride_c"], args["x_stride_w"], args["out_stride_w"]) == (1, 8, 32)
+
+
+GATED = {
+    "1x1": Conv(72, 7, 5, 40, N=3), "wide": Conv(40, 9, 7, 136, N=2),
+    "3x3": Conv(24, 9, 6, 40, 3, 3, 1, 1, N=3), "stem": Conv(3, 14, 11, 24, 7, 7, 2, 3, N=3),
+    "groups": Conv(24, 6, 5, 16, 3, 3, 1, 1, groups=4, N=3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", GATED)
+def test_gates_of_the_output(case, dtype, memory_format, device):
+    """A tile has pixels of several images, each with gates of its own."""
+    conv = GATED[case]
+    args, options = make(conv, dtype, device, memory_format, residual=case != "3x3")
+    options["output_gate"] = torch.rand(conv.N, conv.K, device=device).to(dtype)
+    check(args, options)
+
+
+@pytest.mark.parametrize("config", [(64, 32, 32, 4, 3, 1), (64, 128, 32, 8, 2, 3)], ids=str)
+@pytest.mark.parametrize("case", ["1x1", "wide", "3x3", "groups"])
+def test_gates_of_the_output_by_tiles_and_splits(case, config, device):
+    conv = GATED[case]
+    args, options = make(conv, torch.float16, device, residual=True)
+    options["output_gate"] = torch.rand(conv.N, conv.K, device=device).half()
+    check(args, options, by_config(Config("triton", *config)))
 
 
 PROJECTIONS = {

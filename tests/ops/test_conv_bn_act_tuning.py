@@ -67,6 +67,7 @@ def test_the_halo_kernel_gets_few_output_channels(args):
         {"has_residual": True},
         {"has_input_bn": True},
         {"has_input_gate": True},
+        {"has_output_gate": True},
     ],
     ids=str,
 )
@@ -84,6 +85,7 @@ def test_the_halo_kernel_gets_nothing_else(args):
         {"dtype": torch.float32},
         {"act": "silu"},
         {"has_input_bn": True},
+        {"has_output_gate": True},
         {"has_out": True},
     ],
     ids=str,
@@ -145,6 +147,9 @@ def test_key_says_what_the_speed_depends_on():
     )
     assert tuning.key(replace(p, N=128, has_bias=True)) == tuning.key(p)
     assert tuning.key(replace(p, N=129)) != tuning.key(p)
+    assert tuning.key(replace(p, has_output_gate=True)) == tuning.key(p) + " output_gate"
+    entry = {tuning.key(replace(p, has_output_gate=True)): {"backend": "cudnn"}}
+    tuning._parse(json.dumps(table({"entries": entry})), "here")
 
 
 TILE = Config("triton", 64, 64, 32, 4, 3)

@@ -137,6 +137,10 @@ ONE = {
             ValueError, r"input_gate must have shape \[N, C\]",
             lambda a: {"input_gate": torch.rand(2, 11)},
         ),
+        "output-gate-shape": (
+            ValueError, r"output_gate must have shape \[N, K\]",
+            lambda a: {"output_gate": torch.rand(2, 13)},
+        ),
         "input-bn-shape": (
             ValueError, "input_bn.weight must have shape", lambda a: {"input_bn": a["bn"]},
         ),

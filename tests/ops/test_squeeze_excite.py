@@ -22,6 +22,7 @@ from tests.support.cases.views import STRIDED
 from tests.support.numerics import (
     assert_close_as_eager,
     assert_matches,
+    assert_matches_grad,
     assert_same_numbers,
     max_error,
 )
@@ -72,6 +73,27 @@ def test_excite_is_two_layers(m, dtype, sigmoid, where):
     assert_matches(excite, excite_reference, arguments, {"sigmoid": sigmoid})
 
 
+@every_backend
+@dtypes
+@pytest.mark.parametrize("sizes", [(24, 6, 90), (90, 70, 19)], ids=["one launch", "two launches"])
+def test_gates_of_another_map(sizes, dtype, where):
+    C, R, K = sizes
+    shapes = ((3, C), (R, C), (R,), (K, R, 1, 1), (K,))
+    scales = (1, C**-0.5, 1, R**-0.5, 1)
+    pooled, *layers = (
+        (scale * torch.randn(shape, device=where)).to(dtype)
+        for shape, scale in zip(shapes, scales, strict=True)
+    )
+    options = {"sigmoid": True}
+    assert_matches(excite, excite_reference, (pooled, *layers, "relu"), options)
+    plan = excite.plan(pooled, *layers, "relu", **options)
+    assert torch.equal(plan(pooled), excite(pooled, *layers, "relu", **options))
+    if backend.in_force() != "native":  # has no gradient
+        for leaf in (pooled, *layers):
+            leaf.requires_grad_()
+        assert_matches_grad(excite, excite_reference, (pooled, *layers, "relu"), options)
+
+
 # What two launches make: the first layer is wide, or its sums come in many parts.
 LARGE = {
     "wide": Map(3, 24, 513, 3, 3),
@@ -86,7 +108,7 @@ LARGE = {
 @pytest.mark.parametrize("where", ["triton"], indirect=True)
 def test_layers_in_two_launches(m, dtype, where):
     layers = make_layers(m, dtype, where)
-    assert tiles.excite(m.N, 1, m.C, m.R, dtype.itemsize, 132).launches == 2
+    assert tiles.excite(m.N, 1, m.C, m.R, m.C, dtype.itemsize, 132).launches == 2
     pooled = torch.randn(m.N, m.C, device=where).to(dtype)
     assert_matches(excite, excite_reference, (pooled, *layers, m.act), {"sigmoid": True})
     x = make_map(m, dtype, CHANNELS_LAST, where)

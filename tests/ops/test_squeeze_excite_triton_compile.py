@@ -38,7 +38,7 @@ class Case:
 
 def excites(arch, N, C, R, size, dtype="bfloat16"):
     """The launches of both layers."""
-    launches = tiles.excite(N, 1, C, R, 4 if dtype == "float32" else 2, 132).launches
+    launches = tiles.excite(N, 1, C, R, C, 4 if dtype == "float32" else 2, 132).launches
     for kernel in ("excite",) if launches == 1 else ("hidden", "out"):
         yield Case(kernel, arch, N, C, R, size, dtype)
 

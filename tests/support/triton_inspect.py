@@ -49,6 +49,9 @@ def conv_launch(case: dict):
         vector = torch.empty(channels, device="meta")
         return BatchNormParams(vector, vector, vector, vector)
 
+    def gate_of(channels):
+        return torch.empty(p.N, channels, dtype=p.dtype, device="meta")
+
     nchw = case.get("nchw", False)
     x = image(p.N, p.C, p.H, p.W, nchw=nchw)
     weight = image(p.K, p.C // p.groups, p.R, p.S, nchw=nchw)
@@ -57,13 +60,15 @@ def conv_launch(case: dict):
     if case.get("affine") and input_norm is not None:
         input_norm = BatchNormParams(*input_norm[:2])
     residual = image(p.N, p.K, p.P, p.Q) if p.has_residual else None
-    gate = torch.empty(p.N, p.C, dtype=p.dtype, device="meta") if p.has_input_gate else None
+    gate = gate_of(p.C) if p.has_input_gate else None
+    output_gate = gate_of(p.K) if p.has_output_gate else None
     out = image(p.N, p.K, p.P, p.Q)
     planned = conv_launches.plan_launch(
         p, x, weight, residual, gate, out, precision=case.get("precision", "ieee"), config=config,
-        capability=capability, input_bn=input_norm,
+        capability=capability, input_bn=input_norm, output_gate=output_gate,
     )  # fmt: skip
-    return planned.launch, planned.operands(x, weight, bias, norm, residual, input_norm, gate, out)
+    data = (residual, input_norm, gate, out, None, output_gate)
+    return planned.launch, planned.operands(x, weight, bias, norm, *data)
 
 
 def se_scale_launch(case: dict):
@@ -96,16 +101,16 @@ def se_scale_launch(case: dict):
     if case["kernel"] in ("excite", "hidden", "out"):
         weight1, bias1, weight2, bias2 = empty(R, C), empty(R), empty(C, R), empty(C)
         shape = launches.parts_shape(x, sms)
-        tile = tiles.excite(*shape, R, dtype.itemsize, sms)
+        tile = tiles.excite(*shape, R, C, dtype.itemsize, sms)
         sums = empty(*shape, dtype=torch.float32)
         if case["kernel"] == "excite":
-            launch = launches.excite_launch(shape, R, "relu", False, size * size, tile)
+            launch = launches.excite_launch(shape, R, C, "relu", False, size * size, tile)
             return launch, (sums, weight1, bias1, weight2, bias2, gate)
         hidden = empty(tile.splits, N, R, dtype=torch.float32)
         if case["kernel"] == "hidden":
             launch = launches.excite_hidden_launch(shape, R, size * size, tile)
             return launch, (sums, weight1, hidden)
-        launch = launches.excite_out_launch(N, C, R, "relu", False, tile)
+        launch = launches.excite_out_launch(N, R, C, "relu", False, tile)
         return launch, (hidden, bias1, weight2, bias2, gate)
     if case["kernel"] == "scale":
         launch = launches.se_scale_launch(x, residual, act, image())

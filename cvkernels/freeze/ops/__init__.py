@@ -4,7 +4,7 @@ A graph has the ops below. Lowering replaces some of them by others, which only 
 
     op                  inputs
     input
-    conv                x; residual and gate where ``roles`` names them
+    conv                x; residual, gate and output_gate where ``roles`` names them
     affine, act         x
     add, mul            a, b
     cat                 parts, along the channels
@@ -13,7 +13,8 @@ A graph has the ops below. Lowering replaces some of them by others, which only 
     mean                x
     se                  x; residual where ``roles`` names it
     sums                a conv with ``squeeze``
-    excite              sums
+    squeeze             x
+    excite              sums or squeeze
     linear, flatten     x
     call                the values that its arguments refer to
 """
@@ -22,14 +23,14 @@ from cvkernels.freeze.graph import Op
 from cvkernels.freeze.ops.convolution import Conv, ConvPool, Depthwise, PlannedConv, Scratch, Sums
 from cvkernels.freeze.ops.elementwise import Act, Add, Affine, Copy, Linear, Mul
 from cvkernels.freeze.ops.pooling import AvgPool, MaxPool, Mean
-from cvkernels.freeze.ops.squeeze_excite import Excite, Scale, SqueezeExcite
+from cvkernels.freeze.ops.squeeze_excite import Excite, Scale, Squeeze, SqueezeExcite
 from cvkernels.freeze.ops.structure import Buffer, Call, Cat, Concat, Flatten, Input, Part
 
 GRAPH_OPS: dict[str, type[Op]] = {
     op.name: op
     for op in (
         Input, Conv, Affine, Act, Add, Mul, Cat, Part, MaxPool, AvgPool, Mean, SqueezeExcite, Sums,
-        Excite, Linear, Flatten, Call,
+        Squeeze, Excite, Linear, Flatten, Call,
     )
 }  # fmt: skip
 PLAN_OPS = (PlannedConv, Scratch, ConvPool, Depthwise, Scale, Copy, Concat, Buffer)

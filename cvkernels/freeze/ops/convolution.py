@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Conv(Op, name="conv"):
-    """``act(conv(prologue(x)) * scale + shift + residual)``, as conv_bn_act computes it.
+    """``act((conv(prologue(x)) * scale + shift) * output_gate + residual)``, by conv_bn_act.
 
     The prologue is ``input_affine`` and a ReLU, or a multiplication by gates. With ``squeeze`` the
     convolution also sums its output over the pixels, and :class:`Sums` is the value of that.
@@ -94,7 +94,7 @@ class Conv(Op, name="conv"):
             has_bn=self.scale is not None,
             has_residual="residual" in self.roles and projection is None,
             has_input_bn=self.input_affine is not None, has_input_gate="gate" in self.roles,
-            projection=projection,
+            has_output_gate="output_gate" in self.roles, projection=projection,
         )  # fmt: skip
 
     def bare(self) -> Conv:
@@ -175,21 +175,23 @@ class PlannedConv(Op, name="conv", runs_plans=True, placeable=True):
         residual: Tensor | None,
         gate: Tensor | None,
         out: Tensor | None,
+        output_gate: Tensor | None = None,
         times: int = 1,
     ) -> Callable[..., Tensor]:
-        """A function of (x, residual, gate, out) that convolves tensors like these."""
+        """A function of (x, residual, gate, out, output_gate) that convolves tensors like these."""
         return site.plan(
             conv_bn_act.plan, x, **self.conv.arguments, residual=residual, input_gate=gate, out=out,
-            cache=site.cache, implementation=self.chosen.implementation, times=times,
+            output_gate=output_gate, cache=site.cache, implementation=self.chosen.implementation,
+            times=times,
         )  # fmt: skip
 
     def build(self, site: Site) -> Run:
-        x, residual, gate = numbers = [site.role(name) for name in ("x", "residual", "gate")]
+        x, residual, gate, output_gate = map(site.role, ("x", "residual", "gate", "output_gate"))
         number, out = site.number, site.out
-        convolve = self.plan(site, *map(site.like, (*numbers, out)))
+        convolve = self.plan(site, *map(site.like, (x, residual, gate, out, output_gate)))
 
         def run(env: list) -> None:
-            env[number] = convolve(env[x], env[residual], env[gate], env[out])
+            env[number] = convolve(env[x], env[residual], env[gate], env[out], env[output_gate])
 
         return run
 

@@ -11,6 +11,7 @@ from cvkernels.freeze.graph import Node, Op, Run, Step
 from cvkernels.ops.squeeze_excite import excite as excite_op
 from cvkernels.ops.squeeze_excite import op as squeeze_excite
 from cvkernels.ops.squeeze_excite import scale as scale_op
+from cvkernels.ops.squeeze_excite import squeeze as squeeze_op
 
 if TYPE_CHECKING:
     from cvkernels.freeze.lower import Lowered
@@ -53,25 +54,43 @@ class SqueezeExcite(
         return site.written(lambda env, y: excite(env[x], env[residual], y))
 
 
-class Excite(_Layers, name="excite", runs_plans=True, kept=True):
-    """The gates, computed from the sums of a map over its ``count`` pixels.
+class Squeeze(Op, name="squeeze", runs_plans=True, kept=True):
+    """The mean of each channel of x over all pixels, [N, C]."""
 
-    Without ``sigmoid`` they are logits, and the step that multiplies by them applies it.
+    def shape(self, node: Node, x: tuple) -> tuple:
+        return x[:2]
+
+    def build(self, site: Site) -> Run:
+        (x,) = site.inputs
+        squeeze = site.plan(squeeze_op.plan, site.like(x))
+        return site.computed(lambda env: squeeze(env[x]))
+
+
+class Excite(_Layers, name="excite", runs_plans=True, kept=True):
+    """The gates, computed from the sums of a map over its pixels, or from its mean.
+
+    Without ``sigmoid`` they are logits, and the step that multiplies by them applies it; ``count``
+    are the pixels of a sum.
     """
 
     sigmoid: bool = True
-    count: int = 1
+    count: int | None = None
+
+    def shape(self, node: Node, pooled: tuple) -> tuple:
+        return (pooled[0], self.weight2.shape[0])
 
     def lower(self, node: Node, lowered: Lowered) -> Step:
-        conv = lowered.of[node.inputs[0]].inputs[0].value
-        count = conv.shape[2] * conv.shape[3]
+        (pooled,), count = node.inputs, None
+        x = lowered.of[pooled].inputs[0].value
+        if not isinstance(pooled.op, Squeeze):
+            count = x.shape[2] * x.shape[3]
         op = replace(self, sigmoid=node not in lowered.logits, count=count)
-        return lowered.emit(op, node, value=lowered.values[node]._replace(dtype=conv.dtype))
+        return lowered.emit(op, node, value=lowered.values[node]._replace(dtype=x.dtype))
 
     def build(self, site: Site) -> Run:
-        (sums,), options = site.inputs, {"sigmoid": self.sigmoid, "count": self.count}
-        excite = site.plan(excite_op.plan, site.like(sums), *self.layers, self.act, **options)
-        return site.computed(lambda env: excite(env[sums]))
+        (pooled,), options = site.inputs, {"sigmoid": self.sigmoid, "count": self.count}
+        excite = site.plan(excite_op.plan, site.like(pooled), *self.layers, self.act, **options)
+        return site.computed(lambda env: excite(env[pooled]))
 
 
 class Scale(Op, name="scale", runs_plans=True, writes=True, in_place=True, placeable=True):

@@ -165,7 +165,7 @@ def fused(
         problem: Any, call: Call, parameters: Any, like: tuple, cache: DerivedWeights | None
     ) -> Callable:
         if problem.bytes_written == 0 or call.computes_nothing:
-            return lambda x, residual=None, input_gate=None, out=None: (
+            return lambda x, residual=None, input_gate=None, out=None, output_gate=None: (
                 allocate(problem, x.device) if out is None else out
             )
         if (dtype := call.autocast) is None:

@@ -18,6 +18,8 @@ def why_not(problem: Problem) -> str:
     """Why this backend cannot run ``problem`` on CUDA tensors; empty where it can."""
     if problem.has_prologue:
         return "cuDNN's fused convolution has no prologue (input_bn, input_gate)"
+    if problem.has_output_gate:
+        return "cuDNN's fused convolution does not multiply its output by gates"
     if problem.projection is not None:
         return "cuDNN's fused convolution adds its residual without a projection"
     if problem.has_out:
@@ -49,7 +51,7 @@ def plan(
     folded, shift = derived(cache, key, sources_of(weight, bias, bn), build)
     geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
 
-    def run(x, residual=None, input_gate=None, out=None):
+    def run(x, residual=None, input_gate=None, out=None, output_gate=None):
         x = x.contiguous(memory_format=torch.channels_last)
         if residual is None:
             return torch.cudnn_convolution_relu(x, folded, shift, *geometry)

@@ -224,8 +224,8 @@ def unfit(problem: Problem) -> str:
         return f"the halo kernel computes in float16 and bfloat16, got {p.dtype}"
     if (p.R, p.S, *p.stride, *p.padding, *p.dilation, p.groups) != (3, 3, 1, 1, 1, 1, 1, 1, 1):
         return "the halo kernel is for 3x3 taps, stride, padding and dilation 1, and one group"
-    if p.has_prologue or p.has_residual or p.projection is not None:
-        return "the halo kernel has no prologue (input_bn, input_gate) and no residual"
+    if p.has_prologue or p.has_output_gate or p.has_residual or p.projection is not None:
+        return "the halo kernel has no prologue (input_bn, input_gate), no gates and no residual"
     if p.C % 8 or p.K % 8 or p.K > MOST_COLUMNS:
         return (
             f"the halo kernel needs channels in multiples of 8, and at most {MOST_COLUMNS} of the "
@@ -274,7 +274,7 @@ def plan(
     problem: Problem, call: Call, parameters: Parameters, like: tuple,
     cache: DerivedWeights | None, tile: Tile | None = None,
 ) -> Callable[..., Tensor]:  # fmt: skip
-    """What runs the problem, as (x, residual=None, input_gate=None, out=None).
+    """What runs the problem, as (x, residual=None, input_gate=None, out=None, output_gate=None).
 
     ``tile`` overrides :func:`tile_of`.
     """
@@ -285,7 +285,7 @@ def plan(
     options = (code(problem.act), *tile)
     kinds = (problem.dtype, torch.float32)
 
-    def run(x, residual=None, input_gate=None, out=None):
+    def run(x, residual=None, input_gate=None, out=None, output_gate=None):
         x = _laid_out(x)
         writes = out is not None and packed(out) and _aligned(out)
         y = out if writes else new_output(problem, x.device)

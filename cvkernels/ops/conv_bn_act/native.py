@@ -28,9 +28,9 @@ PANEL = 16  # output channels that lie together in packed weights
 library = torch.library.Library("cvkernels", "FRAGMENT")
 library.define(
     "conv_bn_act_native(Tensor x, Tensor weight, Tensor shift, Tensor(a!) out, Tensor? residual, "
-    "Tensor? input_affine, Tensor? input_gate, int kernel_h, int kernel_w, int stride_h, "
-    "int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w, int act, int tile)"
-    " -> ()"
+    "Tensor? input_affine, Tensor? input_gate, Tensor? output_gate, int kernel_h, int kernel_w, "
+    "int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, "
+    "int dilation_w, int act, int tile) -> ()"
 )
 extension.load()
 
@@ -104,12 +104,12 @@ def converts(x: Tensor) -> bool:
 
 def plan(
     problem: Problem, call: Call, parameters: Parameters,
-    like: tuple[Tensor | None, Tensor | None, Tensor | None], cache: DerivedWeights | None,
+    like: tuple[Tensor | None, ...], cache: DerivedWeights | None,
     tile: int | None = None,
 ) -> Callable[..., Tensor]:  # fmt: skip
-    """What runs the problem, as (x, residual=None, input_gate=None, out=None).
+    """What runs the problem, as (x, residual=None, input_gate=None, out=None, output_gate=None).
 
-    ``like`` are examples of residual, input_gate and out; ``tile`` overrides :func:`tile_of`.
+    ``like`` are examples of all but x; ``tile`` overrides :func:`tile_of`.
     """
     tile = tile_of(problem) if tile is None else tile
     packed, shift, affine = packed_of(problem, parameters, cache, tile)
@@ -117,17 +117,19 @@ def plan(
     options = (*geometry, code(problem.act), tile)
     size = (problem.N, problem.K, problem.P, problem.Q)
 
-    def run(x, residual=None, input_gate=None, out=None):
+    def run(x, residual=None, input_gate=None, out=None, output_gate=None):
         if converts(x):
             x = x.contiguous(memory_format=torch.channels_last)
         if residual is not None and not is_pixel_matrix(residual):
             residual = residual.contiguous(memory_format=torch.channels_last)
         if input_gate is not None:
             input_gate = input_gate.contiguous()
+        if output_gate is not None:
+            output_gate = output_gate.contiguous()
         y = out
         if out is None or not is_pixel_matrix(out):
             y = torch.empty(size, memory_format=torch.channels_last)
-        _native(x, packed, shift, y, residual, affine, input_gate, *options)
+        _native(x, packed, shift, y, residual, affine, input_gate, output_gate, *options)
         return y if out is None or y is out else out.copy_(y)
 
     if not native.directs(call):
@@ -139,21 +141,21 @@ def _direct(
     run: Callable[..., Tensor], problem: Problem, x: Tensor, like: tuple, held: tuple
 ) -> Callable[..., Tensor]:
     """``run`` past the dispatcher, for tensors like these; run itself where it would copy some."""
-    residual, gate, out = like
+    residual, gate, out, output_gate = like
     if not all(t is None or is_pixel_matrix(t) for t in (residual, out)):
         return run
-    if gate is not None and not gate.is_contiguous():
+    if not all(t is None or t.is_contiguous() for t in (gate, output_gate)):
         return run
     layout, nchw = torch.channels_last, converts(x)
     x = x.contiguous(memory_format=layout) if nchw else x
     y = out
     if out is None:
         y = torch.empty((problem.N, problem.K, problem.P, problem.Q), memory_format=layout)
-    work = native.direct(lambda: run(x, residual, gate, y))
+    work = native.direct(lambda: run(x, residual, gate, y, output_gate))
     weight, shift, affine = (0 if t is None else t.data_ptr() for t in held)
     result, fresh = native.template(y), torch.empty_like
 
-    def run_directly(x, residual=None, input_gate=None, out=None):
+    def run_directly(x, residual=None, input_gate=None, out=None, output_gate=None):
         if nchw:
             x = x.contiguous(memory_format=layout)
         y = fresh(result) if out is None else out
@@ -161,6 +163,7 @@ def _direct(
             x.data_ptr(), weight, shift, y.data_ptr(),
             0 if residual is None else residual.data_ptr(), affine,
             0 if input_gate is None else input_gate.data_ptr(),
+            0 if output_gate is None else output_gate.data_ptr(),
         )  # fmt: skip
         return y
 

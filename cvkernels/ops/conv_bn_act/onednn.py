@@ -64,6 +64,8 @@ def why_not(problem: Problem) -> str:
     """Why this backend cannot run ``problem`` on CPU tensors; empty where it can."""
     if problem.has_prologue:
         return "oneDNN has no prologue (input_bn, input_gate)"
+    if problem.has_output_gate:
+        return "oneDNN does not multiply its output by gates"
     if problem.projection is not None:
         return "oneDNN adds its residual without a projection"
     if not torch.backends.mkldnn.enabled:
@@ -92,7 +94,7 @@ def plan(
     convolve = _convolve_and_add if fused_add(problem) else _convolve
     act, arguments = problem.act, (packed, shift, *geometry)
 
-    def run(x, residual=None, input_gate=None, out=None):
+    def run(x, residual=None, input_gate=None, out=None, output_gate=None):
         y = convolve(act, arguments, x, residual)
         return y if out is None else out.copy_(y)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from cvkernels import backend as backends
 from cvkernels.backend import Backend, BackendError
 from cvkernels.ops.common import convolution
+from cvkernels.ops.common.activation import activate
 from cvkernels.ops.common.arguments import check_not_differentiable
 from cvkernels.ops.common.autograd import autocast_dtype, to_dtype
 from cvkernels.ops.common.convolution import lacks_triton, new_output, norm_of
@@ -49,7 +50,8 @@ library = torch.library.Library("cvkernels", "FRAGMENT")
 library.define(f"conv_bn_act({ARGUMENTS}) -> Tensor")
 library.define(f"conv_bn_act_out({ARGUMENTS}, Tensor(a!) out) -> ()")
 
-# (x, residual=None, input_gate=None, out=None) -> the output, which is out where that is given
+# (x, residual=None, input_gate=None, out=None, output_gate=None) -> the output, which is out where
+# that is given
 Run = Callable[..., Tensor]
 
 
@@ -59,19 +61,18 @@ def plan(
     cache: DerivedWeights | None = None, backend: Backend = "auto", once: bool = False,
     implementation: Implementation | None = None, **options: Any,
 ) -> Plan:  # fmt: skip
-    """A call of :func:`conv_bn_act`, as ``plan(x, residual=None, input_gate=None, out=None)``.
+    """A call of :func:`conv_bn_act`: ``plan(x, residual=None, input_gate=None, out=None,
+    output_gate=None)``.
 
-    ``x_like``, and of the options ``residual``, ``input_gate`` and ``out``, are examples; ``once``
-    says that the plan is called once. ``implementation``, one of ``TABLE`` that can run the call,
-    is not chosen then.
+    ``x_like``, and of the options these four, are examples; ``once`` says that the plan is called
+    once. ``implementation``, one of ``TABLE`` that can run the call, is not chosen then.
     """
     arguments = Arguments(x_like, weight, bias, bn, **options, autocast=autocast_dtype(x_like))
     problem, call = _checked(arguments, backend, once)
     planned = _plan(problem, call, arguments, cache, implementation)
-    residual, input_gate, out = arguments.like
-    return planned.expecting(
-        call, arguments.parameters, x=x_like, residual=residual, input_gate=input_gate, out=out
-    )
+    names = ("residual", "input_gate", "out", "output_gate")
+    examples = dict(zip(names, arguments.like, strict=True))
+    return planned.expecting(call, arguments.parameters, x=x_like, **examples)
 
 
 @planned_by(plan)
@@ -82,11 +83,12 @@ def conv_bn_act(
     residual: Tensor | None = None, input_bn: BatchNormParams | None = None,
     input_gate: Tensor | None = None, out: Tensor | None = None,
     projection: Tensor | None = None, projection_stride: int | tuple[int, int] = 1,
+    output_gate: Tensor | None = None,
     cache: DerivedWeights | None = None, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """Convolution, inference batch norm, residual and activation as one pass over the output.
 
-    ``out = act(bn(conv2d(u, weight) + bias) + residual)`` with
+    ``out = act(bn(conv2d(u, weight) + bias) * output_gate[:, :, None, None] + residual)`` with
     ``u = relu(input_bn(x)) * input_gate[:, :, None, None]``, each part optional; zero padding is
     applied to ``u``. P and Q are conv2d's output height and width.
 
@@ -107,6 +109,7 @@ def conv_bn_act(
             has no norm; elsewhere the projection is computed first.
         input_bn: vectors Tensor[C]; a ReLU follows it (DenseNet's norm1 and relu1).
         input_gate: Tensor[N, C] of multipliers, after their sigmoid (squeeze-and-excitation).
+        output_gate: Tensor[N, K] of multipliers of the normed output, likewise.
         out: Tensor[N, K, P, Q] to write into, with channel stride 1: a channels_last tensor, or a
             channel slice of one. Not differentiable.
         cache: keeps what a backend derives from the parameters (folded, prepacked, cast); one per
@@ -140,14 +143,15 @@ def conv_bn_act(
     arXiv:1502.03167; He et al. 2016, arXiv:1512.03385; Lavin and Gray 2015, arXiv:1509.09308; the
     prologues: Huang et al. 2017, arXiv:1608.06993, and Hu et al. 2018, arXiv:1709.01507.
     """
-    geometry, like = (stride, padding, dilation, groups), (residual, input_gate, out)
+    geometry = (stride, padding, dilation, groups)
+    like = (residual, input_gate, out, output_gate)
     given = (x, weight, bias, bn, *geometry, act, residual, input_bn, input_gate, out)
-    projecting = (projection, projection_stride)
+    others = (projection, projection_stride, output_gate)
     if torch.compiler.is_compiling():
-        return _traced(Arguments(*given, autocast_dtype(x), *projecting), backend)
+        return _traced(Arguments(*given, autocast_dtype(x), *others), backend)
 
     def make(once: bool = False) -> Plan:
-        arguments = Arguments(*given, autocast_dtype(x), *projecting)
+        arguments = Arguments(*given, autocast_dtype(x), *others)
         return _plan(*_checked(arguments, backend, once), arguments, cache)
 
     planned = None
@@ -168,7 +172,8 @@ backends.answers(OP, plan)
 
 def _checked(arguments: Arguments, backend: Backend, once: bool) -> tuple[Problem, Call]:
     problem, x = problem_of(*arguments), arguments.x
-    tensors = (x, *arguments.parameters, arguments.residual, arguments.input_gate)
+    gates = (arguments.input_gate, arguments.output_gate)
+    tensors = (x, *arguments.parameters, arguments.residual, *gates)
     call = call_of(x, tensors, TABLE, backend, once, arguments.autocast)
     check_not_differentiable(OP, call.grad and arguments.out is not None)
     return problem, call
@@ -219,17 +224,18 @@ def _plan_triton(
     from cvkernels.ops.conv_bn_act import triton
 
     weight, bias, bn, input_bn, projection = parameters
-    weight, (residual, gate, out) = _nhwc(weight, cache), like
+    weight, (residual, gate, out, output_gate) = _nhwc(weight, cache), like
     if out is None:
         out = new_output(problem, torch.device("meta"))
     launch = triton.plan_launch(
         problem, call.x, weight, residual, gate, out, precision=_fp32_precision(), config=config,
-        input_bn=input_bn, projection=projection,
+        input_bn=input_bn, projection=projection, output_gate=output_gate,
     )  # fmt: skip
 
-    def run(x, residual=None, input_gate=None, out=None):
+    def run(x, residual=None, input_gate=None, out=None, output_gate=None):
         out = new_output(problem, x.device) if out is None else out
-        launch(x, weight, bias, bn, residual, input_bn, input_gate, out, projection)
+        data = (residual, input_bn, input_gate, out, projection, output_gate)
+        launch(x, weight, bias, bn, *data)
         return out
 
     return run
@@ -247,6 +253,8 @@ def _why_not_triton(problem: Problem, call: Call) -> str:
         return "Triton projects the residual of 1x1 convolutions without padding and groups"
     if problem.projection is not None and problem.has_bn:
         return "Triton sums both convolutions, and a norm is of one; fold it into the weight"
+    if problem.projection is not None and problem.has_output_gate:
+        return "Triton sums both convolutions, and the output's gate is of one"
     return lacks_triton(problem, call)
 
 
@@ -254,9 +262,10 @@ def _plan_reference(problem: Problem, call: Call, parameters: Parameters, *_: An
     weight, bias, bn, input_bn, projection = parameters
     options = (problem.stride, problem.padding, problem.dilation, problem.groups, problem.act)
 
-    def run(x, residual=None, input_gate=None, out=None):
+    def run(x, residual=None, input_gate=None, out=None, output_gate=None):
         residual = _project(problem, residual, projection)
-        y = conv_bn_act_reference(x, weight, bias, bn, *options, residual, input_bn, input_gate)
+        data = (residual, input_bn, input_gate, output_gate)
+        y = conv_bn_act_reference(x, weight, bias, bn, *options, *data)
         return y if out is None else out.copy_(y)
 
     return run
@@ -327,10 +336,11 @@ def _plan(
     def registered(name: str) -> Run:
         geometry = (problem.stride, problem.padding, problem.dilation)
 
-        def run(x, residual=None, input_gate=None, out=None):
+        def run(x, residual=None, input_gate=None, out=None, output_gate=None):
             residual = _project(problem, residual, arguments.projection)
             data = {"x": x, "residual": residual, "input_gate": input_gate, "out": None}
-            return _registered(arguments._replace(**data), geometry, name)
+            a = arguments._replace(**data, output_gate=output_gate)
+            return _registered(a, geometry, name)
 
         return run
 
@@ -435,13 +445,24 @@ def _traced(arguments: Arguments, backend: Backend) -> Tensor:
         residual = F.conv2d(a.residual, a.projection, stride=a.projection_stride)
         a = a._replace(residual=residual, projection=None)
     if (name := convolution.traced(TABLE, backend, a.x)) == "reference":
-        y = conv_bn_act_reference(*a[:12])
+        y = conv_bn_act_reference(*a[:12], output_gate=a.output_gate)
         return y if a.out is None else a.out.copy_(y)
     return _registered(a, convolution.pairs(OP, a.stride, a.padding, a.dilation), name)
 
 
 def _registered(a: Arguments, geometry: tuple[tuple[int, int], ...], name: str) -> Tensor:
-    """The call of the registered op, whose operands have autocast's dtype; its norms lie flat."""
+    """The call of the registered op, whose operands have autocast's dtype; its norms lie flat.
+
+    It has no gate of its output: that, and what follows it, are steps of their own then.
+    """
+    if a.output_gate is not None:
+        y = _registered(
+            a._replace(act="none", residual=None, out=None, output_gate=None), geometry, name
+        )
+        y = y * a.output_gate[:, :, None, None].to(y.dtype)
+        y = y if a.residual is None else y + a.residual.to(y.dtype)
+        y = activate(y, a.act)
+        return y if a.out is None else a.out.copy_(y)
     x, weight, residual, gate, out = a.x, a.weight, a.residual, a.input_gate, a.out
     if a.autocast is not None:
         x, weight = x.to(a.autocast), weight.to(a.autocast)

@@ -64,15 +64,16 @@ class Arguments(NamedTuple):
     autocast: torch.dtype | None = None  # what autocast converts x, weight and residual to
     projection: Tensor | None = None
     projection_stride: Pair = 1
+    output_gate: Tensor | None = None
 
     @property
     def parameters(self) -> Parameters:
         return Parameters(self.weight, self.bias, self.bn, self.input_bn, self.projection)
 
     @property
-    def like(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def like(self) -> tuple[Tensor | None, ...]:
         """Examples of the data beside x."""
-        return self.residual, self.input_gate, self.out
+        return self.residual, self.input_gate, self.out, self.output_gate
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Problem:
     has_input_bn: bool = False
     has_input_gate: bool = False
     has_out: bool = False  # the call is given the output's memory
+    has_output_gate: bool = False
     projection: Projection | None = None  # then has_residual is False
 
     @cached_property
@@ -143,7 +145,7 @@ class Problem:
         )
         elements = self.N * self.C * pixels + self.K * (self.C // self.groups) * self.R * self.S
         elements += self.N * self.K * self.P * self.Q * self.has_residual
-        elements += self.N * self.C * self.has_input_gate
+        elements += self.N * (self.C * self.has_input_gate + self.K * self.has_output_gate)
         if self.projection is not None:
             elements += self.projection.C * (self.N * self.P * self.Q + self.K)
         vectors = self.K * (self.has_bias + 4 * self.has_bn) + 4 * self.C * self.has_input_bn
@@ -158,19 +160,20 @@ def problem_of(*given: Any, **named: Any) -> Problem:
     """The checked call of these :class:`Arguments`."""
     (
         x, weight, bias, bn, stride, padding, dilation, groups, act, residual, input_bn, input_gate,
-        out, autocast, projection, projection_stride,
+        out, autocast, projection, projection_stride, output_gate,
     ) = Arguments(*given, **named)  # fmt: skip
     problem = _shapes(
         x.shape, weight.shape, pairs(OP, stride, padding, dilation), groups, autocast or x.dtype,
         act, bias is not None, bn is not None, residual is not None and projection is None,
-        input_bn is not None,
-        input_gate is not None, out is not None,
+        input_bn is not None, input_gate is not None, out is not None, output_gate is not None,
     )  # fmt: skip
     check_parameters(OP, problem, x, weight, bias, bn, autocast)
     if input_bn is not None:
         check_bn(OP, "input_bn", input_bn, problem.C, x)
     if input_gate is not None:
         check_tensor(OP, "input_gate", input_gate, (problem.N, problem.C), "[N, C]", x)
+    if output_gate is not None:
+        check_tensor(OP, "output_gate", output_gate, (problem.N, problem.K), "[N, K]", x)
     shape = (problem.N, problem.K, problem.P, problem.Q)
     if projection is not None:
         problem = _projected(problem, x, residual, projection, projection_stride)

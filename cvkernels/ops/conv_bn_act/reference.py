@@ -28,7 +28,7 @@ def conv_bn_act_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, bn: BatchNormParams | None = None,
     stride: Pair = 1, padding: Pair = 0, dilation: Pair = 1, groups: int = 1, act: str = "relu",
     residual: Tensor | None = None, input_bn: BatchNormParams | None = None,
-    input_gate: Tensor | None = None,
+    input_gate: Tensor | None = None, output_gate: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     if input_bn is not None:
         x = F.relu(normalize(x, input_bn))
@@ -37,6 +37,8 @@ def conv_bn_act_reference(
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if bn is not None:
         y = normalize(y, bn)
+    if output_gate is not None:
+        y = y * output_gate[:, :, None, None].to(y.dtype)
     if residual is not None:
         y = y + residual
     return activate(y, act)

@@ -37,7 +37,7 @@ _KERNELS = {
 }
 
 # The place of the parts among a launch's operands.
-_PARTS = 16
+_PARTS = 17
 # Pixels and channels of a program that adds the parts of a split reduction.
 _FINISH = (8, 64)
 
@@ -54,12 +54,12 @@ class Planned(NamedTuple):
         self,
         x: Tensor, weight: Tensor, bias: Tensor | None, bn: BatchNormParams | None,
         residual: Tensor | None, input_bn: BatchNormParams | None, input_gate: Tensor | None,
-        out: Tensor, projection: Tensor | None = None,
+        out: Tensor, projection: Tensor | None = None, output_gate: Tensor | None = None,
     ) -> tuple[Tensor | float | None, ...]:  # fmt: skip
         """The arguments in the order of the kernels' first parameters, with room for parts."""
         norm, input_norm = norm_operands(bn), norm_operands(input_bn)
         projected, added = (None, residual) if projection is None else (residual, None)
-        operands = (x, weight, out, bias, *norm, added, *input_norm, input_gate)
+        operands = (x, weight, out, bias, *norm, added, *input_norm, input_gate, output_gate)
         if "SPLIT_K" not in self.launch.meta:
             return operands
         parts = self.parts and x.new_empty(self.parts, dtype=torch.float32)
@@ -72,8 +72,8 @@ class Planned(NamedTuple):
         operands = self.operands(*arguments)
         made: list[tuple[Launch, tuple]] = [(self.launch, operands)]
         if self.finish is not None:
-            out, bias_to_residual = operands[2], operands[3:10]
-            made.append((self.finish, (operands[_PARTS], out, *bias_to_residual)))
+            out, bias_to_residual, output_gate = operands[2], operands[3:10], operands[_PARTS - 1]
+            made.append((self.finish, (operands[_PARTS], out, *bias_to_residual, output_gate)))
         return made
 
     def __call__(self, *arguments: Any) -> None:
@@ -91,12 +91,13 @@ def run(problem: Problem, *operands: Any, precision: str, config: Config | None 
     Takes what :meth:`Planned.operands` takes, checked by the op; the rest is as of
     :func:`plan_launch`.
     """
-    x, weight, _, _, residual, _, gate, out, *projection = operands
+    x, weight, _, _, residual, _, gate, out, *others = operands
     if out.numel():
         like = (problem, x, weight, residual, gate, out)
+        projection, output_gate = (*others, None, None)[:2]
         planned = plan_launch(
             *like, precision=precision, config=config, input_bn=operands[5],
-            projection=projection[0] if projection else None,
+            projection=projection, output_gate=output_gate,
         )  # fmt: skip
         planned(*operands)
 
@@ -106,6 +107,7 @@ def plan_launch(
     x: Tensor, weight: Tensor, residual: Tensor | None, input_gate: Tensor | None, out: Tensor, *,
     precision: str, config: Config | None = None, capability: tuple[int, int] | None = None,
     input_bn: BatchNormParams | None = None, projection: Tensor | None = None,
+    output_gate: Tensor | None = None,
 ) -> Planned:  # fmt: skip
     """The call for tensors with these strides, which may be on the meta device.
 
@@ -122,8 +124,8 @@ def plan_launch(
     if problem.has_input_bn and (input_bn is None or input_bn.var is not None):
         config = replace(config, block_k=min(config.block_k, 32))
     of_residual = None if residual is None else residual.stride()
-    of_gate = (0, 0) if input_gate is None else input_gate.stride()
-    strides = Strides(x.stride(), weight.stride(), out.stride(), of_residual, of_gate)
+    of_gates = [(0, 0) if gate is None else gate.stride() for gate in (input_gate, output_gate)]
+    strides = Strides(x.stride(), weight.stride(), out.stride(), of_residual, *of_gates)
     if projection is not None:
         strides = strides._replace(
             residual=None, projected=of_residual, projection=projection.stride()
@@ -139,6 +141,7 @@ class Strides(NamedTuple):
     out: tuple[int, ...]
     residual: tuple[int, ...] | None
     gate: tuple[int, ...]
+    output_gate: tuple[int, ...]
     projected: tuple[int, ...] | None = None
     projection: tuple[int, ...] | None = None
 
@@ -178,7 +181,8 @@ def _plan(
     of_residual = _packs(strides.residual or (0, 0, 0, 0), out_vec)
     fixed = (
         pixels, *channels, p.K // out_vec, *size, p.P, p.Q, *_packs(strides.x, x_vec),
-        *(of_weight[:2] if name == "1x1" else of_weight), *of_out, *of_residual, *strides.gate,
+        *(of_weight[:2] if name == "1x1" else of_weight), *of_out, *of_residual,
+        *strides.gate, *strides.output_gate,
         *(_of_projection(problem, config, strides)[0] if name == "1x1" else ()),
     )  # fmt: skip
     grid = (programs,) if config.split_k == 1 else (programs, config.split_k)
@@ -187,7 +191,7 @@ def _plan(
         return Planned(launch)
     block_m, block_n = _FINISH
     meta = {**after, "SPLIT_K": config.split_k, "BLOCK_M": block_m, "BLOCK_N": block_n}
-    fixed = (pixels, p.K // out_vec, p.P, p.Q, *of_out, *of_residual)
+    fixed = (pixels, p.K // out_vec, p.P, p.Q, *of_out, *of_residual, *strides.output_gate)
     grid = (cdiv(pixels, block_m) * cdiv(p.K, block_n),)
     finish = Launch(conv_bn_act_finish_kernel, grid, fixed, {**meta, "num_warps": 2})
     return Planned(launch, finish, (config.split_k, pixels, p.K))
@@ -260,7 +264,7 @@ def _shapes(problem: Problem) -> Strides:
     p = problem
     out = (p.N, p.K, p.P, p.Q)
     filters = (p.K, p.C // p.groups, p.R, p.S)
-    shapes = Strides((p.N, p.C, p.H, p.W), filters, out, out, (p.N, p.C))
+    shapes = Strides((p.N, p.C, p.H, p.W), filters, out, out, (p.N, p.C), (p.N, p.K))
     if (projection := p.projection) is None:
         return shapes
     # as much of it as is read

@@ -1,8 +1,8 @@
 """Implicit-GEMM convolution kernels with BN, residual and activation in the epilogue.
 
-All three compute ``out = act(conv(prologue(x)) * scale + shift + residual)`` as one matrix product:
-rows are output pixels ``m = (n, p, q)``, columns are output channels ``k``, and the reduction runs
-over input channels and filter taps. They differ in how the reduction is laid out:
+All three compute ``out = act((conv(prologue(x)) * scale + shift) * out_gate + residual)`` as one
+matrix product: rows are output pixels ``m = (n, p, q)``, columns are output channels ``k``, and the
+reduction runs over input channels and filter taps. They differ in how the reduction is laid out:
 
 - ``conv_bn_act_1x1_kernel``: channels only;
 - ``conv_bn_act_spatial_kernel``: blocks of channels for one tap after the other, and groups;
@@ -56,6 +56,7 @@ def conv_bn_act_1x1_kernel(
     residual_ptr,  # [N, K, P, Q]
     in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr, in_eps,  # [C]
     gate_ptr,  # [N, C]
+    out_gate_ptr,  # [N, K]
     parts_ptr,  # [SPLIT_K, M, K]
     projected_ptr,  # [N, C', H', W']
     projection_ptr,  # [K, C']
@@ -65,6 +66,7 @@ def conv_bn_act_1x1_kernel(
     out_stride_n, out_stride_k, out_stride_h, out_stride_w,
     residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
     gate_stride_n, gate_stride_c,
+    out_gate_stride_n, out_gate_stride_k,
     projected_packs, projected_stride_n, projected_stride_c, projected_stride_h, projected_stride_w,
     projection_stride_k, projection_stride_c,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
@@ -119,6 +121,7 @@ def conv_bn_act_1x1_kernel(
     in_bn = (None, in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr)
     gate = (gate_ptr, gate_stride_n, gate_stride_c)
     bn = (bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr)
+    out_gate = (out_gate_ptr, out_gate_stride_n, out_gate_stride_k)
     residual = (
         residual_ptr, residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
     )  # fmt: skip
@@ -172,7 +175,7 @@ def conv_bn_act_1x1_kernel(
         store_part(acc, part, m_offs, k_offs, m_end, K, parts_ptr, M)
     else:
         finish_tile(
-            acc, fetched, m_offs, pid_n * BLOCK_N, sizes, bn, bn_eps, residual, out,
+            acc, fetched, m_offs, pid_n * BLOCK_N, sizes, bn, bn_eps, out_gate, residual, out,
             ACT, FLAT_OUT, OUT_VEC, INT64,
         )  # fmt: skip
 
@@ -186,6 +189,7 @@ def conv_bn_act_spatial_kernel(
     residual_ptr,  # [N, K, P, Q]
     in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr, in_eps,  # [C]
     gate_ptr,  # [N, C]
+    out_gate_ptr,  # [N, K]
     parts_ptr,  # [SPLIT_K, M, K]
     M, c_packs, k_packs, H, W, P, Q,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w,
@@ -193,6 +197,7 @@ def conv_bn_act_spatial_kernel(
     out_stride_n, out_stride_k, out_stride_h, out_stride_w,
     residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
     gate_stride_n, gate_stride_c,
+    out_gate_stride_n, out_gate_stride_k,
     R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
@@ -247,6 +252,7 @@ def conv_bn_act_spatial_kernel(
     in_bn = (None, in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr)
     gate = (gate_ptr, gate_stride_n, gate_stride_c)
     bn = (bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr)
+    out_gate = (out_gate_ptr, out_gate_stride_n, out_gate_stride_k)
     part = tl.program_id(1)
     steps: tl.constexpr = R * S * C_STEPS
     part_steps: tl.constexpr = (steps + SPLIT_K - 1) // SPLIT_K
@@ -304,7 +310,7 @@ def conv_bn_act_spatial_kernel(
         out = (out_ptr, out_stride_n, out_stride_k, out_stride_h, out_stride_w)
         sizes = (M, K, P, Q)
         finish_tile(
-            acc, None, m_offs, pid_n * BLOCK_N, sizes, bn, bn_eps, residual, out,
+            acc, None, m_offs, pid_n * BLOCK_N, sizes, bn, bn_eps, out_gate, residual, out,
             ACT, FLAT_OUT, OUT_VEC, INT64,
         )  # fmt: skip
 
@@ -318,12 +324,14 @@ def conv_bn_act_filter_row_kernel(
     residual_ptr,  # [N, K, P, Q]
     in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr, in_eps,  # [C]
     gate_ptr,  # [N, C]
+    out_gate_ptr,  # [N, K]
     M, k_packs, H, W, P, Q,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w,
     weight_stride_k, weight_stride_c, weight_stride_r, weight_stride_s,
     out_stride_n, out_stride_k, out_stride_h, out_stride_w,
     residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
     gate_stride_n, gate_stride_c,
+    out_gate_stride_n, out_gate_stride_k,
     C: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
@@ -382,6 +390,7 @@ def conv_bn_act_filter_row_kernel(
     in_bn = (None, in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr)
     gate = (gate_ptr, gate_stride_n, gate_stride_c)
     bn = (bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr)
+    out_gate = (out_gate_ptr, out_gate_stride_n, out_gate_stride_k)
     acc = first_sums(bn, k_offs, K, BLOCK_M)
     for r in range(0, R):
         h = (h_base + r * DILATION_H).to(tl.uint32, bitcast=True)
@@ -407,7 +416,7 @@ def conv_bn_act_filter_row_kernel(
     out = (out_ptr, out_stride_n, out_stride_k, out_stride_h, out_stride_w)
     sizes = (M, K, P, Q)
     finish_tile(
-        acc, None, m_offs, pid_n * BLOCK_N, sizes, bn, bn_eps, residual, out,
+        acc, None, m_offs, pid_n * BLOCK_N, sizes, bn, bn_eps, out_gate, residual, out,
         ACT, FLAT_OUT, OUT_VEC, INT64,
     )  # fmt: skip
 
@@ -418,14 +427,16 @@ def conv_bn_act_finish_kernel(
     out_ptr,  # [N, K, P, Q]
     bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, bn_eps,  # [K]
     residual_ptr,  # [N, K, P, Q]
+    out_gate_ptr,  # [N, K]
     M, k_packs, P, Q,
     out_stride_n, out_stride_k, out_stride_h, out_stride_w,
     residual_stride_n, residual_stride_k, residual_stride_h, residual_stride_w,
+    out_gate_stride_n, out_gate_stride_k,
     ACT: tl.constexpr, FLAT_OUT: tl.constexpr, OUT_VEC: tl.constexpr, INT64: tl.constexpr,
     PDL: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out = act(bn(sum of the parts) + residual), of a tile [BLOCK_M pixels, BLOCK_N channels]."""
+    """out = act(bn(sum of the parts) * out_gate + residual), of a tile of BLOCK_M x BLOCK_N."""
     wait_for_producers(PDL)
     K = k_packs * OUT_VEC
     pid_m, pid_n = tile_ids(K, BLOCK_N)
@@ -433,6 +444,7 @@ def conv_bn_act_finish_kernel(
     k_offs = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (m_offs < M)[:, None] & (k_offs < K)[None, :]
     bn = (bias_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr)
+    out_gate = (out_gate_ptr, out_gate_stride_n, out_gate_stride_k)
     acc = first_sums(bn, k_offs, K, BLOCK_M)
     rows = m_offs.to(tl.int64) * K
     ptrs = parts_ptr + rows[:, None] + k_offs[None, :]
@@ -446,6 +458,6 @@ def conv_bn_act_finish_kernel(
     out = (out_ptr, out_stride_n, out_stride_k, out_stride_h, out_stride_w)
     sizes = (M, K, P, Q)
     finish_tile(
-        acc, None, m_offs, pid_n * BLOCK_N, sizes, bn, bn_eps, residual, out,
+        acc, None, m_offs, pid_n * BLOCK_N, sizes, bn, bn_eps, out_gate, residual, out,
         ACT, FLAT_OUT, OUT_VEC, INT64,
     )  # fmt: skip

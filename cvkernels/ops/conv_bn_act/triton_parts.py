@@ -278,47 +278,38 @@ def finish_tile(
     acc,  # [BLOCK_M, BLOCK_N], float32
     fetched,  # the tile of residual where it is there already, else None
     m_offs,  # [BLOCK_M]
-    k_start, sizes, bn, bn_eps, residual, out,
+    k_start, sizes, bn, bn_eps, out_gate, residual, out,
     ACT: tl.constexpr, FLAT_OUT: tl.constexpr, VEC: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
-    """out = act(bn(acc) + residual) for the output channels from k_start on.
+    """out = act(bn(acc) * out_gate + residual) for the output channels from k_start on.
 
     Without a norm acc has the bias, see :func:`first_sums`.
     """
     BLOCK_N: tl.constexpr = acc.shape[1]
     late: tl.constexpr = residual[0] is not None and fetched is None
-    if BLOCK_N > 64 and (has_norm(bn) or late):
-        # half by half: scale, shift and residual of a wide tile would not fit the registers
+    if BLOCK_N > 64 and (has_norm(bn) or late or out_gate[0] is not None):
+        # half by half: vectors, gates and residual of a wide tile would not fit the registers
         halves = acc.reshape(acc.shape[0], 2, BLOCK_N // 2).permute(0, 2, 1)
         left, right = halves.split()
         k_half = k_start + BLOCK_N // 2
         _finish(
-            left, None, m_offs, k_start, sizes, bn, bn_eps, residual, out, ACT, FLAT_OUT, VEC, INT64
-        )
+            left, None, m_offs, k_start, sizes, bn, bn_eps, out_gate, residual, out,
+            ACT, FLAT_OUT, VEC, INT64,
+        )  # fmt: skip
         _finish(
-            right, None, m_offs, k_half, sizes, bn, bn_eps, residual, out, ACT, FLAT_OUT, VEC, INT64
-        )
+            right, None, m_offs, k_half, sizes, bn, bn_eps, out_gate, residual, out,
+            ACT, FLAT_OUT, VEC, INT64,
+        )  # fmt: skip
     else:
         _finish(
-            acc,
-            fetched,
-            m_offs,
-            k_start,
-            sizes,
-            bn,
-            bn_eps,
-            residual,
-            out,
-            ACT,
-            FLAT_OUT,
-            VEC,
-            INT64,
-        )
+            acc, fetched, m_offs, k_start, sizes, bn, bn_eps, out_gate, residual, out,
+            ACT, FLAT_OUT, VEC, INT64,
+        )  # fmt: skip
 
 
 @triton.jit
 def _finish(
-    acc, fetched, m_offs, k_start, sizes, bn, bn_eps, residual, out,
+    acc, fetched, m_offs, k_start, sizes, bn, bn_eps, out_gate, residual, out,
     ACT: tl.constexpr, FLAT_OUT: tl.constexpr, VEC: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
     m_end, K, P, Q = sizes
@@ -327,6 +318,9 @@ def _finish(
     y = acc
     if has_norm(bn):
         y = normalize(acc, bn, bn_eps, k_offs, K)
+    if out_gate[0] is not None:
+        image, _, _ = split_pixels(tl.minimum(m_offs, m_end - 1), P, Q)
+        y *= load_gate(out_gate, image, k_offs, K)
     if fetched is not None:
         y += fetched.to(tl.float32)
     elif residual[0] is not None:

@@ -112,6 +112,7 @@ def _cudnn_rule(problem: Problem) -> bool:
         and problem.dtype in (torch.float16, torch.bfloat16)
         and problem.act == "relu"
         and not problem.has_prologue
+        and not problem.has_output_gate
         and not problem.has_out
     )
 
@@ -120,7 +121,8 @@ def key(problem: Problem) -> str:
     """The table key: what the speed depends on, with N rounded up to a power of two.
 
     ``bf16 C64 K64 R3 S3 stride1x1 pad1x1 dil1x1 groups1 H56 W56 N128 relu`` and then, where the
-    problem has them, ``residual``, ``input_bn``, ``input_gate``, ``projection64 by1x1``.
+    problem has them, ``residual``, ``input_bn``, ``input_gate``, ``output_gate``,
+    ``projection64 by1x1``.
     """
     p = problem
     words = [
@@ -130,7 +132,7 @@ def key(problem: Problem) -> str:
         f"groups{p.groups} H{p.H} W{p.W} N{1 << max(p.N - 1, 0).bit_length()}",
         p.act,
     ]
-    flags = ("has_residual", "has_input_bn", "has_input_gate")
+    flags = ("has_residual", "has_input_bn", "has_input_gate", "has_output_gate")
     words += [flag.removeprefix("has_") for flag in flags if getattr(p, flag)]
     if p.projection is not None:
         words.append("projection{} by{}x{}".format(p.projection.C, *p.projection.stride))
@@ -140,7 +142,7 @@ def key(problem: Problem) -> str:
 _KEY = re.compile(
     r"(f16|bf16|f32) C\d+ K\d+ R\d+ S\d+ stride\d+x\d+ pad\d+x\d+ dil\d+x\d+ groups\d+ H\d+ W\d+ "
     r"N\d+ (none|relu|relu6|silu)( residual)?( input_bn)?( input_gate)?"
-    r"( projection\d+ by\d+x\d+)?"
+    r"( output_gate)?( projection\d+ by\d+x\d+)?"
 )
 
 

@@ -28,7 +28,7 @@ INPUT_BN, INPUT_GATE = 3.8, 1.4
 # Of a warp outside of the loop: as such, and for each element of its tile in a thread.
 SETUP = {"1x1": 217, "spatial": 382, "filter_row": 132}
 PROJECTION_SETUP = 200
-ELEMENT, RESIDUAL = 4.0, 5.0
+ELEMENT, RESIDUAL, OUTPUT_GATE = 4.0, 5.0, 5.0
 ACTS = {"none": 0.0, "relu": 0.0, "relu6": 1.0, "silu": 3.0}
 ACTS_OF_OTHERS = {torch.float16: {"silu": 5.0}, torch.float32: {"silu": 11.0}}
 # ASSUMED: the share of the matrix rate that cuDNN's fused convolutions reach, from 128 output
@@ -107,11 +107,11 @@ def triton(problem: Problem, tile: Config, gpu: GPU) -> Work:
     elements = m * k / threads * (p.has_input_bn * INPUT_BN + p.has_input_gate * INPUT_GATE)
     step = STEP[kind] + OF_X[kind] * of_x + OF_WEIGHT[kind] * of_weight + elements
     act = ACTS_OF_OTHERS.get(p.dtype, ACTS).get(p.act, ACTS[p.act])
-    each = ELEMENT + act + RESIDUAL * p.has_residual
+    each = ELEMENT + act + RESIDUAL * p.has_residual + OUTPUT_GATE * p.has_output_gate
     setup = SETUP[kind] + PROJECTION_SETUP * (p.projection is not None)
     last = tile.num_warps * (setup + each * m * n / threads)
     stages = 1 if kind == "filter_row" else min(tile.num_stages, steps + 1)
-    late = p.has_residual and n > 64
+    late = (p.has_residual and n > 64) + p.has_output_gate
     return Work(
         p.bytes_read,
         p.bytes_written,

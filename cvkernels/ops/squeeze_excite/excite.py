@@ -71,8 +71,8 @@ def excite(
             float32 beside a half dtype; with ``count`` any of the four. All parameters have one
             dtype.
         bias1: Tensor[R].
-        weight2: Tensor[C, R] or [C, R, 1, 1].
-        bias2: Tensor[C].
+        weight2: Tensor[K, R] or [K, R, 1, 1]; K is C but where the gates are of another map.
+        bias2: Tensor[K].
         act: "relu" or "silu".
         sigmoid: returns the multiplier ``sigmoid(out)``, as ``conv_bn_act(input_gate=)`` takes it.
         count: pixels of the map that pooled sums over.
@@ -81,7 +81,7 @@ def excite(
             else two.
 
     Returns:
-        Tensor[N, C], contiguous, never a view: dtype of pooled; of weight1, with ``count``. The
+        Tensor[N, K], contiguous, never a view: dtype of pooled; of weight1, with ``count``. The
         fused backends compute in float32; Triton's products take means and hidden layer as sums
         of two numbers of the weights' dtype, where that is a half. NaN and infinity propagate.
         N = 0 gives an empty output.
@@ -116,7 +116,7 @@ def _checked(problem: Problem, pooled: Tensor, backend: Backend, once: bool) -> 
     dtypes = parameter_dtypes(pooled.dtype)
     if count is not None:
         dtypes = DTYPES[:3] if pooled.dtype == torch.float32 else (torch.float64,)
-    check_layers(OP, layers, pooled.shape[1], pooled, dtypes)
+    check_layers(OP, layers, pooled.shape[1], pooled, dtypes, outputs="K")
     return call_of(pooled, (pooled, *layers), TABLE, backend, once)
 
 
@@ -128,12 +128,12 @@ def _dtype_of(problem: Problem, pooled: Tensor) -> torch.dtype:
 def _plan_triton(problem: Problem, call: Call) -> Callable[..., Tensor]:
     if call.computes_nothing:
         dtype = _dtype_of(problem, call.x)
-        return lambda layers, pooled: pooled.new_empty(pooled.shape, dtype=dtype)
+        return lambda layers, pooled: pooled.new_empty(len(pooled), problem.K, dtype=dtype)
     # Imported here: Triton is needed by the first CUDA call, not by importing cvkernels.
     from cvkernels.ops.squeeze_excite import triton
 
     options = (problem.act, problem.sigmoid, problem.pixels)
-    launch = triton.plan_excite(call.x, problem.layers[0], *options)
+    launch = triton.plan_excite(call.x, problem.layers[0], problem.K, *options)
     return lambda layers, pooled: launch(pooled, layers)
 
 
@@ -155,11 +155,12 @@ def _plan(problem: Problem, call: Call) -> Plan:
 
     def traffic(name: str) -> Traffic:
         pooled, dtype = call.x, _dtype_of(problem, call.x)
-        read, written = nbytes(pooled, *problem.layers), pooled.numel() * dtype.itemsize
+        read = nbytes(pooled, *problem.layers)
+        written = len(pooled) * problem.K * dtype.itemsize
         if name != "triton":
             return Traffic(1, read, written)
         (N, C), itemsize = pooled.shape, problem.layers[0].element_size()
-        tile = tiles.excite(N, 1, C, problem.R, itemsize, tiles.sms_of(pooled))
+        tile = tiles.excite(N, 1, C, problem.R, problem.K, itemsize, tiles.sms_of(pooled))
         hidden = 4 * tile.splits * N * problem.R
         return Traffic(tile.launches, read + hidden, written + hidden)
 

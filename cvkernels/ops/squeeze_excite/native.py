@@ -108,7 +108,8 @@ def plan_excite(problem: Problem, call: Call) -> Callable[..., Tensor]:
         return run
     x, weights = call.x, _detached(problem)
     work = native.direct(lambda: run(weights, x))
-    out = x.new_empty(x.shape, dtype=x.dtype if problem.pixels is None else weights[0].dtype)
+    dtype = x.dtype if problem.pixels is None else weights[0].dtype
+    out = x.new_empty(len(x), problem.K, dtype=dtype)
     like, fresh = native.template(out), _fresh
 
     def run_directly(layers, pooled):
@@ -230,7 +231,8 @@ torch.library.register_fake(
 
 
 def fake_excite(pooled, weight1, bias1, weight2, bias2, act, sigmoid, count, backend=""):
-    return pooled.new_empty(pooled.shape, dtype=weight1.dtype if count else pooled.dtype)
+    dtype = weight1.dtype if count else pooled.dtype
+    return pooled.new_empty(pooled.shape[0], weight2.shape[0], dtype=dtype)
 
 
 torch.library.register_fake("cvkernels::excite_native", fake_excite, lib=library)

@@ -197,7 +197,8 @@ def _plan(problem: Problem, call: Call) -> Plan:
         if name != "triton":
             return Traffic(1 + copied, size + others + moved, size + moved)
         (N, C), parts = x.shape[:2], tiles.parts_of(x, sms := tiles.sms_of(x))
-        layers = tiles.excite(N, parts, C, problem.R, problem.layers[0].element_size(), sms)
+        itemsize = problem.layers[0].element_size()
+        layers = tiles.excite(N, parts, C, problem.R, C, itemsize, sms)
         moved += 4 * N * (C * (parts + 1) + layers.splits * problem.R)
         return Traffic(2 + layers.launches + copied, 2 * size + others + moved, size + moved)
 

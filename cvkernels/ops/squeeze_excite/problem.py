@@ -42,6 +42,11 @@ class Problem(NamedTuple):
         """Width of the hidden layer; 0 without one."""
         return self.layers[0].shape[0] if self.layers else 0
 
+    @property
+    def K(self) -> int:
+        """Outputs of the second layer; 0 without one."""
+        return self.layers[2].shape[0] if self.layers else 0
+
 
 Planner = Callable[[Problem, Call], Callable[..., Any]]
 
@@ -139,11 +144,13 @@ def check_gate(op: str, gate: Tensor, x: Tensor) -> None:
 
 
 def check_layers(
-    op: str, layers: Layers, C: int, like: Tensor, dtypes: tuple[torch.dtype, ...]
-) -> None:
-    """The two layers from C channels to R and back, on like's device, all in one of ``dtypes``."""
+    op: str, layers: Layers, C: int, like: Tensor, dtypes: tuple[torch.dtype, ...],
+    outputs: str = "C",
+) -> None:  # fmt: skip
+    """The two layers from C channels to R and back, or where ``outputs`` is "K" to as many as there
+    are rows of weight2; on like's device, all in one of ``dtypes``."""
     weight1, bias1, weight2, bias2 = layers
-    R = weight1.shape[0]
+    R, K = weight1.shape[0], C if outputs == "C" else weight2.shape[0]
     for name, weight in (("weight1", weight1), ("weight2", weight2)):
         if weight.dim() not in (2, 4) or weight.shape[2:].numel() != 1:
             raise ValueError(
@@ -153,12 +160,12 @@ def check_layers(
     for name, tensor, shape, letters in (
         ("weight1", weight1, (R, C), "[R, C]"),
         ("bias1", bias1, (R,), "[R]"),
-        ("weight2", weight2, (C, R), "[C, R]"),
-        ("bias2", bias2, (C,), "[C]"),
+        ("weight2", weight2, (K, R), f"[{outputs}, R]"),
+        ("bias2", bias2, (K,), f"[{outputs}]"),
     ):
         if tensor is None:
             continue
-        if tuple(tensor.shape[:2]) != shape or R == 0:
+        if tuple(tensor.shape[:2]) != shape or 0 in (R, K):
             raise ValueError(
                 f"{op}: {name} must have shape {letters} = {list(shape)} with R > 0 and "
                 f"C = {C}, got {list(tensor.shape)}"

@@ -90,8 +90,8 @@ def planes(HW: int, itemsize: int, of: Pass) -> tuple[int, int]:
     return max(1, of.elements(itemsize) // block_p), block_p
 
 
-def excite(N: int, parts: int, C: int, R: int, itemsize: int, sms: int) -> Layers:
-    """The tiles for weights of ``itemsize`` bytes and means in ``parts``."""
+def excite(N: int, parts: int, C: int, R: int, K: int, itemsize: int, sms: int) -> Layers:
+    """The tiles for weights of ``itemsize`` bytes, means in ``parts`` and K gates."""
     # 16 rows are the least of a product, and more images share what is read of the weights
     block_n = 16 if N <= 512 else 64
     n_blocks = cdiv(max(1, N), block_n)
@@ -99,13 +99,13 @@ def excite(N: int, parts: int, C: int, R: int, itemsize: int, sms: int) -> Layer
     steps = parts * cdiv(C, block_c)
     images = min(N, block_n)
     if R <= 64 and parts * C * (R * itemsize + images * 4) <= HIDDEN_BYTES:
-        block_out = min(64, max(16, power_of_two(C)))
+        block_out = min(64, max(16, power_of_two(K)))
         return Layers(block_n, block_c, max(16, power_of_two(R)), block_out, 0, steps, steps)
     block_r = 32
     wanted = sms // (n_blocks * cdiv(R, block_r))
     per_split = cdiv(steps, max(1, min(wanted, MOST_SPLITS)))
     block_out = 128 if itemsize == 2 else 64
-    while block_out > 32 and n_blocks * cdiv(C, block_out) < sms // 2:
+    while block_out > 32 and n_blocks * cdiv(K, block_out) < sms // 2:
         block_out //= 2
     return Layers(block_n, block_c, block_r, block_out, cdiv(steps, per_split), steps, per_split)
 

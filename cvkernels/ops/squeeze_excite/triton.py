@@ -93,15 +93,15 @@ def plan_squeeze(x: Tensor, *, sms: int) -> Callable[[Tensor], Tensor]:
 
 @_kept
 def plan_excite(
-    pooled: Tensor, weight1: Tensor, act: str, sigmoid: bool, count: int | None, *, sms: int
+    pooled: Tensor, weight1: Tensor, K: int, act: str, sigmoid: bool, count: int | None, *, sms: int
 ) -> Callable[[Tensor, tuple], Tensor]:
-    """(pooled, layers) -> the logits, or their sigmoid."""
+    """(pooled, layers) -> the logits [N, K], or their sigmoid."""
     N, C = pooled.shape
-    launch = excite_launches((N, 1, C), weight1, act, sigmoid, count or 1, sms)
+    launch = excite_launches((N, 1, C), weight1, K, act, sigmoid, count or 1, sms)
     dtype = pooled.dtype if count is None else weight1.dtype
 
     def run(pooled: Tensor, layers: tuple) -> Tensor:
-        out = pooled.new_empty((N, C), dtype=dtype)
+        out = pooled.new_empty((N, K), dtype=dtype)
         launch(pooled.contiguous(), *matrices(*layers), out)
         return out
 
@@ -143,7 +143,7 @@ def plan_squeeze_excite(
     sums, finish = squeeze_launch(x, H * W, sms), finish_launch(size)
     adds_first = keep_mean and size[1] > 1
     pooled = (N, 1, C) if adds_first else size
-    excite = excite_launches(pooled, weight1, act, False, 1, sms)
+    excite = excite_launches(pooled, weight1, C, act, False, 1, sms)
 
     def run(x, layers, residual, out=None):
         x = read(x)
@@ -220,15 +220,16 @@ def finish_launch(parts: tuple[int, int, int]) -> Launch:
 
 
 def excite_launches(
-    parts: tuple[int, int, int], weight1: Tensor, act: str, sigmoid: bool, divisor: int, sms: int
-) -> Callable[..., None]:
+    parts: tuple[int, int, int], weight1: Tensor, K: int, act: str, sigmoid: bool, divisor: int,
+    sms: int,
+) -> Callable[..., None]:  # fmt: skip
     """(parts, weight1, bias1, weight2, bias2, out): both layers on the sums / divisor."""
     (N, count, C), R = parts, weight1.shape[0]
-    tile = tiles.excite(N, count, C, R, weight1.element_size(), sms)
+    tile = tiles.excite(N, count, C, R, K, weight1.element_size(), sms)
     if tile.launches == 1:
-        return excite_launch(parts, R, act, sigmoid, divisor, tile)
+        return excite_launch(parts, R, K, act, sigmoid, divisor, tile)
     first = excite_hidden_launch(parts, R, divisor, tile)
-    second = excite_out_launch(N, C, R, act, sigmoid, tile)
+    second = excite_out_launch(N, R, K, act, sigmoid, tile)
 
     def run(parts, weight1, bias1, weight2, bias2, out):
         hidden = out.new_empty((tile.splits, N, R), dtype=torch.float32)
@@ -239,16 +240,17 @@ def excite_launches(
 
 
 def excite_launch(
-    parts: tuple[int, int, int], R: int, act: str, sigmoid: bool, divisor: int, tile: tiles.Layers
-) -> Launch:
+    parts: tuple[int, int, int], R: int, K: int, act: str, sigmoid: bool, divisor: int,
+    tile: tiles.Layers,
+) -> Launch:  # fmt: skip
     """(parts, weight1, bias1, weight2, bias2, out)."""
     N, count, C = parts
     meta = {
         "ACT": act, "SIGMOID": sigmoid, "BLOCK_N": tile.block_n, "BLOCK_C": tile.block_c,
         "BLOCK_OUT": tile.block_out, "BLOCK_R": tile.block_r, **_product(tile),
     }  # fmt: skip
-    grid = (cdiv(N, tile.block_n) * cdiv(C, tile.block_out),)
-    return Launch(excite_kernel, grid, (N, C, R, count, float(divisor)), meta)
+    grid = (cdiv(N, tile.block_n) * cdiv(K, tile.block_out),)
+    return Launch(excite_kernel, grid, (N, C, R, K, count, float(divisor)), meta)
 
 
 def excite_hidden_launch(
@@ -266,15 +268,15 @@ def excite_hidden_launch(
 
 
 def excite_out_launch(
-    N: int, C: int, R: int, act: str, sigmoid: bool, tile: tiles.Layers
+    N: int, R: int, K: int, act: str, sigmoid: bool, tile: tiles.Layers
 ) -> Launch:
     """(hidden, bias1, weight2, bias2, out)."""
     meta = {
         "ACT": act, "SIGMOID": sigmoid, "SPLITS": tile.splits, "BLOCK_N": tile.block_n,
         "BLOCK_OUT": tile.block_out, "BLOCK_R": tile.block_r, **_product(tile),
     }  # fmt: skip
-    grid = (cdiv(N, tile.block_n) * cdiv(C, tile.block_out),)
-    return Launch(excite_out_kernel, grid, (N, C, R), meta)
+    grid = (cdiv(N, tile.block_n) * cdiv(K, tile.block_out),)
+    return Launch(excite_out_kernel, grid, (N, R, K), meta)
 
 
 def se_scale_launch(x: Tensor, residual: Tensor | None, act: str, out: Tensor) -> Launch:

@@ -1,7 +1,7 @@
 """The two layers of excite on a GPU, as products over the images of a batch.
 
 Letters: sums[N, parts, C], whose total over the parts, divided, is the mean; weight1[R, C],
-weight2[C, R]; out[N, C]. A bias that the call does not have is None.
+weight2[K, R]; out[N, K]. A bias that the call does not have is None.
 
 Where the layers are small one launch makes both, each of its programs with the hidden layer of its
 images. Else the first layer is cut along C, so that many programs read weight1 at once, and the
@@ -65,13 +65,13 @@ def first_product(
 
 
 @triton.jit
-def store_logits(out_ptr, acc, bias2_ptr, n_offs, c_offs, N, C, SIGMOID: tl.constexpr):
+def store_logits(out_ptr, acc, bias2_ptr, n_offs, k_offs, N, K, SIGMOID: tl.constexpr):
     """acc + bias2, or its sigmoid."""
-    y = acc + load_tile(bias2_ptr, c_offs, c_offs < C)[None, :]
+    y = acc + load_tile(bias2_ptr, k_offs, k_offs < K)[None, :]
     if SIGMOID:
         y = sigmoid(y)
-    offs = (n_offs * C)[:, None] + c_offs[None, :]
-    store_tile(out_ptr, offs, y, (n_offs < N)[:, None] & (c_offs < C)[None, :])
+    offs = (n_offs * K)[:, None] + k_offs[None, :]
+    store_tile(out_ptr, offs, y, (n_offs < N)[:, None] & (k_offs < K)[None, :])
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -79,10 +79,10 @@ def excite_kernel(
     sums_ptr,  # [N, parts, C]
     weight1_ptr,  # [R, C]
     bias1_ptr,  # [R]
-    weight2_ptr,  # [C, R]
-    bias2_ptr,  # [C]
-    out_ptr,  # [N, C]
-    N, C, R, parts, divisor,
+    weight2_ptr,  # [K, R]
+    bias2_ptr,  # [K]
+    out_ptr,  # [N, K]
+    N, C, R, K, parts, divisor,
     ACT: tl.constexpr, SIGMOID: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_OUT: tl.constexpr,
     BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
@@ -91,12 +91,12 @@ def excite_kernel(
 
     Reads weight1, the images' sums and BLOCK_OUT rows of weight2, mostly from L2.
     """
-    out_blocks = tl.cdiv(C, BLOCK_OUT)
+    out_blocks = tl.cdiv(K, BLOCK_OUT)
     n_offs = (tl.program_id(0) // out_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    c_offs = (tl.program_id(0) % out_blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    k_offs = (tl.program_id(0) % out_blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     r_offs = tl.arange(0, BLOCK_R)
     # before the loop, to arrive while it runs
-    weight2 = matrix_tile(weight2_ptr, c_offs, r_offs, C, R)
+    weight2 = matrix_tile(weight2_ptr, k_offs, r_offs, K, R)
     bias1 = load_tile(bias1_ptr, r_offs, r_offs < R)
     acc = first_product(
         sums_ptr, weight1_ptr, n_offs, r_offs, N, C, R, parts, divisor,
@@ -104,7 +104,7 @@ def excite_kernel(
     )  # fmt: skip
     hidden = activate(acc + bias1[None, :], ACT)
     acc = add_product(tl.zeros((BLOCK_N, BLOCK_OUT), tl.float32), hidden, weight2)
-    store_logits(out_ptr, acc, bias2_ptr, n_offs, c_offs, N, C, SIGMOID)
+    store_logits(out_ptr, acc, bias2_ptr, n_offs, k_offs, N, K, SIGMOID)
 
 
 @triton.jit(do_not_specialize=["N", "steps", "steps_per_split"])
@@ -136,24 +136,24 @@ def excite_hidden_kernel(
 def excite_out_kernel(
     hidden_ptr,  # [SPLITS, N, R]
     bias1_ptr,  # [R]
-    weight2_ptr,  # [C, R]
-    bias2_ptr,  # [C]
-    out_ptr,  # [N, C]
-    N, C, R,
+    weight2_ptr,  # [K, R]
+    bias2_ptr,  # [K]
+    out_ptr,  # [N, K]
+    N, R, K,
     ACT: tl.constexpr, SIGMOID: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The second layer on what excite_hidden_kernel left: BLOCK_OUT channels of BLOCK_N images."""
-    out_blocks = tl.cdiv(C, BLOCK_OUT)
+    out_blocks = tl.cdiv(K, BLOCK_OUT)
     n_offs = (tl.program_id(0) // out_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    c_offs = (tl.program_id(0) % out_blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    k_offs = (tl.program_id(0) % out_blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     acc = tl.zeros((BLOCK_N, BLOCK_OUT), tl.float32)
     for start in tl.range(0, R, BLOCK_R, num_stages=STAGES):
         r_offs = start + tl.arange(0, BLOCK_R)
-        weight = matrix_tile(weight2_ptr, c_offs, r_offs, C, R)
+        weight = matrix_tile(weight2_ptr, k_offs, r_offs, K, R)
         hidden = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
         for split in tl.static_range(SPLITS):
             hidden += matrix_tile(hidden_ptr + split * N.to(tl.int64) * R, n_offs, r_offs, N, R)
         hidden += load_tile(bias1_ptr, r_offs, r_offs < R)[None, :]
         acc = add_product(acc, activate(hidden, ACT), weight)
-    store_logits(out_ptr, acc, bias2_ptr, n_offs, c_offs, N, C, SIGMOID)
+    store_logits(out_ptr, acc, bias2_ptr, n_offs, k_offs, N, K, SIGMOID)

@@ -52,16 +52,16 @@ def finish(x: Tensor, gpu: GPU) -> tuple[Work, ...]:
 def excite(N: int, parts: int, problem: Problem, gpu: GPU) -> tuple[Work, ...]:
     """Two products: a program has some images and some units or channels of a layer. In one launch
     each program makes the hidden layer anew."""
-    weight1, R = problem.layers[0], problem.R
+    weight1, R, K = problem.layers[0], problem.R, problem.K
     C, size = weight1.shape[1], weight1.element_size()
-    tile = tiles.excite(N, parts, C, R, size, gpu.sms)
+    tile = tiles.excite(N, parts, C, R, K, size, gpu.sms)
     images = cdiv(N, tile.block_n)
     read = 4 * N * parts * C
     of_sums, of_hidden = 4 * tile.block_n * tile.block_c, 4 * tile.block_n * tile.block_r
     first = of_sums + size * tile.block_r * tile.block_c
     second = of_hidden * max(1, tile.splits) + size * tile.block_r * tile.block_out
     more = cdiv(R, tile.block_r)
-    weights = nbytes(*problem.layers) / 2
+    weights = [nbytes(*layer) for layer in (problem.layers[:2], problem.layers[2:])]
 
     def product(programs: int, steps: int, step: int, read: float, written: float) -> Work:
         return Work(
@@ -77,16 +77,16 @@ def excite(N: int, parts: int, problem: Problem, gpu: GPU) -> tuple[Work, ...]:
             in_flight=min(steps, tiles.PRODUCT_STAGES) * step,
         )
 
-    out = images * cdiv(C, tile.block_out)
+    out = images * cdiv(K, tile.block_out)
     if not tile.splits:
         steps = tile.steps + more
         step = cdiv(tile.steps * first + more * second, steps)
-        return (product(out, steps, step, read + 2 * weights, 4 * N * C),)
+        return (product(out, steps, step, read + sum(weights), 4 * N * K),)
     hidden = 4 * N * R * tile.splits
     made = images * more * tile.splits
     return (
-        product(made, tile.steps_per_split, first, read + weights, hidden),
-        product(out, more, second, hidden + weights, 4 * N * C),
+        product(made, tile.steps_per_split, first, read + weights[0], hidden),
+        product(out, more, second, hidden + weights[1], 4 * N * K),
     )
 
 

@@ -186,6 +186,8 @@ REFUSED = {
         ("sums must hold 16 float32 numbers", lambda a: {"sums": a["sums"][:1]}),
     ],
     "conv_bn_act_native": [
+        ("output_gate must hold 16 float32 numbers",
+         lambda a: {"output_gate": a["x"].new_zeros(2, 7)}),
         (r"shift must hold 16 float32 numbers, got shape \[3\]",
          lambda a: {"shift": a["shift"][:3]}),
         ("weight must hold 128 float32 numbers", lambda a: {"weight": a["weight"][:16]}),
@@ -210,10 +212,10 @@ REFUSED = {
         ("out must have x's shape", lambda a: {"out": a["out"][:1].clone()}),
     ],
     "excite_native": [
-        (r"weight2 must have shape \[8, 4\]", lambda a: {"weight2": a["weight1"]}),
+        ("weight2 must have rows and 4 columns", lambda a: {"weight2": a["weight1"]}),
     ],
     "squeeze_excite_native_out": [
-        (r"weight1 must have shape \[R, 8\], got \[4, 7\]",
+        (r"layers must be from 8 channels to as many, got weight1 \[4, 7\] and weight2 \[7, 4\]",
          lambda a: {"weight1": torch.ones(4, 7), "weight2": torch.ones(7, 4), "bias2": None}),
     ],
 }  # fmt: skip

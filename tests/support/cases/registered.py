@@ -51,7 +51,7 @@ def _convolutions(x: Tensor, norm: dict) -> dict[str, dict]:
     out = torch.zeros_like(x, memory_format=torch.channels_last)
     pointwise = {
         "x": x, "weight": new(C * padded), "shift": new(padded), "out": out, "act": 1, "tile": 0,
-        **dict.fromkeys(("residual", "input_affine", "input_gate")),
+        **dict.fromkeys(("residual", "input_affine", "input_gate", "output_gate")),
         **dict.fromkeys(("padding_h", "padding_w"), 0),
     }  # fmt: skip
     for option in ("kernel", "stride", "dilation"):
