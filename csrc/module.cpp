@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -13,6 +14,7 @@
 #include "build_info.h"
 #include "common/direct_call.h"
 #include "common/guard.h"
+#include "common/instruction_sets.h"
 #include "common/kept_calls.h"
 #include "common/recording.h"
 #include "common/sample.h"
@@ -37,6 +39,25 @@ py::dict build_info() {
   info["torch_target"] = CVK_TORCH_TARGET;
   info["git_revision"] = CVK_GIT_REVISION;
   return info;
+}
+
+// The instruction sets that calls take on this processor, the best one last.
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> sets;
+  for (int set = 0; set < static_cast<int>(std::size(cvkernels::INSTRUCTION_SETS)); ++set)
+    if (cvkernels::takes(static_cast<cvkernels::InstructionSet>(set)))
+      sets.push_back(cvkernels::INSTRUCTION_SETS[set]);
+  return sets;
+}
+
+// Let calls take no better set than this one.
+void limit_instruction_sets(const std::string& name) {
+  for (int set = 0; set < static_cast<int>(std::size(cvkernels::INSTRUCTION_SETS)); ++set)
+    if (name == cvkernels::INSTRUCTION_SETS[set]) {
+      cvkernels::instruction_set_limit = set;
+      return;
+    }
+  throw std::invalid_argument("there is no instruction set " + name);
 }
 
 // What the CPU ops did in one call of a function, for later: on the same memory, which is not kept.
@@ -132,6 +153,10 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
       .def(py::init<py::sequence, py::sequence, py::sequence>(), py::arg("modules"),
            py::arg("code"), py::arg("tensors"))
       .def("holds", &cvkernels::Guard::holds);
+  module.def("instruction_sets", &instruction_sets,
+             "Those that calls of the CPU ops take here, the best one last.");
+  module.def("limit_instruction_sets", &limit_instruction_sets,
+             "Let calls of the CPU ops take no better set than the one of this name.");
   module.def("build_info", &build_info,
              "How the compiled part was built. cuda_archs and cuda_toolkit are empty without CUDA, "
              "git_revision is empty for a build outside a git checkout.");

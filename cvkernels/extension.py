@@ -6,8 +6,10 @@ Neither has to be there: what is absent or broken is one line of :func:`status` 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +52,29 @@ def build_info() -> dict[str, str]:
     if not has("cpu"):
         return {}
     return importlib.import_module("cvkernels._C").build_info()
+
+
+@functools.cache
+def instruction_sets() -> tuple[str, ...]:
+    """Those that calls of the CPU ops take on this processor, the best one last; none where the ops
+    are not loaded."""
+    if not has("cpu"):
+        return ()
+    return tuple(importlib.import_module("cvkernels._C").instruction_sets())
+
+
+@contextlib.contextmanager
+def limited_to(name: str) -> Iterator[None]:
+    """Let calls of the CPU ops in this process take no better instruction set, to test or measure
+    it; plans that are made within choose for it."""
+    compiled, best = importlib.import_module("cvkernels._C"), instruction_sets()[-1]
+    compiled.limit_instruction_sets(name)
+    instruction_sets.cache_clear()
+    try:
+        yield
+    finally:
+        compiled.limit_instruction_sets(best)
+        instruction_sets.cache_clear()
 
 
 @functools.cache

@@ -98,6 +98,8 @@ def _gpus() -> Item:
 
 def _compiled() -> list[Item]:
     built = ", ".join(f"{key} {value}" for key, value in extension.build_info().items())
+    if sets := extension.instruction_sets():
+        built += f"; instruction sets {', '.join(sets)}, of which the last is used"
     details = {"cpu": built, "cuda": "loaded"}
     return [
         Item(f"compiled {half} ops", True, details[half])

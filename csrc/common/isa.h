@@ -1,9 +1,23 @@
 // One source compiled for each instruction set: included inside an op's namespace with the source's
 // name as CVK_SOURCE. In a namespace of the set's name the source sees CVK_TARGET, the attribute
 // that each of its functions must have, LANES, the floats of a vector, and simd.h. CVK_BEST_ISA
-// chooses among them. One set more is a part more below and a line more there.
+// chooses among them. One set more is a part more below and a line more there. With CVK_DOTS there
+// is one that multiplies pairs of bfloat16, HAS_DOTS there, which CVK_BEST_DOTS chooses first.
 
 #if defined(__x86_64__) && defined(__GLIBC__)
+#if defined(CVK_DOTS)
+namespace avx512bf16 {
+#define LANES 16
+#define HAS_DOTS 1
+#define CVK_TARGET __attribute__((target("arch=x86-64-v4,avx512bf16")))
+#include "simd.h"
+#include CVK_SOURCE
+#undef CVK_TARGET
+#undef HAS_DOTS
+#undef LANES
+}  // namespace avx512bf16
+#endif
+
 namespace avx512 {
 #define LANES 16
 #define CVK_TARGET __attribute__((target("arch=x86-64-v4")))
@@ -34,14 +48,21 @@ namespace baseline {
 
 // RUN(name), which returns, of the best set that the processor has.
 #if defined(__x86_64__) && defined(__GLIBC__)
-#define CVK_BEST_ISA(RUN)                                 \
-  do {                                                    \
-    if (__builtin_cpu_supports("x86-64-v4")) RUN(avx512); \
-    if (__builtin_cpu_supports("x86-64-v3")) RUN(avx2);   \
-    RUN(baseline);                                        \
+#define CVK_BEST_ISA(RUN)                           \
+  do {                                              \
+    if (takes(InstructionSet::AVX512)) RUN(avx512); \
+    if (takes(InstructionSet::AVX2)) RUN(avx2);     \
+    RUN(baseline);                                  \
+  } while (false)
+#define CVK_BEST_DOTS(RUN)                                   \
+  do {                                                       \
+    if (takes(InstructionSet::AVX512_BF16)) RUN(avx512bf16); \
+    CVK_BEST_ISA(RUN);                                       \
   } while (false)
 #else
 #define CVK_BEST_ISA(RUN) RUN(baseline)
+#define CVK_BEST_DOTS(RUN) RUN(baseline)
 #endif
 
 #undef CVK_SOURCE
+#undef CVK_DOTS

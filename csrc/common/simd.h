@@ -7,6 +7,8 @@ using V = float __attribute__((vector_size(LANES * sizeof(float))));
 using Unaligned [[gnu::may_alias]] =
     float __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
 using I = int32_t __attribute__((vector_size(LANES * sizeof(int32_t))));
+using Bits = uint32_t __attribute__((vector_size(LANES * sizeof(uint32_t))));
+using Half = uint16_t __attribute__((vector_size(LANES * sizeof(uint16_t))));
 
 #undef CVK_INLINE
 #define CVK_INLINE CVK_TARGET static inline __attribute__((always_inline))
@@ -14,6 +16,64 @@ using I = int32_t __attribute__((vector_size(LANES * sizeof(int32_t))));
 CVK_INLINE V load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 
 CVK_INLINE void store(float* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
+
+CVK_INLINE V load(const bfloat16* p) {
+  Half bits;
+  __builtin_memcpy(&bits, p, sizeof(bits));
+  return __builtin_bit_cast(V, __builtin_convertvector(bits, Bits) << 16);
+}
+
+// Rounds to nearest, ties to even.
+CVK_INLINE void store(bfloat16* p, V v) {
+#if defined(HAS_DOTS)
+  const __m256bh half = _mm512_cvtneps_pbh(__builtin_bit_cast(__m512, v));
+#else
+  const Bits bits = __builtin_bit_cast(Bits, v);
+  const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Half half = __builtin_convertvector(v == v ? rounded : (Bits{} + 0x7fc0), Half);
+#endif
+  __builtin_memcpy(p, &half, sizeof(half));
+}
+
+CVK_INLINE V load(const float16* p) {
+#if LANES == 16
+  return __builtin_bit_cast(V,
+                            _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p)));
+#elif LANES == 8
+  return __builtin_bit_cast(V, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
+#else
+  float lanes[LANES];
+  for (int i = 0; i < LANES; ++i) lanes[i] = Number<float16>::widen(p[i]);
+  return load(lanes);
+#endif
+}
+
+CVK_INLINE void store(float16* p, V v) {
+#if LANES == 16
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, __builtin_bit_cast(__m512, v), 8));
+#elif LANES == 8
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(__builtin_bit_cast(__m256, v), 8));
+#else
+  float lanes[LANES];
+  store(lanes, v);
+  for (int i = 0; i < LANES; ++i) p[i] = Number<float16>::narrow(lanes[i]);
+#endif
+}
+
+// The `kept` first elements at p, and zeros.
+template <typename T>
+CVK_INLINE V load_some(const T* p, int64_t kept) {
+  T lanes[LANES] = {};
+  for (int64_t i = 0; i < kept; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+
+template <typename T>
+CVK_INLINE void store_some(T* p, V v, int64_t kept) {
+  T lanes[LANES];
+  store(lanes, v);
+  for (int64_t i = 0; i < kept; ++i) p[i] = lanes[i];
+}
 
 // e^x to 2 roundings, for a sum with 1: below -87 it stays at 2e-38, above 88.4 it is infinite.
 CVK_INLINE V exponential(V x) {

@@ -3,11 +3,14 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "common/arguments.h"
 #include "common/cpu.h"
+#include "common/instruction_sets.h"
 #include "common/large_output.h"
 #include "common/layout.h"
+#include "common/number.h"
 #include "conv_bn_act/problem.h"
 
 namespace cvkernels::conv_bn_act {
@@ -17,6 +20,12 @@ constexpr const char* OP = "conv_bn_act";
 
 #define CVK_SOURCE "conv_bn_act/winograd.h"
 #include "common/isa.h"
+
+namespace of_pairs {
+#define CVK_DOTS
+#define CVK_SOURCE "conv_bn_act/products.h"
+#include "common/isa.h"
+}  // namespace of_pairs
 
 // A thread's scratch memory: kept between calls, since fresh pages cost more than the arithmetic.
 float* scratch(int64_t floats) {
@@ -35,32 +44,42 @@ float* scratch(int64_t floats) {
   return memory.get();
 }
 
-// Floats of a task's operand that stay in the second cache beside the weights in use.
+// Factors of a task's operand that stay in the second cache beside the weights in use.
 constexpr int64_t CACHED = 48 << 10;
 
-template <typename Convolve>
-void run_direct(const Problem& problem, const Data& data, Convolve convolve) {
-  const int64_t C = problem.C, taps = problem.taps();
-  const int64_t pixel = problem.gathers() ? taps * C : C;
-  const bool by_panels = !problem.gathers() && problem.K * taps > problem.pixels();
+constexpr int64_t whole_lines(int64_t floats) { return divide_up(floats, 16) * 16; }
+
+template <typename U, typename Convolve>
+void run_direct(const Problem& problem, Convolve convolve) {
+  static_assert(sizeof(U) == sizeof(float));
+  const int64_t factors = problem.parts() * problem.depth();
+  const int64_t pixel = problem.gathers() ? factors : factors / problem.taps();
+  const bool by_panels = !problem.gathers() && problem.K * problem.taps() > problem.pixels();
   const Cut cut(problem.pixels(), std::clamp<int64_t>(CACHED / pixel, 56, 240), problem.panels(),
                 torch::stable::get_num_threads(), by_panels);
-  const int64_t gathered = problem.gathers() ? cut.block() * taps * C : 0;
-  const int64_t pointers = divide_up(sizeof(float*), sizeof(float)) * cut.block() * taps;
+  int64_t gathered = problem.gathers() ? cut.block() * factors : 0;
+  if (problem.has_bands()) {  // of a row of pixels at a time, the first and the last of them short
+    const int64_t pixels = cut.block();
+    const int64_t rows_of_pixels = cut.block() / problem.Q + 2;
+    const int64_t width = pixels * problem.stride_w + rows_of_pixels * problem.S;
+    gathered = problem.R * width * problem.band_channels() / 2;
+  }
+  const int64_t pointers =
+      whole_lines(divide_up(sizeof(U*), sizeof(float)) * cut.block() * problem.parts());
   parallel_for(0, cut.tasks(), 1, [&](int64_t first, int64_t last) {
-    const int64_t widest = divide_up(problem.S * C, 16) * 16;  // a tap, or a row of them
-    float* zeros = scratch(widest + divide_up(pointers, 16) * 16 + gathered);
-    std::fill_n(zeros, problem.S * C, 0.0f);
-    float* indirect = zeros + widest;
-    float* operand = indirect + divide_up(pointers, 16) * 16;
+    const int64_t zero = whole_lines(problem.depth());
+    float* zeros = scratch(zero + pointers + gathered);
+    std::fill_n(zeros, zero, 0.0f);
+    float* indirect = zeros + zero;
+    float* operand = indirect + pointers;
     for (int64_t task = first; task < last; ++task)
-      convolve(problem, data, cut.rows_of(task), cut.panels_of(task), zeros, operand,
-               reinterpret_cast<const float**>(indirect));
+      convolve(cut.rows_of(task), cut.panels_of(task), reinterpret_cast<const U*>(zeros),
+               reinterpret_cast<U*>(operand), reinterpret_cast<const U**>(indirect));
   });
 }
 
-template <int MH, int MW, typename Points, typename Convolve>
-void run_winograd(const Problem& problem, const Data& data, Convolve convolve) {
+template <int MH, int MW, typename Points, typename T, typename Convolve>
+void run_winograd(const Problem& problem, const Data<T>& data, Convolve convolve) {
   constexpr int64_t POINTS = (MH + 2) * (MW + 2);
   const Tiling tiling(problem, MH, MW);
   const int64_t most = std::clamp<int64_t>(2 * CACHED / (POINTS * problem.C), 48, 96);
@@ -68,48 +87,77 @@ void run_winograd(const Problem& problem, const Data& data, Convolve convolve) {
   const bool by_panels = problem.K > 8 * tiling.tiles;
   const Cut cut(tiling.tiles, most, problem.panels(), torch::stable::get_num_threads(), by_panels);
   const Points points(problem, cut.block(), cut.split());
-  const int64_t zero = divide_up(problem.C, 16) * 16;
+  const int64_t zero = whole_lines(problem.C);
   parallel_for(0, cut.tasks(), 1, [&](int64_t first, int64_t last) {
     float* zeros = scratch(zero + POINTS * (points.operand_stride + points.product_stride));
-    std::fill_n(zeros, problem.C, 0.0f);
+    std::fill_n(zeros, zero, 0.0f);
     float* operand = zeros + zero;
     float* products = operand + POINTS * points.operand_stride;
     for (int64_t task = first; task < last; ++task)
-      convolve(problem, data, tiling, cut.rows_of(task), cut.panels_of(task), zeros, points,
-               operand, products);
+      convolve(problem, data, tiling, cut.rows_of(task), cut.panels_of(task),
+               reinterpret_cast<const T*>(zeros), points, operand, products);
   });
 }
 
-#define CVK_RUN(isa)                                                                     \
-  do {                                                                                   \
-    if (tile == 4)                                                                       \
-      return run_winograd<2, 4, isa::Points>(problem, data, &isa::convolve_tiles<2, 4>); \
-    if (tile == 2)                                                                       \
-      return run_winograd<2, 2, isa::Points>(problem, data, &isa::convolve_tiles<2, 2>); \
-    return run_direct(problem, data, &isa::convolve);                                    \
-  } while (false)
+// How a convolution is computed; cvkernels/ops/conv_bn_act/native.py counts them so, too.
+enum Algorithm : int64_t { DIRECT = 0, PAIRS = 1, WINOGRAD_2X2 = 2, WINOGRAD_2X4 = 4 };
 
-void run(const Problem& problem, const Data& data, int64_t tile) { CVK_BEST_ISA(CVK_RUN); }
-#undef CVK_RUN
+#define CVK_DIRECT(isa) \
+  return run_direct<U>( \
+      problem, [&](auto... arguments) { isa::convolve<T, U>(problem, data, arguments...); })
+#define CVK_WINOGRAD(isa) \
+  return run_winograd<2, MW, isa::Points>(problem, data, &isa::convolve_tiles<2, MW, T>)
+
+template <typename T>
+void run(const Problem& problem, const Data<T>& data, int64_t algorithm) {
+  if (algorithm == WINOGRAD_2X4) {
+    constexpr int MW = 4;
+    CVK_BEST_ISA(CVK_WINOGRAD);
+  }
+  if (algorithm == WINOGRAD_2X2) {
+    constexpr int MW = 2;
+    CVK_BEST_ISA(CVK_WINOGRAD);
+  }
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    if (algorithm == PAIRS) {
+      using namespace of_pairs;
+      using U = Pair;
+#define CVK_PAIRS(isa) CVK_DIRECT(of_pairs::isa)
+      CVK_BEST_DOTS(CVK_PAIRS);
+#undef CVK_PAIRS
+    }
+  }
+  using U = float;
+  CVK_BEST_ISA(CVK_DIRECT);
+}
+#undef CVK_DIRECT
+#undef CVK_WINOGRAD
 
 void conv_bn_act_native(const Tensor& x, const Tensor& weight, const Tensor& shift,
                         const Tensor& out, const Maybe& residual, const Maybe& input_affine,
                         const Maybe& input_gate, const Maybe& output_gate, int64_t kernel_h,
                         int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t padding_h,
                         int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t act,
-                        int64_t tile) {
+                        int64_t algorithm) {
   CVK_CHECK_CPU(OP, x);
   CVK_CHECK_DIM(OP, x, 4);
   CVK_CHECK_DIM(OP, out, 4);
-  CVK_CHECK(OP, x.scalar_type() == ScalarType::Float, "x must be float32, got ",
-            torch::headeronly::toString(x.scalar_type()));
+  const ScalarType dtype = x.scalar_type();
+  CVK_CHECK(
+      OP, dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+      "x must be float32, bfloat16 or float16, got ", torch::headeronly::toString(dtype));
   CVK_CHECK_SAME(OP, out, x);
   CVK_CHECK(OP,
             kernel_h > 0 && kernel_w > 0 && stride_h > 0 && stride_w > 0 && dilation_h > 0 &&
                 dilation_w > 0 && padding_h >= 0 && padding_w >= 0,
             "kernel, stride and dilation must be positive, and padding not negative");
   CVK_CHECK(OP, act >= 0 && act <= 3, "act must be between 0 and 3, got ", act);
-  CVK_CHECK(OP, tile == 0 || tile == 2 || tile == 4, "tile must be 0, 2 or 4, got ", tile);
+  CVK_CHECK(OP,
+            algorithm == DIRECT || algorithm == PAIRS || algorithm == WINOGRAD_2X2 ||
+                algorithm == WINOGRAD_2X4,
+            "algorithm must be 0, 1, 2 or 4, got ", algorithm);
+  CVK_CHECK(OP, algorithm != PAIRS || dtype == ScalarType::BFloat16, "pairs are of bfloat16, got ",
+            torch::headeronly::toString(dtype));
   CVK_CHECK(OP, x.size(1) > 0, "x must have channels, got shape ", shape_of(x));
   Problem problem{x.size(0), x.size(1), x.size(2), x.size(3), out.size(1)};
   problem.R = kernel_h;
@@ -131,6 +179,8 @@ void conv_bn_act_native(const Tensor& x, const Tensor& weight, const Tensor& shi
   problem.x_stride_h = x.stride(2);
   problem.x_stride_w = x.stride(3);
   problem.has_prologue = input_affine.has_value() || input_gate.has_value();
+  problem.pairs = algorithm == PAIRS;
+  problem.widens = !problem.pairs && dtype != ScalarType::Float;
   const auto fits = [&](const Tensor& tensor) {
     return tensor.dim() == 4 && tensor.size(0) == problem.N && tensor.size(1) == problem.K &&
            tensor.size(2) == problem.P && tensor.size(3) == problem.Q;
@@ -138,17 +188,24 @@ void conv_bn_act_native(const Tensor& x, const Tensor& weight, const Tensor& shi
   CVK_CHECK(OP, fits(out), "out must have shape [", problem.N, ", ", problem.K, ", ", problem.P,
             ", ", problem.Q, "], got ", shape_of(out));
   CVK_CHECK(OP,
-            tile == 0 || (kernel_h == 3 && kernel_w == 3 && stride_h == 1 && stride_w == 1 &&
-                          dilation_h == 1 && dilation_w == 1 && !problem.has_prologue &&
-                          problem.x_stride_c == 1),
+            algorithm <= PAIRS || (kernel_h == 3 && kernel_w == 3 && stride_h == 1 &&
+                                   stride_w == 1 && dilation_h == 1 && dilation_w == 1 &&
+                                   !problem.has_prologue && problem.x_stride_c == 1),
             "Winograd's tiles need a 3x3 kernel of stride 1, and x with its channels together");
-  const int64_t filter = tile == 0 ? problem.taps() : 4 * (tile + 2);
-  const void* weights =
-      floats_of(OP, "weight", weight, problem.panels() * PANEL * filter * problem.C);
+  const int64_t panel =
+      algorithm <= PAIRS ? problem.panel_size() : 4 * (algorithm + 2) * problem.C * PANEL;
+  const void* weights = floats_of(OP, "weight", weight, problem.panels() * panel);
   const void* shifts = floats_of(OP, "shift", shift, problem.panels() * PANEL);
   const void* affine = floats_of(OP, "input_affine", input_affine, 2 * problem.C);
-  const void* gate = floats_of(OP, "input_gate", input_gate, problem.N * problem.C);
-  const void* output_gates = floats_of(OP, "output_gate", output_gate, problem.N * problem.K);
+  const auto gates_of = [&](const char* name, const Maybe& gate, int64_t channels) -> const void* {
+    if (!gate) return nullptr;
+    CVK_CHECK_SAME(OP, *gate, x);
+    CVK_CHECK(OP, gate->is_contiguous() && gate->numel() == problem.N * channels, name,
+              " must hold ", problem.N * channels, " numbers, got shape ", shape_of(*gate));
+    return gate->const_data_ptr();
+  };
+  const void* gate = gates_of("input_gate", input_gate, problem.C);
+  const void* output_gates = gates_of("output_gate", output_gate, problem.K);
   problem.out_stride = pixel_stride(OP, "out", out);
   if (residual) {
     CVK_CHECK_SAME(OP, *residual, x);
@@ -157,18 +214,24 @@ void conv_bn_act_native(const Tensor& x, const Tensor& weight, const Tensor& shi
   }
   if (problem.pixels() == 0 || problem.K == 0) return;
   const int64_t out_bytes =
-      ((problem.pixels() - 1) * problem.out_stride + problem.K) * sizeof(float);
-  perform({x.const_data_ptr(), weights, shifts, out.mutable_data_ptr(), address_of(residual),
-           affine, gate, output_gates},
-          [=](void* const* at) {
-            prefer_huge_pages(at[3], out_bytes);
-            const auto floats = [at](int i) { return static_cast<float*>(at[i]); };
-            const float* scale = floats(5);
-            const Data data{floats(0), floats(1), floats(2),
-                            floats(4), scale,     scale == nullptr ? nullptr : scale + problem.C,
-                            floats(6), floats(7), floats(3)};
-            run(problem, data, tile);
-          });
+      ((problem.pixels() - 1) * problem.out_stride + problem.K) * out.element_size();
+  const auto run_of = [&]<typename T>(Type<T>) {
+    perform({x.const_data_ptr(), weights, shifts, out.mutable_data_ptr(), address_of(residual),
+             affine, gate, output_gates},
+            [=](void* const* at) {
+              prefer_huge_pages(at[3], out_bytes);
+              const auto floats = [at](int i) { return static_cast<float*>(at[i]); };
+              const auto numbers = [at](int i) { return static_cast<T*>(at[i]); };
+              const float* scale = floats(5);
+              const Data<T> data{
+                  numbers(0), floats(1),  floats(2),
+                  numbers(4), scale,      scale == nullptr ? nullptr : scale + problem.C,
+                  numbers(6), numbers(7), numbers(3)};
+              run(problem, data, algorithm);
+            });
+  };
+  if (dtype == ScalarType::Float) return run_of(Type<float>{});
+  return dtype == ScalarType::Half ? run_of(Type<float16>{}) : run_of(Type<bfloat16>{});
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cvkernels, CPU, library) {

@@ -22,35 +22,69 @@ struct Problem {
   int64_t x_stride_n, x_stride_c, x_stride_h, x_stride_w;
   int64_t out_stride, residual_stride;
   bool has_prologue;
+  // Whether the products are of floats, and x is not; and whether they are of pairs of bfloat16.
+  bool widens, pairs;
 
   int64_t taps() const { return R * S; }
   int64_t pixels() const { return N * P * Q; }
   int64_t panels() const { return divide_up(K, PANEL); }
 
   // Whether the operand of a block of pixels is gathered before it is multiplied: where it is
-  // computed, and where a tap has too few channels next to each other to be worth a loop.
-  bool gathers() const { return has_prologue || x_stride_c != 1 || C < 16; }
-
-  // Whether a row of the kernel is multiplied as one tap of S * C channels: where its few channels
-  // lie together in x, as they are multiplied, and only those at the edges of x are gathered.
-  bool rows_as_taps() const {
-    return gathers() && !has_prologue && x_stride_c == 1 && x_stride_w == C && dilation_w == 1;
+  // computed or converted, and where a tap has too few channels next to each other to be worth a
+  // loop, or not whole pairs.
+  bool gathers() const {
+    return has_prologue || widens || x_stride_c != 1 || C < 16 || (pairs && C % 2 != 0);
   }
+
+  // Whether the channels of a row of the kernel lie together in x, as they are multiplied.
+  bool rows_together() const {
+    return !has_prologue && x_stride_c == 1 && x_stride_w == C && dilation_w == 1;
+  }
+
+  // Whether such a row is multiplied as one tap of S * C channels; only those at the edges of x are
+  // gathered then.
+  bool rows_as_taps() const {
+    return gathers() && rows_together() && !widens && !(pairs && S * C % 2 != 0);
+  }
+
+  // Whether the rows of x that a row of pixels reads are copied with a channel more: few channels
+  // that are not whole pairs, as of an image.
+  bool has_bands() const {
+    return pairs && C % 2 != 0 && C < 16 && !has_prologue && dilation_w == 1;
+  }
+  int64_t band_channels() const { return C + 1; }
+
+  // Of a pixel's operand, the parts that lie apart, and the factors of each: floats, or pairs.
+  int64_t parts() const { return rows_as_taps() || has_bands() ? R : gathers() ? 1 : taps(); }
+  int64_t depth() const {
+    const int64_t numbers = has_bands() ? S * band_channels() : taps() * C / parts();
+    return divide_up(numbers, pairs ? 2 : 1);
+  }
+
+  // Factors of a panel of weights: rows of PANEL.
+  int64_t panel_size() const { return parts() * depth() * PANEL; }
 };
 
-// x, out and residual start at their first element. Direct: weight[panels, R, S, C, PANEL].
-// Winograd: weight[points, panels, C, PANEL]. shift[panels * PANEL]. Without an affine map before
-// the convolution, input_scale and input_shift are null; gate[N, C] and output_gate[N, K] likewise.
+// x, out and residual start at their first element. Direct: weight[panels, R, S, C, PANEL], of
+// pairs weight[panels, parts * depth, PANEL] of the same with bands' channels. Winograd:
+// weight[points, panels, C, PANEL]. shift[panels * PANEL]. Without an affine map before the
+// convolution, input_scale and input_shift are null; gate[N, C] and output_gate[N, K] likewise.
+template <typename T>
 struct Data {
-  const float* x;
+  const T* x;
   const float* weight;
   const float* shift;
-  const float* residual;
+  const T* residual;
   const float* input_scale;
   const float* input_shift;
-  const float* gate;
-  const float* output_gate;
-  float* out;
+  const T* gate;
+  const T* output_gate;
+  T* out;
+};
+
+// Two neighbouring bfloat16, the first in the lower half: a factor as wide as a float.
+struct [[gnu::may_alias]] Pair {
+  uint32_t bits;
 };
 
 struct Range {

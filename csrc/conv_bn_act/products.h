@@ -1,4 +1,5 @@
-// The products of conv_bn_act, included once for each instruction set: see isa.h.
+// The products of conv_bn_act, included once for each instruction set: see isa.h. T is the element
+// of x, the residual and out; U a factor of the products: float, or Pair.
 
 // Vectors of output channels that a tile holds, and the pixels: its sums fill the registers.
 #if LANES == 16
@@ -11,17 +12,34 @@ constexpr int HIGHEST = 6;
 // Products that a sum takes before it is added to a total: the error of a long sum grows with it.
 constexpr int64_t SUMMED = 256;
 
+CVK_INLINE V multiply_add(V sum, V b, float a) { return sum + b * a; }
+
+// b holds pairs: two products for each of the sums.
+CVK_INLINE V multiply_add(V sum, V b, Pair a) {
+#if defined(HAS_DOTS)
+  const __m512i pairs = _mm512_set1_epi32(static_cast<int>(a.bits));
+  return __builtin_bit_cast(
+      V, _mm512_dpbf16_ps(__builtin_bit_cast(__m512, sum), __builtin_bit_cast(__m512bh, b),
+                          __builtin_bit_cast(__m512bh, pairs)));
+#else
+  const Bits bits = __builtin_bit_cast(Bits, b);
+  sum += __builtin_bit_cast(V, bits << 16) * bits_as<float>(a.bits << 16);
+  return sum + __builtin_bit_cast(V, bits & 0xffff0000u) * bits_as<float>(a.bits & 0xffff0000u);
+#endif
+}
+
 // sums[ROW, v] += rows[ROW][c] * b[v]. By recursion: an array that a loop indexes would not live in
 // registers.
-template <int HEIGHT, int WIDTH, int ROW = 0>
-CVK_INLINE void add_products(V* sums, const float* const* rows, int64_t c, const V* b) {
+template <int HEIGHT, int WIDTH, typename U, int ROW = 0>
+CVK_INLINE void add_products(V* sums, const U* const* rows, int64_t c, const V* b) {
   if constexpr (ROW < HEIGHT) {
-    const float a = rows[ROW][c];
-    sums[ROW * WIDTH] += b[0] * a;
-    if constexpr (WIDTH > 1) sums[ROW * WIDTH + 1] += b[1] * a;
-    if constexpr (WIDTH > 2) sums[ROW * WIDTH + 2] += b[2] * a;
-    if constexpr (WIDTH > 3) sums[ROW * WIDTH + 3] += b[3] * a;
-    add_products<HEIGHT, WIDTH, ROW + 1>(sums, rows, c, b);
+    const U a = rows[ROW][c];
+    V* of_row = sums + ROW * WIDTH;
+    of_row[0] = multiply_add(of_row[0], b[0], a);
+    if constexpr (WIDTH > 1) of_row[1] = multiply_add(of_row[1], b[1], a);
+    if constexpr (WIDTH > 2) of_row[2] = multiply_add(of_row[2], b[2], a);
+    if constexpr (WIDTH > 3) of_row[3] = multiply_add(of_row[3], b[3], a);
+    add_products<HEIGHT, WIDTH, U, ROW + 1>(sums, rows, c, b);
   }
 }
 
@@ -68,28 +86,34 @@ CVK_INLINE void store_sums(const V* sums, float* to, int64_t stride) {
   }
 }
 
-template <int HEIGHT, int ROW = 0>
-CVK_INLINE void load_rows(const float** rows, const float* const* from) {
+template <int HEIGHT, typename U, int ROW = 0>
+CVK_INLINE void load_rows(const U** rows, const U* const* from) {
   if constexpr (ROW < HEIGHT) {
     rows[ROW] = from[ROW];
-    load_rows<HEIGHT, ROW + 1>(rows, from);
+    load_rows<HEIGHT, U, ROW + 1>(rows, from);
   }
 }
 
 // What becomes of the sums: to[row, column] = clamp((sums + shift) * gates[row][column] +
-// residual), or without a shift the sums themselves.
+// residual), or without a shift the sums themselves, in floats.
+template <typename T>
 struct Epilogue {
-  float* to;
+  T* to;
   int64_t to_stride;
   const float* shift;
-  const float* const* gates;
-  const float* residual;
+  const T* const* gates;
+  const T* residual;
   int64_t residual_stride;
   float low, high;
+  float* sums = nullptr;
+
+  static Epilogue of_sums(float* sums, int64_t stride) {
+    return {nullptr, stride, nullptr, nullptr, nullptr, 0, 0.0f, 0.0f, sums};
+  }
 };
 
-template <int HEIGHT, int WIDTH, int INDEX = 0>
-CVK_INLINE void finish_sums(const V* sums, const Epilogue& epilogue, const V* shift, V low,
+template <int HEIGHT, int WIDTH, int INDEX = 0, typename T>
+CVK_INLINE void finish_sums(const V* sums, const Epilogue<T>& epilogue, const V* shift, V low,
                             V high) {
   if constexpr (INDEX < HEIGHT * WIDTH) {
     constexpr int row = INDEX / WIDTH, column = INDEX % WIDTH * LANES;
@@ -104,21 +128,21 @@ CVK_INLINE void finish_sums(const V* sums, const Epilogue& epilogue, const V* sh
   }
 }
 
-// The sums over taps and channels of operand[tap * stride + row][c] * weight[tap, c, column], for a
-// tile of HEIGHT rows and WIDTH vectors of columns. operand holds pointers to the first of `depth`
-// channels.
-template <int HEIGHT, int WIDTH>
-CVK_TARGET static void multiply(const float* const* operand, int64_t stride, int64_t taps,
+// The sums over parts and factors of operand[part * stride + row][c] * weight[part, c, column], for
+// a tile of HEIGHT rows and WIDTH vectors of columns. operand holds pointers to the first of
+// `depth` factors.
+template <typename T, typename U, int HEIGHT, int WIDTH>
+CVK_TARGET static void multiply(const U* const* operand, int64_t stride, int64_t parts,
                                 int64_t depth, const float* weight, int64_t panel_size,
-                                const Epilogue& epilogue) {
+                                const Epilogue<T>& epilogue) {
   V sums[HEIGHT * WIDTH];
   clear_sums<HEIGHT * WIDTH>(sums);
-  const bool has_totals = taps * depth > SUMMED;
+  const bool has_totals = parts * depth > SUMMED;
   alignas(64) float totals[HEIGHT * WIDTH * LANES];
   if (has_totals) std::fill_n(totals, HEIGHT * WIDTH * LANES, 0.0f);
   int64_t summed = 0;
-  for (int64_t tap = 0; tap < taps; ++tap, operand += stride) {
-    const float* rows[HEIGHT];
+  for (int64_t part = 0; part < parts; ++part, operand += stride) {
+    const U* rows[HEIGHT];
     load_rows<HEIGHT>(rows, operand);
     for (int64_t c = 0, end = 0; c < depth;) {
       end = std::min(depth, c + SUMMED - summed);
@@ -136,7 +160,7 @@ CVK_TARGET static void multiply(const float* const* operand, int64_t stride, int
   }
   if (has_totals) add_totals<HEIGHT * WIDTH>(sums, totals);
   if (epilogue.shift == nullptr) {
-    store_sums<HEIGHT, WIDTH>(sums, epilogue.to, epilogue.to_stride);
+    store_sums<HEIGHT, WIDTH>(sums, epilogue.sums, epilogue.to_stride);
     return;
   }
   V shift[WIDTH];
@@ -144,38 +168,33 @@ CVK_TARGET static void multiply(const float* const* operand, int64_t stride, int
   finish_sums<HEIGHT, WIDTH>(sums, epilogue, shift, V{} + epilogue.low, V{} + epilogue.high);
 }
 
-using Multiply = void (*)(const float* const*, int64_t, int64_t, int64_t, const float*, int64_t,
-                          const Epilogue&);
+template <typename T, typename U>
+using Multiply = void (*)(const U* const*, int64_t, int64_t, int64_t, const float*, int64_t,
+                          const Epilogue<T>&);
 
-template <int WIDTH>
-CVK_TARGET static Multiply multiply_of_height(int64_t height) {
-  static constexpr Multiply heights[HIGHEST] = {&multiply<1, WIDTH>, &multiply<2, WIDTH>,
-                                                &multiply<3, WIDTH>, &multiply<4, WIDTH>,
-                                                &multiply<5, WIDTH>, &multiply<6, WIDTH>};
+template <typename T, typename U, int WIDTH>
+CVK_TARGET static Multiply<T, U> multiply_of_height(int64_t height) {
+  static constexpr Multiply<T, U> heights[HIGHEST] = {
+      &multiply<T, U, 1, WIDTH>, &multiply<T, U, 2, WIDTH>, &multiply<T, U, 3, WIDTH>,
+      &multiply<T, U, 4, WIDTH>, &multiply<T, U, 5, WIDTH>, &multiply<T, U, 6, WIDTH>};
   return heights[height - 1];
 }
 
 // The widest tile for `columns` columns that are left, and its width in columns.
-CVK_TARGET static Multiply tile_of(int64_t height, int64_t columns, int64_t* width) {
+template <typename T, typename U>
+CVK_TARGET static Multiply<T, U> tile_of(int64_t height, int64_t columns, int64_t* width) {
   if constexpr (WIDEST == 4)
-    if (columns >= 4 * LANES) return *width = 4 * LANES, multiply_of_height<4>(height);
-  if (columns > LANES) return *width = 2 * LANES, multiply_of_height<2>(height);
-  return *width = LANES, multiply_of_height<1>(height);
-}
-
-// The `kept` first lanes at `from`, and zeros.
-CVK_INLINE V load_some(const float* from, int64_t kept) {
-  float lanes[LANES] = {};
-  for (int64_t i = 0; i < kept; ++i) lanes[i] = from[i];
-  return load(lanes);
+    if (columns >= 4 * LANES) return *width = 4 * LANES, multiply_of_height<T, U, 4>(height);
+  if (columns > LANES) return *width = 2 * LANES, multiply_of_height<T, U, 2>(height);
+  return *width = LANES, multiply_of_height<T, U, 1>(height);
 }
 
 // out = act((sums + shift) * gates + residual) for `height` pixels and the `kept` first of
 // `columns`.
-template <Act ACT>
+template <Act ACT, typename T>
 CVK_TARGET static void finish(const Problem& problem, const float* sums, int64_t sums_stride,
                               int64_t height, int64_t columns, int64_t kept, const float* shift,
-                              const float* const* gates, const float* residual, float* out) {
+                              const T* const* gates, const T* residual, T* out) {
   for (int64_t row = 0; row < height; ++row, sums += sums_stride, out += problem.out_stride) {
     for (int64_t c = 0; c < columns && c < kept; c += LANES) {
       V y = load(sums + c) + load(shift + c);
@@ -187,36 +206,36 @@ CVK_TARGET static void finish(const Problem& problem, const float* sums, int64_t
       }
       if (gates != nullptr) y = y * load_some(gates[row] + c, kept - c);
       if (residual != nullptr) y += load_some(residual + c, kept - c);
-      float lanes[LANES];
-      store(lanes, activate<ACT>(y));
-      for (int64_t i = c; i < kept; ++i) out[i] = lanes[i - c];
+      store_some(out + c, activate<ACT>(y), kept - c);
     }
     if (residual != nullptr) residual += problem.residual_stride;
   }
 }
 
+template <typename T>
 CVK_TARGET static void finish_tile(const Problem& problem, const float* sums, int64_t sums_stride,
                                    int64_t height, int64_t columns, int64_t kept,
-                                   const float* shift, const float* const* gates,
-                                   const float* residual, float* out) {
+                                   const float* shift, const T* const* gates, const T* residual,
+                                   T* out) {
   const auto finish_by = [&](auto finish) {
     finish(problem, sums, sums_stride, height, columns, kept, shift, gates, residual, out);
   };
   switch (problem.act) {
     case Act::NONE:
-      return finish_by(&finish<Act::NONE>);
+      return finish_by(&finish<Act::NONE, T>);
     case Act::RELU:
-      return finish_by(&finish<Act::RELU>);
+      return finish_by(&finish<Act::RELU, T>);
     case Act::RELU6:
-      return finish_by(&finish<Act::RELU6>);
+      return finish_by(&finish<Act::RELU6, T>);
     case Act::SILU:
-      return finish_by(&finish<Act::SILU>);
+      return finish_by(&finish<Act::SILU, T>);
   }
 }
 
 // Pointers to the gates of `count` pixels from `pixel` on, at a column; null without gates.
-CVK_INLINE const float* const* find_gates(const Problem& problem, const Data& data, int64_t pixel,
-                                          int64_t count, int64_t column, const float** gates) {
+template <typename T>
+CVK_INLINE const T* const* find_gates(const Problem& problem, const Data<T>& data, int64_t pixel,
+                                      int64_t count, int64_t column, const T** gates) {
   if (data.output_gate == nullptr) return nullptr;
   for (int64_t row = 0; row < count; ++row) {
     const int64_t image = (pixel + row) / (problem.P * problem.Q);
@@ -229,7 +248,8 @@ CVK_INLINE const float* const* find_gates(const Problem& problem, const Data& da
 // others are under way; and they are still in the nearest cache.
 constexpr int64_t TOGETHER = 1024;
 
-CVK_TARGET static void apply_silu(float* out, int64_t stride, int64_t rows, int64_t width) {
+template <typename T>
+CVK_TARGET static void apply_silu(T* out, int64_t stride, int64_t rows, int64_t width) {
   for (int64_t row = 0; row < rows; ++row, out += stride)
     for (int64_t c = 0; c < width; c += LANES) store(out + c, activate<Act::SILU>(load(out + c)));
 }
@@ -240,18 +260,34 @@ CVK_INLINE int64_t offset_of(const Problem& problem, int64_t n, int64_t h, int64
   return n * problem.x_stride_n + h * problem.x_stride_h + w * problem.x_stride_w;
 }
 
+// What a factor's numbers are in memory.
+CVK_INLINE float* numbers_of(float* operand) { return operand; }
+CVK_INLINE bfloat16* numbers_of(Pair* operand) { return reinterpret_cast<bfloat16*>(operand); }
+CVK_INLINE float number_of(float value, float) { return value; }
+CVK_INLINE bfloat16 number_of(float value, bfloat16) { return Number<bfloat16>::narrow(value); }
+
+// `count` neighbouring numbers of x, as the products take them.
+template <typename T, typename E>
+CVK_TARGET static void convert(const T* x, int64_t count, E* to) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(to + i, load(x + i));
+  for (; i < count; ++i) to[i] = number_of(Number<T>::widen(x[i]), E{});
+}
+
 // The C channels of one tap of one pixel as the convolution multiplies them.
-CVK_TARGET static void gather_tap(const Problem& problem, const Data& data, int64_t n,
-                                  int64_t offset, float* to) {
+template <typename T, typename E>
+CVK_TARGET static void gather_tap(const Problem& problem, const Data<T>& data, int64_t n,
+                                  int64_t offset, E* to) {
   const int64_t C = problem.C, stride = problem.x_stride_c;
   if (offset < 0) {
-    std::fill_n(to, C, 0.0f);
+    std::fill_n(to, C, E{});
     return;
   }
-  const float* x = data.x + offset;
+  const T* x = data.x + offset;
+  if (stride == 1 && !problem.has_prologue) return convert(x, C, to);
   int64_t c = 0;
   if (stride == 1 && C >= LANES) {
-    const float* gate = data.gate == nullptr ? nullptr : data.gate + n * C;
+    const T* gate = data.gate == nullptr ? nullptr : data.gate + n * C;
     for (; c + LANES <= C; c += LANES) {
       V u = load(x + c);
       if (data.input_scale != nullptr)
@@ -261,53 +297,108 @@ CVK_TARGET static void gather_tap(const Problem& problem, const Data& data, int6
     }
   }
   for (; c < C; ++c) {
-    float u = x[c * stride];
+    float u = Number<T>::widen(x[c * stride]);
     if (data.input_scale != nullptr) {
       u = u * data.input_scale[c] + data.input_shift[c];
       u = u < 0.0f ? 0.0f : u;
     }
-    if (data.gate != nullptr) u *= data.gate[n * C + c];
-    to[c] = u;
+    if (data.gate != nullptr) u *= Number<T>::widen(data.gate[n * C + c]);
+    to[c] = number_of(u, E{});
   }
 }
 
 // A row of taps whose channels lie together in x; w is the first tap's column.
-CVK_TARGET static void gather_row(const Problem& problem, const Data& data, int64_t n, int64_t h,
-                                  int64_t w, float* to) {
+template <typename T, typename E>
+CVK_TARGET static void gather_row(const Problem& problem, const Data<T>& data, int64_t n, int64_t h,
+                                  int64_t w, E* to) {
   const int64_t C = problem.C, S = problem.S;
-  const int64_t first = std::clamp<int64_t>(-w, 0, S);
+  const bool inside = h >= 0 && h < problem.H;
+  const int64_t first = inside ? std::clamp<int64_t>(-w, 0, S) : S;
   const int64_t last = std::clamp<int64_t>(problem.W - w, first, S);
-  std::fill_n(to, first * C, 0.0f);
+  std::fill_n(to, first * C, E{});
   if (first < last)
-    std::copy_n(data.x + offset_of(problem, n, h, w + first), (last - first) * C, to + first * C);
-  std::fill(to + last * C, to + S * C, 0.0f);
+    convert(data.x + offset_of(problem, n, h, w + first), (last - first) * C, to + first * C);
+  std::fill(to + last * C, to + S * C, E{});
 }
 
-// Pointers to the operand of a block of pixels, [taps][rows]; `gathered` is [rows, taps * C] where
-// the problem gathers, `zeros` the S * C channels of a row of padding.
-CVK_TARGET static void find_operand(const Problem& problem, const Data& data, Range rows,
-                                    const float* zeros, float* gathered, const float** operand) {
+// The same for a problem that has bands: `bands` is [rows of pixels, R, width, band channels], each
+// as wide as the pixels of the block in that row need.
+template <typename T, typename U>
+CVK_TARGET static void find_bands(const Problem& problem, const Data<T>& data, Range rows,
+                                  const U* zeros, U* bands, const U** operand) {
+  const int64_t count = rows.size(), C = problem.C, padded = problem.band_channels();
+  const int64_t stride = problem.stride_w;
+  for (int64_t row = 0; row < count;) {
+    const int64_t pixel = rows.begin + row, q = pixel % problem.Q;
+    const int64_t p = pixel / problem.Q % problem.P, n = pixel / problem.Q / problem.P;
+    const int64_t pixels = std::min(count - row, problem.Q - q);
+    const int64_t width = (pixels - 1) * stride + problem.S;
+    const int64_t left = q * stride - problem.padding_w;
+    const int64_t first = std::clamp<int64_t>(-left, 0, width);
+    const int64_t last = std::clamp<int64_t>(problem.W - left, first, width);
+    for (int64_t r = 0; r < problem.R; ++r) {
+      const int64_t h = p * problem.stride_h - problem.padding_h + r * problem.dilation_h;
+      const U** of_part = operand + r * count + row;
+      if (h < 0 || h >= problem.H) {
+        std::fill_n(of_part, pixels, zeros);
+        continue;
+      }
+      auto* to = numbers_of(bands);
+      std::fill_n(to, first * padded, T{});
+      std::fill(to + last * padded, to + width * padded, T{});
+      const T* x = data.x + n * problem.x_stride_n + h * problem.x_stride_h;
+      for (int64_t w = first; w < last; ++w) {
+        const T* from = x + (left + w) * problem.x_stride_w;
+        for (int64_t c = 0; c < C; ++c) to[w * padded + c] = from[c * problem.x_stride_c];
+        to[w * padded + C] = T{};
+      }
+      for (int64_t i = 0; i < pixels; ++i) of_part[i] = bands + i * stride * padded / 2;
+      bands += width * padded / 2;
+    }
+    row += pixels;
+  }
+}
+
+// Pointers to the operand of a block of pixels, [parts][rows]; `gathered` is [rows, parts * depth]
+// where the problem gathers, `zeros` a part of padding.
+template <typename T, typename U>
+CVK_TARGET static void find_operand(const Problem& problem, const Data<T>& data, Range rows,
+                                    const U* zeros, U* gathered, const U** operand) {
+  if constexpr (std::is_same_v<U, Pair>)
+    if (problem.has_bands()) return find_bands(problem, data, rows, zeros, gathered, operand);
   const int64_t count = rows.size(), C = problem.C, R = problem.R, S = problem.S;
   const bool gathers = problem.gathers(), rows_as_taps = problem.rows_as_taps();
+  const bool rows_together = problem.rows_together();
+  const int64_t depth = problem.depth(), factors = problem.parts() * depth;
+  const int64_t numbers = factors * (problem.pairs ? 2 : 1);
   int64_t q = rows.begin % problem.Q, p = rows.begin / problem.Q % problem.P;
   int64_t n = rows.begin / problem.Q / problem.P;
   for (int64_t row = 0; row < count; ++row) {
-    float* to = gathered + row * R * S * C;
-    if (gathers && !rows_as_taps) operand[row] = to;
+    U* of_row = gathered + row * factors;
+    auto* to = numbers_of(of_row);
+    using E = std::remove_pointer_t<decltype(to)>;
+    if (gathers && !rows_as_taps) {
+      operand[row] = of_row;
+      std::fill(to + R * S * C, to + numbers, E{});  // the half of a pair
+    }
     const int64_t top = p * problem.stride_h - problem.padding_h;
     const int64_t left = q * problem.stride_w - problem.padding_w;
     for (int64_t r = 0; r < R; ++r) {
       const int64_t h = top + r * problem.dilation_h;
       if (rows_as_taps) {
-        const float*& tap = operand[r * count + row];
+        const U*& tap = operand[r * count + row];
         if (h < 0 || h >= problem.H) {
           tap = zeros;
         } else if (left >= 0 && left + S <= problem.W) {
-          tap = data.x + offset_of(problem, n, h, left);
+          tap = reinterpret_cast<const U*>(data.x + offset_of(problem, n, h, left));
         } else {
           gather_row(problem, data, n, h, left, to + r * S * C);
-          tap = to + r * S * C;
+          tap = of_row + r * depth;
         }
+        continue;
+      }
+      if (gathers && rows_together) {
+        gather_row(problem, data, n, h, left, to + r * S * C);
         continue;
       }
       for (int64_t s = 0; s < S; ++s) {
@@ -315,7 +406,8 @@ CVK_TARGET static void find_operand(const Problem& problem, const Data& data, Ra
         if (gathers)
           gather_tap(problem, data, n, offset, to + (r * S + s) * C);
         else
-          operand[(r * S + s) * count + row] = offset < 0 ? zeros : data.x + offset;
+          operand[(r * S + s) * count + row] =
+              offset < 0 ? zeros : reinterpret_cast<const U*>(data.x + offset);
       }
     }
     if (++q < problem.Q) continue;
@@ -326,21 +418,23 @@ CVK_TARGET static void find_operand(const Problem& problem, const Data& data, Ra
   }
 }
 
-// Floats of weights that stay in the first cache. Then a strip of pixels gets all its channels
+// Factors of weights that stay in the first cache. Then a strip of pixels gets all its channels
 // before the next: each cache line of out is written once.
 constexpr int64_t IN_FIRST_CACHE = 6 << 10;
 
-// A strip of pixels times a range of panels; the operand's taps are `stride` pointers apart.
-CVK_TARGET static void multiply_strip(const Problem& problem, const Data& data, Range rows,
-                                      Range panels, const float* const* operand, int64_t stride) {
+// A strip of pixels times a range of panels; the operand's parts are `stride` pointers apart.
+template <typename T, typename U>
+CVK_TARGET static void multiply_strip(const Problem& problem, const Data<T>& data, Range rows,
+                                      Range panels, const U* const* operand, int64_t stride) {
   const int64_t count = rows.size(), tiles = divide_up(count, HIGHEST);
-  const int64_t taps = problem.rows_as_taps() ? problem.R : problem.gathers() ? 1 : problem.taps();
-  const int64_t depth = problem.taps() * problem.C / taps;
-  const int64_t panel_size = problem.taps() * problem.C * PANEL;
+  const int64_t parts = problem.parts(), depth = problem.depth();
+  const int64_t panel_size = problem.panel_size();
   const float infinity = std::numeric_limits<float>::infinity();
   const bool clamps = problem.act == Act::RELU || problem.act == Act::RELU6;
   const float low = clamps ? 0.0f : -infinity;
   const float high = problem.act == Act::RELU6 ? 6.0f : infinity;
+  // Whether a tile stores what becomes of its sums itself: SiLU is taken of floats.
+  const bool finishes = std::is_same_v<T, float> || problem.act != Act::SILU;
   alignas(64) float sums[HIGHEST * WIDEST * LANES];
   int64_t width = 0;
   for (int64_t column = panels.begin * PANEL; column < panels.end * PANEL; column += width) {
@@ -352,15 +446,15 @@ CVK_TARGET static void multiply_strip(const Problem& problem, const Data& data, 
     for (int64_t number = 0; number < tiles; ++number) {
       const auto [row, end] = part_of(count, tiles, number);
       const int64_t height = end - row;
-      const Multiply tile = tile_of(height, kept, &width);
+      const Multiply<T, U> tile = tile_of<T, U>(height, kept, &width);
       const int64_t pixel = rows.begin + row;
-      float* out = data.out + pixel * problem.out_stride + column;
-      const float* residual = data.residual;
+      T* out = data.out + pixel * problem.out_stride + column;
+      const T* residual = data.residual;
       if (residual != nullptr) residual += pixel * problem.residual_stride + column;
-      const float* of_rows[HIGHEST];
-      const float* const* gates = find_gates(problem, data, pixel, height, column, of_rows);
-      if (width <= kept) {
-        tile(operand + row, stride, taps, depth, weight, panel_size,
+      const T* of_rows[HIGHEST];
+      const T* const* gates = find_gates(problem, data, pixel, height, column, of_rows);
+      if (finishes && width <= kept) {
+        tile(operand + row, stride, parts, depth, weight, panel_size,
              {out, problem.out_stride, shift, gates, residual, problem.residual_stride, low, high});
         const int64_t pending = end - activated;
         if (problem.act == Act::SILU && (pending * width >= TOGETHER || end == count)) {
@@ -370,22 +464,23 @@ CVK_TARGET static void multiply_strip(const Problem& problem, const Data& data, 
         }
         continue;
       }
-      tile(operand + row, stride, taps, depth, weight, panel_size,
-           {sums, WIDEST * LANES, nullptr, nullptr, nullptr, 0, low, high});
+      tile(operand + row, stride, parts, depth, weight, panel_size,
+           Epilogue<T>::of_sums(sums, WIDEST * LANES));
       finish_tile(problem, sums, WIDEST * LANES, height, width, kept, shift, gates, residual, out);
     }
   }
 }
 
 // One task of a direct convolution: a block of pixels times a range of panels.
-CVK_TARGET static void convolve(const Problem& problem, const Data& data, Range rows, Range panels,
-                                const float* zeros, float* gathered, const float** operand) {
+template <typename T, typename U>
+CVK_TARGET static void convolve(const Problem& problem, const Data<T>& data, Range rows,
+                                Range panels, const U* zeros, U* gathered, const U** operand) {
   find_operand(problem, data, rows, zeros, gathered, operand);
-  const bool few_weights = panels.size() * PANEL * problem.taps() * problem.C <= IN_FIRST_CACHE;
+  const bool few_weights = panels.size() * problem.panel_size() <= IN_FIRST_CACHE;
   const int64_t count = rows.size(), strips = few_weights ? divide_up(count, 4 * HIGHEST) : 1;
   for (int64_t number = 0; number < strips; ++number) {
     const auto [begin, end] = part_of(count, strips, number);
-    multiply_strip(problem, data, {rows.begin + begin, rows.begin + end}, panels, operand + begin,
-                   count);
+    multiply_strip<T, U>(problem, data, {rows.begin + begin, rows.begin + end}, panels,
+                         operand + begin, count);
   }
 }

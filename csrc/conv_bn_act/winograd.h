@@ -60,17 +60,17 @@ struct Points {
 };
 
 // operand[points, tiles, C] of a range of tiles. Channels past C hold anything.
-template <int MH, int MW>
-CVK_TARGET static void transform_input(const Problem& problem, const Data& data,
-                                       const Tiling& tiling, Range tiles, const float* zeros,
+template <int MH, int MW, typename T>
+CVK_TARGET static void transform_input(const Problem& problem, const Data<T>& data,
+                                       const Tiling& tiling, Range tiles, const T* zeros,
                                        const Points& points, float* operand) {
   constexpr int HEIGHT = MH + 2, WIDTH = MW + 2;
   const int64_t channels = Points::channels(problem), C = problem.C;
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
     const int64_t column = tile % tiling.columns * MW - problem.padding_w;
     const int64_t row = tile / tiling.columns % tiling.rows * MH - problem.padding_h;
-    const float* image = data.x + tile / tiling.columns / tiling.rows * problem.x_stride_n;
-    const float* samples[HEIGHT * WIDTH];
+    const T* image = data.x + tile / tiling.columns / tiling.rows * problem.x_stride_n;
+    const T* samples[HEIGHT * WIDTH];
     for (int i = 0; i < HEIGHT * WIDTH; ++i) {
       const int64_t h = row + i / WIDTH, w = column + i % WIDTH;
       const bool inside = h >= 0 && h < problem.H && w >= 0 && w < problem.W;
@@ -82,11 +82,7 @@ CVK_TARGET static void transform_input(const Problem& problem, const Data& data,
       if (c + LANES <= C) {
         for (int i = 0; i < HEIGHT * WIDTH; ++i) d[i] = load(samples[i] + c);
       } else {
-        for (int i = 0; i < HEIGHT * WIDTH; ++i) {
-          float lanes[LANES] = {};
-          for (int64_t k = c; k < C; ++k) lanes[k - c] = samples[i][k];
-          d[i] = load(lanes);
-        }
+        for (int i = 0; i < HEIGHT * WIDTH; ++i) d[i] = load_some(samples[i] + c, C - c);
       }
       for (int i = 0; i < HEIGHT; ++i) to_points<MW>(d + i * WIDTH, 1, rows + i * WIDTH, 1);
       for (int i = 0; i < WIDTH; ++i) to_points<MH>(rows + i, WIDTH, both + i, WIDTH);
@@ -97,14 +93,14 @@ CVK_TARGET static void transform_input(const Problem& problem, const Data& data,
 
 // products[points, tiles, panels * PANEL] = operand * weight, point by point.
 template <int MH, int MW>
-CVK_TARGET static void multiply_points(const Problem& problem, const Data& data, int64_t count,
+CVK_TARGET static void multiply_points(const Problem& problem, const float* weights, int64_t count,
                                        Range panels, const Points& points, const float* operand,
                                        float* products) {
   constexpr int HEIGHT = MH + 2, WIDTH = MW + 2;
   const int64_t channels = Points::channels(problem), parts = divide_up(count, HIGHEST);
   const int64_t panel_size = problem.C * PANEL, columns = panels.size() * PANEL;
   for (int point = 0; point < HEIGHT * WIDTH; ++point) {
-    const float* weight = data.weight + (point * problem.panels() + panels.begin) * panel_size;
+    const float* weight = weights + (point * problem.panels() + panels.begin) * panel_size;
     const float* from = operand + point * points.operand_stride;
     float* to = products + point * points.product_stride;
     int64_t width = 0;
@@ -115,17 +111,17 @@ CVK_TARGET static void multiply_points(const Problem& problem, const Data& data,
         const int64_t height = end - tile;
         const float* rows[HIGHEST];
         for (int64_t i = 0; i < height; ++i) rows[i] = from + (tile + i) * channels;
-        const Multiply product = tile_of(height, columns - column, &width);
+        const auto product = tile_of<float, float>(height, columns - column, &width);
         product(rows, 0, 1, problem.C, part, panel_size,
-                {to + tile * columns + column, columns, nullptr, nullptr, nullptr, 0, 0.0f, 0.0f});
+                Epilogue<float>::of_sums(to + tile * columns + column, columns));
       }
     }
   }
 }
 
 // out = act((A^T products A + shift) * gates + residual) for a range of tiles and panels.
-template <int MH, int MW>
-CVK_TARGET static void transform_output(const Problem& problem, const Data& data,
+template <int MH, int MW, typename T>
+CVK_TARGET static void transform_output(const Problem& problem, const Data<T>& data,
                                         const Tiling& tiling, Range tiles, Range panels,
                                         const Points& points, const float* products) {
   constexpr int HEIGHT = MH + 2, WIDTH = MW + 2;
@@ -147,10 +143,10 @@ CVK_TARGET static void transform_output(const Problem& problem, const Data& data
       if (kept <= 0) break;
       for (int64_t i = 0; i < height; ++i) {
         const int64_t pixel = (n * problem.P + p + i) * problem.Q + q;
-        const float* residual = data.residual;
+        const T* residual = data.residual;
         if (residual != nullptr) residual += pixel * problem.residual_stride + channel;
-        const float* of_rows[MW];
-        const float* const* gates = find_gates(problem, data, pixel, width, channel, of_rows);
+        const T* of_rows[MW];
+        const T* const* gates = find_gates(problem, data, pixel, width, channel, of_rows);
         finish_tile(problem, y + i * MW * LANES, LANES, width, LANES, kept, data.shift + channel,
                     gates, residual, data.out + pixel * problem.out_stride + channel);
       }
@@ -159,12 +155,12 @@ CVK_TARGET static void transform_output(const Problem& problem, const Data& data
 }
 
 // One task: a range of tiles times a range of panels.
-template <int MH, int MW>
-CVK_TARGET static void convolve_tiles(const Problem& problem, const Data& data,
+template <int MH, int MW, typename T>
+CVK_TARGET static void convolve_tiles(const Problem& problem, const Data<T>& data,
                                       const Tiling& tiling, Range tiles, Range panels,
-                                      const float* zeros, const Points& points, float* operand,
+                                      const T* zeros, const Points& points, float* operand,
                                       float* products) {
   transform_input<MH, MW>(problem, data, tiling, tiles, zeros, points, operand);
-  multiply_points<MH, MW>(problem, data, tiles.size(), panels, points, operand, products);
+  multiply_points<MH, MW>(problem, data.weight, tiles.size(), panels, points, operand, products);
   transform_output<MH, MW>(problem, data, tiling, tiles, panels, points, products);
 }

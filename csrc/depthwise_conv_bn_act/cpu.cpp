@@ -4,6 +4,7 @@
 
 #include "common/arguments.h"
 #include "common/cpu.h"
+#include "common/instruction_sets.h"
 #include "common/large_output.h"
 #include "common/number.h"
 #include "depthwise_conv_bn_act/problem.h"

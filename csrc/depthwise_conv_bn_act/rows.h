@@ -3,10 +3,7 @@
 // BLOCK channels as floats.
 template <typename T>
 CVK_INLINE void load_block(const T* from, float* to) {
-  if constexpr (sizeof(*from) == sizeof(float))
-    for (int c = 0; c < BLOCK; c += LANES) store(to + c, load(from + c));
-  else
-    for (int c = 0; c < BLOCK; ++c) to[c] = Number<T>::widen(from[c]);
+  for (int c = 0; c < BLOCK; c += LANES) store(to + c, load(from + c));
 }
 
 // One row of x into scratch[blocks][scratch width][BLOCK], as floats; the padding is not written.
@@ -86,18 +83,10 @@ CVK_INLINE V finish_row(const float* row, V scale, V shift, int64_t Q, int64_t k
   for (int64_t q = 0; q < Q; ++q, row += LANES, out += C) {
     const V y = activate<ACT>(load(row) * scale + shift);
     sum += y;
-    if constexpr (sizeof(*out) == sizeof(float)) {
-      if (kept == LANES) {
-        store(out, y);
-        continue;
-      }
-    }
-    float lanes[LANES];
-    store(lanes, y);
     if (kept == LANES)
-      for (int c = 0; c < LANES; ++c) out[c] = Number<T>::narrow(lanes[c]);
+      store(out, y);
     else
-      for (int c = 0; c < kept; ++c) out[c] = Number<T>::narrow(lanes[c]);
+      store_some(out, y, kept);
   }
   return sum;
 }

@@ -45,7 +45,7 @@ def is_gpu(device: torch.device) -> bool:
 def writes_slices(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the convolutions that are chosen without a table read and write channel slices."""
     if device.type == "cpu":
-        return not native.lacks(dtype, groups=1)
+        return not native.lacks(dtype, groups=1) and not native.left_to_onednn(dtype)
     return dtype != torch.float64 and is_gpu(device) and not lacks_triton("cuda")
 
 

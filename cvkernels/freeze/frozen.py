@@ -18,6 +18,7 @@ from cvkernels import backend, record
 from cvkernels.freeze import saving
 from cvkernels.freeze.backends import is_gpu, read_table, writes_slices
 from cvkernels.freeze.capture import capture
+from cvkernels.freeze.classifier import convolve_classifier
 from cvkernels.freeze.compile import compile_launches
 from cvkernels.freeze.cuda_graphs import CudaGraph, Pool, may_be_captured
 from cvkernels.freeze.early_gates import gate_early
@@ -25,7 +26,7 @@ from cvkernels.freeze.fuse import fuse, own_weights
 from cvkernels.freeze.graph import Graph, Node, TensorSpec, fill
 from cvkernels.freeze.image import lay_out_image
 from cvkernels.freeze.ops import Call, Conv
-from cvkernels.freeze.plan import Plan
+from cvkernels.freeze.plan import Plan, converted
 from cvkernels.freeze.projections import merge_projections
 from cvkernels.freeze.report import Report, report
 from cvkernels.freeze.siblings import merge_siblings
@@ -76,8 +77,8 @@ def freeze(
             runs as a copy of itself. Hooks of modules that are traced into are not called.
         example: Tensor[N, C, H, W] on the model's device, as the model will get them. Other N, H
             and W are planned when they come.
-        dtype: of weights and input, the model's if None. bfloat16 and float16 need a processor, or
-            a GPU, that convolves in them.
+        dtype: of weights and maps, the model's if None. In bfloat16 and float16 the frozen model
+            takes float32 images as well, and answers them in float32.
         table: measured choices of :func:`cvkernels.tune`, or the file that they were saved to.
 
     Returns:
@@ -95,10 +96,10 @@ def freeze(
     start = time.perf_counter()
     model = _unwrapped(model)
     _check_model(model, example, dtype)
-    converted, dtype = dtype, _dtype_of(model, example, dtype)
+    asked, dtype = dtype, _dtype_of(model, example, dtype)
     choices = read_table(table)
     with _planning(example.device):
-        graph = _fused_graph(model, example, converted, dtype)
+        graph = _fused_graph(model, example, asked, dtype)
         frozen = Frozen(graph, dtype, example.device, choices, channels=example.shape[1])
         frozen.remember(model, example)
         image = example.detach().to(dtype)
@@ -123,10 +124,10 @@ def planned(model: nn.Module, example: Tensor) -> Plan:
 
 
 def _fused_graph(
-    model: nn.Module, example: Tensor, converted: torch.dtype | None, dtype: torch.dtype
+    model: nn.Module, example: Tensor, asked: torch.dtype | None, dtype: torch.dtype
 ) -> Graph:
-    """The model's graph, its weights in ``dtype``; ``converted``: the caller asked for that."""
-    graph = capture(model, converted)
+    """The model's graph, its weights in ``dtype``; ``asked``: what the caller did, if so."""
+    graph = capture(model, asked)
     for node in graph.nodes:
         if isinstance(node.op, Call):
             node.op.to(dtype)
@@ -139,6 +140,8 @@ def _fused_graph(
         if is_gpu(example.device):
             merge_projections(graph)
             lay_out_image(graph)
+        else:
+            convolve_classifier(graph)
     return graph
 
 
@@ -218,8 +221,9 @@ def _planning(device: torch.device) -> Iterator[None]:
 class Frozen(nn.Module):
     """A frozen model: call it as the model that it came from, without gradients.
 
-    It takes Tensor[N, C, H, W] of the dtype, device and C that it was frozen for; any N, H and W
-    that the network takes, any strides. It returns what the model returns, in tensors of its own.
+    It takes Tensor[N, C, H, W] of the dtype, device and C that it was frozen for, and in bfloat16
+    and float16 of float32, too: what it returns is converted back then. Any N, H and W that the
+    network takes, any strides. It returns what the model returns, in tensors of its own.
     Several threads may call it at once, with equal results. It can be pickled and deep-copied; what
     is derived from the weights is derived again. It has no parameters: ``state_dict`` is empty. It
     computes in its dtype, under torch.autocast too, and by the backends of its plans, whatever
@@ -272,9 +276,13 @@ class Frozen(nn.Module):
 
     def _run(self, plan: Plan | CudaGraph, x: Tensor) -> Any:
         if not torch.is_grad_enabled() and not torch.is_autocast_enabled(self.device.type):
-            return plan(x)
+            return self._in_dtype_of(x, plan(x))
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return plan(x)
+            return self._in_dtype_of(x, plan(x))
+
+    def _in_dtype_of(self, x: Tensor, result: Any) -> Any:
+        """The result, in the images' dtype where they are wider than the model."""
+        return result if x.dtype is self.dtype else converted(result, self.dtype, x.dtype)
 
     def start_clock(self, seconds: float) -> None:
         """The first call completes ``seconds_to_first_batch``, of which ``seconds`` are over."""
@@ -337,7 +345,7 @@ class Frozen(nn.Module):
                 f"frozen model: the input must have shape [N, {self.channels}, H, W], got "
                 f"{list(x.shape)}{way_out}"
             )
-        if x.dtype != self.dtype:
+        if x.dtype != self.dtype and (x.dtype != torch.float32 or self.dtype.itemsize != 2):
             raise InputTypeError(
                 f"frozen model: the input must be {self.dtype}, got {x.dtype}; convert it with "
                 f".to({self.dtype}), or freeze the model with dtype={x.dtype}"
@@ -363,7 +371,7 @@ class Frozen(nn.Module):
             else values[node]
             for node in self.graph.results
         ]
-        return fill(self.graph.output, results)
+        return self._in_dtype_of(x, fill(self.graph.output, results))
 
     def report(self) -> Report:
         """What runs for the shape of the latest call: kernels, bytes, memory and backends."""

@@ -50,6 +50,7 @@ class Plan:
         self.lowered = Lowered(graph, graph.infer(x, device), device, table)
         self.input = graph.nodes[0].op
         assert isinstance(self.input, Input)
+        self.dtype = x.dtype
         self.shape, self.staged_shape = x.shape, self.lowered.values[graph.nodes[0]].shape
         self.memory = Memory(self.lowered)
         index = self.memory.index
@@ -111,11 +112,17 @@ class Plan:
     def staged(self, x: Tensor) -> Tensor:
         """Images as the first step reads them; those that are staged already as they are."""
         if self.input.channels is None or x.shape == self.staged_shape:
-            return x.contiguous(memory_format=torch.channels_last)
+            return self._in_channels_last(x)
         N, C, H, W = self.staged_shape
-        memory = x.new_zeros(N, H, W, C).permute(0, 3, 1, 2)
+        memory = x.new_zeros(N, H, W, C, dtype=self.dtype).permute(0, 3, 1, 2)
         self.images(memory).copy_(x)
         return memory
+
+    def _in_channels_last(self, x: Tensor) -> Tensor:
+        """The images in the plan's dtype, themselves where they are so."""
+        if x.dtype is self.dtype:
+            return x.contiguous(memory_format=torch.channels_last)
+        return x.to(self.dtype, memory_format=torch.channels_last)
 
     def images(self, staged: Tensor) -> Tensor:
         """Where in the memory of staged images they themselves are."""
@@ -147,7 +154,7 @@ class Plan:
         one is asked for, and may run several times."""
         env = self._idle_env()
         env.programs.clear()  # the steps make their tensors anew
-        env[0] = x.contiguous(memory_format=torch.channels_last)
+        env[0] = self._in_channels_last(x)
         for step, run in self.steps:
             if run is not None:
                 yield step, functools.partial(run, env)
@@ -289,6 +296,20 @@ def copied(value: Any, x: Tensor) -> Any:
             object.__setattr__(twin, field.name, copied(getattr(value, field.name), x))
         return twin
     return map_aggregate(value, lambda part: copied(part, x) if isinstance(part, Tensor) else part)
+
+
+def converted(value: Any, dtype: torch.dtype, to: torch.dtype) -> Any:
+    """value with its tensors of ``dtype`` in ``to``."""
+    if isinstance(value, Tensor):
+        return value.to(to) if value.dtype is dtype else value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        twin = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(twin, field.name, converted(getattr(value, field.name), dtype, to))
+        return twin
+    return map_aggregate(
+        value, lambda part: converted(part, dtype, to) if isinstance(part, Tensor) else part
+    )
 
 
 def _spoil(results: list, x: Tensor) -> None:

@@ -82,4 +82,7 @@ def rows_of(plan: Plan) -> list[Row]:
     if plan.hides_nan:
         x = plan.memory.steps[0].value
         rows.append(Row("", "sum", "aten", 1, x.nbytes, x.dtype.itemsize, ""))
+    for number, shared in plan.results:
+        if shared and (size := plan.memory.steps[number].nbytes):
+            rows.append(Row("", "copy", "aten", 1, size, size, "the caller's own"))
     return rows

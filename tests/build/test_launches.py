@@ -19,7 +19,13 @@ TABLE = launches.read()
 # Of Triton, architectures and dtypes in the committed table.
 COMMITTED = set(itertools.product(("3.6.0", "3.8.0"), (80, 90, 100), ("bfloat16", "float16")))
 # They read or write vectors and matrices, not maps alone.
-VECTORS = ("squeeze_nhwc_kernel", "excite_kernel", "excite_hidden_kernel", "excite_out_kernel")
+VECTORS = (
+    "squeeze_nhwc_kernel",
+    "squeeze_finish_kernel",
+    "excite_kernel",
+    "excite_hidden_kernel",
+    "excite_out_kernel",
+)
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ def test_every_algorithm_matches_the_reference(conv, act, gated, tile):
 
 
 @pytest.mark.parametrize(
-    ("conv", "tile"),
+    ("conv", "algorithm"),
     [
         (Conv(64, 56, 56, 64, 3, 3, 1, 1), 4),
         (Conv(128, 28, 28, 32, 3, 3, 1, 1), 2),
@@ -67,8 +67,8 @@ def test_every_algorithm_matches_the_reference(conv, act, gated, tile):
         (Conv(512, 2, 2, 512, 3, 3, 1, 1, N=1), 0),
     ],
 )
-def test_tiles_are_chosen_where_they_save_time(conv, tile):
-    assert native.tile_of(problem(conv)) == tile
+def test_tiles_are_chosen_where_they_save_time(conv, algorithm):
+    assert native.algorithm_of(problem(conv)) == algorithm
 
 
 @pytest.mark.parametrize("kernel", [1, 3])

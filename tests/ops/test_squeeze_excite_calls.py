@@ -115,7 +115,7 @@ INVALID = [
     (squeeze_excite, ValueError, r"weight2 must have shape \[C, R\] = \[8, 3\]",
      {"weight2": torch.ones(3, 8)}),
     (excite, ValueError, r"bias1 must have shape \[R\]", {"bias1": torch.ones(8)}),
-    (excite, ValueError, r"bias2 must have shape \[C\]", {"bias2": torch.ones(3)}),
+    (excite, ValueError, r"bias2 must have shape \[K\]", {"bias2": torch.ones(3)}),
     (excite, ValueError, "weight1 must have shape .* with R > 0", NO_HIDDEN),
     (excite, TypeError, "bias2 must have weight1's dtype", {"bias2": torch.ones(8).half()}),
     (squeeze_excite, TypeError, "weights and biases must be torch.float32, got", HALVES),

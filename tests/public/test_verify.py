@@ -41,8 +41,8 @@ def test_it_changes_nothing(model, example):
 def test_a_wrong_kernel_fails_by_name(model, example, monkeypatch, wrong):
     fold = native.fold
 
-    def damaged(weight, bias, bn):
-        folded, shift = fold(weight, bias, bn)
+    def damaged(weight, bias, bn, dtype):
+        folded, shift = fold(weight, bias, bn, dtype)
         if weight is model.layer3[0].conv2.weight:
             shift = shift + wrong
         return folded, shift

@@ -7,6 +7,7 @@ channel slices of them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,7 @@ from cvkernels.ops.common.derived_weights import DerivedWeights, derived
 from cvkernels.ops.common.dispatch import Call
 from cvkernels.ops.common.layout import is_pixel_matrix
 from cvkernels.ops.common.norm import fold, scale_shift, sources_of
+from cvkernels.ops.conv_bn_act import onednn
 from cvkernels.ops.conv_bn_act.problem import Parameters, Problem
 
 TRANSFORMED = 1 << 13  # filters that are transformed at once
@@ -30,7 +32,7 @@ library.define(
     "conv_bn_act_native(Tensor x, Tensor weight, Tensor shift, Tensor(a!) out, Tensor? residual, "
     "Tensor? input_affine, Tensor? input_gate, Tensor? output_gate, int kernel_h, int kernel_w, "
     "int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, "
-    "int dilation_w, int act, int tile) -> ()"
+    "int dilation_w, int act, int algorithm) -> ()"
 )
 extension.load()
 
@@ -50,41 +52,56 @@ FILTER_POINTS = {
 }
 
 
+# The algorithms: a direct sum of products of floats, or of pairs of bfloat16, and Winograd's by the
+# width of its tiles, which are 2 high. csrc/conv_bn_act/cpu.cpp counts them so, too.
+DIRECT, PAIRS, WINOGRAD = 0, 1, (2, 4)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 # A model of the time that a convolution takes on one core, in nanoseconds, for the choice between
 # the algorithms alone: products at 44 per nanosecond, weights at 12 bytes, and the transforms of a
 # tile per point and channel. Measured with AVX2; the ratios are what matters.
 PRODUCTS, BYTES = 44.0, 12.0
 TRANSFORM = {2: 0.17, 4: 0.43}
+# Of pairs, where the processor multiplies them, and elsewhere.
+PRODUCTS_OF_PAIRS = {True: 88.0, False: 20.0}
 
 
-def tiles(problem: Problem) -> tuple[int, ...]:
-    """The algorithms for ``problem``: 0 is direct, 2 or 4 the width of Winograd's tiles, 2 high."""
-    if (problem.R, problem.S, *problem.stride, *problem.dilation) != (3, 3, 1, 1, 1, 1):
-        return (0,)
-    return (0,) if problem.has_prologue or problem.C < PANEL else (0, 2, 4)
+def algorithms(problem: Problem) -> tuple[int, ...]:
+    """Those that can run ``problem``."""
+    found = [DIRECT]
+    if problem.dtype == torch.bfloat16:
+        found.append(PAIRS)
+    kind = (problem.R, problem.S, *problem.stride, *problem.dilation)
+    if kind == (3, 3, 1, 1, 1, 1) and not problem.has_prologue and problem.C >= PANEL:
+        found += WINOGRAD
+    return tuple(found)
 
 
-def tile_of(problem: Problem) -> int:
-    """The one of :func:`tiles` that takes the least time, by a model of it."""
+def algorithm_of(problem: Problem) -> int:
+    """The one of :func:`algorithms` that takes the least time, by a model of it."""
     if not problem.bytes_written:
-        return 0
+        return DIRECT
+    taps = problem.R * problem.S
+    has_dots = "avx512_bf16" in extension.instruction_sets()
 
-    def cost(tile: int) -> float:
+    def cost(algorithm: int) -> float:
         """Time per pair of an input and an output channel."""
-        if not tile:
-            return 9 * problem.N * problem.P * problem.Q / PRODUCTS + 4 * 9 / BYTES
-        tiles = problem.N * -(-problem.P // 2) * -(-problem.Q // tile)
-        points = 4 * (tile + 2)
-        transforms = TRANSFORM[tile] * (1 / problem.C + 1 / problem.K)
+        if algorithm in (DIRECT, PAIRS):
+            pairs = algorithm == PAIRS
+            rate = PRODUCTS_OF_PAIRS[has_dots] if pairs else PRODUCTS
+            return taps * (problem.N * problem.P * problem.Q / rate + (2 if pairs else 4) / BYTES)
+        tiles = problem.N * -(-problem.P // 2) * -(-problem.Q // algorithm)
+        points = 4 * (algorithm + 2)
+        transforms = TRANSFORM[algorithm] * (1 / problem.C + 1 / problem.K)
         return points * (tiles * (1 / PRODUCTS + transforms) + 4 / BYTES)
 
-    return min(tiles(problem), key=cost)
+    return min(algorithms(problem), key=cost)
 
 
 def lacks(dtype: torch.dtype, groups: int) -> str:
     """Why there is no such native convolution; empty where there is one."""
-    if dtype != torch.float32:
-        return f"the native convolution computes in float32, got {dtype}"
+    if dtype not in DTYPES:
+        return f"the native convolution computes in float32, bfloat16 and float16, got {dtype}"
     if groups != 1:
         return f"the native convolution has no groups, got {groups}"
     return "" if extension.has("cpu") else extension.status()["cpu"].reason
@@ -97,6 +114,14 @@ def why_not(problem: Problem) -> str:
     return lacks(problem.dtype, problem.groups)
 
 
+@functools.cache
+def left_to_onednn(dtype: torch.dtype) -> str:
+    """Why "auto" leaves convolutions in ``dtype`` to oneDNN; empty where it does not."""
+    if dtype.itemsize == 2 and torch.cpu._is_amx_tile_supported() and not onednn.lacks(dtype):
+        return "oneDNN multiplies 16-bit numbers by AMX here"
+    return ""
+
+
 def converts(x: Tensor) -> bool:
     """Whether x is made channels_last before it is convolved: its channels lie apart."""
     return x.stride(1) != 1 and x.shape[1] > 1
@@ -105,17 +130,18 @@ def converts(x: Tensor) -> bool:
 def plan(
     problem: Problem, call: Call, parameters: Parameters,
     like: tuple[Tensor | None, ...], cache: DerivedWeights | None,
-    tile: int | None = None,
+    algorithm: int | None = None,
 ) -> Callable[..., Tensor]:  # fmt: skip
     """What runs the problem, as (x, residual=None, input_gate=None, out=None, output_gate=None).
 
-    ``like`` are examples of all but x; ``tile`` overrides :func:`tile_of`.
+    ``like`` are examples of all but x; ``algorithm`` overrides
+    :func:`algorithm_of`.
     """
-    tile = tile_of(problem) if tile is None else tile
-    packed, shift, affine = packed_of(problem, parameters, cache, tile)
+    algorithm = algorithm_of(problem) if algorithm is None else algorithm
+    packed, shift, affine = packed_of(problem, parameters, cache, algorithm)
     geometry = (problem.R, problem.S, *problem.stride, *problem.padding, *problem.dilation)
-    options = (*geometry, code(problem.act), tile)
-    size = (problem.N, problem.K, problem.P, problem.Q)
+    options = (*geometry, code(problem.act), algorithm)
+    size, dtype = (problem.N, problem.K, problem.P, problem.Q), problem.dtype
 
     def run(x, residual=None, input_gate=None, out=None, output_gate=None):
         if converts(x):
@@ -123,12 +149,12 @@ def plan(
         if residual is not None and not is_pixel_matrix(residual):
             residual = residual.contiguous(memory_format=torch.channels_last)
         if input_gate is not None:
-            input_gate = input_gate.contiguous()
+            input_gate = input_gate.to(dtype).contiguous()
         if output_gate is not None:
-            output_gate = output_gate.contiguous()
+            output_gate = output_gate.to(dtype).contiguous()
         y = out
         if out is None or not is_pixel_matrix(out):
-            y = torch.empty(size, memory_format=torch.channels_last)
+            y = torch.empty(size, dtype=dtype, memory_format=torch.channels_last)
         _native(x, packed, shift, y, residual, affine, input_gate, output_gate, *options)
         return y if out is None or y is out else out.copy_(y)
 
@@ -144,13 +170,15 @@ def _direct(
     residual, gate, out, output_gate = like
     if not all(t is None or is_pixel_matrix(t) for t in (residual, out)):
         return run
-    if not all(t is None or t.is_contiguous() for t in (gate, output_gate)):
+    gates = [t for t in (gate, output_gate) if t is not None]
+    if not all(t.is_contiguous() and t.dtype == problem.dtype for t in gates):
         return run
     layout, nchw = torch.channels_last, converts(x)
     x = x.contiguous(memory_format=layout) if nchw else x
     y = out
     if out is None:
-        y = torch.empty((problem.N, problem.K, problem.P, problem.Q), memory_format=layout)
+        size = (problem.N, problem.K, problem.P, problem.Q)
+        y = torch.empty(size, dtype=problem.dtype, memory_format=layout)
     work = native.direct(lambda: run(x, residual, gate, y, output_gate))
     weight, shift, affine = (0 if t is None else t.data_ptr() for t in held)
     result, fresh = native.template(y), torch.empty_like
@@ -172,39 +200,51 @@ def _direct(
 
 
 def packed_of(
-    problem: Problem, parameters: Parameters, cache: DerivedWeights | None, tile: int
+    problem: Problem, parameters: Parameters, cache: DerivedWeights | None, algorithm: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The folded and packed weight, its shift, and scale and shift of the prologue's norm."""
     weight, bias, bn, input_bn = parameters[:4]
 
     def build() -> tuple[Tensor, Tensor]:
-        folded, shift = fold(weight, bias, bn)
-        return pack(folded, tile), F.pad(shift.float(), (0, -shift.shape[0] % PANEL))
+        folded, shift = fold(weight, bias, bn, torch.float32)
+        return pack(folded, algorithm, bands), F.pad(shift, (0, -shift.shape[0] % PANEL))
 
     def scale_and_shift() -> Tensor:
         like = torch.empty(problem.C, 0)
         return torch.cat(scale_shift(None, input_bn, like, torch.float64)).detach().float()
 
+    # Rows of an image get a channel more.
+    bands = problem.C < 16 and not problem.has_prologue and problem.dilation[1] == 1
     sources = sources_of(weight, bias, bn)
-    packed, shift = derived(cache, ("native", tile, bn and bn.eps), sources, build)
+    packed, shift = derived(cache, ("native", algorithm, bands, bn and bn.eps), sources, build)
     if input_bn is None:
         return packed, shift, None
     key = ("native input", input_bn.eps)
     return packed, shift, derived(cache, key, input_bn[:4], scale_and_shift)
 
 
-def pack(weight: Tensor, tile: int) -> Tensor:
+def pack(weight: Tensor, algorithm: int, bands: bool = False) -> Tensor:
     """weight[K, C, R, S] as [K/16, R, S, C, 16], or at Winograd's points [points, K/16, C, 16].
 
-    The filters are transformed in float64. Channels past K are zero.
+    Of pairs as [K/16, R * S * C / 2, 16, 2] in bfloat16, which is given as floats of as many bits;
+    with ``bands`` each tap has whole pairs. The filters are transformed in float64. Channels past K
+    are zero, and so is the half of a pair.
     """
     with torch.no_grad():
         K, C = weight.shape[:2]
         whole = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, -K % PANEL)) if K % PANEL else weight
         panels = whole.unflatten(0, (-1, PANEL))  # [K/16, 16, C, R, S]
-        if not tile:
+        if algorithm == DIRECT:
             return panels.permute(0, 3, 4, 2, 1).contiguous()
-        down, along = (torch.tensor(FILTER_POINTS[side], dtype=torch.float64) for side in (2, tile))
+        if algorithm == PAIRS:
+            taps = panels.bfloat16().permute(0, 3, 4, 2, 1)  # [K/16, R, S, C, 16]
+            taps = F.pad(taps, (0, 0, 0, 1)) if bands and C % 2 else taps
+            rows = taps.flatten(1, 3)
+            rows = F.pad(rows, (0, 0, 0, 1)) if rows.shape[1] % 2 else rows
+            pairs = rows.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
+            return pairs.view(torch.float32)
+        sides = (WINOGRAD[0], algorithm)
+        down, along = (torch.tensor(FILTER_POINTS[side], dtype=torch.float64) for side in sides)
         transform = torch.kron(down, along)  # [points, 9]
         taps = panels.permute(3, 4, 0, 2, 1).reshape(9, -1)
         points = taps.new_empty(len(transform), taps.shape[1])

@@ -117,10 +117,11 @@ def conv_bn_act(
         backend: see :mod:`cvkernels.backend`. "auto" on CUDA tensors runs Triton or cuDNN's fused
             convolution, whichever the table of measured shapes or the heuristic names (Triton
             missing: cuDNN, else the reference); a 3x3 of few output channels in a 16-bit dtype runs
-            in CUDA C++ ("halo"). On CPU tensors it runs the native convolution, in
-            float32 without groups, a 3x3 of stride 1 by Winograd's minimal filtering where a model
-            of its cost says so; else oneDNN's, which has no prologue, in float32 and in the half
-            dtypes that the processor convolves natively. The reference runs when a gradient is
+            in CUDA C++ ("halo"). On CPU tensors it runs the native convolution, in all dtypes but
+            float64, without groups: in bfloat16 by pairs where the processor multiplies these
+            (AVX512-BF16), else by floats, and a 3x3 of stride 1 by Winograd's minimal filtering
+            where a model of its cost says so. oneDNN's, which has no prologue, runs the others, and
+            the half dtypes where it multiplies them by AMX. The reference runs when a gradient is
             needed, for float64, where oneDNN would hide a NaN or infinity in an image (C <= 4), and
             under torch.compile (inductor fuses it there).
 
@@ -288,14 +289,20 @@ def halo_by(tile: halo.Tile) -> Implementation:
     )
 
 
-def _native_by(name: str, tile: int) -> Implementation:
+def _why_not_native(problem: Problem, call: Call) -> str:
+    reason = _on_cpu(native.why_not)(problem, call)
+    return reason or (native.left_to_onednn(problem.dtype) if call.automatic else "")
+
+
+def _native_by(name: str, algorithm: int) -> Implementation:
     """One algorithm of the native convolution, where there are several to choose from."""
 
     def refuses(problem: Problem, call: Call) -> str:
-        reason, others = _on_cpu(native.why_not)(problem, call), native.tiles(problem)
-        return reason or ("" if len(others) > 1 and tile in others else "there is no such choice")
+        reason, others = _on_cpu(native.why_not)(problem, call), native.algorithms(problem)
+        known = len(others) > 1 and algorithm in others
+        return reason or ("" if known else "there is no such choice")
 
-    plan = _fused(functools.partial(native.plan, tile=tile))
+    plan = _fused(functools.partial(native.plan, algorithm=algorithm))
     return Implementation(name, refuses, plan, device=None)
 
 
@@ -312,12 +319,10 @@ TABLE = Table(
         "Triton is preferred for this shape",
         "cuda",
     ),
-    Implementation(
-        "native", _on_cpu(native.why_not), _fused(native.plan), "compiled for CPU", "cpu"
-    ),
-    _native_by("native direct", 0),
-    _native_by("native F(2x2)", 2),
-    _native_by("native F(2x4)", 4),
+    Implementation("native", _why_not_native, _fused(native.plan), "compiled for CPU", "cpu"),
+    _native_by("native direct", native.DIRECT),
+    _native_by("native pairs", native.PAIRS),
+    *(_native_by(f"native F(2x{width})", width) for width in native.WINOGRAD),
     Implementation("onednn", _on_cpu(onednn.why_not), _fused(onednn.plan), "fused on CPU", "cpu"),
     reference(_plan_reference),
 )
@@ -395,7 +400,9 @@ def supports_prologue_and_slices(x: Tensor, groups: int = 1) -> bool:
         return requested == "triton"
     device = backends.device_type(x)
     if device == "cpu" and not torch.compiler.is_compiling():
-        return not native.lacks(autocast_dtype(x) or x.dtype, groups)
+        dtype = autocast_dtype(x) or x.dtype
+        automatic = requested == "auto"
+        return not native.lacks(dtype, groups) and not (automatic and native.left_to_onednn(dtype))
     # A compiled graph chooses when it runs; inductor on CUDA needs Triton too.
     return device != "cpu" and (torch.compiler.is_compiling() or not backends.lacks_triton(device))
 

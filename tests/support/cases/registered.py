@@ -50,7 +50,8 @@ def _convolutions(x: Tensor, norm: dict) -> dict[str, dict]:
     depthwise = same | {"weight": new(C, 1, 3, 3)}
     out = torch.zeros_like(x, memory_format=torch.channels_last)
     pointwise = {
-        "x": x, "weight": new(C * padded), "shift": new(padded), "out": out, "act": 1, "tile": 0,
+        "x": x, "weight": new(C * padded), "shift": new(padded), "out": out, "act": 1,
+        "algorithm": 0,
         **dict.fromkeys(("residual", "input_affine", "input_gate", "output_gate")),
         **dict.fromkeys(("padding_h", "padding_w"), 0),
     }  # fmt: skip
