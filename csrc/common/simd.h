@@ -30,7 +30,13 @@ CVK_INLINE void store(bfloat16* p, V v) {
 #else
   const Bits bits = __builtin_bit_cast(Bits, v);
   const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const Half half = __builtin_convertvector(v == v ? rounded : (Bits{} + 0x7fc0), Half);
+  const Bits kept = v == v ? rounded : (Bits{} + 0x7fc0);
+#if LANES == 8
+  const __m256i words = _mm256_packus_epi32((__m256i)kept, (__m256i)kept);
+  const __m128i half = _mm256_castsi256_si128(_mm256_permute4x64_epi64(words, 0x08));
+#else
+  const Half half = __builtin_convertvector(kept, Half);
+#endif
 #endif
   __builtin_memcpy(p, &half, sizeof(half));
 }
@@ -95,10 +101,39 @@ CVK_INLINE V exponential(V x) {
   return y * __builtin_bit_cast(V, (bits + 127) << 23);  // 2^n, infinity for n = 128
 }
 
-// Each of them keeps a NaN.
-template <Act ACT>
+// An inverse to 11 bits or more: 0 of infinity.
+CVK_INLINE V short_inverse(V x) {
+#if LANES == 16
+  return __builtin_bit_cast(V, _mm512_maskz_rcp14_ps(0xffff, __builtin_bit_cast(__m512, x)));
+#elif LANES == 8
+  return __builtin_bit_cast(V, _mm256_rcp_ps(__builtin_bit_cast(__m256, x)));
+#else
+  return 1.0f / x;
+#endif
+}
+
+// y * sigmoid(y) to 11 bits or more, for bfloat16.
+CVK_INLINE V short_silu(V y) {
+  const V low = V{} - 126.0f, high = V{} + 128.0f;
+  V x = y * -0x1.715476p0f;  // -y / ln(2)
+  x = x < low ? low : x;
+  x = x < high ? x : high;
+  const V shifted = x + 0x1.8p23f;  // rounded into the last places
+  const V r = x - (shifted - 0x1.8p23f);
+  V power = r * 0.0096181291f + 0.0555041087f;  // 2^r
+  power = power * r + 0.2402265070f;
+  power = power * r + 0.6931471806f;
+  power = power * r + 1.0f;
+  const I bits = __builtin_bit_cast(I, shifted);
+  power = power * __builtin_bit_cast(V, (bits + 127) << 23);  // 2^n, infinity for n = 128
+  return y * short_inverse(power + 1.0f);
+}
+
+// In what T needs. Each of them keeps a NaN.
+template <Act ACT, typename T = float>
 CVK_INLINE V activate(V y) {
   const V zero = V{}, six = V{} + 6.0f;
+  if constexpr (ACT == Act::SILU && std::is_same_v<T, bfloat16>) return short_silu(y);
   if constexpr (ACT == Act::SILU) return y / (1.0f + exponential(-y));
   if constexpr (ACT == Act::RELU || ACT == Act::RELU6) y = y < zero ? zero : y;
   if constexpr (ACT == Act::RELU6) y = y > six ? six : y;

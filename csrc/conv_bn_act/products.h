@@ -94,6 +94,14 @@ CVK_INLINE void load_rows(const U** rows, const U* const* from) {
   }
 }
 
+template <int HEIGHT, typename U, int ROW = 0>
+CVK_INLINE bool are_all(const U* const* rows, const U* same) {
+  if constexpr (ROW == HEIGHT)
+    return true;
+  else
+    return rows[ROW] == same && are_all<HEIGHT, U, ROW + 1>(rows, same);
+}
+
 // What becomes of the sums: to[row, column] = clamp((sums + shift) * gates[row][column] +
 // residual), or without a shift the sums themselves, in floats.
 template <typename T>
@@ -130,11 +138,11 @@ CVK_INLINE void finish_sums(const V* sums, const Epilogue<T>& epilogue, const V*
 
 // The sums over parts and factors of operand[part * stride + row][c] * weight[part, c, column], for
 // a tile of HEIGHT rows and WIDTH vectors of columns. operand holds pointers to the first of
-// `depth` factors.
+// `depth` factors; a part whose rows are all `zeros` is left out.
 template <typename T, typename U, int HEIGHT, int WIDTH>
 CVK_TARGET static void multiply(const U* const* operand, int64_t stride, int64_t parts,
                                 int64_t depth, const float* weight, int64_t panel_size,
-                                const Epilogue<T>& epilogue) {
+                                const U* zeros, const Epilogue<T>& epilogue) {
   V sums[HEIGHT * WIDTH];
   clear_sums<HEIGHT * WIDTH>(sums);
   const bool has_totals = parts * depth > SUMMED;
@@ -144,9 +152,11 @@ CVK_TARGET static void multiply(const U* const* operand, int64_t stride, int64_t
   for (int64_t part = 0; part < parts; ++part, operand += stride) {
     const U* rows[HEIGHT];
     load_rows<HEIGHT>(rows, operand);
+    const bool is_padding = are_all<HEIGHT>(rows, zeros);
     for (int64_t c = 0, end = 0; c < depth;) {
       end = std::min(depth, c + SUMMED - summed);
-      summed += end - c;
+      summed += end - c;  // also of padding: no sum is to depend on how rows are cut into tiles
+      if (is_padding) weight += (end - c) * PANEL, c = end;
 #pragma GCC unroll 4
       for (; c < end; ++c, weight += PANEL) {
         V b[WIDTH];
@@ -170,7 +180,7 @@ CVK_TARGET static void multiply(const U* const* operand, int64_t stride, int64_t
 
 template <typename T, typename U>
 using Multiply = void (*)(const U* const*, int64_t, int64_t, int64_t, const float*, int64_t,
-                          const Epilogue<T>&);
+                          const U*, const Epilogue<T>&);
 
 template <typename T, typename U, int WIDTH>
 CVK_TARGET static Multiply<T, U> multiply_of_height(int64_t height) {
@@ -201,12 +211,12 @@ CVK_TARGET static void finish(const Problem& problem, const float* sums, int64_t
       if (c + LANES <= kept) {
         if (gates != nullptr) y = y * load(gates[row] + c);
         if (residual != nullptr) y += load(residual + c);
-        store(out + c, activate<ACT>(y));
+        store(out + c, activate<ACT, T>(y));
         continue;
       }
       if (gates != nullptr) y = y * load_some(gates[row] + c, kept - c);
       if (residual != nullptr) y += load_some(residual + c, kept - c);
-      store_some(out + c, activate<ACT>(y), kept - c);
+      store_some(out + c, activate<ACT, T>(y), kept - c);
     }
     if (residual != nullptr) residual += problem.residual_stride;
   }
@@ -425,7 +435,8 @@ constexpr int64_t IN_FIRST_CACHE = 6 << 10;
 // A strip of pixels times a range of panels; the operand's parts are `stride` pointers apart.
 template <typename T, typename U>
 CVK_TARGET static void multiply_strip(const Problem& problem, const Data<T>& data, Range rows,
-                                      Range panels, const U* const* operand, int64_t stride) {
+                                      Range panels, const U* zeros, const U* const* operand,
+                                      int64_t stride) {
   const int64_t count = rows.size(), tiles = divide_up(count, HIGHEST);
   const int64_t parts = problem.parts(), depth = problem.depth();
   const int64_t panel_size = problem.panel_size();
@@ -435,6 +446,10 @@ CVK_TARGET static void multiply_strip(const Problem& problem, const Data<T>& dat
   const float high = problem.act == Act::RELU6 ? 6.0f : infinity;
   // Whether a tile stores what becomes of its sums itself: SiLU is taken of floats.
   const bool finishes = std::is_same_v<T, float> || problem.act != Act::SILU;
+  // Bytes of each pixel that are fetched while the tile before it is multiplied: of those that lie
+  // in x, where the first column reads them from memory.
+  const bool fetches = std::is_same_v<U, Pair> && !problem.gathers() && parts == 1;
+  const int64_t ahead = fetches ? depth * int64_t{sizeof(U)} : 0;
   alignas(64) float sums[HIGHEST * WIDEST * LANES];
   int64_t width = 0;
   for (int64_t column = panels.begin * PANEL; column < panels.end * PANEL; column += width) {
@@ -448,13 +463,17 @@ CVK_TARGET static void multiply_strip(const Problem& problem, const Data<T>& dat
       const int64_t height = end - row;
       const Multiply<T, U> tile = tile_of<T, U>(height, kept, &width);
       const int64_t pixel = rows.begin + row;
+      if (column == panels.begin * PANEL && ahead > 0)
+        for (int64_t next = end; next < std::min(count, end + HIGHEST); ++next)
+          for (int64_t line = 0; line < ahead; line += 64)
+            __builtin_prefetch(reinterpret_cast<const char*>(operand[next]) + line);
       T* out = data.out + pixel * problem.out_stride + column;
       const T* residual = data.residual;
       if (residual != nullptr) residual += pixel * problem.residual_stride + column;
       const T* of_rows[HIGHEST];
       const T* const* gates = find_gates(problem, data, pixel, height, column, of_rows);
       if (finishes && width <= kept) {
-        tile(operand + row, stride, parts, depth, weight, panel_size,
+        tile(operand + row, stride, parts, depth, weight, panel_size, zeros,
              {out, problem.out_stride, shift, gates, residual, problem.residual_stride, low, high});
         const int64_t pending = end - activated;
         if (problem.act == Act::SILU && (pending * width >= TOGETHER || end == count)) {
@@ -464,7 +483,7 @@ CVK_TARGET static void multiply_strip(const Problem& problem, const Data<T>& dat
         }
         continue;
       }
-      tile(operand + row, stride, parts, depth, weight, panel_size,
+      tile(operand + row, stride, parts, depth, weight, panel_size, zeros,
            Epilogue<T>::of_sums(sums, WIDEST * LANES));
       finish_tile(problem, sums, WIDEST * LANES, height, width, kept, shift, gates, residual, out);
     }
@@ -480,7 +499,7 @@ CVK_TARGET static void convolve(const Problem& problem, const Data<T>& data, Ran
   const int64_t count = rows.size(), strips = few_weights ? divide_up(count, 4 * HIGHEST) : 1;
   for (int64_t number = 0; number < strips; ++number) {
     const auto [begin, end] = part_of(count, strips, number);
-    multiply_strip<T, U>(problem, data, {rows.begin + begin, rows.begin + end}, panels,
+    multiply_strip<T, U>(problem, data, {rows.begin + begin, rows.begin + end}, panels, zeros,
                          operand + begin, count);
   }
 }

@@ -112,7 +112,7 @@ CVK_TARGET static void multiply_points(const Problem& problem, const float* weig
         const float* rows[HIGHEST];
         for (int64_t i = 0; i < height; ++i) rows[i] = from + (tile + i) * channels;
         const auto product = tile_of<float, float>(height, columns - column, &width);
-        product(rows, 0, 1, problem.C, part, panel_size,
+        product(rows, 0, 1, problem.C, part, panel_size, nullptr,
                 Epilogue<float>::of_sums(to + tile * columns + column, columns));
       }
     }

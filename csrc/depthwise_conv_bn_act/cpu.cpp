@@ -1,5 +1,6 @@
 // depthwise_conv_bn_act on the CPU. Schema: cvkernels/ops/depthwise_conv_bn_act/native.py.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "common/arguments.h"

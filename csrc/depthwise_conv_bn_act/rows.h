@@ -81,7 +81,7 @@ CVK_INLINE V finish_row(const float* row, V scale, V shift, int64_t Q, int64_t k
                         int64_t C) {
   V sum = V{};
   for (int64_t q = 0; q < Q; ++q, row += LANES, out += C) {
-    const V y = activate<ACT>(load(row) * scale + shift);
+    const V y = activate<ACT, T>(load(row) * scale + shift);
     sum += y;
     if (kept == LANES)
       store(out, y);

@@ -84,5 +84,5 @@ def rows_of(plan: Plan) -> list[Row]:
         rows.append(Row("", "sum", "aten", 1, x.nbytes, x.dtype.itemsize, ""))
     for number, shared in plan.results:
         if shared and (size := plan.memory.steps[number].nbytes):
-            rows.append(Row("", "copy", "aten", 1, size, size, "the caller's own"))
+            rows.append(Row("", "clone", "aten", 1, size, size, "for the caller"))
     return rows

@@ -114,7 +114,7 @@ class SqueezeExcite(FusedModule):
         conv, norm = depthwise.conv, depthwise.norm
         first = block.squeezed_step(x, conv, norm, fused_act(norm, depthwise.act)[0], lasting)
         y, sums = run_step(first, x)
-        prologue = not y.is_cpu and supports_prologue_and_slices(y)
+        prologue = supports_prologue_and_slices(y)
         gate = self._gate_step(y, sums, prologue, lasting)
         gates = run_step(gate, y, sums)
         y, gates = (y, gates) if prologue else (gates, None)

@@ -14,6 +14,7 @@ import cvkernels
 from cvkernels.freeze import plan, tune
 from cvkernels.freeze.capture import CaptureError
 from cvkernels.freeze.frozen import CAPACITY
+from cvkernels.ops.conv_bn_act import native
 from tests.support.model_checks import calibrated
 from tests.support.numerics import assert_matches_module
 from tests.support.pairs import image
@@ -46,6 +47,49 @@ def test_bfloat16(resnet):
     assert frozen(x).dtype == torch.bfloat16
     assert_matches_module(frozen, copy.deepcopy(resnet).bfloat16(), x, grad=False)
     assert cvkernels.verify(frozen).ok
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_images_in_float32_are_answered_in_float32(resnet, dtype, memory_format):
+    frozen = cvkernels.freeze(resnet, image(2), dtype=dtype)
+    x = image(2).contiguous(memory_format=memory_format)
+    y = frozen(x)
+    assert y.dtype == torch.float32 and torch.equal(y, frozen(x.to(dtype)).float())
+    assert frozen(x[:0]).dtype == torch.float32 and frozen(x[:0]).shape == (0, y.shape[1])
+    assert cvkernels.explain(frozen, x).totals["kernels"] > 0 and cvkernels.verify(frozen).ok
+    for other in (torch.float64, torch.float16 if dtype == torch.bfloat16 else torch.bfloat16):
+        with pytest.raises(TypeError, match=f"the input must be {dtype}, got {other}"):
+            frozen(x.to(other))
+    with pytest.raises(TypeError, match="the input must be torch.float32, got torch.bfloat16"):
+        cvkernels.freeze(resnet, image(2))(x.bfloat16())
+
+
+def test_structures_of_results_are_converted_too():
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return {"maps": [y, y.relu()], "size": y.shape[2]}
+
+    frozen = cvkernels.freeze(Several().eval(), image(1, size=9), dtype=torch.bfloat16)
+    found = frozen(image(1, size=9))
+    assert [t.dtype for t in found["maps"]] == [torch.float32] * 2 and found["size"] == 7
+
+
+@pytest.mark.skipif(not cvkernels.extension.has("cpu"), reason="the extension is missing")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_all_steps_of_a_resnet_are_native(resnet, dtype):
+    """The classifier, a 1x1 convolution of means, too."""
+    if reason := native.left_to_onednn(dtype):
+        pytest.skip(reason)
+    plan = cvkernels.freeze(resnet, image(2), dtype=dtype).plan_for(image(2))
+    others = [step.op.name for step, run in plan.steps if run and plan.backends[step] != "native"]
+    assert others == ["flatten"]
+    (classifier,) = [s for s, _ in plan.steps if s.layer == "fc" and s.op.name == "conv"]
+    assert classifier.backend == "native"
 
 
 def test_float64(resnet):
