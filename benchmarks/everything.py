@@ -61,6 +61,9 @@ def parts(device: str) -> list[Part]:
         options = ("--op", op, "--compiled", "few", "--seconds", "0.5" if cpu else "0.2")
         minutes = KERNEL_MINUTES.get(op, FEW_KERNEL_MINUTES)
         made.append(_part("kernels", op, options, minutes if cpu else minutes / 2))
+    if cpu:
+        options = ("--dtype", "bf16", "--seconds", "12")
+        made += [_part("models", f"bf16-{n}", ("--network", n, *options), 3) for n in NETWORKS]
     runs = ("cvkernels", "demo", "--runs", "9", "--device", device)
     return [*made, Part("demo", runs, 2)]
 

@@ -69,7 +69,7 @@ def openvino(model: nn.Module, example: Tensor) -> Network:
         if x is not given[0]:
             given = (x, x.float().numpy())
         out = request.infer([given[1]], share_inputs=True, share_outputs=True)
-        return torch.from_numpy(out[0])
+        return torch.from_numpy(out[0]).to(x.dtype)
 
     return call
 

@@ -36,14 +36,20 @@ def pages() -> dict[Path, str]:
 
 
 def summary(folder: Path | None = None) -> str:
-    """A row per network: geometric mean and worst of the speed-ups on each machine."""
+    """A row per network: geometric mean and worst of the speed-ups on each machine, by dtype."""
     folder = folder or results.RESULTS
     machines = {m: results.rows(m, "models") for m in results.machine_folders(folder)}
     ours = [row for rows in machines.values() for row in rows if row.vs_eager and not row.peer]
     header = ["network"]
     lines = {row.op: [row.op] for row in ours}
-    for machine, rows in machines.items():
-        header += [f"{machine.name}: {name}" for name in (*SUMMARY, "frozen, vs runtimes")]
+    kinds = {
+        (machine, dtype): [row for row in of_machine if row.dtype == dtype]
+        for machine, of_machine in machines.items()
+        for dtype in sorted({row.dtype for row in of_machine}, key=lambda name: name != "fp32")
+    }
+    for (machine, dtype), rows in kinds.items():
+        names = (*SUMMARY, "frozen, vs runtimes")
+        header += [f"{machine.name}, {dtype}: {name}" for name in names]
         runtimes = _vs_runtimes(rows)
         for network, line in lines.items():
             for variant in SUMMARY.values():
@@ -54,11 +60,10 @@ def summary(folder: Path | None = None) -> str:
             line.append(_mean_and_worst(found))
     links = [f"[{machine.name}]({_link(machine / 'README.md', ROOT)})" for machine in machines]
     batches = sorted({int(row.case.removeprefix("batch ")) for row in ours})
-    dtypes = sorted({row.dtype for row in ours})
     caption = (
         "Speed-ups over stock PyTorch in channels_last, and over the better of the runtimes "
         "(OpenVINO, ONNX Runtime): geometric mean and, in brackets, worst of batches "
-        f"{' and '.join(map(str, batches))} in {' and '.join(dtypes)}. "
+        f"{' and '.join(map(str, batches))}, each within its dtype. "
         f"All figures: {', '.join(links)}. {provenance(folder)}"
     )
     return f"{_markdown(header, list(lines.values()))}\n\n{caption}"
