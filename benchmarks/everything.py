@@ -27,7 +27,7 @@ from benchmarks.output import readme, results
 from cvkernels.demo import NETWORKS
 
 # Minutes that a run takes at most, and a part of it before it is stopped.
-TOTAL = {"cpu": 40.0, "cuda": 20.0}
+TOTAL = {"cpu": 50.0, "cuda": 20.0}
 PART = 8.0
 GRACE = 60  # seconds, to write what was measured
 # Of kernels' parts: ops with many shapes, and of each other one.

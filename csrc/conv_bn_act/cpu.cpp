@@ -120,7 +120,6 @@ void run(const Problem& problem, const Data<T>& data, int64_t algorithm) {
   }
   if constexpr (std::is_same_v<T, bfloat16>) {
     if (algorithm == PAIRS) {
-      using namespace of_pairs;
       using U = Pair;
 #define CVK_PAIRS(isa) CVK_DIRECT(of_pairs::isa)
       CVK_BEST_DOTS(CVK_PAIRS);

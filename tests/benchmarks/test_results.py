@@ -80,7 +80,7 @@ def test_summary_holds_mean_and_worst_of_each_network(folder):
     write_report(folder / "models-frozen.json", Report(ENVIRONMENT, rows=frozen))
     text = readme.summary(folder.parent)
     assert "| resnet50 | 1.50x (1.50x) | 4.00x (2.00x) | 1.50x (1.50x) |" in text
-    assert "batches 1 and 16 in fp32" in text
+    assert "batches 1 and 16, each within its dtype" in text
     assert "Figures of CPUs are measured on abacus." in text
     assert "No figure of a GPU is measured" in text
 

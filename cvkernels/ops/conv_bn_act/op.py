@@ -156,7 +156,7 @@ def conv_bn_act(
         return _plan(*_checked(arguments, backend, once), arguments, cache)
 
     planned = None
-    if groups == 1 and x.dtype == torch.float32 and projection is None:
+    if groups == 1 and x.dtype in native.DTYPES and projection is None:
         parameters = (weight, bias, bn, input_bn)
         planned = convolution.kept_plan(
             cache, backend, (x, *like), parameters, (geometry, act), make
