@@ -55,6 +55,7 @@ def test_parts_may_be_absent(without, vectors, device):
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_compiles_without_a_spill(arch):
+    pytest.importorskip("benchmarks.machine_code")
     cases = [
         {"arch": arch, "shape": shape, "dtype": dtype}
         for shape in SHAPES
