@@ -287,29 +287,30 @@ def laid_out(value: Any, x: Tensor) -> Any:
 
 def copied(value: Any, x: Tensor) -> Any:
     """value with its tensors copied for the caller to keep, maps as by :func:`laid_out`."""
-    if isinstance(value, Tensor):
-        twin = laid_out(value, x)
-        return value.clone() if twin is value else twin
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        twin = copy.copy(value)
-        for field in dataclasses.fields(value):
-            object.__setattr__(twin, field.name, copied(getattr(value, field.name), x))
-        return twin
-    return map_aggregate(value, lambda part: copied(part, x) if isinstance(part, Tensor) else part)
+
+    def copy_of(tensor: Tensor) -> Tensor:
+        twin = laid_out(tensor, x)
+        return tensor.clone() if twin is tensor else twin
+
+    return _with_tensors(value, copy_of)
 
 
 def converted(value: Any, dtype: torch.dtype, to: torch.dtype) -> Any:
     """value with its tensors of ``dtype`` in ``to``."""
+    return _with_tensors(value, lambda tensor: tensor.to(to) if tensor.dtype is dtype else tensor)
+
+
+def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A result with each of its tensors changed; the model's dataclasses are copied."""
     if isinstance(value, Tensor):
-        return value.to(to) if value.dtype is dtype else value
+        return change(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         twin = copy.copy(value)
         for field in dataclasses.fields(value):
-            object.__setattr__(twin, field.name, converted(getattr(value, field.name), dtype, to))
+            changed = _with_tensors(getattr(value, field.name), change)
+            object.__setattr__(twin, field.name, changed)
         return twin
-    return map_aggregate(
-        value, lambda part: converted(part, dtype, to) if isinstance(part, Tensor) else part
-    )
+    return map_aggregate(value, lambda part: change(part) if isinstance(part, Tensor) else part)
 
 
 def _spoil(results: list, x: Tensor) -> None:

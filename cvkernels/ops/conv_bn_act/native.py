@@ -62,8 +62,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # tile per point and channel. Measured with AVX2; the ratios are what matters.
 PRODUCTS, BYTES = 44.0, 12.0
 TRANSFORM = {2: 0.17, 4: 0.36}
-# Of pairs, where the processor multiplies them, and elsewhere.
-PRODUCTS_OF_PAIRS = {True: 88.0, False: 20.0}
+PRODUCTS_OF_PAIRS = 88.0  # where the processor multiplies them
 
 
 def algorithms(problem: Problem) -> tuple[int, ...]:
@@ -78,24 +77,27 @@ def algorithms(problem: Problem) -> tuple[int, ...]:
 
 
 def algorithm_of(problem: Problem) -> int:
-    """The one of :func:`algorithms` that takes the least time, by a model of it."""
+    """The one of :func:`algorithms` that takes the least time, by a model of it; pairs only where
+    the processor multiplies them."""
     if not problem.bytes_written:
         return DIRECT
     taps = problem.R * problem.S
-    has_dots = "avx512_bf16" in extension.instruction_sets()
+    possible = algorithms(problem)
+    if "avx512_bf16" not in extension.instruction_sets():
+        possible = tuple(algorithm for algorithm in possible if algorithm != PAIRS)
 
     def cost(algorithm: int) -> float:
         """Time per pair of an input and an output channel."""
         if algorithm in (DIRECT, PAIRS):
             pairs = algorithm == PAIRS
-            rate = PRODUCTS_OF_PAIRS[has_dots] if pairs else PRODUCTS
+            rate = PRODUCTS_OF_PAIRS if pairs else PRODUCTS
             return taps * (problem.N * problem.P * problem.Q / rate + (2 if pairs else 4) / BYTES)
         tiles = problem.N * -(-problem.P // 2) * -(-problem.Q // algorithm)
         points = 4 * (algorithm + 2)
         transforms = TRANSFORM[algorithm] * (1 / problem.C + 1 / problem.K)
         return points * (tiles * (1 / PRODUCTS + transforms) + 4 / BYTES)
 
-    return min(algorithms(problem), key=cost)
+    return min(possible, key=cost)
 
 
 def lacks(dtype: torch.dtype, groups: int) -> str:
