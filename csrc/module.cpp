@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cerrno>
+#include <cstring>
 #include <iterator>
 #include <stdexcept>
 #include <string>
@@ -48,6 +50,12 @@ std::vector<std::string> instruction_sets() {
     if (cvkernels::takes(static_cast<cvkernels::InstructionSet>(set)))
       sets.push_back(cvkernels::INSTRUCTION_SETS[set]);
   return sets;
+}
+
+// Why the operating system refuses the tiles that the processor has; empty where it does not.
+std::string amx_refusal() {
+  const int error = cvkernels::amx_error();
+  return error == 0 || error == ENODEV ? "" : std::strerror(error);
 }
 
 // Let calls take no better set than this one.
@@ -155,6 +163,8 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
       .def("holds", &cvkernels::Guard::holds);
   module.def("instruction_sets", &instruction_sets,
              "Those that calls of the CPU ops take here, the best one last.");
+  module.def("amx_refusal", &amx_refusal,
+             "Why the operating system refuses AMX to this process, empty where it does not.");
   module.def("limit_instruction_sets", &limit_instruction_sets,
              "Let calls of the CPU ops take no better set than the one of this name.");
   module.def("build_info", &build_info,

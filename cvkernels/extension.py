@@ -63,6 +63,12 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(importlib.import_module("cvkernels._C").instruction_sets())
 
 
+def amx_refusal() -> str:
+    """Why the operating system refuses this process the AMX that the processor has, in its words;
+    empty where it does not."""
+    return importlib.import_module("cvkernels._C").amx_refusal() if has("cpu") else ""
+
+
 @contextlib.contextmanager
 def limited_to(name: str) -> Iterator[None]:
     """Let calls of the CPU ops in this process take no better instruction set, to test or measure

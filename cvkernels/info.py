@@ -100,6 +100,8 @@ def _compiled() -> list[Item]:
     built = ", ".join(f"{key} {value}" for key, value in extension.build_info().items())
     if sets := extension.instruction_sets():
         built += f"; instruction sets {', '.join(sets)}, of which the last is used"
+    if refusal := extension.amx_refusal():
+        built += f"; the operating system refuses AMX: {refusal}"
     details = {"cpu": built, "cuda": "loaded"}
     return [
         Item(f"compiled {half} ops", True, details[half])

@@ -81,6 +81,22 @@ CVK_INLINE void store_some(T* p, V v, int64_t kept) {
   for (int64_t i = 0; i < kept; ++i) p[i] = lanes[i];
 }
 
+// `count` elements; few of them, which a call of memcpy would take longer for, by masks.
+template <typename T>
+CVK_INLINE void copy(const T* from, int64_t count, T* to) {
+#if LANES == 16
+  constexpr int64_t WHOLE = 64 / sizeof(T);
+  if constexpr (sizeof(T) == 2) {
+    for (; count >= WHOLE; count -= WHOLE, from += WHOLE, to += WHOLE)
+      _mm512_storeu_si512(to, _mm512_loadu_si512(from));
+    const __mmask32 rest = (1u << count) - 1;
+    _mm512_mask_storeu_epi16(to, rest, _mm512_maskz_loadu_epi16(rest, from));
+    return;
+  }
+#endif
+  std::memcpy(to, from, count * sizeof(T));
+}
+
 // e^x to 2 roundings, for a sum with 1: below -87 it stays at 2e-38, above 88.4 it is infinite.
 CVK_INLINE V exponential(V x) {
   const V low = V{} - 87.0f, high = V{} + 89.0f;

@@ -12,6 +12,7 @@
 #include "common/layout.h"
 #include "common/number.h"
 #include "conv_bn_act/problem.h"
+#include "conv_bn_act/tiled.h"
 
 namespace cvkernels::conv_bn_act {
 namespace {
@@ -23,7 +24,7 @@ constexpr const char* OP = "conv_bn_act";
 
 namespace of_pairs {
 #define CVK_DOTS
-#define CVK_SOURCE "conv_bn_act/products.h"
+#define CVK_SOURCE "conv_bn_act/tiles.h"
 #include "common/isa.h"
 }  // namespace of_pairs
 
@@ -99,8 +100,32 @@ void run_winograd(const Problem& problem, const Data<T>& data, Convolve convolve
   });
 }
 
+template <typename Convolve>
+void run_tiled(const Problem& problem, const Data<bfloat16>& data, Convolve convolve) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const bool by_panels = problem.K * problem.taps() > problem.pixels();
+  const Tiled tiled(problem, threads, by_panels);
+  const int64_t most = TILED_BYTES / int64_t{sizeof(bfloat16)} / tiled.unit_size();
+  const Cut cut(tiled.units, std::max<int64_t>(1, most), problem.panels(), threads, by_panels, 1);
+  const int64_t offsets = divide_up(tiled.parts * sizeof(int64_t), 64) * 16;
+  const int64_t pointers = STRIP * sizeof(Pair*) / sizeof(float), sums = STRIP * COLUMNS;
+  const int64_t numbers = cut.block() * tiled.unit_size() + STRIP * tiled.channels;
+  parallel_for(0, cut.tasks(), 1, [&](int64_t first, int64_t last) {
+    float* memory = scratch(offsets + pointers + sums + numbers / 2);
+    auto* offset = reinterpret_cast<int64_t*>(memory);
+    for (int64_t part = 0; part < tiled.parts; ++part)
+      offset[part] = tiled.offset(problem, part / problem.S, part % problem.S);
+    auto* indirect = reinterpret_cast<const Pair**>(memory + offsets);
+    float* to = memory + offsets + pointers;
+    auto* operand = reinterpret_cast<bfloat16*>(to + sums);
+    for (int64_t task = first; task < last; ++task)
+      convolve(problem, data, tiled, cut.rows_of(task), cut.panels_of(task), offset, to, operand,
+               indirect);
+  });
+}
+
 // How a convolution is computed; cvkernels/ops/conv_bn_act/native.py counts them so, too.
-enum Algorithm : int64_t { DIRECT = 0, PAIRS = 1, WINOGRAD_2X2 = 2, WINOGRAD_2X4 = 4 };
+enum Algorithm : int64_t { DIRECT = 0, PAIRS = 1, WINOGRAD_2X2 = 2, TILES = 3, WINOGRAD_2X4 = 4 };
 
 #define CVK_DIRECT(isa) \
   return run_direct<U>( \
@@ -124,6 +149,16 @@ void run(const Problem& problem, const Data<T>& data, int64_t algorithm) {
 #define CVK_PAIRS(isa) CVK_DIRECT(of_pairs::isa)
       CVK_BEST_DOTS(CVK_PAIRS);
 #undef CVK_PAIRS
+    }
+    if (algorithm == TILES) {
+#if defined(CVK_HAS_AMX)
+      if (takes(InstructionSet::AMX))
+        return run_tiled(problem, data, &of_pairs::avx512bf16::convolve_by_tiles<AmxTiles>);
+#endif
+#define CVK_TILES(isa) \
+  return run_tiled(problem, data, &of_pairs::isa::convolve_by_tiles<PlainTiles>)
+      CVK_BEST_DOTS(CVK_TILES);
+#undef CVK_TILES
     }
   }
   using U = float;
@@ -151,11 +186,11 @@ void conv_bn_act_native(const Tensor& x, const Tensor& weight, const Tensor& shi
                 dilation_w > 0 && padding_h >= 0 && padding_w >= 0,
             "kernel, stride and dilation must be positive, and padding not negative");
   CVK_CHECK(OP, act >= 0 && act <= 3, "act must be between 0 and 3, got ", act);
-  CVK_CHECK(OP,
-            algorithm == DIRECT || algorithm == PAIRS || algorithm == WINOGRAD_2X2 ||
-                algorithm == WINOGRAD_2X4,
-            "algorithm must be 0, 1, 2 or 4, got ", algorithm);
-  CVK_CHECK(OP, algorithm != PAIRS || dtype == ScalarType::BFloat16, "pairs are of bfloat16, got ",
+  CVK_CHECK(OP, algorithm >= DIRECT && algorithm <= WINOGRAD_2X4,
+            "algorithm must be between 0 and 4, got ", algorithm);
+  const bool is_winograd = algorithm == WINOGRAD_2X2 || algorithm == WINOGRAD_2X4;
+  const bool pairs = algorithm == PAIRS || algorithm == TILES;
+  CVK_CHECK(OP, !pairs || dtype == ScalarType::BFloat16, "pairs are of bfloat16, got ",
             torch::headeronly::toString(dtype));
   CVK_CHECK(OP, x.size(1) > 0, "x must have channels, got shape ", shape_of(x));
   Problem problem{x.size(0), x.size(1), x.size(2), x.size(3), out.size(1)};
@@ -178,7 +213,8 @@ void conv_bn_act_native(const Tensor& x, const Tensor& weight, const Tensor& shi
   problem.x_stride_h = x.stride(2);
   problem.x_stride_w = x.stride(3);
   problem.has_prologue = input_affine.has_value() || input_gate.has_value();
-  problem.pairs = algorithm == PAIRS;
+  problem.pairs = pairs;
+  problem.tiles = algorithm == TILES;
   problem.widens = !problem.pairs && dtype != ScalarType::Float;
   const auto fits = [&](const Tensor& tensor) {
     return tensor.dim() == 4 && tensor.size(0) == problem.N && tensor.size(1) == problem.K &&
@@ -187,12 +223,12 @@ void conv_bn_act_native(const Tensor& x, const Tensor& weight, const Tensor& shi
   CVK_CHECK(OP, fits(out), "out must have shape [", problem.N, ", ", problem.K, ", ", problem.P,
             ", ", problem.Q, "], got ", shape_of(out));
   CVK_CHECK(OP,
-            algorithm <= PAIRS || (kernel_h == 3 && kernel_w == 3 && stride_h == 1 &&
-                                   stride_w == 1 && dilation_h == 1 && dilation_w == 1 &&
-                                   !problem.has_prologue && problem.x_stride_c == 1),
+            !is_winograd || (kernel_h == 3 && kernel_w == 3 && stride_h == 1 && stride_w == 1 &&
+                             dilation_h == 1 && dilation_w == 1 && !problem.has_prologue &&
+                             problem.x_stride_c == 1),
             "Winograd's tiles need a 3x3 kernel of stride 1, and x with its channels together");
   const int64_t panel =
-      algorithm <= PAIRS ? problem.panel_size() : 4 * (algorithm + 2) * problem.C * PANEL;
+      is_winograd ? 4 * (algorithm + 2) * problem.C * PANEL : problem.panel_size();
   const void* weights = floats_of(OP, "weight", weight, problem.panels() * panel);
   const void* shifts = floats_of(OP, "shift", shift, problem.panels() * PANEL);
   const void* affine = floats_of(OP, "input_affine", input_affine, 2 * problem.C);

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/act.h"
+#include "common/amx.h"
 
 namespace cvkernels::conv_bn_act {
 
@@ -22,8 +23,9 @@ struct Problem {
   int64_t x_stride_n, x_stride_c, x_stride_h, x_stride_w;
   int64_t out_stride, residual_stride;
   bool has_prologue;
-  // Whether the products are of floats, and x is not; and whether they are of pairs of bfloat16.
-  bool widens, pairs;
+  // Whether the products are of floats, and x is not; whether they are of pairs of bfloat16; and
+  // whether tiles take many of those at once.
+  bool widens, pairs, tiles;
 
   int64_t taps() const { return R * S; }
   int64_t pixels() const { return N * P * Q; }
@@ -33,6 +35,7 @@ struct Problem {
   // computed or converted, and where a tap has too few channels next to each other to be worth a
   // loop, or not whole pairs.
   bool gathers() const {
+    if (tiles) return parts() == 1;
     return has_prologue || widens || x_stride_c != 1 || C < 16 || (pairs && C % 2 != 0);
   }
 
@@ -44,19 +47,24 @@ struct Problem {
   // Whether such a row is multiplied as one tap of S * C channels; only those at the edges of x are
   // gathered then.
   bool rows_as_taps() const {
-    return gathers() && rows_together() && !widens && !(pairs && S * C % 2 != 0);
+    return gathers() && rows_together() && !widens && !tiles && !(pairs && S * C % 2 != 0);
   }
 
   // Whether the rows of x that a row of pixels reads are copied with a channel more: few channels
   // that are not whole pairs, as of an image.
   bool has_bands() const {
-    return pairs && C % 2 != 0 && C < 16 && !has_prologue && dilation_w == 1;
+    return pairs && !tiles && C % 2 != 0 && C < 16 && !has_prologue && dilation_w == 1;
   }
   int64_t band_channels() const { return C + 1; }
 
   // Of a pixel's operand, the parts that lie apart, and the factors of each: floats, or pairs.
-  int64_t parts() const { return rows_as_taps() || has_bands() ? R : gathers() ? 1 : taps(); }
+  // Tiles take whole rows of themselves.
+  int64_t parts() const {
+    if (tiles) return C < 16 ? 1 : taps();  // few channels: all taps of a pixel together
+    return rows_as_taps() || has_bands() ? R : gathers() ? 1 : taps();
+  }
   int64_t depth() const {
+    if (tiles) return divide_up(taps() * C / parts(), TILE_NUMBERS) * TILE_NUMBERS / 2;
     const int64_t numbers = has_bands() ? S * band_channels() : taps() * C / parts();
     return divide_up(numbers, pairs ? 2 : 1);
   }
@@ -106,14 +114,16 @@ struct Cut {
 
   // Blocks have at most `most` rows, whose operand stays in the second cache. Where these are fewer
   // than threads, they are made smaller, or the panels are split: `by_panels` says that this comes
-  // first, since it saves reading all weights in every thread.
-  Cut(int64_t rows, int64_t most, int64_t panels, int64_t threads, bool by_panels)
+  // first, since it saves reading all weights in every thread. Fewer rows than `least` are not
+  // worth a block.
+  Cut(int64_t rows, int64_t most, int64_t panels, int64_t threads, bool by_panels,
+      int64_t least = 6)
       : rows(rows), panels(panels), blocks(divide_up(std::max<int64_t>(rows, 1), most)) {
     by_panels = by_panels && threads % blocks == 0 && panels >= 4 * (threads / blocks);
     if (blocks > threads) {
       blocks = divide_up(blocks, threads) * threads;
     } else if (!by_panels) {
-      blocks = std::max(blocks, std::min(threads, divide_up(rows, 6)));
+      blocks = std::max(blocks, std::min(threads, divide_up(rows, least)));
     }
     splits = std::max<int64_t>(1, std::min(panels, divide_up(threads, blocks)));
   }

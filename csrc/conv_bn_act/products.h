@@ -279,6 +279,7 @@ CVK_INLINE bfloat16 number_of(float value, bfloat16) { return Number<bfloat16>::
 // `count` neighbouring numbers of x, as the products take them.
 template <typename T, typename E>
 CVK_TARGET static void convert(const T* x, int64_t count, E* to) {
+  if constexpr (std::is_same_v<T, E>) return copy(x, count, to);
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES) store(to + i, load(x + i));
   for (; i < count; ++i) to[i] = number_of(Number<T>::widen(x[i]), E{});

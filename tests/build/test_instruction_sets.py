@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cvkernels import extension
+from cvkernels.freeze.backends import possible
 from cvkernels.functional import depthwise_conv_bn_act
 from cvkernels.ops.common.dispatch import Call
 from cvkernels.ops.conv_bn_act import native
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALGORITHMS = {
-    "direct": native.DIRECT, "pairs": native.PAIRS,
+    "direct": native.DIRECT, "pairs": native.PAIRS, "tiles": native.TILES,
     **{f"F(2x{width})": width for width in native.WINOGRAD},
 }  # fmt: skip
 CONVS = {
@@ -36,7 +37,7 @@ CONVS = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16", "amx"])
 def instruction_set(request):
     if request.param not in extension.instruction_sets():
         pytest.skip(f"the processor has no {request.param}")
@@ -88,7 +89,7 @@ def test_what_surrounds_the_products(conv, algorithm, act, dtype, instruction_se
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("algorithm", ["direct", "pairs"])
+@pytest.mark.parametrize("algorithm", ["direct", "pairs", "tiles"])
 @pytest.mark.parametrize("C", [3, 17, 18, 32])
 def test_nan_and_infinity_stay_in_their_windows(C, algorithm, dtype, value, instruction_set):
     """Also those beside the half of a pair, and beside a row of an image."""
@@ -101,17 +102,29 @@ def test_nan_and_infinity_stay_in_their_windows(C, algorithm, dtype, value, inst
     assert torch.equal(y.isfinite(), ~inside)
 
 
+@pytest.mark.parametrize("algorithm", ["pairs", "tiles"])
 @pytest.mark.parametrize("C", [3, 17, 32])
-def test_bits_of_pairs_do_not_depend_on_threads(C):
+def test_bits_of_pairs_do_not_depend_on_threads(C, algorithm):
     args, options = make_inputs(Conv(C, 15, 17, 80, 3, 3, 1, 1), torch.bfloat16)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(by(native.PAIRS)(*args, **options))
+            results.append(by(ALGORITHMS[algorithm])(*args, **options))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("algorithm", native.INSTRUCTIONS)
+def test_missing_instructions_are_not_chosen_from(algorithm):
+    args, options = make_inputs(Conv(64, 14, 14, 64), torch.bfloat16, torch.channels_last)
+    problem, cpu = problem_of(*args, **options), torch.device("cpu")
+    name = {native.PAIRS: "native pairs", native.TILES: "native tiles"}[algorithm]
+    with extension.limited_to("baseline"):
+        assert name not in [backend.name for backend in possible(problem, cpu)]
+    has = native.INSTRUCTIONS[algorithm] in extension.instruction_sets()
+    assert has == (name in [backend.name for backend in possible(problem, cpu)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -146,7 +159,7 @@ def test_depthwise_convolutions(case, act, dtype, instruction_set):
 
 def test_sets_are_in_order_and_can_be_limited():
     sets = extension.instruction_sets()
-    assert sets == ("baseline", "avx2", "avx512", "avx512_bf16")[: len(sets)]
+    assert sets == ("baseline", "avx2", "avx512", "avx512_bf16", "amx")[: len(sets)]
     for a, b in itertools.pairwise(sets):
         with extension.limited_to(a):
             assert extension.instruction_sets()[-1] == a
@@ -165,4 +178,7 @@ def test_the_algorithm_depends_on_the_instruction_set():
     with extension.limited_to("baseline"):
         assert native.algorithm_of(problem) == native.DIRECT
     if "avx512_bf16" in extension.instruction_sets():
-        assert native.algorithm_of(problem) == native.PAIRS
+        with extension.limited_to("avx512_bf16"):
+            assert native.algorithm_of(problem) == native.PAIRS
+    if "amx" in extension.instruction_sets():
+        assert native.algorithm_of(problem) == native.TILES

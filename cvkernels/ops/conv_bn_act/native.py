@@ -52,9 +52,11 @@ FILTER_POINTS = {
 }
 
 
-# The algorithms: a direct sum of products of floats, or of pairs of bfloat16, and Winograd's by the
-# width of its tiles, which are 2 high. csrc/conv_bn_act/cpu.cpp counts them so, too.
-DIRECT, PAIRS, WINOGRAD = 0, 1, (2, 4)
+# The algorithms: a direct sum of products of floats, of pairs of bfloat16, or of AMX tiles of them,
+# and Winograd's by the width of its tiles, which are 2 high. csrc/conv_bn_act/cpu.cpp counts them
+# so, too.
+DIRECT, PAIRS, TILES, WINOGRAD = 0, 1, 3, (2, 4)
+INSTRUCTIONS = {PAIRS: "avx512_bf16", TILES: "amx"}  # without these, plain C++ stands in
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # A model of the time that a convolution takes on one core, in nanoseconds, for the choice between
@@ -62,14 +64,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # tile per point and channel. Measured with AVX2; the ratios are what matters.
 PRODUCTS, BYTES = 44.0, 12.0
 TRANSFORM = {2: 0.17, 4: 0.36}
-PRODUCTS_OF_PAIRS = 88.0  # where the processor multiplies them
+PRODUCTS_OF_PAIRS, PRODUCTS_OF_TILES = 88.0, 600.0  # where the processor multiplies them
+
+TILE = 32  # numbers that a tile multiplies at once
+FEW = 16  # channels, so few of which are gathered with all taps for that
 
 
 def algorithms(problem: Problem) -> tuple[int, ...]:
     """Those that can run ``problem``."""
     found = [DIRECT]
     if problem.dtype == torch.bfloat16:
-        found.append(PAIRS)
+        found += PAIRS, TILES
     kind = (problem.R, problem.S, *problem.stride, *problem.dilation)
     if kind == (3, 3, 1, 1, 1, 1) and not problem.has_prologue and problem.C >= PANEL:
         found += WINOGRAD
@@ -77,27 +82,41 @@ def algorithms(problem: Problem) -> tuple[int, ...]:
 
 
 def algorithm_of(problem: Problem) -> int:
-    """The one of :func:`algorithms` that takes the least time, by a model of it; pairs only where
-    the processor multiplies them."""
+    """The one of :func:`algorithms` that takes the least time, by a model of it."""
     if not problem.bytes_written:
         return DIRECT
     taps = problem.R * problem.S
-    possible = algorithms(problem)
-    if "avx512_bf16" not in extension.instruction_sets():
-        possible = tuple(algorithm for algorithm in possible if algorithm != PAIRS)
+    possible = [algorithm for algorithm in algorithms(problem) if not emulates(algorithm)]
+    pixels = problem.N * problem.P * problem.Q
 
     def cost(algorithm: int) -> float:
         """Time per pair of an input and an output channel."""
-        if algorithm in (DIRECT, PAIRS):
-            pairs = algorithm == PAIRS
-            rate = PRODUCTS_OF_PAIRS if pairs else PRODUCTS
-            return taps * (problem.N * problem.P * problem.Q / rate + (2 if pairs else 4) / BYTES)
+        if algorithm == DIRECT:
+            return taps * (pixels / PRODUCTS + 4 / BYTES)
+        if algorithm == PAIRS:
+            return taps * (pixels / PRODUCTS_OF_PAIRS + 2 / BYTES)
+        if algorithm == TILES:
+            depth = rows_of_tiles(problem.C, taps) * TILE
+            return depth / problem.C * (pixels / PRODUCTS_OF_TILES + 2 / BYTES)
         tiles = problem.N * -(-problem.P // 2) * -(-problem.Q // algorithm)
         points = 4 * (algorithm + 2)
         transforms = TRANSFORM[algorithm] * (1 / problem.C + 1 / problem.K)
         return points * (tiles * (1 / PRODUCTS + transforms) + 4 / BYTES)
 
     return min(possible, key=cost)
+
+
+def emulates(algorithm: int) -> str:
+    """Why plain C++ would stand in for an algorithm's instructions; empty where it does not."""
+    name = INSTRUCTIONS.get(algorithm)
+    if name is None or name in extension.instruction_sets():
+        return ""
+    return f"the processor or the operating system has no {name}"
+
+
+def rows_of_tiles(C: int, taps: int) -> int:
+    """Tiles that hold the taps of a filter: each tap has its own but where channels are few."""
+    return -(-taps * C // TILE) if C < FEW else taps * -(-C // TILE)
 
 
 def lacks(dtype: torch.dtype, groups: int) -> str:
@@ -119,9 +138,9 @@ def why_not(problem: Problem) -> str:
 @functools.cache
 def left_to_onednn(dtype: torch.dtype) -> str:
     """Why "auto" leaves convolutions in ``dtype`` to oneDNN; empty where it does not."""
-    if dtype.itemsize == 2 and torch.cpu._is_amx_tile_supported() and not onednn.lacks(dtype):
-        return "oneDNN multiplies 16-bit numbers by AMX here"
-    return ""
+    # Processors with AMX multiply float16, too, and the native convolution widens it to float32.
+    half = dtype == torch.float16 and torch.cpu._is_amx_tile_supported()
+    return "oneDNN multiplies float16 as it is here" if half and not onednn.lacks(dtype) else ""
 
 
 def converts(x: Tensor) -> bool:
@@ -229,8 +248,9 @@ def pack(weight: Tensor, algorithm: int, bands: bool = False) -> Tensor:
     """weight[K, C, R, S] as [K/16, R, S, C, 16], or at Winograd's points [points, K/16, C, 16].
 
     Of pairs as [K/16, R * S * C / 2, 16, 2] in bfloat16, which is given as floats of as many bits;
-    with ``bands`` each tap has whole pairs. The filters are transformed in float64. Channels past K
-    are zero, and so is the half of a pair.
+    with ``bands`` each tap has whole pairs, and for tiles each tap, or each filter of few channels,
+    whole rows of them. The filters are transformed in float64. Channels past K are zero, and so is
+    what completes pairs and rows.
     """
     with torch.no_grad():
         K, C = weight.shape[:2]
@@ -238,11 +258,13 @@ def pack(weight: Tensor, algorithm: int, bands: bool = False) -> Tensor:
         panels = whole.unflatten(0, (-1, PANEL))  # [K/16, 16, C, R, S]
         if algorithm == DIRECT:
             return panels.permute(0, 3, 4, 2, 1).contiguous()
-        if algorithm == PAIRS:
+        if algorithm in (PAIRS, TILES):
             taps = panels.bfloat16().permute(0, 3, 4, 2, 1)  # [K/16, R, S, C, 16]
-            taps = F.pad(taps, (0, 0, 0, 1)) if bands and C % 2 else taps
+            whole_taps = bands and algorithm == PAIRS or C >= FEW and algorithm == TILES
+            step = 2 if algorithm == PAIRS else TILE
+            taps = F.pad(taps, (0, 0, 0, -C % step)) if whole_taps else taps
             rows = taps.flatten(1, 3)
-            rows = F.pad(rows, (0, 0, 0, 1)) if rows.shape[1] % 2 else rows
+            rows = F.pad(rows, (0, 0, 0, -rows.shape[1] % step))
             pairs = rows.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
             return pairs.view(torch.float32)
         sides = (WINOGRAD[0], algorithm)

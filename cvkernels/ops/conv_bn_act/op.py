@@ -118,12 +118,12 @@ def conv_bn_act(
             convolution, whichever the table of measured shapes or the heuristic names (Triton
             missing: cuDNN, else the reference); a 3x3 of few output channels in a 16-bit dtype runs
             in CUDA C++ ("halo"). On CPU tensors it runs the native convolution, in all dtypes but
-            float64, without groups: in bfloat16 by pairs where the processor multiplies these
-            (AVX512-BF16), else by floats, and a 3x3 of stride 1 by Winograd's minimal filtering
-            where a model of its cost says so. oneDNN's, which has no prologue, runs the others, and
-            the half dtypes where it multiplies them by AMX. The reference runs when a gradient is
-            needed, for float64, where oneDNN would hide a NaN or infinity in an image (C <= 4), and
-            under torch.compile (inductor fuses it there).
+            float64, without groups: in bfloat16 by AMX tiles or by pairs (AVX512-BF16)
+            where the processor has them, else by floats, and a 3x3 of stride 1 by Winograd's
+            minimal filtering where a model of its cost says so. oneDNN's, which has no prologue,
+            runs the others, and float16 on processors with AMX. The reference runs when a gradient
+            is needed, for float64, where oneDNN would hide a NaN or infinity in an image (C <= 4),
+            and under torch.compile (inductor fuses it there).
 
     Returns:
         Tensor[N, K, P, Q], dtype of x (of autocast, where it is active), channels_last; the
@@ -299,8 +299,9 @@ def _native_by(name: str, algorithm: int) -> Implementation:
 
     def refuses(problem: Problem, call: Call) -> str:
         reason, others = _on_cpu(native.why_not)(problem, call), native.algorithms(problem)
-        known = len(others) > 1 and algorithm in others
-        return reason or ("" if known else "there is no such choice")
+        if reason or len(others) == 1 or algorithm not in others:
+            return reason or "there is no such choice"
+        return native.emulates(algorithm)
 
     plan = _fused(functools.partial(native.plan, algorithm=algorithm))
     return Implementation(name, refuses, plan, device=None)
@@ -322,6 +323,7 @@ TABLE = Table(
     Implementation("native", _why_not_native, _fused(native.plan), "compiled for CPU", "cpu"),
     _native_by("native direct", native.DIRECT),
     _native_by("native pairs", native.PAIRS),
+    _native_by("native tiles", native.TILES),
     *(_native_by(f"native F(2x{width})", width) for width in native.WINOGRAD),
     Implementation("onednn", _on_cpu(onednn.why_not), _fused(onednn.plan), "fused on CPU", "cpu"),
     reference(_plan_reference),

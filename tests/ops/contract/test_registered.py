@@ -198,7 +198,7 @@ REFUSED = {
         ("out must be channels_last or a channel slice", lambda a: {"out": a["out"].contiguous()}),
         ("residual must be channels_last", lambda a: {"residual": a["x"].contiguous()}),
         ("x must have channels", lambda a: {"x": a["x"][:, :0]}),
-        ("algorithm must be 0, 1, 2 or 4, got 3", lambda a: {"algorithm": 3}),
+        ("algorithm must be between 0 and 4, got 5", lambda a: {"algorithm": 5}),
         ("need a 3x3 kernel of stride 1", lambda a: {"algorithm": 4}),
         ("act must be between 0 and 3, got 4", lambda a: {"act": 4}),
         (r"no window fits x of shape \[2, 8, 4, 4\]", lambda a: {"kernel_h": 9}),
