@@ -40,6 +40,7 @@ from cvkernels.ops.common.layout import (
     gives_channels_last,
     new_channels_last,
 )
+from cvkernels.ops.common.recycled import maker
 from cvkernels.ops.conv_bn_act.op import supports_prologue_and_slices
 
 
@@ -329,7 +330,8 @@ class DenseBlock(nn.ModuleDict, ConcatBlock):
     def concat_buffer(self, x: Tensor, shape: Sequence[int]) -> ConcatBuffer | None:
         plans = self.plans_of(x, self)
         if plans is not None and (plan := plans.get(x, (tuple(shape),))) is not None:
-            return ConcatBuffer(self._new_buffer(x, shape), shape[1], plan)
+            new_buffer, append = plan
+            return ConcatBuffer(new_buffer(), shape[1], append)
         if self._why_not_append(x):
             return None
         guard = None if plans is None else guard_of(x, list(self.modules()))
@@ -337,7 +339,7 @@ class DenseBlock(nn.ModuleDict, ConcatBlock):
         def fill(buffer: Tensor) -> Tensor:
             repeat = self._append(buffer, shape[1], guard is not None)
             if repeat is not None:
-                plans.keep(guard, repeat, x, (tuple(shape),))
+                plans.keep(guard, (maker(buffer), repeat), x, (tuple(shape),))
             return buffer
 
         return ConcatBuffer(self._new_buffer(x, shape), shape[1], fill)

@@ -31,6 +31,7 @@ from cvkernels.nn.training.concat_and_pool import concatenated
 from cvkernels.nn.training.conv_bn_act import siblings
 from cvkernels.nn.training.match import why_not_train_conv_bn_act
 from cvkernels.ops.common.layout import new_channels_last
+from cvkernels.ops.common.recycled import maker
 from cvkernels.ops.conv_bn_act.op import IMPLEMENTATIONS, supports_prologue_and_slices
 
 SEQUENCES = (nn.Sequential.forward, FusedSequential.forward)
@@ -190,17 +191,18 @@ class _InPlace:
         widths = [layer.conv.weight.shape[0] for layer in self.following]
         starts = [self.first + sum(widths[:index]) for index in range(len(widths))]
         self.slices = [(a, a + width) for a, width in zip(starts, widths, strict=True)]
-        self.total = self.first + sum(widths)
+        total = self.first + sum(widths) + (self.reduced if self.shares else 0)
+        self.new_buffer = maker(self._new(x, total))
         self.runs: dict[object, Callable[..., Tensor]] = {}
 
     def __call__(self, block: Inception, x: Tensor) -> Tensor:
         end = self.reduced + self.first
         if self.shares:
-            shared = self._new(x, self.reduced + self.total)
+            shared = self.new_buffer()
             merged, buffer = shared[:, :end], shared[:, self.reduced :]
             self._siblings(block, x, merged)
         else:
-            merged, buffer = self._siblings(block, x, None), self._new(x, self.total)
+            merged, buffer = self._siblings(block, x, None), self.new_buffer()
             dense_concat(buffer, merged[:, self.reduced :], 0)
         reduced3, reduced5 = merged[:, : self.reduced3], merged[:, self.reduced3 : self.reduced]
         inputs = (reduced3, reduced5, self._pooled(x))

@@ -15,6 +15,7 @@ from cvkernels.ops.common.autograd import mark_written
 from cvkernels.ops.common.dispatch import Call
 from cvkernels.ops.common.errors import InputTypeError, InputValueError
 from cvkernels.ops.common.layout import format_of, is_nhwc
+from cvkernels.ops.common.recycled import maker
 from cvkernels.ops.common.traffic import Traffic, touched_positions
 
 DTYPES = native.DTYPES["cpu"]
@@ -173,13 +174,12 @@ def plan_native(
     if not native.directs(call) or not call.x.shape[0]:
         return run
     x, y = call.x, compute(call.x) if out is None else out
-    work, like = native.direct(lambda: into(x, y)), native.template(y)
+    work, new_result = native.direct(lambda: into(x, y)), maker(y)
     between = [0 if t is None else t.data_ptr() for t in vectors]
-    fresh = torch.empty_like
 
     def run_directly(x, out=None):
         if out is None:
-            y = fresh(like)
+            y = new_result()
         else:
             y = out
             mark_written(out)

@@ -21,6 +21,7 @@ from cvkernels.ops.common.derived_weights import DerivedWeights, derived
 from cvkernels.ops.common.dispatch import Call
 from cvkernels.ops.common.layout import is_pixel_matrix
 from cvkernels.ops.common.norm import fold, scale_shift, sources_of
+from cvkernels.ops.common.recycled import maker
 from cvkernels.ops.conv_bn_act import onednn
 from cvkernels.ops.conv_bn_act.problem import Parameters, Problem
 
@@ -202,12 +203,12 @@ def _direct(
         y = torch.empty(size, dtype=problem.dtype, memory_format=layout)
     work = native.direct(lambda: run(x, residual, gate, y, output_gate))
     weight, shift, affine = (0 if t is None else t.data_ptr() for t in held)
-    result, fresh = native.template(y), torch.empty_like
+    new_result = maker(y)
 
     def run_directly(x, residual=None, input_gate=None, out=None, output_gate=None):
         if nchw:
             x = x.contiguous(memory_format=layout)
-        y = fresh(result) if out is None else out
+        y = new_result() if out is None else out
         work(
             x.data_ptr(), weight, shift, y.data_ptr(),
             0 if residual is None else residual.data_ptr(), affine,

@@ -14,6 +14,7 @@ from cvkernels.ops.common.activation import code
 from cvkernels.ops.common.derived_weights import DerivedWeights, derived
 from cvkernels.ops.common.dispatch import Call
 from cvkernels.ops.common.norm import BatchNormParams, scale_shift, sources_of
+from cvkernels.ops.common.recycled import maker
 from cvkernels.ops.conv_bn_act.problem import Parameters, Problem
 from cvkernels.ops.depthwise_conv_bn_act.problem import DepthwiseProblem
 
@@ -76,16 +77,15 @@ def plan(
         sums = x.new_empty((size[0], size[3]), dtype=torch.float32)
     work = native.direct(lambda: convolve(x, taps, affine, *options, out, sums))
     weights = (taps.data_ptr(), affine.data_ptr())
-    like_out = native.template(out.permute(0, 3, 1, 2))
-    like_sums = None if sums is None else native.template(sums)
-    fresh = torch.empty_like
+    new_out = maker(out.permute(0, 3, 1, 2))
+    new_sums = None if sums is None else maker(sums)
 
     def run_directly(x):
-        out = fresh(like_out)
-        if like_sums is None:
+        out = new_out()
+        if new_sums is None:
             work(x.data_ptr(), *weights, out.data_ptr(), 0)
             return out, None
-        sums = fresh(like_sums)
+        sums = new_sums()
         work(x.data_ptr(), *weights, out.data_ptr(), sums.data_ptr())
         return out, sums
 

@@ -16,6 +16,7 @@ from cvkernels.ops.common import native
 from cvkernels.ops.common.autograd import mark_written
 from cvkernels.ops.common.dispatch import Call
 from cvkernels.ops.common.layout import fits, fitting, is_nhwc, new_like
+from cvkernels.ops.common.recycled import maker
 from cvkernels.ops.squeeze_excite.problem import Layers, Problem
 
 ACTS = {"none": 0, "relu": 1, "silu": 3}  # as csrc/common/act.h counts them
@@ -43,7 +44,6 @@ se_scale_out = torch.ops.cvkernels.se_scale_native_out.default
 squeeze_excite_out = torch.ops.cvkernels.squeeze_excite_native_out.default
 
 OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
-_fresh = torch.empty_like
 
 
 def matrices(
@@ -87,10 +87,10 @@ def plan_squeeze(problem: Problem, call: Call) -> Callable[..., Tensor]:
     if not _directs(problem, call):
         return run
     x, out = call.x, call.x.new_empty(call.x.shape[:2])
-    work, like, fresh = native.direct(lambda: squeeze_out(x, out)), native.template(out), _fresh
+    work, new_out = native.direct(lambda: squeeze_out(x, out)), maker(out)
 
     def run_directly(x):
-        out = fresh(like)
+        out = new_out()
         work(x.data_ptr(), out.data_ptr())
         return out
 
@@ -110,10 +110,10 @@ def plan_excite(problem: Problem, call: Call) -> Callable[..., Tensor]:
     work = native.direct(lambda: run(weights, x))
     dtype = x.dtype if problem.pixels is None else weights[0].dtype
     out = x.new_empty(len(x), problem.K, dtype=dtype)
-    like, fresh = native.template(out), _fresh
+    new_out = maker(out)
 
     def run_directly(layers, pooled):
-        out = fresh(like)
+        out = new_out()
         work(pooled.data_ptr(), *[0 if t is None else t.data_ptr() for t in layers], out.data_ptr())
         return out
 
@@ -135,10 +135,10 @@ def plan_se_scale(problem: Problem, call: Call) -> Callable[..., Tensor]:
         return writing(run, _fits(problem, call.x))
     x, gate, residual, out = call.x, problem.gate, problem.residual, problem.out
     y = new_like(x) if out is None else out
-    work, like, fresh = native.direct(lambda: run(x, gate, residual, y)), native.template(y), _fresh
+    work, new_result = native.direct(lambda: run(x, gate, residual, y)), maker(y)
 
     def run_directly(x, gate, residual=None, out=None):
-        y = fresh(like) if out is None else out
+        y = new_result() if out is None else out
         if out is not None:
             mark_written(out)
         r = 0 if residual is None else residual.data_ptr()
@@ -165,10 +165,10 @@ def plan_squeeze_excite(problem: Problem, call: Call) -> Callable[..., Tensor]:
     x, weights, residual, out = call.x, _detached(problem), problem.residual, problem.out
     y = new_like(x) if out is None else out
     work = native.direct(lambda: run(weights, x, residual, y))
-    like, fresh = native.template(y), _fresh
+    new_result = maker(y)
 
     def run_directly(layers, x, residual=None, out=None):
-        y = fresh(like) if out is None else out
+        y = new_result() if out is None else out
         if out is not None:
             mark_written(out)
         r = 0 if residual is None else residual.data_ptr()

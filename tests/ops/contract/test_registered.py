@@ -47,7 +47,8 @@ def make_x(device, shape=(2, 16, 5, 6)):
 def test_the_table_has_every_registered_op(native):
     names = (schema.name.split("::") for schema in torch._C._jit_get_all_schemas())
     registered = {name for library, name in names if library == "cvkernels"}
-    assert registered == set(OPS) | ON_CUDA_ALONE
+    unwritten = {"recycled"}  # its result may hold anything: nn/test_recycled.py
+    assert registered == set(OPS) | ON_CUDA_ALONE | unwritten
 
 
 def leaves_of(arguments):
