@@ -23,14 +23,18 @@ CVK_INLINE V load(const bfloat16* p) {
   return __builtin_bit_cast(V, __builtin_convertvector(bits, Bits) << 16);
 }
 
-// Rounds to nearest, ties to even.
+// v as bfloat16, in 32 bits each: rounded to nearest, ties to even.
+CVK_INLINE Bits rounded(V v) {
+  const Bits bits = __builtin_bit_cast(Bits, v);
+  const Bits nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return v == v ? nearest : (Bits{} + 0x7fc0);
+}
+
 CVK_INLINE void store(bfloat16* p, V v) {
 #if defined(HAS_DOTS)
   const __m256bh half = _mm512_cvtneps_pbh(__builtin_bit_cast(__m512, v));
 #else
-  const Bits bits = __builtin_bit_cast(Bits, v);
-  const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const Bits kept = v == v ? rounded : (Bits{} + 0x7fc0);
+  const Bits kept = rounded(v);
 #if LANES == 8
   const __m256i words = _mm256_packus_epi32((__m256i)kept, (__m256i)kept);
   const __m128i half = _mm256_castsi256_si128(_mm256_permute4x64_epi64(words, 0x08));
@@ -64,6 +68,20 @@ CVK_INLINE void store(float16* p, V v) {
   store(lanes, v);
   for (int i = 0; i < LANES; ++i) p[i] = Number<float16>::narrow(lanes[i]);
 #endif
+}
+
+// Two vectors, the first at p.
+template <typename T>
+CVK_INLINE void store(T* p, V first, V second) {
+#if LANES == 8
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    const __m256i words = _mm256_packus_epi32((__m256i)rounded(first), (__m256i)rounded(second));
+    _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(words, 0xd8));
+    return;
+  }
+#endif
+  store(p, first);
+  store(p + LANES, second);
 }
 
 // The `kept` first elements at p, and zeros.

@@ -63,7 +63,7 @@ void run_direct(const Problem& problem, Convolve convolve) {
     const int64_t pixels = cut.block();
     const int64_t rows_of_pixels = cut.block() / problem.Q + 2;
     const int64_t width = pixels * problem.stride_w + rows_of_pixels * problem.S;
-    gathered = problem.R * width * problem.band_channels() / 2;
+    gathered = problem.R * width * problem.band_channels() / (problem.pairs ? 2 : 1);
   }
   const int64_t pointers =
       whole_lines(divide_up(sizeof(U*), sizeof(float)) * cut.block() * problem.parts());
@@ -215,6 +215,7 @@ void conv_bn_act_native(const Tensor& x, const Tensor& weight, const Tensor& shi
   problem.has_prologue = input_affine.has_value() || input_gate.has_value();
   problem.pairs = pairs;
   problem.tiles = algorithm == TILES;
+  problem.pairs_weights = dtype == ScalarType::BFloat16 && !is_winograd;
   problem.widens = !problem.pairs && dtype != ScalarType::Float;
   const auto fits = [&](const Tensor& tensor) {
     return tensor.dim() == 4 && tensor.size(0) == problem.N && tensor.size(1) == problem.K &&

@@ -23,9 +23,9 @@ struct Problem {
   int64_t x_stride_n, x_stride_c, x_stride_h, x_stride_w;
   int64_t out_stride, residual_stride;
   bool has_prologue;
-  // Whether the products are of floats, and x is not; whether they are of pairs of bfloat16; and
-  // whether tiles take many of those at once.
-  bool widens, pairs, tiles;
+  // Whether the products are of floats, and x is not; whether they are of pairs of bfloat16;
+  // whether tiles take many of those at once; and whether weights are such pairs in any case.
+  bool widens, pairs, tiles, pairs_weights;
 
   int64_t taps() const { return R * S; }
   int64_t pixels() const { return N * P * Q; }
@@ -50,12 +50,12 @@ struct Problem {
     return gathers() && rows_together() && !widens && !tiles && !(pairs && S * C % 2 != 0);
   }
 
-  // Whether the rows of x that a row of pixels reads are copied with a channel more: few channels
-  // that are not whole pairs, as of an image.
+  // Whether the rows of x that a row of pixels reads are copied, with few channels, as of an image:
+  // as floats, or with a channel more for whole pairs.
   bool has_bands() const {
-    return pairs && !tiles && C % 2 != 0 && C < 16 && !has_prologue && dilation_w == 1;
+    return (pairs ? C % 2 != 0 : widens) && !tiles && C < 16 && !has_prologue && dilation_w == 1;
   }
-  int64_t band_channels() const { return C + 1; }
+  int64_t band_channels() const { return pairs ? C + 1 : C; }
 
   // Of a pixel's operand, the parts that lie apart, and the factors of each: floats, or pairs.
   // Tiles take whole rows of themselves.
@@ -66,15 +66,17 @@ struct Problem {
   int64_t depth() const {
     if (tiles) return divide_up(taps() * C / parts(), TILE_NUMBERS) * TILE_NUMBERS / 2;
     const int64_t numbers = has_bands() ? S * band_channels() : taps() * C / parts();
-    return divide_up(numbers, pairs ? 2 : 1);
+    return pairs ? divide_up(numbers, 2) : numbers;
   }
 
-  // Factors of a panel of weights: rows of PANEL.
-  int64_t panel_size() const { return parts() * depth() * PANEL; }
+  // A panel of weights, of 32 bits: rows of PANEL, in pairs one for two numbers of a part.
+  int64_t panel_size() const {
+    return parts() * (pairs_weights && !pairs ? divide_up(depth(), 2) : depth()) * PANEL;
+  }
 };
 
-// x, out and residual start at their first element. Direct: weight[panels, R, S, C, PANEL], of
-// pairs weight[panels, parts * depth, PANEL] of the same with bands' channels. Winograd:
+// x, out and residual start at their first element. Direct: weight[panels, R, S, C, PANEL], in
+// pairs weight[panels, rows, PANEL] of the same, with bands' channels. Winograd:
 // weight[points, panels, C, PANEL]. shift[panels * PANEL]. Without an affine map before the
 // convolution, input_scale and input_shift are null; gate[N, C] and output_gate[N, K] likewise.
 template <typename T>

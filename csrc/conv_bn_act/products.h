@@ -69,12 +69,19 @@ CVK_INLINE void add_totals(V* sums, const float* totals) {
   }
 }
 
-template <int WIDTH, int INDEX = 0>
+// What is loaded of weights: all of each 32 bits, or the first or second bfloat16 in them.
+enum class Word { BOTH, FIRST, SECOND };
+
+template <Word WORD, int WIDTH, int INDEX = 0>
 CVK_INLINE void load_weights(V* b, const float* weight, int64_t panel_size) {
   if constexpr (INDEX < WIDTH) {
     constexpr int column = INDEX * LANES;
-    b[INDEX] = load(weight + column / PANEL * panel_size + column % PANEL);
-    load_weights<WIDTH, INDEX + 1>(b, weight, panel_size);
+    const V both = load(weight + column / PANEL * panel_size + column % PANEL);
+    const Bits bits = __builtin_bit_cast(Bits, both);
+    if constexpr (WORD == Word::BOTH) b[INDEX] = both;
+    if constexpr (WORD == Word::FIRST) b[INDEX] = __builtin_bit_cast(V, bits << 16);
+    if constexpr (WORD == Word::SECOND) b[INDEX] = __builtin_bit_cast(V, bits & 0xffff0000u);
+    load_weights<WORD, WIDTH, INDEX + 1>(b, weight, panel_size);
   }
 }
 
@@ -120,25 +127,35 @@ struct Epilogue {
   }
 };
 
+template <int INDEX, int WIDTH, typename T>
+CVK_INLINE V finished(const V* sums, const Epilogue<T>& epilogue, const V* shift, V low, V high) {
+  constexpr int row = INDEX / WIDTH, column = INDEX % WIDTH * LANES;
+  V y = sums[INDEX] + shift[INDEX % WIDTH];
+  if (epilogue.gates != nullptr) y = y * load(epilogue.gates[row] + column);
+  if (epilogue.residual != nullptr)
+    y += load(epilogue.residual + row * epilogue.residual_stride + column);
+  y = y < low ? low : y;  // a NaN stays one
+  return y > high ? high : y;
+}
+
 template <int HEIGHT, int WIDTH, int INDEX = 0, typename T>
 CVK_INLINE void finish_sums(const V* sums, const Epilogue<T>& epilogue, const V* shift, V low,
                             V high) {
   if constexpr (INDEX < HEIGHT * WIDTH) {
-    constexpr int row = INDEX / WIDTH, column = INDEX % WIDTH * LANES;
-    V y = sums[INDEX] + shift[INDEX % WIDTH];
-    if (epilogue.gates != nullptr) y = y * load(epilogue.gates[row] + column);
-    if (epilogue.residual != nullptr)
-      y += load(epilogue.residual + row * epilogue.residual_stride + column);
-    y = y < low ? low : y;  // a NaN stays one
-    y = y > high ? high : y;
-    store(epilogue.to + row * epilogue.to_stride + column, y);
-    finish_sums<HEIGHT, WIDTH, INDEX + 1>(sums, epilogue, shift, low, high);
+    T* const to = epilogue.to + INDEX / WIDTH * epilogue.to_stride + INDEX % WIDTH * LANES;
+    const V y = finished<INDEX, WIDTH>(sums, epilogue, shift, low, high);
+    if constexpr (WIDTH > 1)
+      store(to, y, finished<INDEX + 1, WIDTH>(sums, epilogue, shift, low, high));
+    else
+      store(to, y);
+    finish_sums<HEIGHT, WIDTH, INDEX + std::min(WIDTH, 2)>(sums, epilogue, shift, low, high);
   }
 }
 
 // The sums over parts and factors of operand[part * stride + row][c] * weight[part, c, column], for
 // a tile of HEIGHT rows and WIDTH vectors of columns. operand holds pointers to the first of
-// `depth` factors; a part whose rows are all `zeros` is left out.
+// `depth` factors; a part whose rows are all `zeros` is left out. The weights of floats for
+// bfloat16 are pairs of it, half as many bytes.
 template <typename T, typename U, int HEIGHT, int WIDTH>
 CVK_TARGET static void multiply(const U* const* operand, int64_t stride, int64_t parts,
                                 int64_t depth, const float* weight, int64_t panel_size,
@@ -148,20 +165,40 @@ CVK_TARGET static void multiply(const U* const* operand, int64_t stride, int64_t
   const bool has_totals = parts * depth > SUMMED;
   alignas(64) float totals[HEIGHT * WIDTH * LANES];
   if (has_totals) std::fill_n(totals, HEIGHT * WIDTH * LANES, 0.0f);
+  constexpr bool PAIRED = std::is_same_v<T, bfloat16> && std::is_same_v<U, float>;
+  constexpr int64_t STEP = PAIRED ? 2 : 1;
   int64_t summed = 0;
   for (int64_t part = 0; part < parts; ++part, operand += stride) {
     const U* rows[HEIGHT];
     load_rows<HEIGHT>(rows, operand);
     const bool is_padding = are_all<HEIGHT>(rows, zeros);
     for (int64_t c = 0, end = 0; c < depth;) {
-      end = std::min(depth, c + SUMMED - summed);
+      end = std::min(depth, c + divide_up(SUMMED - summed, STEP) * STEP);
       summed += end - c;  // also of padding: no sum is to depend on how rows are cut into tiles
-      if (is_padding) weight += (end - c) * PANEL, c = end;
+      if (is_padding) weight += divide_up(end - c, STEP) * PANEL, c = end;
+      if constexpr (PAIRED) {
+#pragma GCC unroll 2
+        for (; c + 1 < end; c += 2, weight += PANEL) {
+          V b[WIDTH];
+          load_weights<Word::FIRST, WIDTH>(b, weight, panel_size);
+          add_products<HEIGHT, WIDTH>(sums, rows, c, b);
+          asm("" : "+r"(weight));  // loaded again: registers are short
+          load_weights<Word::SECOND, WIDTH>(b, weight, panel_size);
+          add_products<HEIGHT, WIDTH>(sums, rows, c + 1, b);
+        }
+        if (c < end) {
+          V b[WIDTH];
+          load_weights<Word::FIRST, WIDTH>(b, weight, panel_size);
+          add_products<HEIGHT, WIDTH>(sums, rows, c, b);
+          ++c, weight += PANEL;
+        }
+      } else {
 #pragma GCC unroll 4
-      for (; c < end; ++c, weight += PANEL) {
-        V b[WIDTH];
-        load_weights<WIDTH>(b, weight, panel_size);
-        add_products<HEIGHT, WIDTH>(sums, rows, c, b);
+        for (; c < end; ++c, weight += PANEL) {
+          V b[WIDTH];
+          load_weights<Word::BOTH, WIDTH>(b, weight, panel_size);
+          add_products<HEIGHT, WIDTH>(sums, rows, c, b);
+        }
       }
       if (summed < SUMMED || !has_totals) continue;
       move_to_totals<HEIGHT * WIDTH>(sums, totals);
@@ -199,6 +236,15 @@ CVK_TARGET static Multiply<T, U> tile_of(int64_t height, int64_t columns, int64_
   return *width = LANES, multiply_of_height<T, U, 1>(height);
 }
 
+template <Act ACT, typename T>
+CVK_INLINE V finished(const float* sums, const float* shift, const T* gate, const T* residual,
+                      int64_t c) {
+  V y = load(sums + c) + load(shift + c);
+  if (gate != nullptr) y = y * load(gate + c);
+  if (residual != nullptr) y += load(residual + c);
+  return activate<ACT, T>(y);
+}
+
 // out = act((sums + shift) * gates + residual) for `height` pixels and the `kept` first of
 // `columns`.
 template <Act ACT, typename T>
@@ -206,15 +252,18 @@ CVK_TARGET static void finish(const Problem& problem, const float* sums, int64_t
                               int64_t height, int64_t columns, int64_t kept, const float* shift,
                               const T* const* gates, const T* residual, T* out) {
   for (int64_t row = 0; row < height; ++row, sums += sums_stride, out += problem.out_stride) {
-    for (int64_t c = 0; c < columns && c < kept; c += LANES) {
-      V y = load(sums + c) + load(shift + c);
+    const T* gate = gates == nullptr ? nullptr : gates[row];
+    int64_t c = 0;
+    for (; c + 2 * LANES <= std::min(columns, kept); c += 2 * LANES)
+      store(out + c, finished<ACT>(sums, shift, gate, residual, c),
+            finished<ACT>(sums, shift, gate, residual, c + LANES));
+    for (; c < columns && c < kept; c += LANES) {
       if (c + LANES <= kept) {
-        if (gates != nullptr) y = y * load(gates[row] + c);
-        if (residual != nullptr) y += load(residual + c);
-        store(out + c, activate<ACT, T>(y));
+        store(out + c, finished<ACT>(sums, shift, gate, residual, c));
         continue;
       }
-      if (gates != nullptr) y = y * load_some(gates[row] + c, kept - c);
+      V y = load(sums + c) + load(shift + c);
+      if (gate != nullptr) y = y * load_some(gate + c, kept - c);
       if (residual != nullptr) y += load_some(residual + c, kept - c);
       store_some(out + c, activate<ACT, T>(y), kept - c);
     }
@@ -355,16 +404,19 @@ CVK_TARGET static void find_bands(const Problem& problem, const Data<T>& data, R
         continue;
       }
       auto* to = numbers_of(bands);
-      std::fill_n(to, first * padded, T{});
-      std::fill(to + last * padded, to + width * padded, T{});
+      using E = std::remove_pointer_t<decltype(to)>;
+      std::fill_n(to, first * padded, E{});
+      std::fill(to + last * padded, to + width * padded, E{});
       const T* x = data.x + n * problem.x_stride_n + h * problem.x_stride_h;
       for (int64_t w = first; w < last; ++w) {
         const T* from = x + (left + w) * problem.x_stride_w;
-        for (int64_t c = 0; c < C; ++c) to[w * padded + c] = from[c * problem.x_stride_c];
-        to[w * padded + C] = T{};
+        for (int64_t c = 0; c < C; ++c)
+          to[w * padded + c] = number_of(Number<T>::widen(from[c * problem.x_stride_c]), E{});
+        std::fill(to + w * padded + C, to + (w + 1) * padded, E{});
       }
-      for (int64_t i = 0; i < pixels; ++i) of_part[i] = bands + i * stride * padded / 2;
-      bands += width * padded / 2;
+      for (int64_t i = 0; i < pixels; ++i)
+        of_part[i] = reinterpret_cast<const U*>(to + i * stride * padded);
+      bands = reinterpret_cast<U*>(to + width * padded);
     }
     row += pixels;
   }
@@ -375,8 +427,7 @@ CVK_TARGET static void find_bands(const Problem& problem, const Data<T>& data, R
 template <typename T, typename U>
 CVK_TARGET static void find_operand(const Problem& problem, const Data<T>& data, Range rows,
                                     const U* zeros, U* gathered, const U** operand) {
-  if constexpr (std::is_same_v<U, Pair>)
-    if (problem.has_bands()) return find_bands(problem, data, rows, zeros, gathered, operand);
+  if (problem.has_bands()) return find_bands(problem, data, rows, zeros, gathered, operand);
   const int64_t count = rows.size(), C = problem.C, R = problem.R, S = problem.S;
   const bool gathers = problem.gathers(), rows_as_taps = problem.rows_as_taps();
   const bool rows_together = problem.rows_together();

@@ -229,45 +229,46 @@ def packed_of(
 
     def build() -> tuple[Tensor, Tensor]:
         folded, shift = fold(weight, bias, bn, torch.float32)
-        return pack(folded, algorithm, bands), F.pad(shift, (0, -shift.shape[0] % PANEL))
+        return pack(folded, algorithm, pairs, bands), F.pad(shift, (0, -shift.shape[0] % PANEL))
 
     def scale_and_shift() -> Tensor:
         like = torch.empty(problem.C, 0)
         return torch.cat(scale_shift(None, input_bn, like, torch.float64)).detach().float()
 
     # Rows of an image get a channel more.
+    pairs = problem.dtype == torch.bfloat16
     bands = problem.C < 16 and not problem.has_prologue and problem.dilation[1] == 1
     sources = sources_of(weight, bias, bn)
-    packed, shift = derived(cache, ("native", algorithm, bands, bn and bn.eps), sources, build)
+    packed, shift = derived(cache, ("native", algorithm, pairs, bands, bn and bn.eps), sources, build)
     if input_bn is None:
         return packed, shift, None
     key = ("native input", input_bn.eps)
     return packed, shift, derived(cache, key, input_bn[:4], scale_and_shift)
 
 
-def pack(weight: Tensor, algorithm: int, bands: bool = False) -> Tensor:
+def pack(weight: Tensor, algorithm: int, pairs: bool = False, bands: bool = False) -> Tensor:
     """weight[K, C, R, S] as [K/16, R, S, C, 16], or at Winograd's points [points, K/16, C, 16].
 
-    Of pairs as [K/16, R * S * C / 2, 16, 2] in bfloat16, which is given as floats of as many bits;
-    with ``bands`` each tap has whole pairs, and for tiles each tap, or each filter of few channels,
-    whole rows of them. The filters are transformed in float64. Channels past K are zero, and so is
-    what completes pairs and rows.
+    In pairs as [K/16, R * S * C / 2, 16, 2] in bfloat16, which is given as floats of as many bits;
+    with ``bands`` each tap has whole pairs, or for products of floats each row of taps, and for
+    tiles each tap, or each filter of few channels, whole rows of them. The filters are transformed
+    in float64. Channels past K are zero, and so is what completes pairs and rows.
     """
     with torch.no_grad():
         K, C = weight.shape[:2]
         whole = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, -K % PANEL)) if K % PANEL else weight
         panels = whole.unflatten(0, (-1, PANEL))  # [K/16, 16, C, R, S]
-        if algorithm == DIRECT:
+        if algorithm == DIRECT and not pairs:
             return panels.permute(0, 3, 4, 2, 1).contiguous()
-        if algorithm in (PAIRS, TILES):
+        if algorithm not in WINOGRAD:
             taps = panels.bfloat16().permute(0, 3, 4, 2, 1)  # [K/16, R, S, C, 16]
+            step = TILE if algorithm == TILES else 2
+            # From which dimension on, [R, S, C] are taken together and completed.
             whole_taps = bands and algorithm == PAIRS or C >= FEW and algorithm == TILES
-            step = 2 if algorithm == PAIRS else TILE
-            taps = F.pad(taps, (0, 0, 0, -C % step)) if whole_taps else taps
-            rows = taps.flatten(1, 3)
-            rows = F.pad(rows, (0, 0, 0, -rows.shape[1] % step))
-            pairs = rows.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
-            return pairs.view(torch.float32)
+            together = 3 if whole_taps else 2 if bands and algorithm == DIRECT else 1
+            rows = taps.flatten(together, 3)
+            rows = F.pad(rows, (0, 0, 0, -rows.shape[-2] % step)).flatten(1, -2)
+            return rows.unflatten(1, (-1, 2)).transpose(2, 3).contiguous().view(torch.float32)
         sides = (WINOGRAD[0], algorithm)
         down, along = (torch.tensor(FILTER_POINTS[side], dtype=torch.float64) for side in sides)
         transform = torch.kron(down, along)  # [points, 9]
