@@ -239,7 +239,8 @@ def packed_of(
     pairs = problem.dtype == torch.bfloat16
     bands = problem.C < 16 and not problem.has_prologue and problem.dilation[1] == 1
     sources = sources_of(weight, bias, bn)
-    packed, shift = derived(cache, ("native", algorithm, pairs, bands, bn and bn.eps), sources, build)
+    form = ("native", algorithm, pairs, bands, bn and bn.eps)
+    packed, shift = derived(cache, form, sources, build)
     if input_bn is None:
         return packed, shift, None
     key = ("native input", input_bn.eps)
