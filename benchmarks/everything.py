@@ -27,7 +27,7 @@ from benchmarks.output import readme, results
 from cvkernels.demo import NETWORKS
 
 # Minutes that a run takes at most, and a part of it before it is stopped.
-TOTAL = {"cpu": 50.0, "cuda": 20.0}
+TOTAL = {"cpu": 60.0, "cuda": 20.0}
 PART = 8.0
 GRACE = 60  # seconds, to write what was measured
 # Of kernels' parts: ops with many shapes, and of each other one.
@@ -64,6 +64,9 @@ def parts(device: str) -> list[Part]:
     if cpu:
         options = ("--dtype", "bf16", "--seconds", "12")
         made += [_part("models", f"bf16-{n}", ("--network", n, *options), 3) for n in NETWORKS]
+        for op in kernels.ops():
+            options = ("--op", op, "--dtype", "bf16", "--compiled", "none", "--seconds", "0.3")
+            made.append(_part("kernels", f"bf16-{op}", options, KERNEL_MINUTES.get(op, 1) / 2))
     runs = ("cvkernels", "demo", "--runs", "9", "--device", device)
     return [*made, Part("demo", runs, 2)]
 
