@@ -11,6 +11,24 @@ if not torch.cuda.is_available():
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=60, help="random calls of each fuzzed test")
+
+
+def pytest_configure(config):
+    """Random tests draw the same in each run, but where more are asked for."""
+    try:
+        import hypothesis
+    except ImportError:
+        return
+    count = config.getoption("--fuzz")
+    hypothesis.settings.register_profile(
+        "cvkernels", max_examples=count, derandomize=count <= 60, deadline=None, database=None,
+        suppress_health_check=list(hypothesis.HealthCheck), print_blob=True,
+    )  # fmt: skip
+    hypothesis.settings.load_profile("cvkernels")
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

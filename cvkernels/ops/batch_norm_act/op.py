@@ -19,6 +19,7 @@ from cvkernels.ops.common.autograd import without_gradient
 from cvkernels.ops.common.differentiable import needs_stock, stock_gradients
 from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, reference
 from cvkernels.ops.common.layout import is_pixel_matrix
+from cvkernels.ops.common.norm import BatchNormParams, accumulator, vectors_of
 from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
 from cvkernels.ops.common.traffic import Traffic, nbytes
 
@@ -194,14 +195,16 @@ def _plan_compute(
     def compute(x, weight, bias, residual):
         vectors = x.new_empty(4, x.shape[1], dtype=passes.wide_dtype(x))
         out = torch.empty_like(x, memory_format=torch.channels_last)
-        weight, bias = (t if t is None else t.detach().contiguous() for t in (weight, bias))
+        weight, bias = (t if t is None else t.detach() for t in (weight, bias))
+        weight, bias = vectors_of(BatchNormParams(weight, bias), x)[:2]
         if residual is not None and not is_pixel_matrix(residual):
             residual = residual.contiguous(memory_format=torch.channels_last)
         passes.forward(x, weight, bias, None, eps, act, residual, vectors, out)
         return out, vectors
 
-    dense = all(t is None or t.is_contiguous() for t in (weight, bias))
-    if not fits or not dense or not native.directs(call):
+    kinds = (x.dtype, accumulator(x.dtype))
+    read = all(t is None or t.is_contiguous() and t.dtype in kinds for t in (weight, bias))
+    if not fits or not read or not native.directs(call):
         return compute
     out, vectors = compute(x.detach(), weight, bias, residual)
     operands = (x, weight, bias, residual)

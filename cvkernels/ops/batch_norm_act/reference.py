@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvkernels.ops.common.norm import BatchNormParams
+from cvkernels.ops.common.norm import BatchNormParams, vectors_of
 
 ACTS = {"none": lambda z: z, "relu": F.relu, "silu": F.silu}
 
@@ -21,6 +21,7 @@ def batch_norm_act_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``act(batch_norm(x) + residual)`` with the batch's mean and variance, and these two."""
     mean, var = statistics_reference(x)
+    weight, bias = vectors_of(BatchNormParams(weight, bias), x)[:2]
     z = F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
     return ACTS[act](z if residual is None else z + residual), mean, var
 

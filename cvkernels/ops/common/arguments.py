@@ -71,6 +71,8 @@ def check_bn(op: str, name: str, bn: BatchNormParams, channels: int, x: Tensor) 
         )
     if (bn.mean is None) != (bn.var is None):
         raise ValueError(f"{op}: {name} must have both mean and var, or neither")
+    if all(vector is None for vector in bn[:4]):
+        raise ValueError(f"{op}: {name} has no vector; pass None, or a weight of ones")
     for part, vector in zip(("weight", "bias", "mean", "var"), bn[:4], strict=True):
         if vector is not None:
             check_vector(op, f"{name}.{part}", vector, channels, x)

@@ -97,6 +97,14 @@ def lacks_triton(problem: Any, call: Call) -> str:
     return backends.lacks_triton(call.device)
 
 
+def dilation_of(kernel: Sequence[int], dilation: Pair) -> tuple[int, int]:
+    """1 along a side of the kernel that has one tap. With another, which means the same, oneDNN may
+    read past a bfloat16 map (torch 2.14)."""
+    sides = dilation if isinstance(dilation, (tuple, list)) else (dilation, dilation)
+    down, along = (1 if taps == 1 else step for taps, step in zip(kernel, sides, strict=True))
+    return down, along
+
+
 def norm_of(flat: Sequence[Any]) -> BatchNormParams | None:
     """The norm of its five arguments of a registered op; None where it has no vector."""
     return None if tuple(flat[:4]) == (None,) * 4 else BatchNormParams(*flat)

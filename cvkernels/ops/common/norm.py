@@ -18,8 +18,8 @@ FOLDED = 1 << 16
 class BatchNormParams(NamedTuple):
     """Inference batch normalisation per channel: ``(x - mean) / sqrt(var + eps) * weight + bias``.
 
-    Each vector is Tensor[C] or None. Without ``mean`` and ``var`` it is the affine map
-    ``x * weight + bias``; give both or neither.
+    Each vector is Tensor[C] or None, and one is a tensor. Without ``mean`` and ``var`` it is the
+    affine map ``x * weight + bias``; give both or neither.
     """
 
     weight: Tensor | None = None
@@ -73,6 +73,7 @@ def sources_of(weight: Tensor, bias: Tensor | None, bn: BatchNormParams | None) 
 
 
 def normalize(x: Tensor, bn: BatchNormParams) -> Tensor:
+    bn = vectors_of(bn, x)  # PyTorch's batch norm takes no others
     if bn.mean is not None:
         return F.batch_norm(x, bn.mean, bn.var, bn.weight, bn.bias, training=False, eps=bn.eps)
     y = x
@@ -109,14 +110,14 @@ def fold(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Weight and bias of the one convolution that equals conv + batch norm; computed in float64.
 
-    Returns them in ``dtype``, weight's if None, weight's memory format kept. Without a norm they
-    may be the arguments themselves.
+    Returns them in ``dtype``, weight's if None, weight's memory format kept, bias contiguous.
+    Without a norm they may be the arguments themselves.
     """
     dtype = dtype or weight.dtype
     with torch.no_grad():
         if bn is None:
             shift = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach()
-            return weight.detach().to(dtype), shift.to(dtype)
+            return weight.detach().to(dtype), shift.to(dtype).contiguous()
         scale, shift = scale_shift(bias, bn, weight, torch.float64)
         scale = scale.view(-1, 1, 1, 1)
         folded = torch.empty_like(weight, dtype=dtype)

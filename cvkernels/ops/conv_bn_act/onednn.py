@@ -31,8 +31,10 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def fused_add(problem: Problem) -> bool:
-    """Whether oneDNN adds the residual: on a one-pixel map, torch 2.11 fails to describe it."""
-    return problem.has_residual and problem.P * problem.Q > 1
+    """Whether oneDNN adds the residual. On a one-pixel map torch 2.11 fails to describe it; where
+    torch adds it itself, as with groups, it has no sum with a ReLU in 16 bits."""
+    adds = problem.dtype == torch.float32 or problem.groups == 1
+    return problem.has_residual and problem.P * problem.Q > 1 and adds
 
 
 def extra_passes(problem: Problem) -> int:

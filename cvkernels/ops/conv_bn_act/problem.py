@@ -18,6 +18,7 @@ from cvkernels.ops.common.convolution import (
     check_fits,
     check_options,
     check_parameters,
+    dilation_of,
     output_size,
     pairs,
 )
@@ -208,6 +209,7 @@ def _shapes(
             f"to match x {list(x)}, got {list(weight)}"
         )
     stride, padding, dilation = geometry
+    dilation = dilation_of((R, S), dilation)
     problem = Problem(N, C, H, W, K, R, S, stride, padding, dilation, groups, dtype, act, *flags)
     check_fits(OP, problem)
     return problem

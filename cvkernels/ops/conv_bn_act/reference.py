@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cvkernels.ops.common.activation import activate, activation_backward
-from cvkernels.ops.common.convolution import Pair
+from cvkernels.ops.common.convolution import Pair, dilation_of
 from cvkernels.ops.common.norm import BatchNormParams, accumulator, normalize, scale_shift
 from cvkernels.ops.conv_bn_act.problem import Arguments
 
@@ -33,7 +33,9 @@ def conv_bn_act_reference(
     if input_bn is not None:
         x = F.relu(normalize(x, input_bn))
     if input_gate is not None:
-        x = x * input_gate[:, :, None, None]
+        x = (x * input_gate[:, :, None, None]).to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    dilation = dilation_of(weight.shape[2:], dilation)
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if bn is not None:
         y = normalize(y, bn)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cvkernels.ops.common.activation import activate
-from cvkernels.ops.common.convolution import Pair
+from cvkernels.ops.common.convolution import Pair, dilation_of
 from cvkernels.ops.common.norm import BatchNormParams, accumulator, normalize
 
 
@@ -16,6 +16,7 @@ def depthwise_conv_bn_act_reference(
     squeeze: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     bias = None if bias is None else bias.to(x.dtype)
+    dilation = dilation_of(weight.shape[2:], dilation)
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups=x.shape[1])
     if bn is not None:
         y = normalize(y, bn)
