@@ -58,7 +58,7 @@ def test_idle_memory_goes_back_to_the_system():
     before = resident_memory(cpu)
     make = maker(like(64))
     held = [make().zero_() for _ in range(12)]
-    assert resident_memory(cpu) - before > 12 * 60 * MB
+    assert resident_memory(cpu) - before > 500 * MB  # 768 MB, of which 256 may have been idle
     del held
     assert resident_memory(cpu) - before < 300 * MB
 
