@@ -66,7 +66,8 @@ def parts(device: str) -> list[Part]:
         made += [_part("models", f"bf16-{n}", ("--network", n, *options), 3) for n in NETWORKS]
         for op in kernels.ops():
             options = ("--op", op, "--dtype", "bf16", "--compiled", "none", "--seconds", "0.3")
-            made.append(_part("kernels", f"bf16-{op}", options, KERNEL_MINUTES.get(op, 1) / 2))
+            minutes = KERNEL_MINUTES.get(op, FEW_KERNEL_MINUTES) / 2
+            made.append(_part("kernels", f"bf16-{op}", options, minutes))
     runs = ("cvkernels", "demo", "--runs", "9", "--device", device)
     return [*made, Part("demo", runs, 2)]
 

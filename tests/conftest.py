@@ -10,21 +10,25 @@ if not torch.cuda.is_available():
 
 import pytest
 
+RANDOM_CALLS = 60  # of each random test, where no other number is asked for
+
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz", type=int, default=60, help="random calls of each fuzzed test")
+    parser.addoption(
+        "--fuzz", type=int, default=RANDOM_CALLS, help="random calls of each fuzzed test"
+    )
 
 
 def pytest_configure(config):
     """Random tests draw the same in each run, but where more are asked for."""
     try:
         import hypothesis
-    except ImportError:
+    except ImportError:  # a machine that runs other tests, as first_light does
         return
     count = config.getoption("--fuzz")
     hypothesis.settings.register_profile(
-        "cvkernels", max_examples=count, derandomize=count <= 60, deadline=None, database=None,
-        suppress_health_check=list(hypothesis.HealthCheck), print_blob=True,
+        "cvkernels", max_examples=count, derandomize=count <= RANDOM_CALLS, deadline=None,
+        database=None, suppress_health_check=list(hypothesis.HealthCheck), print_blob=True,
     )  # fmt: skip
     hypothesis.settings.load_profile("cvkernels")
 

@@ -1,4 +1,4 @@
-// Large results in recycled memory. Schema: cvkernels/ops/common/recycled.py.
+// Large results in memory that freed ones lay in. Schema: cvkernels/ops/common/recycled.py.
 #include "recycled.h"
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 namespace cvkernels {
 namespace {
 
-// Never destroyed: tensors give blocks back until the process has ended.
+// Never destroyed: tensors may be freed while the process ends.
 Blocks& blocks() {
   static Blocks& all = *new Blocks;
   return all;

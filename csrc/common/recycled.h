@@ -1,5 +1,6 @@
-// Memory of large maps that are gone, for the next ones: fresh memory costs an interrupt and its
-// clearing for every page, which takes as long as the arithmetic of many layers. No torch header.
+// Reuse of the memory of large maps. In memory that comes fresh from the operating system, the
+// first write to each page is an interrupt that clears it; for large maps that takes as long as the
+// arithmetic of many layers. No torch header.
 #pragma once
 
 #include <algorithm>
@@ -13,14 +14,16 @@
 
 namespace cvkernels {
 
-// Blocks of whole huge pages. Those that nobody uses are kept for as many bytes as others are in
-// use, or KEPT bytes; the rest is the system's again, what has been idle longest first.
+// Blocks of memory, each of whole huge pages. A block is in use from take() to give(), then idle.
+// Idle blocks are kept up to KEPT bytes in all, or up to the bytes in use where those are more.
+// Above that they are freed, the one that has been idle longest first.
 class Blocks {
  public:
   static constexpr size_t PAGE = 1 << 21, KEPT = 256 << 20;
 
-  // A block of at least so many bytes, and of at most twice as many: `capacity`. Of several the
-  // smallest, and of those the last to be idle, which caches may hold.
+  // A block of at least `bytes` and at most twice as many, whose size is put into `capacity`: the
+  // smallest idle one that fits, of equal ones the last given back, which caches may hold; else a
+  // new one.
   void* take(size_t bytes, size_t* capacity) {
     bytes = (bytes + PAGE - 1) / PAGE * PAGE;
     {

@@ -1,4 +1,4 @@
-"""Large results in memory of others that are gone: callers can do with them what they could."""
+"""Large results in memory that freed ones lay in: callers can do with them what they could."""
 
 import io
 import os

@@ -97,11 +97,11 @@ def lacks_triton(problem: Any, call: Call) -> str:
     return backends.lacks_triton(call.device)
 
 
-def dilation_of(kernel: Sequence[int], dilation: Pair) -> tuple[int, int]:
+def dilation_of(op: str, kernel: Sequence[int], dilation: Pair) -> tuple[int, int]:
     """1 along a side of the kernel that has one tap. With another, which means the same, oneDNN may
     read past a bfloat16 map (torch 2.14)."""
-    sides = dilation if isinstance(dilation, (tuple, list)) else (dilation, dilation)
-    down, along = (1 if taps == 1 else step for taps, step in zip(kernel, sides, strict=True))
+    steps = pair(op, "dilation", dilation)
+    down, along = (1 if taps == 1 else step for taps, step in zip(kernel, steps, strict=True))
     return down, along
 
 

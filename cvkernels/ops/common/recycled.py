@@ -1,4 +1,4 @@
-"""Results of planned CPU calls: large ones in memory of others that are gone."""
+"""Results of planned CPU calls: large ones in memory that freed ones lay in."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def _(like: Tensor) -> Tensor:
 def maker(out: Tensor) -> Callable[[], Tensor]:
     """What makes uninitialised tensors with out's sizes, strides and dtype. It does not keep out.
 
-    Of large ones the memory goes to the next such tensor when they are gone. The process keeps
-    256 MB of it, or as much as is in use; the rest is the system's again.
+    When a large one is freed, its memory is kept for the next, up to 256 MB in all, or up to the
+    bytes in use where those are more; above that it goes back to the operating system.
     """
     large = out.is_cpu and out.nbytes >= BYTES
     fresh = _recycled if large else torch.empty_like

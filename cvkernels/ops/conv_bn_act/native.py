@@ -87,7 +87,7 @@ def algorithm_of(problem: Problem) -> int:
     if not problem.bytes_written:
         return DIRECT
     taps = problem.R * problem.S
-    possible = [algorithm for algorithm in algorithms(problem) if not emulates(algorithm)]
+    possible = [algorithm for algorithm in algorithms(problem) if not lacks_instructions(algorithm)]
     pixels = problem.N * problem.P * problem.Q
 
     def cost(algorithm: int) -> float:
@@ -107,7 +107,7 @@ def algorithm_of(problem: Problem) -> int:
     return min(possible, key=cost)
 
 
-def emulates(algorithm: int) -> str:
+def lacks_instructions(algorithm: int) -> str:
     """Why plain C++ would stand in for an algorithm's instructions; empty where it does not."""
     name = INSTRUCTIONS.get(algorithm)
     if name is None or name in extension.instruction_sets():

@@ -301,7 +301,7 @@ def _native_by(name: str, algorithm: int) -> Implementation:
         reason, others = _on_cpu(native.why_not)(problem, call), native.algorithms(problem)
         if reason or len(others) == 1 or algorithm not in others:
             return reason or "there is no such choice"
-        return native.emulates(algorithm)
+        return native.lacks_instructions(algorithm)
 
     plan = _fused(functools.partial(native.plan, algorithm=algorithm))
     return Implementation(name, refuses, plan, device=None)

@@ -209,7 +209,7 @@ def _shapes(
             f"to match x {list(x)}, got {list(weight)}"
         )
     stride, padding, dilation = geometry
-    dilation = dilation_of((R, S), dilation)
+    dilation = dilation_of(OP, (R, S), dilation)
     problem = Problem(N, C, H, W, K, R, S, stride, padding, dilation, groups, dtype, act, *flags)
     check_fits(OP, problem)
     return problem

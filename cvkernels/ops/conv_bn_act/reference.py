@@ -35,7 +35,7 @@ def conv_bn_act_reference(
     if input_gate is not None:
         x = (x * input_gate[:, :, None, None]).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    dilation = dilation_of(weight.shape[2:], dilation)
+    dilation = dilation_of("conv_bn_act", weight.shape[2:], dilation)
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if bn is not None:
         y = normalize(y, bn)

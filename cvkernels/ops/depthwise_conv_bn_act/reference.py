@@ -16,7 +16,7 @@ def depthwise_conv_bn_act_reference(
     squeeze: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     bias = None if bias is None else bias.to(x.dtype)
-    dilation = dilation_of(weight.shape[2:], dilation)
+    dilation = dilation_of("depthwise_conv_bn_act", weight.shape[2:], dilation)
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups=x.shape[1])
     if bn is not None:
         y = normalize(y, bn)

@@ -58,15 +58,12 @@ def test_random_calls(op, data):
     kept = [t.clone() for t in tensors_in([call.arguments, call.options])]
     try:
         exact = run(doubled(call), "reference")
-    except (RuntimeError, ValueError) as error:
-        # No window fits: a call that is refused has to be refused by all.
-        with pytest.raises(type(error)):
+    except ValueError as error:
+        assert "fit" in str(error), "a call is refused in which a window fits"
+        with pytest.raises(ValueError, match="fit"):
             run(call, backend)
         return
     eager = [t.clone() for t in tensors_in(run(call, "reference"))]
-    for tensor, before in zip(tensors_in([call.arguments, call.options]), kept, strict=True):
-        if tensor is not call.written and tensor._base is not call.written:
-            assert torch.equal(tensor, before) or before.isnan().any(), "an argument was changed"
     if call.written is not None and call.op != "dense_concat":
         call.written.fill_(torch.nan)
     surroundings = None if call.written is None else around(call.written)
@@ -79,6 +76,8 @@ def test_random_calls(op, data):
         return
     finally:
         torch.set_num_threads(before)
+    for tensor, original in zip(tensors_in([call.arguments, call.options]), kept, strict=True):
+        assert tensor is call.written or torch.equal(tensor, original), "an argument was changed"
     if surroundings is not None:
         assert torch.equal(around(call.written), surroundings), "something beside was written"
     slack = slack_of(call, tensors_in(exact))
