@@ -10,10 +10,13 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from tests.support import tiers
+
 RANDOM_CALLS = 60  # of each random test, where no other number is asked for
 
 
 def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="all tests, not only the default tier")
     parser.addoption(
         "--fuzz", type=int, default=RANDOM_CALLS, help="random calls of each fuzzed test"
     )
@@ -33,12 +36,21 @@ def pytest_configure(config):
     hypothesis.settings.load_profile("cvkernels")
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    tiers.use_all_cores(config)
+
+
+def pytest_collection_modifyitems(config, items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if config.getoption("full") or any("::" in argument for argument in config.args):
         return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if out := tiers.left_out(items):
+        config.hook.pytest_deselected(items=[item for item in items if item in out])
+        items[:] = [item for item in items if item not in out]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,52 @@
+"""The default tier leaves out combinations of parameters, but no pair of values and no function."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+
+from tests.support.tiers import MANY, covering, left_out
+
+
+def pairs(combination):
+    return set(itertools.combinations(sorted(combination.items()), 2))
+
+
+@pytest.mark.parametrize("sizes", [(5, 4), (10, 3, 2), (3, 3, 3, 3), (40, 2, 4, 2)])
+def test_each_pair_of_values_is_kept(sizes):
+    combinations = [
+        dict(zip("abcd", values, strict=False))
+        for values in itertools.product(*map(range, sizes))
+    ]  # fmt: skip
+    chosen = covering(combinations)
+    kept = set().union(*(pairs(combinations[place]) for place in chosen))
+    assert kept == set().union(*map(pairs, combinations))
+    first, second = sorted(sizes)[-2:]
+    assert first * second <= len(chosen) <= 2 * first * second
+    assert chosen == covering(combinations)  # alike in each process
+
+
+class Item(SimpleNamespace):
+    __hash__ = object.__hash__
+
+
+def cases(name, *sizes, marks=()):
+    values = [[object() for _ in range(size)] for size in sizes]
+    marker = {mark: mark for mark in marks}.get
+    return [
+        Item(
+            nodeid=f"{name}[{place}]", get_closest_marker=marker,
+            callspec=SimpleNamespace(params=dict(zip("abc", combination, strict=False))),
+        )
+        for place, combination in enumerate(itertools.product(*values))
+    ]  # fmt: skip
+
+
+def test_what_is_left_out():
+    alone = Item(nodeid="test_alone", get_closest_marker={}.get)
+    few, many = cases("test_few", 2, 2, 2), cases("test_many", 4, 3, 3)
+    marked = cases("test_marked", 2, marks=["full"])
+    out = left_out([alone, *few, *many, *marked])
+    assert len(few) == MANY and not out & {alone, *few}
+    assert out >= set(marked)
+    assert 12 <= len(set(many) - out) < len(many)

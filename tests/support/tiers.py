@@ -1,0 +1,70 @@
+"""Which tests run: those of the default tier, all (--full), or those marked fast (-m fast).
+
+The default tier has every test function but those marked full. Of one with many combinations of
+parameters it runs those that cover each pair of values: a fault that needs three values at once is
+left to the full tier.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import zlib
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+
+MANY = 8  # combinations of one function's parameters, of which some are left out
+
+Combination = dict[str, Hashable]
+
+
+def covering(combinations: Sequence[Combination], seed: int = 0) -> set[int]:
+    """The places of combinations that have, together, each pair of values of two parameters."""
+    order = list(range(len(combinations)))
+    random.Random(seed).shuffle(order)
+    seen: set[tuple] = set()
+    chosen = set()
+    for place in order:
+        values = sorted(combinations[place].items(), key=lambda item: item[0])
+        pairs = set(itertools.combinations(values, min(2, len(values))))
+        if not pairs <= seen:
+            seen |= pairs
+            chosen.add(place)
+    return chosen
+
+
+def left_out(items: Iterable) -> set:
+    """The items that only the full tier runs."""
+    functions, out = defaultdict(list), set()
+    for item in items:
+        if item.get_closest_marker("full"):
+            out.add(item)
+        elif hasattr(item, "callspec"):
+            functions[item.nodeid.partition("[")[0]].append(item)
+    for name, cases in functions.items():
+        if len(cases) > MANY:
+            # A value is one object in all combinations; it need not be hashable.
+            values = [{key: id(v) for key, v in case.callspec.params.items()} for case in cases]
+            chosen = covering(values, zlib.crc32(name.encode()))
+            out |= {case for place, case in enumerate(cases) if place not in chosen}
+    return out
+
+
+def use_all_cores(config) -> None:
+    """A process a core, each of one thread, where whole folders are tested and nobody said how."""
+    option = config.option
+    if not hasattr(option, "numprocesses") or hasattr(config, "workerinput"):  # no xdist; its own
+        return
+    told = option.numprocesses is not None or option.dist != "no"
+    folders = all(os.path.isdir(argument) for argument in config.args)
+    if told or option.usepdb or option.collectonly or not folders:
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes
+    option.numprocesses, option.dist = usable_cores(), "worksteal"
+
+
+def usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
