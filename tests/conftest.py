@@ -18,8 +18,20 @@ RANDOM_CALLS = 60  # of each random test, where no other number is asked for
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="all tests, not only the default tier")
     parser.addoption(
-        "--fuzz", type=int, default=RANDOM_CALLS, help="random calls of each fuzzed test"
+        "--fuzz",
+        type=int,
+        default=RANDOM_CALLS,
+        help="random calls of each fuzzed test; more networks are drawn as well",
     )
+
+
+def pytest_generate_tests(metafunc):
+    """``tens``: which ten random networks a test is of, so many tens as the test's marker says."""
+    if "tens" not in metafunc.fixturenames:
+        return
+    asked = metafunc.config.getoption("--fuzz")
+    (count,) = metafunc.definition.get_closest_marker("tens_of_networks").args
+    metafunc.parametrize("tens", range(max(count, count * asked // RANDOM_CALLS)))
 
 
 def pytest_configure(config):

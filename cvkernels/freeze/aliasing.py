@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from cvkernels.freeze.graph import fill
 from cvkernels.nn.fused.watched import why_altered
+from cvkernels.ops.common.aliasing import one_storage
 
 # Methods, attributes and functions whose result is no tensor of a map's memory: sizes and the like.
 _SIZES = frozenset(
@@ -84,9 +85,7 @@ class Region:
     the inputs that are written, ``results`` the places in the list of what is returned.
     """
 
-    def __init__(
-        self, calls: list[Callable[[list], Any]], copied: list[int], results: list[int]
-    ) -> None:
+    def __init__(self, calls: list[AsWritten], copied: list[int], results: list[int]) -> None:
         self.calls, self.copied, self.results = calls, frozenset(copied), results
 
     def __call__(self, *inputs: Any) -> tuple:
@@ -97,16 +96,44 @@ class Region:
             else x
             for place, x in enumerate(inputs)
         ]
+        copies: list[tuple[Tensor, Tensor]] = []
         for call in self.calls:
             values.append(call(values))
+            viewed = fill(call.args[:1], values)
+            if call.views and not one_storage(*viewed, values[-1]):
+                copies.append((*viewed, values[-1]))
+            for place in call.written if copies else ():
+                _spread(values[place], copies)
         return tuple(values[place] for place in self.results)
 
 
-class AsWritten:
-    """A call of a function, method or module on what its arguments refer to in a list of values."""
+def _spread(written: Any, copies: list[tuple[Tensor, Tensor]]) -> None:
+    """Write to both of a map and the copy that stands for a view of it, where one was written:
+    ``view`` is one in stock, and cannot be where the map is laid out otherwise here."""
+    changed = [written] if isinstance(written, Tensor) else []
+    for tensor in changed:
+        for pair in copies:
+            for source, other in (pair, pair[::-1]):
+                done = any(one_storage(other, t) for t in changed)
+                if one_storage(source, tensor) and not done:
+                    other.copy_(source.reshape(other.shape))
+                    changed.append(other)
 
-    def __init__(self, is_method: bool, target: Any, args: tuple, kwargs: dict) -> None:
-        self.is_method, self.target, self.args, self.kwargs = is_method, target, args, kwargs
+
+class AsWritten:
+    """A call of a function, method or module on what its arguments refer to in a list of values.
+
+    ``written`` are the places of what it may write; ``views`` says that its result is a view of its
+    first argument in stock, and may be a copy here.
+    """
+
+    def __init__(
+        self, is_method: bool, target: Any, args: tuple, kwargs: dict, written: list[int]
+    ) -> None:
+        self.views = target == "view"
+        # Maps are channels_last here, where stock's may be contiguous.
+        self.is_method, self.target = is_method, "reshape" if self.views else target
+        self.args, self.kwargs, self.written = args, kwargs, written
 
     def __call__(self, values: list) -> Any:
         args, kwargs = fill(self.args, values), fill(self.kwargs, values)

@@ -21,7 +21,7 @@ from torch.fx.node import map_aggregate
 from cvkernels.freeze import aliasing
 from cvkernels.freeze.aliasing import AsWritten, Region, Span, is_size
 from cvkernels.freeze.convert import CALLABLES, convert_call, convert_module
-from cvkernels.freeze.graph import Graph, Node, Op, Ref
+from cvkernels.freeze.graph import Graph, Node, Op, Ref, mapped
 from cvkernels.freeze.ops import Call, Input
 from cvkernels.memory_use import out_of_memory
 from cvkernels.nn.fused.watched import has_hooks, why_altered, why_replaced
@@ -72,6 +72,8 @@ class _Tracer(fx.Tracer):
         return kind in WHOLE or has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        # torch.fx records an attribute where it is first read, and that must not be taken back.
+        map_aggregate((args, kwargs), lambda leaf: getattr(leaf, "node", None))
         nodes = list(self.graph.nodes)
         stack = self.module_stack.copy()
         drawn, draws = torch.get_rng_state(), len(self.draws)
@@ -211,16 +213,16 @@ class _Reader:
                 self._region(span)
         results: list[Node] = []
 
-        def refer(value: Any) -> Any:
-            if isinstance(value, fx.Node):
-                return refer(self.values[value])
-            if isinstance(value, Node):
-                if value not in results:
-                    results.append(value)
-                return Ref(results.index(value))
-            return _mapped(refer, value)
+        def refer(leaf: Any) -> Any:
+            if isinstance(leaf, fx.Node):
+                return mapped(refer, self.values[leaf])
+            if isinstance(leaf, Node):
+                if leaf not in results:
+                    results.append(leaf)
+                return Ref(results.index(leaf))
+            return leaf
 
-        graph = Graph(self.nodes, results, refer(node.args[0]))
+        graph = Graph(self.nodes, results, mapped(refer, node.args[0]))
         graph.prune()
         return graph
 
@@ -236,7 +238,7 @@ class _Reader:
         if node.op == "get_attr":
             value = operator.attrgetter(node.target)(self.model)
             return self._constant(value) if isinstance(value, Tensor) else value
-        args, kwargs = (map_aggregate(part, self._resolve) for part in (node.args, node.kwargs))
+        args, kwargs = (mapped(self._resolve, part) for part in (node.args, node.kwargs))
         layer = self._layer(node)
         if node.op == "call_module":
             return self._module(node, layer, args, kwargs)
@@ -346,11 +348,12 @@ class _Reader:
         def refer(leaf: Any) -> Any:
             return Ref(places[leaf]) if isinstance(leaf, fx.Node) else leaf
 
-        args, kwargs = (_plain(map_aggregate(part, refer)) for part in (node.args, node.kwargs))
+        args, kwargs = (mapped(refer, part) for part in (node.args, node.kwargs))
         target = node.target
         if node.op == "call_module":
             target = self._twin(self.model.get_submodule(target))
-        return AsWritten(node.op == "call_method", _for_any_layout(target), args, kwargs)
+        written = [places[source] for source in aliasing.writes(node, self.modules)]
+        return AsWritten(node.op == "call_method", target, args, kwargs, written)
 
     @staticmethod
     def _rest(node: fx.Node) -> list[fx.Node]:
@@ -370,8 +373,9 @@ class _Reader:
                 inputs.append(leaf)
             return Ref(inputs.index(leaf))
 
-        args, kwargs = (_plain(map_aggregate(part, refer)) for part in (args, kwargs))
-        target = _for_any_layout(target)
+        args, kwargs = (mapped(refer, part) for part in (args, kwargs))
+        # Maps are channels_last here, where stock's may be contiguous.
+        target = "reshape" if target == "view" else target
         if not inputs:
             # Nothing in it depends on the input: it is a constant.
             drawn = torch.get_rng_state()
@@ -380,24 +384,3 @@ class _Reader:
             _refuse_draws(self.model, drawn, layer)
             return value
         return self.emit(Call(kind, target, args, kwargs, in_place), inputs, layer)
-
-
-def _for_any_layout(target: Any) -> Any:
-    """``reshape`` for ``view``: maps are channels_last here, where stock's may be contiguous."""
-    return "reshape" if target == "view" else target
-
-
-def _plain(value: Any) -> Any:
-    """torch.fx's immutable lists and dicts as Python's own."""
-    return _mapped(_plain, value)
-
-
-def _mapped(function: Callable, value: Any) -> Any:
-    """value with function applied to its parts, where it is a plain container."""
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(function, value))
-    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
-        return (tuple if isinstance(value, tuple) else list)(map(function, value))
-    if isinstance(value, dict):
-        return {key: function(part) for key, part in value.items()}
-    return value

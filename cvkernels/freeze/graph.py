@@ -6,15 +6,15 @@ shapes, memory, cost, kernels) is its class under :mod:`cvkernels.freeze.ops`, a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx.node import map_aggregate
 
 from cvkernels.ops.common.traffic import Traffic
 from cvkernels.ops.common.work import GPU, Work, streaming
@@ -224,8 +224,28 @@ class Graph:
         return values
 
 
+def mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """value with ``change`` of all that is in its containers, which keep their kinds; torch.fx's
+    own immutable ones become Python's."""
+    if isinstance(value, torch.Size) or dataclasses.is_dataclass(value):
+        return change(value)
+    if isinstance(value, tuple):
+        parts = [mapped(change, part) for part in value]
+        if hasattr(value, "_fields"):
+            return type(value)(*parts)
+        # Such as torch.topk's, a named tuple of C.
+        return type(value)(parts) if hasattr(value, "n_sequence_fields") else tuple(parts)
+    if isinstance(value, list):
+        return [mapped(change, part) for part in value]
+    if isinstance(value, dict):
+        kind = OrderedDict if isinstance(value, OrderedDict) else dict
+        return kind((key, mapped(change, part)) for key, part in value.items())
+    if isinstance(value, slice):
+        parts = [mapped(change, part) for part in (value.start, value.stop, value.step)]
+        return slice(*parts)
+    return change(value)
+
+
 def fill(structure: Any, values: list) -> Any:
     """The structure with each :class:`Ref` replaced by the value that it stands for."""
-    return map_aggregate(
-        structure, lambda leaf: values[leaf.index] if isinstance(leaf, Ref) else leaf
-    )
+    return mapped(lambda leaf: values[leaf.index] if isinstance(leaf, Ref) else leaf, structure)

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.node import map_aggregate
 
 from cvkernels import backend, record
 from cvkernels.freeze.backends import is_gpu
-from cvkernels.freeze.graph import Graph, Node, Ref, Run, Step, TensorSpec, fill
+from cvkernels.freeze.graph import Graph, Node, Ref, Run, Step, TensorSpec, fill, mapped
 from cvkernels.freeze.lower import Lowered
 from cvkernels.freeze.memory import Memory, new_arena
 from cvkernels.freeze.ops import Call, Conv, Copy, Input, PlannedConv
@@ -302,15 +301,18 @@ def converted(value: Any, dtype: torch.dtype, to: torch.dtype) -> Any:
 
 def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A result with each of its tensors changed; the model's dataclasses are copied."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        twin = copy.copy(value)
-        for field in dataclasses.fields(value):
-            changed = _with_tensors(getattr(value, field.name), change)
-            object.__setattr__(twin, field.name, changed)
+
+    def changed(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return change(part)
+        if not dataclasses.is_dataclass(part) or isinstance(part, type):
+            return part
+        twin = copy.copy(part)
+        for field in dataclasses.fields(part):
+            object.__setattr__(twin, field.name, mapped(changed, getattr(part, field.name)))
         return twin
-    return map_aggregate(value, lambda part: change(part) if isinstance(part, Tensor) else part)
+
+    return mapped(changed, value)
 
 
 def _spoil(results: list, x: Tensor) -> None:

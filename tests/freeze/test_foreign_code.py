@@ -582,7 +582,7 @@ def test_a_refusal_names_the_module_and_the_way_out_and_changes_nothing(model, w
     assert str(facts()) == str(before)
 
 
-@pytest.mark.parametrize("tens", range(30))
+@pytest.mark.tens_of_networks(30)
 def test_random_networks(tens):
     for seed in range(10 * tens, 10 * tens + 10):
         check_frozen(seed)

@@ -416,7 +416,7 @@ def test_restore_leaves_other_models_alone(stock):
 # Random networks
 
 
-@pytest.mark.parametrize("tens", range(4))
+@pytest.mark.tens_of_networks(4)
 def test_random_networks_of_blocks(tens):
     for seed in range(10 * tens, 10 * tens + 10):
         check_patched(seed)
