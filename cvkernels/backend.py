@@ -66,9 +66,9 @@ def use(backend: Backend) -> Iterator[None]:
         _traced_request = outer
 
 
-def requested(backend: str, implementations: tuple[str, ...]) -> str:
+def requested(backend: str, implementations: tuple[str, ...], op: str = "") -> str:
     """The backend in force for a call with this ``backend=``, of an op with these fused ones."""
-    if _checked(backend) != "auto":
+    if _checked(backend, op) != "auto":
         return backend
     used = _traced_request if torch.compiler.is_compiling() else _requested.get()
     return used if used == "reference" or used in implementations else "auto"
@@ -135,7 +135,8 @@ def lacks_triton(device_type: str) -> str:
     return f"Triton needs CUDA tensors, got {device_type}"
 
 
-def _checked(backend: str) -> str:
-    if backend not in NAMES:
-        raise ValueError(f"backend must be one of {list(NAMES)}, got {backend!r}")
+def _checked(backend: str, op: str = "") -> str:
+    if not isinstance(backend, str) or backend not in NAMES:
+        of = f"{op}: " if op else ""
+        raise ValueError(f"{of}backend must be one of {list(NAMES)}, got {backend!r}")
     return backend

@@ -1,4 +1,11 @@
-"""The public ops, as functions of tensors. Each docstring is the op's contract."""
+"""The public ops, as functions of tensors. Each docstring is the op's contract.
+
+What holds for all of them: a tensor is dense, not sparse, and no view that negates as it is read
+(:meth:`torch.Tensor.is_neg`); an integer option is less than 2**31 and no bool, and may be one of
+NumPy's; ``out`` shares no element with an argument, itself included, but where its op allows it.
+What is not allowed is refused before anything is written, by an error that begins with the op's
+name and names the argument.
+"""
 
 from cvkernels.ops.avg_pool.op import avg_pool
 from cvkernels.ops.batch_norm_act.op import batch_norm_act

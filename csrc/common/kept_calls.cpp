@@ -193,7 +193,8 @@ struct Given {
   std::array<Kind, MOST> kinds;
   Py_ssize_t count;
 
-  // Fails where one has to be seen by autograd, or is of a class of its own.
+  // Fails where one has to be seen by autograd, is of a class of its own, or is a view that negates
+  // what is in memory.
   Given(const KeptCalls& calls, PyObject* const* arguments) : count(calls.tensors) {
     const bool grad = aoti_torch_grad_mode_is_enabled();
     for (Py_ssize_t i = 0; i < count; ++i) {
@@ -201,6 +202,7 @@ struct Given {
       if (argument == Py_None) continue;
       if (!known(calls.classes, Py_TYPE(argument))) throw Failed();
       if (grad && requires_grad(argument)) throw Failed();
+      if (negates(argument)) throw Failed();
       handles[i] = handle_of(argument);
       kinds[i] = kind_of(handles[i]);
     }
@@ -215,6 +217,16 @@ struct Given {
   static bool requires_grad(PyObject* tensor) {
     static PyObject* const name = PyUnicode_InternFromString("requires_grad");
     PyObject* value = PyObject_GetAttr(tensor, name);
+    if (value == nullptr) throw Raised();
+    Py_DECREF(value);  // True and False stay
+    return value == Py_True;
+  }
+
+  static bool negates(PyObject* tensor) {
+    // The method itself: to look it up takes longer than its call.
+    static PyObject* const is_neg =
+        PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(tensor)), "is_neg");
+    PyObject* value = is_neg == nullptr ? nullptr : PyObject_CallOneArg(is_neg, tensor);
     if (value == nullptr) throw Raised();
     Py_DECREF(value);  // True and False stay
     return value == Py_True;

@@ -136,6 +136,18 @@ def test_a_call_that_writes_over_its_input_is_refused_every_time():
             avg_pool(buffer, 1, out=buffer)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("pool", [max_pool, avg_pool])
+def test_a_view_that_negates_is_no_call_like_the_others(pool):
+    x = image()
+    negated = torch._neg_view(x)  # as the imaginary part of a conjugate is
+    pool(x, 2), pool(x, 2)
+    with pytest.raises(ValueError, match="x must not be a view that negates.*resolve_neg"):
+        pool(negated, 2)
+    with pytest.raises(ValueError, match="out must not be a view that negates"):
+        pool(x, 1, out=torch._neg_view(image()))
+
+
 def test_a_write_is_seen_by_autograd():
     buffer, src = nhwc(torch.zeros(2, 16, 5, 5)), image()
     with torch.no_grad():

@@ -11,11 +11,11 @@ from cvkernels import backend as backends
 from cvkernels.backend import Backend
 from cvkernels.ops.avg_pool.reference import avg_pool_reference
 from cvkernels.ops.common import native, norm, pool
-from cvkernels.ops.common.arguments import check_bn
+from cvkernels.ops.common.arguments import check_bn, check_overlap, integer
 from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, reference
 from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
-from cvkernels.ops.common.pool import check_overlap, checked, window_of
+from cvkernels.ops.common.pool import checked, window_of
 from cvkernels.ops.common.traffic import nbytes
 
 OP = "avg_pool"
@@ -53,6 +53,8 @@ def plan(
     """A call of :func:`avg_pool`, as ``plan(x, out=None)``; ``x_like`` and ``out`` are examples."""
     window = window_of(OP, kernel_size, stride, padding, 1, ceil_mode)
     size = checked(OP, x_like, window, out)
+    if divisor_override is not None:
+        divisor_override = integer(OP, "divisor_override", divisor_override)
     _check(x_like, divisor_override, input_bn)
     call = call_of(x_like, (x_like, input_bn, out), TABLE, backend, once)
     kernel_size, stride, padding, _, ceil_mode = window
@@ -107,7 +109,8 @@ def avg_pool(
 
     Raises:
         ValueError: x is not 4-dimensional, an option is out of range, no window fits, out's shape
-            or device does not fit, or out overlaps x (not seen under torch.compile) or itself.
+            or device does not fit, out overlaps an argument (not seen under torch.compile) or
+            itself, or out is a leaf that requires a gradient.
         TypeError: dtype not listed above, out's dtype is not x's, or an option is not of integers.
         RuntimeError: x has another dtype or no window fits; is a TypeError or ValueError as well.
         BackendError: the requested backend cannot run this call.
@@ -138,7 +141,7 @@ def avg_pool(
         if key is not None:
             native.keep_call(run_kept, planned, *options, backend)
     if out is not None:
-        check_overlap(OP, out, x)
+        check_overlap(OP, out, {"x": x, "input_bn": input_bn})
     return planned.recorded(x, out)
 
 
@@ -146,10 +149,6 @@ backends.answers(OP, plan)
 
 
 def _check(x: Tensor, divisor_override: int | None, input_bn: BatchNormParams | None) -> None:
-    if divisor_override is not None and not isinstance(divisor_override, int):
-        raise TypeError(
-            f"avg_pool: divisor_override must be an integer or None, got {divisor_override!r}"
-        )
     if divisor_override == 0:
         raise ValueError("avg_pool: divisor_override must not be 0")
     if input_bn is not None:

@@ -14,7 +14,13 @@ from cvkernels.backend import Backend
 from cvkernels.ops.batch_norm_act import passes
 from cvkernels.ops.batch_norm_act.reference import batch_norm_act_reference
 from cvkernels.ops.common import native
-from cvkernels.ops.common.arguments import check_residual, check_vector
+from cvkernels.ops.common.arguments import (
+    check_act,
+    check_number,
+    check_residual,
+    check_tensors,
+    check_vector,
+)
 from cvkernels.ops.common.autograd import without_gradient
 from cvkernels.ops.common.differentiable import needs_stock, stock_gradients
 from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, reference
@@ -53,7 +59,7 @@ def plan(
     the examples here. ``once``: this call alone, for which nothing is prepared.
     """
     tensors = (x_like, weight, bias, residual)
-    _check(x_like, weight, bias, act, residual)
+    _check(x_like, weight, bias, eps, act, residual)
     call = call_of(x_like, tensors, TABLE, backend, once)
     moved = Traffic(1, nbytes(x_like, x_like, residual), nbytes(x_like))
     planned = plan_of(TABLE, None, call, (weight, bias, residual, eps, act), lambda _: moved)
@@ -97,7 +103,7 @@ def batch_norm_act(
     Raises:
         ValueError: a shape or device does not fit, act is not known or does not go with residual,
             or a channel of x has fewer than two elements.
-        TypeError: a dtype is not listed above, or residual's is not x's.
+        TypeError: a dtype is not listed above, residual's is not x's, or eps is no number.
         BackendError: the requested backend cannot run this call.
         RuntimeError: from the native passes' gradient, where what they keep for it was written.
 
@@ -122,8 +128,11 @@ backends.answers(OP, plan)
 
 
 def _check(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, act: str, residual: Tensor | None
-) -> None:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, act: str,
+    residual: Tensor | None,
+) -> None:  # fmt: skip
+    check_tensors(OP, x=x)
+    check_number(OP, "eps", eps)
     if x.dim() != 4 or x.numel() <= x.shape[1]:
         raise ValueError(
             f"batch_norm_act: x must have shape [N, C, H, W] with more than one element per "
@@ -133,8 +142,7 @@ def _check(
         raise TypeError(
             f"batch_norm_act: x must be float32, float16, bfloat16 or float64, got {x.dtype}"
         )
-    if act not in ACTS:
-        raise ValueError(f"batch_norm_act: act must be one of {list(ACTS)}, got {act!r}")
+    check_act(OP, "act", act, ACTS)
     if residual is not None:
         if act == "silu":
             raise ValueError(

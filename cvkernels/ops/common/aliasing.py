@@ -18,14 +18,13 @@ def overlap(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors may share an element; exact for channel slices of one NHWC buffer."""
     if not one_storage(a, b) or 0 in (a.numel(), b.numel()):
         return False
-    first, last = zip(
-        *((t.storage_offset(), t.storage_offset() + _span(t)) for t in (a, b)), strict=True
-    )
-    if last[0] < first[1] or last[1] < first[0]:
+    (first_a, last_a), (first_b, last_b) = (_bytes(t) for t in (a, b))
+    if last_a <= first_b or last_b <= first_a:
         return False
     pixel = a.stride(3) if a.dim() == 4 else 0
     sliced = (
         a.dim() == b.dim() == 4
+        and a.dtype == b.dtype
         and (a.shape[0], *a.shape[2:]) == (b.shape[0], *b.shape[2:])
         and (a.stride(0), *a.stride()[2:]) == (b.stride(0), *b.stride()[2:])
         and a.stride(1) == b.stride(1) == 1
@@ -41,6 +40,8 @@ def overlap(a: Tensor, b: Tensor) -> bool:
     return bool(starts[0] < stops[1] and starts[1] < stops[0])
 
 
-def _span(t: Tensor) -> int:
-    """Elements from the first to the last that the tensor's strides reach."""
-    return sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+def _bytes(t: Tensor) -> tuple[int, int]:
+    """Where in its storage the tensor's first element begins, and the last that it reaches ends."""
+    span = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    first, itemsize = t.storage_offset(), t.element_size()
+    return first * itemsize, (first + span + 1) * itemsize

@@ -32,6 +32,8 @@ def needs_grad(*parts: Tensor | BatchNormParams | None) -> bool:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast converts this call's operands to; None where it leaves them alone."""
+    if not isinstance(x, Tensor):  # is refused when it is checked
+        return None
     device = x.device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return None

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from cvkernels import backend as backends
 from cvkernels.ops.common import registration
-from cvkernels.ops.common.activation import ACTIVATIONS
-from cvkernels.ops.common.arguments import check_bn, check_device, check_vector, pair
+from cvkernels.ops.common.arguments import check_bn, check_device, check_size, check_vector, pair
 from cvkernels.ops.common.autograd import to_dtype
 from cvkernels.ops.common.derived_weights import DerivedWeights
 from cvkernels.ops.common.dispatch import Call, Table
@@ -24,7 +23,6 @@ TRITON_DTYPES = DTYPES[:3]
 # A norm's place in the schema of a registered op.
 BN = "Tensor? bn_weight, Tensor? bn_bias, Tensor? bn_mean, Tensor? bn_var, float bn_eps"
 _grad_enabled = torch.is_grad_enabled
-_EXACT = {int, tuple}
 GEOMETRY = ("stride", "padding", "dilation")
 Pair = int | tuple[int, int]
 
@@ -46,7 +44,7 @@ def output_size(
 
 
 def check_options(
-    op: str, x: torch.Size, dtype: torch.dtype, act: str, geometry: Sequence[Sequence[int]]
+    op: str, x: torch.Size, dtype: torch.dtype, geometry: Sequence[Sequence[int]]
 ) -> None:
     """What is asked of x and of the options before the sizes of a problem are known."""
     if len(x) != 4:
@@ -57,8 +55,6 @@ def check_options(
             f"{op}: dtype must be float32, float16, bfloat16 or float64, got {dtype}; "
             f"convert x and weight with .to(torch.float32)"
         )
-    if act not in ACTIVATIONS:
-        raise ValueError(f"{op}: act must be one of {list(ACTIVATIONS)}, got {act!r}")
     for name, values, least in zip(GEOMETRY, geometry, (1, 0, 1), strict=True):
         if min(values) < least:
             raise ValueError(f"{op}: {name} must be at least {least}, got {list(values)}")
@@ -71,6 +67,8 @@ def check_fits(op: str, problem: Any) -> None:
             f"not fit into the map of {problem.H}x{problem.W} with padding "
             f"{list(problem.padding)}; the input is too small"
         )
+    elements = problem.N * problem.K * problem.P * problem.Q
+    check_size(op, "the output", elements, problem.dtype)
 
 
 def check_parameters(
@@ -125,7 +123,7 @@ def fake_output(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -
 
 def traced(table: Table, backend: str, x: Tensor) -> str:
     """The backend of a call on x under torch.compile: on CPU, inductor fuses the reference."""
-    requested = backends.requested(backend, table.names)
+    requested = backends.requested(backend, table.names, table.op)
     return "reference" if requested == "auto" and x.device.type == "cpu" else requested
 
 
@@ -135,13 +133,13 @@ def kept_plan(
 ) -> Plan | None:  # fmt: skip
     """The cache's plan of a call of this kind, made where there is none or its weights changed.
 
-    ``options`` are the geometry and what else is planned by.
+    ``options`` are the geometry, act and what else is planned by.
     None where none is kept: on CUDA, where a gradient could be needed, and under autocast.
     """
     x, (weight, bias, *norms) = data[0], parameters
     if cache is None or _grad_enabled() or not x.is_cpu or weight.is_inference():
         return None
-    if not _EXACT.issuperset(map(type, options[0])):  # 2.0 would be taken for 2
+    if not _exact(options[0]) or type(options[1]) is not str:  # 2.0 would be taken for 2
         return None
     if torch.is_autocast_enabled("cpu") or backend not in ("auto", "native"):
         return None
@@ -160,6 +158,12 @@ def kept_plan(
     planned = cache.plan(key, sources, make)
     # What chooses the others depends on more.
     return planned if planned.backend == "native" else None
+
+
+def _exact(values: tuple) -> bool:
+    """Whether these are ints, and tuples of ints."""
+    kinds = [type(part) for v in values for part in (v if type(v) is tuple else (v,))]
+    return kinds.count(int) == len(kinds)
 
 
 def fused(

@@ -84,7 +84,7 @@ def call_of(
     autocast: torch.dtype | None = None,
 ) -> Call:
     """The call on x of an op in ``tensors``, whose arguments are checked."""
-    requested = backends.requested(backend, table.names)
+    requested = backends.requested(backend, table.names, table.op)
     grad = autograd.needs_grad(*tensors)
     return Call(x, backends.device_type(x), requested, grad, autocast, once)
 

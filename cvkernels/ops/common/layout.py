@@ -97,5 +97,16 @@ def in_format(y: Tensor, layout: torch.memory_format) -> Tensor:
 
 
 def overlaps_itself(x: Tensor) -> bool:
-    """Whether several indices of x are one element, as of an expanded tensor."""
-    return any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True))
+    """Whether several indices of x may be one element, as of an expanded tensor: whether one of its
+    strides is within what the smaller ones span. Traced, it sees expanded tensors alone."""
+    pairs = list(zip(x.stride(), x.shape, strict=True))
+    if any(stride == 0 and size > 1 for stride, size in pairs):
+        return True
+    if torch.compiler.is_compiling() or 0 in x.shape:  # sizes that may vary cannot be sorted
+        return False
+    span = 0
+    for stride, size in sorted(pairs):
+        if size > 1 and stride <= span:
+            return True
+        span += stride * (size - 1)
+    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
@@ -140,11 +141,13 @@ def _kind(t: Any) -> tuple | None:
     if not isinstance(t, Tensor):
         return t if t is None else (type(t),)
     kind = Tensor if type(t) is Parameter else type(t)
+    if not _dense(t):
+        return kind, t.layout
     return kind, t.shape, t.stride(), t.dtype, t.device
 
 
 def _shown(kind: tuple | None) -> str:
-    if kind is None or len(kind) == 1:
+    if kind is None or len(kind) < 3:
         return "None" if kind is None else kind[0].__name__
     name, shape, stride, dtype, device = kind
     return f"{name.__name__}{list(shape)} of strides {list(stride)}, {dtype} on {device}"
@@ -161,17 +164,22 @@ class PlanTable:
 
     def __init__(self) -> None:
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
-        self.get = self._plans.get
+
+    def get(self, key: Hashable | None) -> Any:
+        try:
+            return self._plans.get(key)
+        except TypeError:  # an option that cannot be hashed, which is refused or is planned anew
+            return None
 
     @staticmethod
     def key(backend: str, tensors: Iterable[Tensor | None], *options: Hashable) -> tuple | None:
-        """The key of a call; None where one of its tensors is not exactly a tensor."""
+        """The key of a call; None where one of its tensors is not exactly a dense tensor."""
         grad = _grad_enabled()
         parts: list[Hashable] = [options, backend, _requested(), grad, observed()]
         for t in tensors:
             if t is None:
                 parts.append(None)
-            elif type(t) is not Tensor and type(t) is not Parameter:
+            elif type(t) is not Tensor and type(t) is not Parameter or not _dense(t):
                 return None
             elif grad:
                 parts += (t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
@@ -182,7 +190,7 @@ class PlanTable:
     @staticmethod
     def key_of_one(backend: str, x: Tensor, options: Hashable) -> tuple | None:
         """:meth:`key` of a call on one tensor, where every attribute that is read counts."""
-        if type(x) is not Tensor and type(x) is not Parameter:
+        if type(x) is not Tensor and type(x) is not Parameter or not _dense(x):
             return None
         return (
             options, backend, _requested(), _grad_enabled() and x.requires_grad,
@@ -196,10 +204,17 @@ class PlanTable:
         if key is not None and all(t is None or t.is_cpu or t.is_cuda for t in tensors):
             while len(self._plans) >= self.CAPACITY:
                 self._plans.popitem(last=False)
-            self._plans[key] = plan
+            with contextlib.suppress(TypeError):  # see get
+                self._plans[key] = plan
         return plan
 
 
+def _dense(t: Tensor) -> bool:
+    """Whether its elements are what is in its memory."""
+    return t.layout is _STRIDED and not t.is_neg()
+
+
+_STRIDED = torch.strided
 _requested, _grad_enabled = in_force, torch.is_grad_enabled
 _transform, _dispatch_modes = autograd._transform, autograd._dispatch_modes
 _tracer, _function_mode = autograd._tracer, autograd._function_mode

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cvkernels.ops.common import aliasing, native
-from cvkernels.ops.common.arguments import check_out
+from cvkernels.ops.common import native
+from cvkernels.ops.common.arguments import check_out, check_size, check_tensors, integer
 from cvkernels.ops.common.autograd import mark_written
 from cvkernels.ops.common.dispatch import Call
 from cvkernels.ops.common.errors import InputTypeError, InputValueError
@@ -46,21 +46,18 @@ def window_of(
 
 
 def _pair(op: str, value: Any, name: str, least: int) -> tuple[int, int]:
-    if isinstance(value, int):
-        if value < least:
-            raise ValueError(f"{op}: {name} must be at least {least}, got {value!r}")
-        return (value, value)
-    if isinstance(value, (tuple, list)) and len(value) in (1, 2):
-        pair = (value[0], value[-1])
-        if isinstance(pair[0], int) and isinstance(pair[1], int):
-            if min(pair) < least:
-                raise ValueError(f"{op}: {name} must be at least {least}, got {value!r}")
-            return pair
-    raise TypeError(f"{op}: {name} must be an integer or a pair of them, got {value!r}")
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    if len(values) not in (1, 2):
+        raise TypeError(f"{op}: {name} must be an integer or a pair of them, got {value!r}")
+    pair = (integer(op, name, values[0]), integer(op, name, values[-1]))
+    if min(pair) < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {value!r}")
+    return pair
 
 
 def checked(op: str, x: Tensor, window: Window, out: Tensor | None) -> tuple[int, int]:
     """Check a call's arguments; P and Q."""
+    check_tensors(op, {"out": out}, x=x)
     if x.dim() != 4:
         raise ValueError(
             f"{op}: x must have shape [N, C, H, W], got {list(x.shape)}; "
@@ -78,9 +75,21 @@ def checked(op: str, x: Tensor, window: Window, out: Tensor | None) -> tuple[int
             f"{op}: no window fits x of shape {list(x.shape)} with kernel_size "
             f"{window.kernel_size}, padding {window.padding} and dilation {window.dilation}"
         )
+    check_size(op, "the result", math.prod((N, C, *size)), x.dtype)
     if out is not None:
         check_out(op, out, x, (N, C, *size))
+        _check_writable(op, out)
     return size
+
+
+def _check_writable(op: str, out: Tensor) -> None:
+    """That autograd lets out be written: not where it is a leaf, or a view of one."""
+    written = out if out._base is None else out._base
+    if torch.is_grad_enabled() and written.requires_grad and written.is_leaf:
+        raise ValueError(
+            f"{op}: out is a leaf that requires a gradient, which must not be written; call it "
+            f"under torch.no_grad(), or write into another tensor"
+        )
 
 
 def window_count(op: str, size: int, axis: int, window: Window) -> int:
@@ -98,16 +107,6 @@ def window_count(op: str, size: int, axis: int, window: Window) -> int:
     count = -(-span // stride) + 1
     # The last window must start inside the input or its left padding.
     return count - 1 if (count - 1) * stride >= size + padding else count
-
-
-def check_overlap(op: str, out: Tensor, x: Tensor) -> None:
-    if torch.compiler.is_compiling():  # a traced tensor has no storage to ask about
-        return
-    if aliasing.overlap(x, out):
-        raise ValueError(
-            f"{op}: out must not overlap x: elements would be read after they are written; "
-            "write into other channels or another tensor"
-        )
 
 
 def touched(shape: Sequence[int], window: Window, size: tuple[int, int]) -> int:

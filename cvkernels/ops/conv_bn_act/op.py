@@ -15,7 +15,7 @@ from cvkernels import backend as backends
 from cvkernels.backend import Backend, BackendError
 from cvkernels.ops.common import convolution
 from cvkernels.ops.common.activation import activate
-from cvkernels.ops.common.arguments import check_not_differentiable
+from cvkernels.ops.common.arguments import check_not_differentiable, check_overlap
 from cvkernels.ops.common.autograd import autocast_dtype, to_dtype
 from cvkernels.ops.common.convolution import lacks_triton, new_output, norm_of
 from cvkernels.ops.common.derived_weights import DerivedWeights
@@ -32,7 +32,6 @@ from cvkernels.ops.conv_bn_act.problem import (
     Arguments,
     Parameters,
     Problem,
-    check_overlap,
     problem_of,
 )
 from cvkernels.ops.conv_bn_act.reference import conv_bn_act_backward, conv_bn_act_reference
@@ -132,8 +131,10 @@ def conv_bn_act(
         Empty input gives empty output.
 
     Raises:
-        ValueError: a shape, device, stride or option does not fit, or ``out`` overlaps an argument.
-        TypeError: a dtype is not listed above, or dtypes differ; bn is not BatchNormParams.
+        ValueError: a shape, device, stride or option does not fit, ``out`` overlaps an argument
+            (but for residual, which it may be) or itself, or a gradient is needed with it.
+        TypeError: a dtype is not listed above, or dtypes differ; bn is not BatchNormParams; groups
+            is no integer.
         RuntimeError: x and weight do not fit; the error is a ValueError or TypeError as well.
         BackendError: the requested backend cannot run this call.
 
@@ -156,7 +157,7 @@ def conv_bn_act(
         return _plan(*_checked(arguments, backend, once), arguments, cache)
 
     planned = None
-    if groups == 1 and x.dtype in native.DTYPES and projection is None:
+    if cache is not None and groups == 1 and projection is None and x.dtype in native.DTYPES:
         parameters = (weight, bias, bn, input_bn)
         planned = convolution.kept_plan(
             cache, backend, (x, *like), parameters, (geometry, act), make
@@ -164,7 +165,10 @@ def conv_bn_act(
     if planned is None:
         planned = make(once=True)
     if out is not None:
-        check_overlap(out, x, weight, residual)
+        names = ("weight", "bias", "bn", "input_bn", "projection")
+        held = dict(zip(names, (weight, bias, bn, input_bn, projection), strict=True))
+        gates = {"input_gate": input_gate, "output_gate": output_gate}
+        check_overlap(OP, out, {"x": x, "residual": residual, **held, **gates}, ("residual",))
     return planned.recorded(x, *like)
 
 
@@ -176,7 +180,8 @@ def _checked(arguments: Arguments, backend: Backend, once: bool) -> tuple[Proble
     gates = (arguments.input_gate, arguments.output_gate)
     tensors = (x, *arguments.parameters, arguments.residual, *gates)
     call = call_of(x, tensors, TABLE, backend, once, arguments.autocast)
-    check_not_differentiable(OP, call.grad and arguments.out is not None)
+    if arguments.out is not None:
+        check_not_differentiable(OP, arguments.out, call.grad)
     return problem, call
 
 

@@ -11,8 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cvkernels.ops.common.aliasing import overlap, same_view
-from cvkernels.ops.common.arguments import check_bn, check_tensor, pair
+from cvkernels.ops.common.activation import ACTIVATIONS
+from cvkernels.ops.common.arguments import (
+    check_act,
+    check_apart,
+    check_bn,
+    check_tensor,
+    check_tensors,
+    integer,
+    pair,
+)
 from cvkernels.ops.common.convolution import (
     Pair,
     check_fits,
@@ -163,6 +171,9 @@ def problem_of(*given: Any, **named: Any) -> Problem:
         x, weight, bias, bn, stride, padding, dilation, groups, act, residual, input_bn, input_gate,
         out, autocast, projection, projection_stride, output_gate,
     ) = Arguments(*given, **named)  # fmt: skip
+    check_tensors(OP, {"residual": residual, "projection": projection}, x=x, weight=weight)
+    check_act(OP, "act", act, tuple(ACTIVATIONS))
+    groups = integer(OP, "groups", groups)
     problem = _shapes(
         x.shape, weight.shape, pairs(OP, stride, padding, dilation), groups, autocast or x.dtype,
         act, bias is not None, bn is not None, residual is not None and projection is None,
@@ -192,7 +203,7 @@ def _shapes(
     x: torch.Size, weight: torch.Size, geometry: tuple[tuple[int, int], ...], groups: int,
     dtype: torch.dtype, act: str, *flags: Any,
 ) -> Problem:  # fmt: skip
-    check_options(OP, x, dtype, act, geometry)
+    check_options(OP, x, dtype, geometry)
     if len(weight) != 4 or 0 in weight:
         raise ValueError(
             f"conv_bn_act: weight must have shape [K, C/groups, R, S], got {list(weight)}"
@@ -248,17 +259,4 @@ def _check_out(out: Tensor, shape: tuple, dtype: torch.dtype, x: Tensor) -> None
             f"conv_bn_act: out must have channel stride 1 (channels_last, or a channel slice of a "
             f"channels_last buffer), got strides {list(out.stride())}"
         )
-
-
-def check_overlap(out: Tensor, x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
-    """out may be the very elements of residual, and else none of any input's."""
-    for name, tensor in (("x", x), ("weight", weight), ("residual", residual)):
-        if tensor is None or not overlap(out, tensor):
-            continue
-        if tensor is residual and same_view(out, tensor):
-            continue  # each element is read before the same program writes it
-        raise ValueError(
-            f"conv_bn_act: out overlaps {name}: out starts at element {out.storage_offset()} with "
-            f"shape {list(out.shape)}, {name} at {tensor.storage_offset()} with shape "
-            f"{list(tensor.shape)}, in one storage; write into other channels, or into a new tensor"
-        )
+    check_apart(OP, "out", out)

@@ -10,10 +10,9 @@ from torch import Tensor
 from cvkernels import backend as backends
 from cvkernels.backend import Backend
 from cvkernels.ops.common import aliasing, native, norm
-from cvkernels.ops.common.arguments import check_bn
+from cvkernels.ops.common.arguments import check_apart, check_bn, check_tensors, integer
 from cvkernels.ops.common.autograd import mark_written, needs_grad
 from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, reference
-from cvkernels.ops.common.layout import overlaps_itself
 from cvkernels.ops.common.norm import BatchNormParams
 from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
 from cvkernels.ops.common.traffic import Traffic, nbytes
@@ -45,6 +44,8 @@ def plan(
 
     It holds bn's vectors as they are now.
     """
+    check_tensors(OP, buffer=buffer_like, src=src_like)
+    start = integer(OP, "start", start)
     _check(buffer_like, src_like, start, bn)
     call = call_of(buffer_like, (), TABLE, backend, once)
     moved = nbytes(src_like)
@@ -110,7 +111,7 @@ def dense_concat(
         _plans.keep(key, planned, buffer, src)
         if key is not None:
             native.keep_call(run_kept, planned, start, None, relu, backend)
-    _check_overlap(buffer, src, start)
+    _check_overlap(buffer, src, bn, start)
     return planned.recorded(buffer, src)
 
 
@@ -201,11 +202,7 @@ def _check(buffer: Tensor, src: Tensor, start: int, bn: BatchNormParams | None) 
             f"dense_concat: channels [{start}, {start + C}) are not within the buffer's "
             f"{buffer.shape[1]}; make the buffer larger, or start in it"
         )
-    if overlaps_itself(buffer):
-        raise ValueError(
-            f"dense_concat: buffer must not overlap itself, got strides "
-            f"{list(buffer.stride())}; write into a tensor that is not expanded"
-        )
+    check_apart(OP, "buffer", buffer)
     if bn is not None:
         check_bn("dense_concat", "bn", bn, src.shape[1], src)
     if needs_grad(buffer, src, bn):
@@ -215,13 +212,14 @@ def _check(buffer: Tensor, src: Tensor, start: int, bn: BatchNormParams | None) 
         )
 
 
-def _check_overlap(buffer: Tensor, src: Tensor, start: int) -> None:
+def _check_overlap(buffer: Tensor, src: Tensor, bn: BatchNormParams | None, start: int) -> None:
     C = src.shape[1]
-    # A traced tensor has no storage to ask about.
-    if torch.compiler.is_compiling() or not aliasing.one_storage(buffer, src):
-        return
-    if aliasing.overlap(src, buffer[:, start : start + C]):
-        raise ValueError(
-            f"dense_concat: src overlaps the channels [{start}, {start + C}) of the buffer that it "
-            f"is written to; write into other channels, or from another tensor"
-        )
+    for name, t in (("src", src), *(() if bn is None else zip(bn._fields[:4], bn, strict=False))):
+        if t is None or not aliasing.one_storage(buffer, t):
+            continue
+        if aliasing.overlap(t, buffer[:, start : start + C]):
+            raise ValueError(
+                f"dense_concat: {name if t is src else f'bn.{name}'} overlaps the channels "
+                f"[{start}, {start + C}) of the buffer that src is written to; write into other "
+                f"channels, or from another tensor"
+            )

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cvkernels.ops.common.activation import ACTIVATIONS
+from cvkernels.ops.common.arguments import check_act, check_tensors
 from cvkernels.ops.common.convolution import (
     Pair,
     check_fits,
@@ -52,6 +54,8 @@ class Arguments(NamedTuple):
 def problem_of(*given: Any, **named: Any) -> DepthwiseProblem:
     """The checked call of these :class:`Arguments`."""
     x, weight, bias, bn, stride, padding, dilation, act, squeeze, dtype = Arguments(*given, **named)
+    check_tensors(OP, x=x, weight=weight)
+    check_act(OP, "act", act, tuple(ACTIVATIONS))
     problem = _shapes(
         x.shape, weight.shape, pairs(OP, stride, padding, dilation), dtype or x.dtype, act,
         bias is not None, bn is not None, bool(squeeze),
@@ -65,7 +69,7 @@ def _shapes(
     x: torch.Size, weight: torch.Size, geometry: tuple[tuple[int, int], ...],
     dtype: torch.dtype, act: str, has_bias: bool, has_bn: bool, squeeze: bool,
 ) -> DepthwiseProblem:  # fmt: skip
-    check_options(OP, x, dtype, act, geometry)
+    check_options(OP, x, dtype, geometry)
     N, C, H, W = x
     if len(weight) != 4 or tuple(weight[:2]) != (C, 1) or 0 in weight:
         raise ValueError(

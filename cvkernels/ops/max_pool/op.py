@@ -10,9 +10,10 @@ from torch import Tensor
 from cvkernels import backend as backends
 from cvkernels.backend import Backend
 from cvkernels.ops.common import native, pool
+from cvkernels.ops.common.arguments import check_overlap
 from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, reference
 from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
-from cvkernels.ops.common.pool import Window, check_overlap, checked, window_of
+from cvkernels.ops.common.pool import Window, checked, window_of
 from cvkernels.ops.max_pool.reference import max_pool_reference
 
 OP = "max_pool"
@@ -90,7 +91,8 @@ def max_pool(
 
     Raises:
         ValueError: x is not 4-dimensional, an option is out of range, no window fits, out's shape
-            or device does not fit, or out overlaps x (not seen under torch.compile) or itself.
+            or device does not fit, out overlaps x (not seen under torch.compile) or itself, or out
+            is a leaf that requires a gradient.
         TypeError: dtype not listed above, out's dtype is not x's, or an option is not of integers.
         RuntimeError: x has another dtype or no window fits; is a TypeError or ValueError as well.
         BackendError: the requested backend cannot run this call.
@@ -112,7 +114,7 @@ def max_pool(
         _plans.keep(key, planned, x, out)
         native.keep_call(run_kept, planned, *options, backend)
     if out is not None:
-        check_overlap(OP, out, x)
+        check_overlap(OP, out, {"x": x})
     return planned.recorded(x, out)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cvkernels import backend as backends
 from cvkernels.backend import Backend
-from cvkernels.ops.common.arguments import check_act
+from cvkernels.ops.common.arguments import check_act, integer
 from cvkernels.ops.common.dispatch import Call, call_of
 from cvkernels.ops.common.norm import accumulator
 from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
@@ -47,7 +47,7 @@ def plan(
 ) -> Plan:  # fmt: skip
     """A call of :func:`excite`, as ``plan(pooled)``; ``pooled_like`` is an example."""
     layers = (weight1, bias1, weight2, bias2)
-    problem = Problem(OP, layers, act, sigmoid=sigmoid, pixels=count)
+    problem = _problem_of(layers, act, sigmoid, count)
     call = _checked(problem, pooled_like, backend, once)
     dense = layers if call.grad else native.matrices(*layers)
     planned = _plan(problem._replace(layers=dense), call).bind(dense)
@@ -88,7 +88,8 @@ def excite(
 
     Raises:
         ValueError: a shape, device, act or count does not fit.
-        TypeError: a dtype is not listed above, or the parameters differ in theirs.
+        TypeError: a dtype is not listed above, the parameters differ in theirs, or count is no
+            integer.
         BackendError: the requested backend cannot run this call.
 
     Differentiable in pooled and every parameter. Equal inputs give equal bits. Source: Hu et al.
@@ -96,17 +97,22 @@ def excite(
     """
     layers = (weight1, bias1, weight2, bias2)
     if torch.compiler.is_compiling():
-        problem = Problem(OP, layers, act, sigmoid=sigmoid, pixels=count)
+        problem = _problem_of(layers, act, sigmoid, count)
         return _plan(problem, _checked(problem, pooled, backend, once=True)).run(layers, pooled)
     key = _plans.key(backend, (pooled, *layers), act, sigmoid, count, type(count))  # type: ignore[arg-type]
     if (planned := _plans.get(key)) is None:
-        problem = Problem(OP, layers, act, sigmoid=sigmoid, pixels=count)
+        problem = _problem_of(layers, act, sigmoid, count)
         planned = _plan(problem, _checked(problem, pooled, backend, once=key is None))
         _plans.keep(key, planned, pooled, *layers)
     return planned.recorded(layers, pooled)
 
 
 backends.answers(OP, plan)
+
+
+def _problem_of(layers: Layers, act: str, sigmoid: bool, count: int | None) -> Problem:
+    pixels = count if count is None else integer(OP, "count", count)
+    return Problem(OP, layers, act, sigmoid=bool(sigmoid), pixels=pixels)
 
 
 def _checked(problem: Problem, pooled: Tensor, backend: Backend, once: bool) -> Call:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cvkernels import backend as backends
 from cvkernels.backend import Backend
-from cvkernels.ops.common.arguments import check_act, check_elementwise_overlap
+from cvkernels.ops.common.arguments import check_act, check_overlap
 from cvkernels.ops.common.dispatch import Call, choose
 from cvkernels.ops.common.layout import format_of, in_format, is_nhwc, new_like
 from cvkernels.ops.common.norm import accumulator
@@ -20,6 +20,7 @@ from cvkernels.ops.common.work import GPU, Work
 from cvkernels.ops.squeeze_excite import native, tiles, work
 from cvkernels.ops.squeeze_excite.problem import (
     ACTS,
+    IN_PLACE,
     OUT_ACTS,
     Layers,
     Problem,
@@ -118,7 +119,7 @@ def squeeze_excite(
     if out is not None:
         names = ("weight1", "bias1", "weight2", "bias2")
         inputs = {"x": x, "residual": residual, **dict(zip(names, layers, strict=True))}
-        check_elementwise_overlap(OP, out, inputs)
+        check_overlap(OP, out, inputs, IN_PLACE)
     return planned.recorded(layers, x, residual, out)
 
 

@@ -11,7 +11,12 @@ from torch import Tensor
 from cvkernels import backend as backends
 from cvkernels import extension
 from cvkernels.ops.common import layout
-from cvkernels.ops.common.arguments import check_not_differentiable, check_out, check_residual
+from cvkernels.ops.common.arguments import (
+    check_not_differentiable,
+    check_out,
+    check_residual,
+    check_tensors,
+)
 from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, reference
 
 # The two weights, each before its bias.
@@ -22,6 +27,7 @@ LARGEST_MAP = 2**31 - 2**13
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ACTS = ("relu", "silu")
 OUT_ACTS = ("none", "relu", "silu")
+IN_PLACE = ("x", "residual")  # what out may be itself
 
 
 class Problem(NamedTuple):
@@ -105,11 +111,12 @@ def checked_call(
     if out is None:
         return call
     check_out(op, out, x, x.shape, "x's shape,")
-    check_not_differentiable(op, call.grad or (torch.is_grad_enabled() and out.requires_grad))
+    check_not_differentiable(op, out, call.grad)
     return call
 
 
 def check_map(op: str, x: Tensor) -> None:
+    check_tensors(op, x=x)
     if x.dim() != 4:
         raise ValueError(
             f"{op}: x must have shape [N, C, H, W], got {list(x.shape)}; "
@@ -129,6 +136,7 @@ def check_map(op: str, x: Tensor) -> None:
 
 
 def check_gate(op: str, gate: Tensor, x: Tensor) -> None:
+    check_tensors(op, gate=gate)
     if gate.shape != x.shape[:2]:
         raise ValueError(
             f"{op}: gate must have shape [N, C] = {list(x.shape[:2])} to match x "
@@ -150,13 +158,14 @@ def check_layers(
     """The two layers from C channels to R and back, or where ``outputs`` is "K" to as many as there
     are rows of weight2; on like's device, all in one of ``dtypes``."""
     weight1, bias1, weight2, bias2 = layers
-    R, K = weight1.shape[0], C if outputs == "C" else weight2.shape[0]
+    check_tensors(op, {"bias1": bias1, "bias2": bias2}, weight1=weight1, weight2=weight2)
     for name, weight in (("weight1", weight1), ("weight2", weight2)):
         if weight.dim() not in (2, 4) or weight.shape[2:].numel() != 1:
             raise ValueError(
                 f"{op}: {name} must be a matrix or the weight of a 1x1 convolution, "
                 f"got shape {list(weight.shape)}"
             )
+    R, K = weight1.shape[0], C if outputs == "C" else weight2.shape[0]
     for name, tensor, shape, letters in (
         ("weight1", weight1, (R, C), "[R, C]"),
         ("bias1", bias1, (R,), "[R]"),
@@ -168,7 +177,7 @@ def check_layers(
         if tuple(tensor.shape[:2]) != shape or 0 in (R, K):
             raise ValueError(
                 f"{op}: {name} must have shape {letters} = {list(shape)} with R > 0 and "
-                f"C = {C}, got {list(tensor.shape)}"
+                f"C = {C} as {_first(like)} has, got {list(tensor.shape)}"
             )
         if tensor.dtype != weight1.dtype:
             raise TypeError(
@@ -188,6 +197,7 @@ def parameter_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
 
 
 def check_pooled(op: str, pooled: Tensor, count: int | None) -> None:
+    check_tensors(op, pooled=pooled)
     if pooled.dim() != 2 or pooled.shape[1] == 0:
         raise ValueError(
             f"{op}: pooled must have shape [N, C], got {list(pooled.shape)}; "
@@ -199,7 +209,7 @@ def check_pooled(op: str, pooled: Tensor, count: int | None) -> None:
         )
     if count is None:
         return
-    if not isinstance(count, int) or count < 1:
+    if count < 1:
         raise ValueError(f"{op}: count must be a positive number of pixels, got {count!r}")
     if pooled.dtype not in (torch.float32, torch.float64):
         raise TypeError(
@@ -208,9 +218,14 @@ def check_pooled(op: str, pooled: Tensor, count: int | None) -> None:
         )
 
 
+def _first(like: Tensor) -> str:
+    """The name of an op's first argument."""
+    return "x" if like.dim() == 4 else "pooled"
+
+
 def _check_device(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.device != like.device:
         raise ValueError(
-            f"{op}: {name} must be on the input's device, {like.device}, got {tensor.device}; "
+            f"{op}: {name} must be on {_first(like)}'s device, {like.device}, got {tensor.device}; "
             f"move it with .to()"
         )

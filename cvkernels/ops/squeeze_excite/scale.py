@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cvkernels import backend as backends
 from cvkernels.backend import Backend
-from cvkernels.ops.common.arguments import check_act, check_elementwise_overlap
+from cvkernels.ops.common.arguments import check_act, check_overlap
 from cvkernels.ops.common.differentiable import needs_stock
 from cvkernels.ops.common.dispatch import Call, choose
 from cvkernels.ops.common.layout import format_of, in_format, is_nhwc, new_like
@@ -19,6 +19,7 @@ from cvkernels.ops.common.traffic import Traffic, nbytes
 from cvkernels.ops.common.work import GPU, Work
 from cvkernels.ops.squeeze_excite import native, work
 from cvkernels.ops.squeeze_excite.problem import (
+    IN_PLACE,
     OUT_ACTS,
     Problem,
     check_gate,
@@ -101,7 +102,7 @@ def se_scale(
         planned = plan(x, gate, residual, act, out=out, backend=backend, once=key is None)
         _plans.keep(key, planned, x, gate, residual, out)
     if out is not None:
-        check_elementwise_overlap(OP, out, {"x": x, "residual": residual, "gate": gate})
+        check_overlap(OP, out, {"x": x, "residual": residual, "gate": gate}, IN_PLACE)
     return planned.recorded(x, gate, residual, out)
 
 
