@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 import weakref
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from cvkernels.functional import DerivedWeights
 from cvkernels.memory_use import out_of_memory
 from cvkernels.ops.common.errors import InputTypeError, InputValueError
 from cvkernels.ops.conv_bn_act.problem import Problem
+from cvkernels.tables import first_line
 
 # Shapes of input that a frozen model keeps plans for; the one used longest ago goes first.
 CAPACITY = 8
@@ -459,16 +461,37 @@ def load_frozen(path: str | Path) -> Frozen:
     Nothing but tensors and plain types is read (``torch.load`` with ``weights_only=True``).
 
     Raises:
-        ValueError: the file holds something else, or was written by a newer version.
+        ValueError: the file is damaged, holds something else, or was written by a newer version.
     """
-    content = torch.load(path, weights_only=True)
+    content = _read(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(
             f"load_frozen: {path} is no frozen model of this version; write one with "
             f"frozen.save(path)"
         )
-    dtype, device = getattr(torch, content["dtype"]), torch.device(content["device"])
-    return Frozen(saving.decode(content), dtype, device, content["table"], content["channels"])
+    try:
+        dtype, device = getattr(torch, content["dtype"]), torch.device(content["device"])
+        return Frozen(saving.decode(content), dtype, device, content["table"], content["channels"])
+    # Whatever a file that only seems to be one holds in the place of the parts.
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"load_frozen: {path} is damaged: {first_line(error)}") from error
+
+
+def _read(path: str | Path) -> Any:
+    """What torch.save wrote there; torch.load itself does not compare the sums of the parts."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"the sum of {part} is wrong")
+        return torch.load(path, weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    # Reading bytes that are no file of torch.save's may raise anything.
+    except Exception as error:  # noqa: BLE001
+        raise ValueError(
+            f"load_frozen: {path} cannot be read, it is damaged or no file of frozen.save(path): "
+            f"{first_line(error)}"
+        ) from error
 
 
 def _plan_of(plan: Plan | CudaGraph) -> Plan:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
 import re
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +17,6 @@ from cvkernels.models.checkpoint_names import advice
 from cvkernels.tables import first_line
 
 CONTAINERS = ("state_dict", "model", "model_state_dict")
-# What torch.load raises for a file that is none of its own, or damaged.
-UNREADABLE = (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError)
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 
@@ -128,7 +124,9 @@ def read_checkpoint(
 
 
 def _is_state_dict(content: Any) -> bool:
-    return isinstance(content, Mapping) and all(isinstance(v, Tensor) for v in content.values())
+    return isinstance(content, Mapping) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    )
 
 
 def _read_file(path: str | os.PathLike) -> Any:
@@ -137,7 +135,10 @@ def _read_file(path: str | os.PathLike) -> Any:
     try:
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(Path(path), map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    # Reading bytes that are no file of torch.save's may raise anything.
+    except Exception as error:  # noqa: BLE001
         if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
             raise ValueError(
                 f"checkpoint {os.fspath(path)!r} cannot be read safely, it holds {refused[1]} "
@@ -199,14 +200,32 @@ def load_checkpoint(
         FileNotFoundError, ValueError: as for :func:`read_checkpoint`.
     """
     state = source if isinstance(source, Mapping) else read_checkpoint(source)
-    state = with_todays_keys(model, state)
     own = {key: list(value.shape) for key, value in model.state_dict().items()}
-    if found := complaints(own, state, "the model"):
-        way_out = advice(state, own, builder)
+    way_out = None
+    if not (found := _no_values(model, state)):
+        state = with_todays_keys(model, state)
+        if found := complaints(own, state, "the model"):
+            way_out = advice(state, own, builder)
+    if found:
         kind = type(model).__name__
         first = f"Error(s) in loading state_dict for {kind}; the model is unchanged:"
         raise RuntimeError("\n\t".join([first, *found, *([way_out] if way_out else [])]))
     model.load_state_dict(state)
+
+
+def _no_values(model: nn.Module, state: Mapping[Any, Any]) -> list[str]:
+    """What load_state_dict would find out when it has loaded other entries."""
+    found = [f"{key!r} is no name of an entry." for key in state if not isinstance(key, str)]
+    on_meta = any(value.is_meta for value in model.state_dict().values())
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            continue
+        kind = "sparse" if value.layout is not torch.strided else ""
+        kind = "quantized" if value.is_quantized else "complex" if value.is_complex() else kind
+        kind = "without data, on the meta device" if value.is_meta and not on_meta else kind
+        if kind:
+            found.append(f"{key} is {kind}; the model's entries are dense numbers.")
+    return found
 
 
 def complaints(own: Mapping[str, list[int]], state: Mapping[str, Tensor], owner: str) -> list[str]:

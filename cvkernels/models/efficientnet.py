@@ -179,7 +179,7 @@ def efficientnet(
     Source: Tan and Le 2019, arXiv:1905.11946, equation 3 and table 1.
     """
     for name, factor in (("width", width), ("depth", depth)):
-        if not 0 < factor < math.inf:
+        if not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
             raise ValueError(
                 f"efficientnet: {name} must be a positive factor on B0's {name} (1.0 keeps it), "
                 f"got {factor!r}"

@@ -43,5 +43,5 @@ def overlap(a: Tensor, b: Tensor) -> bool:
 def _bytes(t: Tensor) -> tuple[int, int]:
     """Where in its storage the tensor's first element begins, and the last that it reaches ends."""
     span = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    first, itemsize = t.storage_offset(), t.element_size()
+    first, itemsize = int(t.storage_offset()), t.element_size()
     return first * itemsize, (first + span + 1) * itemsize

@@ -89,7 +89,7 @@ def check_device(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def check_tensor(op: str, name: str, tensor: Tensor, shape: tuple, letters: str, x: Tensor) -> None:
-    check_tensors(op, **{name: tensor})
+    check_tensors(op, None, **{name: tensor})
     if tuple(tensor.shape) != shape:
         raise ValueError(
             f"{op}: {name} must have shape {letters} = {list(shape)}, got {list(tensor.shape)}"
@@ -114,7 +114,7 @@ def check_residual(op: str, residual: Tensor, x: Tensor) -> None:
 
 
 def check_vector(op: str, name: str, vector: Tensor, channels: int, x: Tensor) -> None:
-    check_tensors(op, **{name: vector})
+    check_tensors(op, None, **{name: vector})
     if vector.shape != (channels,):
         raise ValueError(f"{op}: {name} must have shape [{channels}], got {list(vector.shape)}")
     if not vector.is_floating_point():

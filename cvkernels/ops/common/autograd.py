@@ -30,7 +30,7 @@ def needs_grad(*parts: Tensor | BatchNormParams | None) -> bool:
     return False
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Any) -> torch.dtype | None:
     """The dtype that autocast converts this call's operands to; None where it leaves them alone."""
     if not isinstance(x, Tensor):  # is refused when it is checked
         return None
