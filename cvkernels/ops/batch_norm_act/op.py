@@ -164,7 +164,8 @@ def _plan_reference(problem: None, call: Call, *like: Any) -> Callable[..., Batc
     eps, act = like[-2:]
 
     def run(x, weight=None, bias=None, residual=None):
-        return BatchNormAct(*batch_norm_act_reference(x, weight, bias, eps, act, residual))
+        out, mean, var = batch_norm_act_reference(x, weight, bias, eps, act, residual)
+        return BatchNormAct(out, mean.detach(), var.detach())
 
     return run
 
