@@ -107,7 +107,7 @@ class TestCallsAreNotMixedUp:
             avg_pool(self.x, 2, 2, 0, False, True, 1.0)
         layers = make_layers(Map(2, 8, 6, 6, 6), torch.float32, "cpu")
         excite(torch.ones(2, 8), *layers, count=9)
-        with pytest.raises(ValueError, match="count must be a positive number"):
+        with pytest.raises(TypeError, match="count must be an integer"):
             excite(torch.ones(2, 8), *layers, count=9.0)
 
     def test_strides_shapes_and_dtypes(self):
