@@ -5,6 +5,9 @@ Two shared objects, written with LibTorch's stable ABI so that one build serves 
 - ``cvkernels/_C``: Python module and CPU ops, from csrc's .cpp; needs libtorch_cpu.
 - ``cvkernels/_C_cuda.so``: CUDA ops, from csrc's .cu; needs libtorch_cuda, not the CUDA runtime.
 
+There is one wheel for each CPython and none for abi3: pybind11 does not compile under
+Py_LIMITED_API, and csrc/common/stamps.h reads fields of dicts and types that it hides.
+
 Switches, all environment variables:
 
 - ``CVKERNELS_BUILD=auto|cpu|cuda|none``: ``auto`` (the default) builds the CUDA ops if a toolkit
@@ -13,7 +16,11 @@ Switches, all environment variables:
   ``80;86;89;90;100``, less those that the toolkit does not know. PTX of the newest is added: it
   runs on every later GPU.
 - ``CUDA_HOME`` or ``CUDA_PATH``: the toolkit, where it is not that of the ``nvcc`` on ``PATH``.
+  Its major version may be older than that of torch's CUDA, not newer: drivers run what is older.
 - ``CXX``: the C++ compiler. ``MAX_JOBS``: how many files compile at once.
+
+Another processor's wheel comes from its cross compiler in ``CXX``, with setuptools' own
+``_PYTHON_HOST_PLATFORM=linux-aarch64`` and ``SETUPTOOLS_EXT_SUFFIX`` (see .ci/aarch64).
 """
 
 from __future__ import annotations
@@ -76,7 +83,7 @@ class Toolkit(NamedTuple):
 
     @classmethod
     def find(cls) -> Toolkit | str:
-        """The toolkit, or why there is none."""
+        """The toolkit, or why there is none that serves."""
         home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
         nvcc = os.path.join(home, "bin", "nvcc") if home else shutil.which("nvcc")
         if nvcc is None:
@@ -91,8 +98,14 @@ class Toolkit(NamedTuple):
         top = re.search(r"TOP=(.+)", plan or "")
         if version is None or top is None:
             return f"{nvcc} does not run"
-        if int(version[1].split(".")[0]) < 12:
+        if _major(version[1]) < 12:
             return f"{nvcc} is CUDA {version[1]}, and C++20 needs CUDA 12 or newer"
+        if (theirs := torch_cuda()) and _major(version[1]) > _major(theirs):
+            return (
+                f"{nvcc} is CUDA {version[1]}, and torch is built for CUDA {theirs}, whose drivers "
+                f"need not run it: set CUDA_HOME to a toolkit of CUDA {_major(theirs)}, or install "
+                f"a torch for CUDA {_major(version[1])} and pip install --no-build-isolation"
+            )
         root = Path(top[1].strip()).resolve()
         includes = [*re.findall(r'"-I([^"]+)"', plan), str(root / "include")]
         libraries = [*re.findall(r'"-L([^"]+)"', plan), str(root / "lib64"), str(root / "lib")]
@@ -150,7 +163,8 @@ class Inputs(NamedTuple):
         if tuple(map(int, version.split(".")[:2])) < TORCH_MIN:
             wanted = ".".join(map(str, TORCH_MIN))
             raise BuildError(
-                f"the headers of torch >= {wanted} are needed, this is torch {version}"
+                f"the headers of torch >= {wanted} are needed, this is torch {version}: "
+                f"pip install --upgrade torch, {WITHOUT}"
             )
         if importlib.util.find_spec("pybind11") is None:
             raise BuildError(f"no pybind11: pip install pybind11, {WITHOUT}")
@@ -182,7 +196,9 @@ class NinjaBuild(build_ext):
         archs = toolkit.selected_archs() if toolkit else []
         if toolkit:
             listed = ", sm_".join(map(str, archs))
-            say(f"CPU and CUDA ops (CUDA {toolkit.version}, sm_{listed} and later)")
+            theirs = torch_cuda() or toolkit.version
+            other = f"; torch is built for CUDA {theirs}" if theirs != toolkit.version else ""
+            say(f"CPU and CUDA ops (CUDA {toolkit.version}, sm_{listed} and later{other})")
         elif MODE == "cpu":
             say("CPU ops")
         else:
@@ -296,6 +312,17 @@ def git_revision() -> str:
     return (_output([*git, "rev-parse", "--short=12", "--verify", "-q", "HEAD"]) or "").strip()
 
 
+def torch_cuda() -> str:
+    """The CUDA that the torch at hand is built for; empty where there is neither."""
+    torch = importlib.util.find_spec("torch")
+    for folder in (torch and torch.submodule_search_locations) or ():
+        path = Path(folder) / "version.py"
+        text = path.read_text() if path.is_file() else ""
+        if found := re.search(r"^cuda\b.*=\s*['\"]([\d.]+)", text, re.MULTILINE):
+            return found[1]
+    return ""
+
+
 def sources(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob(pattern))
 
@@ -314,6 +341,10 @@ def _output(command: list[str]) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout if result.returncode == 0 else None
+
+
+def _major(version: str) -> int:
+    return int(version.split(".")[0])
 
 
 def _shell(path: str | Path) -> str:

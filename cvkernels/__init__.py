@@ -6,6 +6,15 @@ in :func:`cvkernels.info`.
 
 from importlib.metadata import PackageNotFoundError, version
 
+import torch
+
+# Before the imports, which an older torch would fail at one of its own that are newer.
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
+    raise ImportError(
+        f"cvkernels needs torch >= 2.11, this is torch {torch.__version__}: "
+        "pip install --upgrade torch"
+    )
+
 from cvkernels import backend, functional, models, nn
 from cvkernels.backend import BackendError
 from cvkernels.explain import explain

@@ -125,12 +125,12 @@ def lacks_triton(device_type: str) -> str:
     """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
-    if device_type == "cuda":
-        return ""
-    if device_type == "cpu":
-        import triton
-
-        if triton.knobs.runtime.interpret:
+    if device_type in ("cpu", "cuda"):
+        try:
+            import triton
+        except Exception as error:  # noqa: BLE001 - a broken package may raise anything at import
+            return f"Triton does not import: {type(error).__name__}: {' '.join(str(error).split())}"
+        if device_type == "cuda" or triton.knobs.runtime.interpret:
             return ""
     return f"Triton needs CUDA tensors, got {device_type}"
 

@@ -121,6 +121,8 @@ def _load_cuda() -> Status:
             "the package was built without CUDA ops",
             "install a CUDA toolkit, then: CVKERNELS_BUILD=cuda pip install --no-deps .",
         )
+    if not _status["cpu"].available:  # it says for which GPUs this half has code
+        return Status(False, "_C_cuda.so needs cvkernels._C, which is not loaded", _REBUILD)
     try:
         torch.ops.load_library(path)
     except (ImportError, OSError, RuntimeError) as error:

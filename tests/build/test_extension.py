@@ -66,10 +66,13 @@ USE = """
         print(half, reason)
 """
 
+# The header of a shared object for a processor that is none of ours (EM_68K).
+FOREIGN = b"\x7fELF\x02\x01\x01".ljust(16, b"\0") + b"\x03\0\x04\0\x01\0\0\0" + bytes(40)
 DAMAGE = {
     "absent": (None, "the compiled part is not installed"),
     "empty": (b"", "cvkernels._C does not load: "),
     "garbage": (b"not a shared object\n" * 50, "cvkernels._C does not load: "),
+    "for another processor": (FOREIGN, "cvkernels._C does not load: "),
     "truncated": (b"\x7fELF\x02\x01\x01" + bytes(9), "cvkernels._C does not load: "),
 }
 
@@ -86,12 +89,33 @@ def test_absent_or_broken(copy, content, reason):
     elif content is None:
         assert "built without CUDA ops" in lines[1]
     else:
-        assert "_C_cuda.so does not load: " in lines[1]
+        assert "_C_cuda.so needs cvkernels._C, which is not loaded" in lines[1]
 
 
 def test_built_for_another_python(copy):
     (copy / "_C.cpython-27-x86_64-linux-gnu.so").write_bytes(b"")
     assert run(copy, USE).startswith("cpu cvkernels._C does not load: No module named")
+
+
+def test_cuda_half_without_the_cpu_half(copy):
+    # The CPU half says for which GPUs the other one has code.
+    (copy / "_C_cuda.so").write_bytes(b"")
+    code = """
+        extension._status.clear()
+        extension.torch.version.cuda = "13.0"
+        print(*extension.status()["cuda"])
+    """
+    out = run(copy, code)
+    assert out.startswith("False _C_cuda.so needs cvkernels._C, which is not loaded pip install")
+
+
+def test_missing_module(copy):
+    (copy / "ops/max_pool/op.py").unlink()
+    # Without the finders of an editable install, which would find what the copy lacks.
+    code = f"import sys; sys.path[:] = {[str(copy.parent), *sys.path]!r}; import cvkernels"
+    result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
+    last = result.stderr.splitlines()[-1]
+    assert last == "ModuleNotFoundError: No module named 'cvkernels.ops.max_pool.op'"
 
 
 @needs_cpu

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from cvkernels.ops.common import triton_fence
+from cvkernels.ops.common import triton_cache, triton_fence
 from cvkernels.ops.common.launches import Launched, collected
 from cvkernels.ops.common.norm import BatchNormParams
 
@@ -28,6 +28,8 @@ _MIDDLE = ["kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_ex
 
 INTERPRETED = bool(knobs.runtime.interpret)
 triton_fence.install()
+if not INTERPRETED:
+    triton_cache.install()
 
 
 def activation(act: str, dtype: torch.dtype) -> str:
