@@ -23,6 +23,8 @@ FAMILIES = {
     "resnet": cvkernels.models.resnet18,
     "senet": cvkernels.models.seresnet50,
 }
+# How much larger the largest error of sixteen logits may be: of so few it is half chance.
+CHANCE = 4.0
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -69,13 +71,13 @@ def test_live_network_follows_its_weights(network):
         norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
         norm.weight = nn.Parameter(norm.weight * -1)
         assert not torch.equal(before, written) and not torch.equal(written, model(x))
-        assert_all_close_as_eager(model(x), *references(model, x))
+        assert_all_close_as_eager(model(x), *references(model, x), CHANCE)
 
 
 def test_frozen_network_is_saved_and_loaded(network, tmp_path):
     model, x = network
     frozen = cvkernels.freeze(model, x)
-    assert_all_close_as_eager(frozen(x), *references(model, x))
+    assert_all_close_as_eager(frozen(x), *references(model, x), CHANCE)
     frozen.save(tmp_path / "frozen.cvk")
     assert torch.equal(cvkernels.load_frozen(tmp_path / "frozen.cvk")(x), frozen(x))
 
