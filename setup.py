@@ -15,6 +15,9 @@ Switches, all environment variables:
 - ``CVKERNELS_CUDA_ARCHS``: compute capabilities to build for, such as ``"80;90"``. The default is
   ``80;86;89;90;100``, less those that the toolkit does not know. PTX of the newest is added: it
   runs on every later GPU.
+- ``CVKERNELS_SANITIZE=address,undefined|thread``: CPU ops that report their own errors of memory
+  or their data races, to test them; tests/build/test_sanitizers.py has what runs them. Only with
+  ``CVKERNELS_BUILD=cpu``.
 - ``CUDA_HOME`` or ``CUDA_PATH``: the toolkit, where it is not that of the ``nvcc`` on ``PATH``.
   Its major version may be older than that of torch's CUDA, not newer: drivers run what is older.
 - ``CXX``: the C++ compiler. ``MAX_JOBS``: how many files compile at once.
@@ -45,6 +48,7 @@ ROOT = Path(__file__).resolve().parent
 TORCH_MIN = (2, 11)
 DEFAULT_ARCHS = (80, 86, 89, 90, 100)
 MODES = ("auto", "cpu", "cuda", "none")
+SANITIZERS = ("address,undefined", "thread")
 WITHOUT = "or set CVKERNELS_BUILD=none for a pure-Python package"
 
 
@@ -67,6 +71,18 @@ def build_mode() -> str:
         )
         return "none"
     return mode
+
+
+def sanitizers(mode: str) -> str:
+    """What CVKERNELS_SANITIZE asks for; empty for an ordinary build."""
+    names = os.environ.get("CVKERNELS_SANITIZE", "")
+    if names and names not in SANITIZERS:
+        raise BuildError(
+            f"CVKERNELS_SANITIZE must be {' or '.join(SANITIZERS)}, or not set, got {names!r}"
+        )
+    if names and mode != "cpu":
+        raise BuildError(f"CVKERNELS_SANITIZE={names} needs CVKERNELS_BUILD=cpu, got {mode!r}")
+    return names
 
 
 def say(what: str) -> None:
@@ -200,7 +216,7 @@ class NinjaBuild(build_ext):
             other = f"; torch is built for CUDA {theirs}" if theirs != toolkit.version else ""
             say(f"CPU and CUDA ops (CUDA {toolkit.version}, sm_{listed} and later{other})")
         elif MODE == "cpu":
-            say("CPU ops")
+            say("CPU ops" + f" under sanitizers ({SANITIZE})" * bool(SANITIZE))
         else:
             say(f"CPU ops, no CUDA ops: {TOOLKIT}")
 
@@ -234,7 +250,8 @@ def ninja_file(
 ) -> str:
     """The build of ``outputs``: _C, then _C_cuda if there is a toolkit."""
     target = f"-DTORCH_TARGET_VERSION=0x{TORCH_MIN[0]:02x}{TORCH_MIN[1]:02x}000000000000"
-    common = [target, "-std=c++20", "-O3", f"-I{_shell(temp)}", f"-I{_shell(ROOT / 'csrc')}"]
+    optimise = sanitized_flags() if SANITIZE else ["-O3"]
+    common = [target, "-std=c++20", *optimise, f"-I{_shell(temp)}", f"-I{_shell(ROOT / 'csrc')}"]
     # No object names a folder of the machine that built it.
     prefixes = {ROOT: ".", inputs.torch_include: "torch", inputs.pybind11_include: "pybind11"}
     prefix_maps = [f"-ffile-prefix-map={_shell(path)}={name}" for path, name in prefixes.items()]
@@ -246,11 +263,13 @@ def ninja_file(
     # pybind11 first: torch 2.11 carries a copy that refuses to be included beside the stable ABI.
     for include in (inputs.pybind11_include, inputs.torch_include, inputs.python_include):
         cxxflags += ["-isystem", _shell(include)]
+    # A sanitizer's report names functions, which a stripped library does not.
+    closing = f"-fsanitize={SANITIZE}" if SANITIZE else "-Wl,--exclude-libs,ALL -Wl,-s"
     lines = [
         "ninja_required_version = 1.3",
         f"cxx = {inputs.cxx.replace('$', '$$')}",
         f"cxxflags = {' '.join(cxxflags)}",
-        "ldflags = -shared -Wl,-O1 -Wl,--as-needed -Wl,--exclude-libs,ALL -Wl,-s",
+        f"ldflags = -shared -Wl,-O1 -Wl,--as-needed {closing}",
         "rule cxx",
         "  command = $cxx -MMD -MF $out.d $cxxflags -c $in -o $out",
         "  depfile = $out.d",
@@ -291,6 +310,12 @@ def ninja_file(
         lines += [f"build {_target(output)}: link {' '.join(objects)} | {soname}"]
         lines += [f"  stub = {soname}", f"  libs = {libs}"]
     return "\n".join(lines) + "\n"
+
+
+def sanitized_flags() -> list[str]:
+    # vptr would compare the types of torch and pybind11 with hidden ones of the same name.
+    checks = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=undefined", "-fno-sanitize=vptr"]
+    return ["-O1", "-g", "-fno-omit-frame-pointer", *checks]
 
 
 def build_info_header(toolkit: Toolkit | None, archs: list[int]) -> str:
@@ -358,6 +383,7 @@ def _target(path: str | Path) -> str:
 
 
 MODE = build_mode()
+SANITIZE = sanitizers(MODE)
 TOOLKIT = Toolkit.find() if MODE in ("auto", "cuda") else "not asked for"
 if MODE == "cuda" and isinstance(TOOLKIT, str):
     raise BuildError(f"CVKERNELS_BUILD=cuda needs a CUDA toolkit: {TOOLKIT}")

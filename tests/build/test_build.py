@@ -18,6 +18,49 @@ from cvkernels import extension
 from tests.support.source_builds import LINUX, ROOT, environment, run, setup, skip_without, without
 
 
+@pytest.mark.parametrize("names", ["memory", "address", "thread,undefined"])
+def test_unknown_sanitizer(source, names):
+    pattern = f"CVKERNELS_SANITIZE must be address,undefined or thread, or not set, got '{names}'"
+    assert_refused(source, pattern, CVKERNELS_BUILD="cpu", CVKERNELS_SANITIZE=names)
+
+
+@pytest.mark.parametrize("mode", ["none", "auto"])
+def test_sanitizers_are_for_the_cpu_ops(source, mode):
+    pattern = f"CVKERNELS_SANITIZE=thread needs CVKERNELS_BUILD=cpu, got '{mode}'"
+    assert_refused(source, pattern, CVKERNELS_BUILD=mode, CVKERNELS_SANITIZE="thread")
+
+
+# It writes its command down, and an empty file where the command has an output.
+COMPILER = """#!/bin/sh
+echo "$@" >> {commands}
+while [ $# -gt 1 ]; do
+  [ "$1" = -o ] && : > "$2"
+  [ "$1" = -MF ] && echo "none:" > "$2"
+  shift
+done
+"""
+
+
+@LINUX
+def test_objects_of_ordinary_and_sanitized_builds_do_not_mix(source, tmp_path, tools):
+    compiler, commands = tmp_path / "compiler", tmp_path / "commands"
+    compiler.write_text(COMPILER.format(commands=commands))
+    compiler.chmod(0o755)
+    options = {"CVKERNELS_BUILD": "cpu", "CXX": str(compiler), "MAX_JOBS": "1"}
+    count = len(list((source / "csrc").rglob("*.cpp")))
+    for names in (None, "thread", "address,undefined", None):
+        commands.unlink(missing_ok=True)
+        arguments = ("build_ext", "--inplace")
+        assert setup(source, *arguments, **options, CVKERNELS_SANITIZE=names).returncode == 0
+        lines = commands.read_text().splitlines()
+        made = [line for line in lines if " -c " in line]
+        linked = [line for line in lines if "-shared" in line and "-soname" not in line]
+        assert (len(made), len(linked)) == (count, 1)
+        for line in made + linked:
+            assert (f"-fsanitize={names} " in line) == (names is not None)
+        assert all(("-O3" in line) == (names is None) for line in made)
+
+
 @LINUX
 @pytest.mark.parametrize("nvcc", [False, True], ids=["no-toolkit", "toolkit"])
 def test_says_once_what_it_builds(nvcc, source, tmp_path, tools):
