@@ -10,6 +10,7 @@ import contextlib
 import copy
 import inspect
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -22,10 +23,15 @@ from cvkernels.freeze import aliasing
 from cvkernels.freeze.aliasing import AsWritten, Region, Span, is_size
 from cvkernels.freeze.convert import CALLABLES, convert_call, convert_module
 from cvkernels.freeze.graph import Graph, Node, Op, Ref, mapped
+from cvkernels.freeze.lock import ForkSafeLock
 from cvkernels.freeze.ops import Call, Input
 from cvkernels.memory_use import out_of_memory
 from cvkernels.nn.fused.watched import has_hooks, why_altered, why_replaced
 from cvkernels.tables import first_line
+
+# torch.fx replaces nn.Module's methods while it traces. Two traces that overlap in time would each
+# put back what they found.
+_one_trace = ForkSafeLock()
 
 # What torch.fx would trace into, and the graph knows as one op or as none.
 WHOLE = {
@@ -46,10 +52,15 @@ class CaptureError(ValueError):
 
 
 class _Tracer(fx.Tracer):
-    """Traces into modules; a child that cannot be traced is a call of its own."""
+    """Traces into modules; a child that cannot be traced is a call of its own.
+
+    What other threads do meanwhile, with the same modules or others, comes here as well, and is
+    none of the trace.
+    """
 
     def __init__(self) -> None:
         super().__init__(autowrap_modules=(), param_shapes_constant=False)
+        self.thread = threading.get_ident()
         self.opaque: dict[str, str] = {}
         # The innermost modules that drew random numbers while they were traced.
         self.draws: list[str] = []
@@ -71,7 +82,14 @@ class _Tracer(fx.Tracer):
         kind = (type(m).__module__, type(m).__name__)
         return kind in WHOLE or has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         # torch.fx records an attribute where it is first read, and that must not be taken back.
         map_aggregate((args, kwargs), lambda leaf: getattr(leaf, "node", None))
         nodes = list(self.graph.nodes)
@@ -117,9 +135,9 @@ def capture(model: nn.Module, dtype: torch.dtype | None = None) -> Graph:
             f"freeze: {_named(model)} takes {', '.join(extra)} besides the images, and a frozen "
             f"model takes one tensor; wrap the model in a module that takes one"
         )
-    drawn = torch.get_rng_state()
-    tracer, replaced = _Tracer(), why_replaced()
-    with _unchanged(model):
+    with _one_trace, _unchanged(model):
+        drawn = torch.get_rng_state()
+        tracer, replaced = _Tracer(), why_replaced()
         traced = _traced(model, tracer)
         _refuse_draws(model, drawn, *tracer.draws[:1])
         return _Reader(model, tracer, dtype, replaced).read(traced)
@@ -172,7 +190,12 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for now, then in zip(dicts, before, strict=True):
-            if len(now) != len(then) or any(now.get(key) is not then[key] for key in then):
+            # One by one: another thread may call the modules, and finds each attribute.
+            for key in now.keys() - then.keys():
+                now.pop(key, None)
+            if any(now.get(key) is not then[key] for key in then):
+                now.update(then)
+            if [key for key in list(now) if key in then] != list(then):  # one had been deleted
                 now.clear()
                 now.update(then)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import threading
 import time
 import weakref
 import zipfile
@@ -26,6 +25,7 @@ from cvkernels.freeze.early_gates import gate_early
 from cvkernels.freeze.fuse import fuse, own_weights
 from cvkernels.freeze.graph import Graph, Node, TensorSpec, fill
 from cvkernels.freeze.image import lay_out_image
+from cvkernels.freeze.lock import ForkSafeLock
 from cvkernels.freeze.ops import Call, Conv
 from cvkernels.freeze.plan import Plan, converted
 from cvkernels.freeze.projections import merge_projections
@@ -257,7 +257,7 @@ class Frozen(nn.Module):
         self._plans: dict[tuple, Plan | CudaGraph] = {}
         self._used: dict[tuple, int] = {}
         self._clock = itertools.count()
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._pool: Pool | None = None
         self._caches: dict[Node, DerivedWeights] = {}
         self._original: tuple[Any, tuple] | None = None

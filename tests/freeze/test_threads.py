@@ -5,40 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import cvkernels
-from cvkernels.nn import Bottleneck, DenseBlock, Inception, MBConv, MBConvConfig, SEBasicBlock
+from tests.support.five_families import FiveFamilies, Uses, assert_same_bits
 from tests.support.pairs import calibrate, image
 
 THREADS, CALLS = 4, 2500
 # Batches that the threads take turns with: each has a plan, and arenas of its own.
 BATCHES = (1, 2, 3)
 GROWTH = 16 << 20
-
-
-class FiveFamilies(nn.Module):
-    """A block of each family, on maps so small that a call is mostly the calls in it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        widen = nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16))
-        mbconv = MBConvConfig(2, 3, 1, 24, 24, 1)
-        self.features = nn.Sequential(
-            nn.Conv2d(3, 8, 3, 2, 1, bias=False),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            Bottleneck(8, 4, downsample=widen),
-            SEBasicBlock(16, 16),
-            DenseBlock(2, 16, bn_size=2, growth_rate=4, drop_rate=0.0),
-            MBConv(mbconv, 0.0, norm_layer=nn.BatchNorm2d),
-            nn.MaxPool2d(2),
-            Inception(24, 8, 8, 8, 8, 8, 8),
-        )
-        self.fc = nn.Linear(32, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.features(x).mean((2, 3)))
 
 
 def resident_bytes():
@@ -71,3 +47,24 @@ def test_ten_thousand_calls_from_four_threads():
         counts += threads.map(right, range(THREADS), [CALLS] * THREADS)
         assert counts == [50] * THREADS + [CALLS] * THREADS
         assert resident_bytes() - before < GROWTH
+
+
+def test_freezing_in_threads_leaves_calls_of_others_alone():
+    """torch.fx replaces methods of all modules while it traces, for all threads. Blocks that are
+    live then run as stock ones do, which rounds otherwise."""
+    methods = nn.Module.__call__, nn.Module.__getattr__
+    uses = Uses()
+    expected = uses.all()
+
+    def work(use):
+        for _ in range(20):
+            for ours, others in zip(getattr(uses, use)(), expected[use], strict=True):
+                if use in ("frozen", "freeze"):
+                    assert torch.equal(ours, others)
+                else:
+                    torch.testing.assert_close(ours, others, rtol=1e-3, atol=1e-4)
+
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(work, ("live", "frozen", "freeze", "train", "freeze", "live")))
+    assert (nn.Module.__call__, nn.Module.__getattr__) == methods
+    assert_same_bits(uses.all(), expected)
