@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <iterator>
 #include <stdexcept>
@@ -15,6 +16,7 @@
 
 #include "build_info.h"
 #include "common/direct_call.h"
+#include "common/gil.h"
 #include "common/guard.h"
 #include "common/instruction_sets.h"
 #include "common/kept_calls.h"
@@ -72,13 +74,27 @@ void limit_instruction_sets(const std::string& name) {
 class Program {
  public:
   explicit Program(std::vector<cvkernels::Work> works) : works_(std::move(works)) {}
+
+  // Signals are asked for now and then: a large batch takes seconds, and Ctrl-C should end it.
   void run() const {
-    const py::gil_scoped_release released;
-    for (const cvkernels::Work& work : works_) work();
+    using Clock = std::chrono::steady_clock;
+    for (size_t done = 0; done < works_.size();) {
+      cvkernels::without_gil([&] {
+        const auto pause = Clock::now() + BETWEEN_SIGNALS;
+        do {
+          works_[done++]();
+        } while (done < works_.size() && Clock::now() < pause);
+      });
+      if (done < works_.size() && PyErr_CheckSignals() != 0) throw py::error_already_set();
+    }
   }
+
   size_t size() const { return works_.size(); }
 
  private:
+  // Another thread may keep the GIL for 5 ms.
+  static constexpr std::chrono::milliseconds BETWEEN_SIGNALS{100};
+
   std::vector<cvkernels::Work> works_;
 };
 

@@ -7,6 +7,8 @@
 #include <exception>
 #include <utility>
 
+#include "gil.h"
+
 namespace cvkernels {
 namespace {
 
@@ -32,15 +34,12 @@ PyObject* call(PyObject* self, PyObject* const* arguments, size_t flags, PyObjec
     addresses[i] = PyLong_AsVoidPtr(arguments[i]);
     if (addresses[i] == nullptr && PyErr_Occurred()) return nullptr;
   }
-  PyThreadState* state = PyEval_SaveThread();
   try {
-    direct.work->run(addresses);
+    without_gil([&] { direct.work->run(addresses); });
   } catch (const std::exception& raised) {
-    PyEval_RestoreThread(state);
     PyErr_SetString(PyExc_RuntimeError, raised.what());
     return nullptr;
   }
-  PyEval_RestoreThread(state);
   Py_RETURN_NONE;
 }
 

@@ -18,6 +18,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include "direct_call.h"
+#include "gil.h"
 
 extern "C" {
 // Of torch/csrc/stable/c/shim.h in torch 2.14; null before.
@@ -287,11 +288,7 @@ void work(const Recipe& recipe, void* const* addresses) {
     operands[i] = recipe.sources[i] < 0 ? nullptr : addresses[recipe.sources[i]];
   const Work& work = work_of(recipe.direct_call);
   if (recipe.brief) return work.run(operands);
-  struct Released {
-    PyThreadState* state = PyEval_SaveThread();
-    ~Released() { PyEval_RestoreThread(state); }
-  } released;
-  work.run(operands);
+  without_gil([&] { work.run(operands); });
 }
 
 // What the call returns; null, without an error, where autograd or its memory forbids it.

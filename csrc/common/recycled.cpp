@@ -1,6 +1,10 @@
 // Large results in memory that freed ones lay in. Schema: cvkernels/ops/common/recycled.py.
 #include "recycled.h"
 
+#if defined(__unix__)
+#include <pthread.h>
+#endif
+
 #include <cstdint>
 #include <vector>
 
@@ -10,10 +14,13 @@ namespace cvkernels {
 namespace {
 
 // Never destroyed: tensors may be freed while the process ends.
-Blocks& blocks() {
-  static Blocks& all = *new Blocks;
-  return all;
-}
+Blocks& blocks = *new Blocks;
+
+#if defined(__unix__)
+// A forked process has no thread that would give back the lock, were it taken meanwhile.
+[[maybe_unused]] const int fork_handlers =
+    pthread_atfork([] { blocks.lock(); }, [] { blocks.unlock(); }, [] { blocks.unlock(); });
+#endif
 
 // An uninitialised tensor with like's sizes, strides and dtype; like is dense and needs no memory.
 Tensor recycled(const Tensor& like) {
@@ -26,11 +33,11 @@ Tensor recycled(const Tensor& like) {
   size_t capacity = 0;
   void* data = nullptr;
   try {
-    data = blocks().take(like.numel() * like.element_size(), &capacity);
+    data = blocks.take(like.numel() * like.element_size(), &capacity);
   } catch (const std::bad_alloc&) {
     fail("recycled: can't allocate memory for a result of shape ", shape_of(like));
   }
-  const auto give_back = [capacity](void* memory) { blocks().give(memory, capacity); };
+  const auto give_back = [capacity](void* memory) { blocks.give(memory, capacity); };
   return torch::stable::from_blob(data, sizes, strides, like.device(), like.scalar_type(),
                                   give_back);
 }

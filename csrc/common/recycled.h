@@ -23,7 +23,7 @@ class Blocks {
 
   // A block of at least `bytes` and at most twice as many, whose size is put into `capacity`: the
   // smallest idle one that fits, of equal ones the last given back, which caches may hold; else a
-  // new one.
+  // new one, for which idle ones are freed where memory runs out.
   void* take(size_t bytes, size_t* capacity) {
     bytes = (bytes + PAGE - 1) / PAGE * PAGE;
     {
@@ -41,7 +41,11 @@ class Blocks {
         return *capacity = found.bytes, found.data;
       }
     }
-    void* const data = std::aligned_alloc(PAGE, bytes);
+    void* data = std::aligned_alloc(PAGE, bytes);
+    if (data == nullptr) {
+      free_idle(0);
+      data = std::aligned_alloc(PAGE, bytes);
+    }
     if (data == nullptr) throw std::bad_alloc();
     prefer_huge_pages(data, static_cast<int64_t>(bytes));
     const std::lock_guard lock(mutex_);
@@ -49,23 +53,44 @@ class Blocks {
     return *capacity = bytes, data;
   }
 
-  void give(void* data, size_t capacity) {
-    std::vector<void*> dropped;
+  // Throws nothing, as destructors of tensors call it.
+  void give(void* data, size_t capacity) noexcept {
+    size_t most;
     {
       const std::lock_guard lock(mutex_);
       used_bytes_ -= capacity;
-      idle_bytes_ += capacity;
-      idle_.push_back({data, capacity});
-      while (idle_bytes_ > std::max(KEPT, used_bytes_)) {
-        dropped.push_back(idle_.front().data);
+      most = std::max(KEPT, used_bytes_);
+      try {
+        idle_.push_back({data, capacity});
+        idle_bytes_ += capacity;
+        data = nullptr;
+      } catch (const std::bad_alloc&) {  // its place in the list has no room: it is freed
+      }
+    }
+    std::free(data);
+    free_idle(most);
+  }
+
+  // Between these, other threads wait in take() and give().
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
+ private:
+  // Frees idle blocks down to `most` bytes, outside of the lock since that takes long.
+  void free_idle(size_t most) noexcept {
+    for (;;) {
+      void* data = nullptr;
+      {
+        const std::lock_guard lock(mutex_);
+        if (idle_bytes_ <= most) return;
+        data = idle_.front().data;
         idle_bytes_ -= idle_.front().bytes;
         idle_.erase(idle_.begin());
       }
+      std::free(data);
     }
-    for (void* const block : dropped) std::free(block);
   }
 
- private:
   struct Block {
     void* data;
     size_t bytes;
