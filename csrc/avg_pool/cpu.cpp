@@ -142,24 +142,24 @@ CVK_HOST_DEVICE void pool_rows_strided(const void* x_data, void* out_data, const
 }
 
 // Functions and not templates: compilers clone only those for each instruction set.
-#define CVK_ROWS(T)                                                                                \
-  CVK_SIMD void rows_nhwc(Type<T>, const void* x, void* out, const Problem& problem,               \
-                          const Average& average, const Scratch& scratch, int64_t first,           \
-                          int64_t last) {                                                          \
+#define CVK_ROWS(SIMD, T)                                                                          \
+  SIMD void rows_nhwc(Type<T>, const void* x, void* out, const Problem& problem,                   \
+                      const Average& average, const Scratch& scratch, int64_t first,               \
+                      int64_t last) {                                                              \
     average.normalises ? pool_rows_nhwc<T, true>(x, out, problem, average, scratch, first, last)   \
                        : pool_rows_nhwc<T, false>(x, out, problem, average, scratch, first, last); \
   }                                                                                                \
-  CVK_SIMD void rows_strided(Type<T>, const void* x, void* out, const Problem& problem,            \
-                             const Average& average, const Scratch& scratch, int64_t first,        \
-                             int64_t last) {                                                       \
+  SIMD void rows_strided(Type<T>, const void* x, void* out, const Problem& problem,                \
+                         const Average& average, const Scratch& scratch, int64_t first,            \
+                         int64_t last) {                                                           \
     average.normalises                                                                             \
         ? pool_rows_strided<T, true>(x, out, problem, average, scratch, first, last)               \
         : pool_rows_strided<T, false>(x, out, problem, average, scratch, first, last);             \
   }
-CVK_ROWS(float)
-CVK_ROWS(double)
-CVK_ROWS(float16)
-CVK_ROWS(bfloat16)
+CVK_ROWS(CVK_SIMD, float)
+CVK_ROWS(CVK_SIMD_FEW, double)
+CVK_ROWS(CVK_SIMD_FEW, float16)
+CVK_ROWS(CVK_SIMD, bfloat16)
 #undef CVK_ROWS
 
 struct OnCpu : Cpu {

@@ -259,51 +259,50 @@ CVK_HOST_DEVICE void gradient_pixels(const Operands& op, int64_t first, int64_t 
 }
 
 // Functions and not templates: compilers clone only those for each instruction set.
-#define CVK_PASSES(T)                                                                            \
-  CVK_SIMD static void statistics_pass(Type<T>, const Operands& op, int64_t first, int64_t last, \
-                                       void* pivot, double* off, double* squares, void* sums) {  \
-    statistics_of<T>(op, first, last, pivot, off, squares, sums);                                \
-  }                                                                                              \
-  CVK_SIMD static void apply_pass(Type<T>, const Operands& op, int64_t first, int64_t last) {    \
-    using Wide = Number<T>::Wide;                                                                \
-    if (op.act == Act::SILU)                                                                     \
-      apply_pixels<T, false>(op, first, last, Silu<Wide>{});                                     \
-    else if (op.other == nullptr)                                                                \
-      apply_pixels<T, false>(op, first, last, op.bounded<Wide>());                               \
-    else                                                                                         \
-      apply_pixels<T, true>(op, first, last, op.bounded<Wide>());                                \
-  }                                                                                              \
-  CVK_SIMD static void reduce_pass(Type<T>, const Operands& op, int64_t first, int64_t last,     \
-                                   double* totals, double* products, void* sums) {               \
-    using Wide = Number<T>::Wide;                                                                \
-    if (op.act == Act::SILU)                                                                     \
-      reduce_pixels<T, Reduces::ALONE>(op, first, last, totals, products, sums, Silu<Wide>{});   \
-    else if (op.out == nullptr)                                                                  \
-      reduce_pixels<T, Reduces::ALONE>(op, first, last, totals, products, sums,                  \
-                                       op.bounded<Wide>());                                      \
-    else if (op.other == nullptr)                                                                \
-      reduce_pixels<T, Reduces::INTO_TOTAL>(op, first, last, totals, products, sums,             \
-                                            op.bounded<Wide>());                                 \
-    else                                                                                         \
-      reduce_pixels<T, Reduces::OF_OUTPUT>(op, first, last, totals, products, sums,              \
-                                           op.bounded<Wide>());                                  \
-  }                                                                                              \
-  CVK_SIMD static void gradient_pass(Type<T>, const Operands& op, int64_t first, int64_t last) { \
-    using Wide = Number<T>::Wide;                                                                \
-    if (op.act == Act::SILU)                                                                     \
-      gradient_pixels<T, T>(op, first, last, Silu<Wide>{});                                      \
-    else                                                                                         \
-      gradient_pixels<T, T>(op, first, last, op.bounded<Wide>());                                \
-  }                                                                                              \
-  CVK_SIMD static void wide_gradient_pass(Type<T>, const Operands& op, int64_t first,            \
-                                          int64_t last) {                                        \
-    using Wide = Number<T>::Wide;                                                                \
-    gradient_pixels<T, Wide>(op, first, last, op.bounded<Wide>());                               \
+#define CVK_PASSES(SIMD, T)                                                                       \
+  SIMD static void statistics_pass(Type<T>, const Operands& op, int64_t first, int64_t last,      \
+                                   void* pivot, double* off, double* squares, void* sums) {       \
+    statistics_of<T>(op, first, last, pivot, off, squares, sums);                                 \
+  }                                                                                               \
+  SIMD static void apply_pass(Type<T>, const Operands& op, int64_t first, int64_t last) {         \
+    using Wide = Number<T>::Wide;                                                                 \
+    if (op.act == Act::SILU)                                                                      \
+      apply_pixels<T, false>(op, first, last, Silu<Wide>{});                                      \
+    else if (op.other == nullptr)                                                                 \
+      apply_pixels<T, false>(op, first, last, op.bounded<Wide>());                                \
+    else                                                                                          \
+      apply_pixels<T, true>(op, first, last, op.bounded<Wide>());                                 \
+  }                                                                                               \
+  SIMD static void reduce_pass(Type<T>, const Operands& op, int64_t first, int64_t last,          \
+                               double* totals, double* products, void* sums) {                    \
+    using Wide = Number<T>::Wide;                                                                 \
+    if (op.act == Act::SILU)                                                                      \
+      reduce_pixels<T, Reduces::ALONE>(op, first, last, totals, products, sums, Silu<Wide>{});    \
+    else if (op.out == nullptr)                                                                   \
+      reduce_pixels<T, Reduces::ALONE>(op, first, last, totals, products, sums,                   \
+                                       op.bounded<Wide>());                                       \
+    else if (op.other == nullptr)                                                                 \
+      reduce_pixels<T, Reduces::INTO_TOTAL>(op, first, last, totals, products, sums,              \
+                                            op.bounded<Wide>());                                  \
+    else                                                                                          \
+      reduce_pixels<T, Reduces::OF_OUTPUT>(op, first, last, totals, products, sums,               \
+                                           op.bounded<Wide>());                                   \
+  }                                                                                               \
+  SIMD static void gradient_pass(Type<T>, const Operands& op, int64_t first, int64_t last) {      \
+    using Wide = Number<T>::Wide;                                                                 \
+    if (op.act == Act::SILU)                                                                      \
+      gradient_pixels<T, T>(op, first, last, Silu<Wide>{});                                       \
+    else                                                                                          \
+      gradient_pixels<T, T>(op, first, last, op.bounded<Wide>());                                 \
+  }                                                                                               \
+  SIMD static void wide_gradient_pass(Type<T>, const Operands& op, int64_t first, int64_t last) { \
+    using Wide = Number<T>::Wide;                                                                 \
+    gradient_pixels<T, Wide>(op, first, last, op.bounded<Wide>());                                \
   }
-CVK_PASSES(float)
-CVK_PASSES(double)
-CVK_PASSES(float16)
-CVK_PASSES(bfloat16)
+CVK_PASSES(CVK_SIMD, float)
+CVK_PASSES(CVK_SIMD_FEW, double)
+CVK_PASSES(CVK_SIMD_FEW, float16)
+CVK_PASSES(CVK_SIMD, bfloat16)
 #undef CVK_PASSES
 
 }  // namespace cvkernels::batch_norm_act

@@ -14,8 +14,11 @@
 // be plain, since vector types are lowered to the baseline before the function is cloned.
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__CUDACC__)
 #define CVK_SIMD __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+// For a type that few use on a CPU and that takes long to compile.
+#define CVK_SIMD_FEW __attribute__((target_clones("avx2", "default")))
 #else
 #define CVK_SIMD
+#define CVK_SIMD_FEW
 #endif
 
 // Above a loop none of whose iterations reads what another writes.

@@ -109,19 +109,19 @@ CVK_HOST_DEVICE void pool_rows_strided(const void* x_data, void* out_data, const
 }
 
 // Functions and not templates: compilers clone only those for each instruction set.
-#define CVK_ROWS(T)                                                                     \
-  CVK_SIMD void rows_nhwc(Type<T>, const void* x, void* out, const Problem& problem,    \
-                          int64_t first, int64_t last) {                                \
-    pool_rows_nhwc<T>(x, out, problem, first, last);                                    \
-  }                                                                                     \
-  CVK_SIMD void rows_strided(Type<T>, const void* x, void* out, const Problem& problem, \
-                             int64_t first, int64_t last, void* columns) {              \
-    pool_rows_strided<T>(x, out, problem, first, last, columns);                        \
+#define CVK_ROWS(SIMD, T)                                                                          \
+  SIMD void rows_nhwc(Type<T>, const void* x, void* out, const Problem& problem, int64_t first,    \
+                      int64_t last) {                                                              \
+    pool_rows_nhwc<T>(x, out, problem, first, last);                                               \
+  }                                                                                                \
+  SIMD void rows_strided(Type<T>, const void* x, void* out, const Problem& problem, int64_t first, \
+                         int64_t last, void* columns) {                                            \
+    pool_rows_strided<T>(x, out, problem, first, last, columns);                                   \
   }
-CVK_ROWS(float)
-CVK_ROWS(double)
-CVK_ROWS(float16)
-CVK_ROWS(bfloat16)
+CVK_ROWS(CVK_SIMD, float)
+CVK_ROWS(CVK_SIMD_FEW, double)
+CVK_ROWS(CVK_SIMD_FEW, float16)
+CVK_ROWS(CVK_SIMD, bfloat16)
 #undef CVK_ROWS
 
 struct OnCpu : Cpu {

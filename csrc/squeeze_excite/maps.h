@@ -13,46 +13,46 @@
 namespace cvkernels::squeeze_excite {
 
 // Functions and not templates: compilers clone only those for each instruction set.
-#define CVK_LOOPS(T)                                                                               \
-  CVK_SIMD static void add_pixels(Type<T>, const void* x, int64_t stride, int64_t C,               \
-                                  int64_t count, float* sums) {                                    \
-    sum_pixels<T>(x, stride, C, count, sums);                                                      \
-  }                                                                                                \
-  CVK_SIMD static void add_planes(Type<T>, const void* x, int64_t HW, int64_t first, int64_t last, \
-                                  float* sums) {                                                   \
-    for (int64_t c = first; c < last; ++c)                                                         \
-      sums[c] = sum_plane<T>(static_cast<const T*>(x) + c * HW, HW);                               \
-  }                                                                                                \
-  CVK_SIMD static void run_layer(Type<T>, const Layer& layer, int64_t images, const float* in,     \
-                                 float* out, int64_t first, int64_t last) {                        \
-    layer_rows<T>(layer, images, in, out, first, last);                                            \
-  }                                                                                                \
-  CVK_SIMD static void scale_by_column(Type<T>, const Rows& rows, Act act, const float* gate,      \
-                                       int64_t first, int64_t last) {                              \
-    scale_rows<T, false>(rows, act, gate, first, last);                                            \
-  }                                                                                                \
-  CVK_SIMD static void scale_by_row(Type<T>, const Rows& rows, Act act, const float* gate,         \
-                                    int64_t first, int64_t last) {                                 \
-    scale_rows<T, true>(rows, act, gate, first, last);                                             \
-  }                                                                                                \
-  CVK_SIMD static void add_all_products(Type<T>, const Gradients& maps, int64_t first,             \
-                                        int64_t last, double* totals, float* sums) {               \
-    maps.out == nullptr ? sum_products<T, false>(maps, first, last, totals, sums)                  \
-                        : sum_products<T, true>(maps, first, last, totals, sums);                  \
-  }                                                                                                \
-  CVK_SIMD static void scale_and_shift(Type<T>, const Rows& rows, const float* scale,              \
-                                       const float* shift, int64_t first, int64_t last) {          \
-    shift_rows<T>(rows, scale, shift, first, last);                                                \
-  }                                                                                                \
-  CVK_SIMD static void load_floats(Type<T>, const void* from, int64_t count, float* to) {          \
-    for (int64_t i = 0; i < count; ++i) to[i] = Number<T>::widen(static_cast<const T*>(from)[i]);  \
-  }                                                                                                \
-  CVK_SIMD static void store_floats(Type<T>, const float* from, int64_t count, void* to) {         \
-    for (int64_t i = 0; i < count; ++i) static_cast<T*>(to)[i] = Number<T>::narrow(from[i]);       \
+#define CVK_LOOPS(SIMD, T)                                                                        \
+  SIMD static void add_pixels(Type<T>, const void* x, int64_t stride, int64_t C, int64_t count,   \
+                              float* sums) {                                                      \
+    sum_pixels<T>(x, stride, C, count, sums);                                                     \
+  }                                                                                               \
+  SIMD static void add_planes(Type<T>, const void* x, int64_t HW, int64_t first, int64_t last,    \
+                              float* sums) {                                                      \
+    for (int64_t c = first; c < last; ++c)                                                        \
+      sums[c] = sum_plane<T>(static_cast<const T*>(x) + c * HW, HW);                              \
+  }                                                                                               \
+  SIMD static void run_layer(Type<T>, const Layer& layer, int64_t images, const float* in,        \
+                             float* out, int64_t first, int64_t last) {                           \
+    layer_rows<T>(layer, images, in, out, first, last);                                           \
+  }                                                                                               \
+  SIMD static void scale_by_column(Type<T>, const Rows& rows, Act act, const float* gate,         \
+                                   int64_t first, int64_t last) {                                 \
+    scale_rows<T, false>(rows, act, gate, first, last);                                           \
+  }                                                                                               \
+  SIMD static void scale_by_row(Type<T>, const Rows& rows, Act act, const float* gate,            \
+                                int64_t first, int64_t last) {                                    \
+    scale_rows<T, true>(rows, act, gate, first, last);                                            \
+  }                                                                                               \
+  SIMD static void add_all_products(Type<T>, const Gradients& maps, int64_t first, int64_t last,  \
+                                    double* totals, float* sums) {                                \
+    maps.out == nullptr ? sum_products<T, false>(maps, first, last, totals, sums)                 \
+                        : sum_products<T, true>(maps, first, last, totals, sums);                 \
+  }                                                                                               \
+  SIMD static void scale_and_shift(Type<T>, const Rows& rows, const float* scale,                 \
+                                   const float* shift, int64_t first, int64_t last) {             \
+    shift_rows<T>(rows, scale, shift, first, last);                                               \
+  }                                                                                               \
+  SIMD static void load_floats(Type<T>, const void* from, int64_t count, float* to) {             \
+    for (int64_t i = 0; i < count; ++i) to[i] = Number<T>::widen(static_cast<const T*>(from)[i]); \
+  }                                                                                               \
+  SIMD static void store_floats(Type<T>, const float* from, int64_t count, void* to) {            \
+    for (int64_t i = 0; i < count; ++i) static_cast<T*>(to)[i] = Number<T>::narrow(from[i]);      \
   }
-CVK_LOOPS(float)
-CVK_LOOPS(float16)
-CVK_LOOPS(bfloat16)
+CVK_LOOPS(CVK_SIMD, float)
+CVK_LOOPS(CVK_SIMD_FEW, float16)
+CVK_LOOPS(CVK_SIMD, bfloat16)
 #undef CVK_LOOPS
 
 CVK_SIMD static void apply_sigmoid(float* values, int64_t count) {

@@ -45,6 +45,7 @@ def compiled(tmp_path_factory):
     return dict(zip(CASES, compiled_once("se_scale", CASES, tmp_path_factory), strict=True))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", TRITON, ids=str)
 def test_triton_kernels_keep_memory_busy(case, compiled):
     found = compiled[case]
@@ -63,6 +64,7 @@ def compile_native(op: str, target: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="the tests run without the repository")
 @pytest.mark.parametrize("op", NATIVE)

@@ -367,6 +367,7 @@ def test_every_launch_is_translated(source):
     assert translated.count("cuda_on_host::launch(") == text.count("<<<")
 
 
+@pytest.mark.full
 def test_finds_a_missing_barrier_and_a_misaligned_access(tmp_path, capfd):
     """The looking itself: a file that holds such errors is found to."""
     folder = tmp_path / "batch_norm_act"
@@ -399,6 +400,7 @@ LEFT_OUT = {
 }  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("what", LEFT_OUT)
 def test_finds_what_is_left_out_of_a_pipeline(what, tmp_path, where):
     """The looking itself, for copies that are made later than they are asked for."""

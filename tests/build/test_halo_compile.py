@@ -110,6 +110,7 @@ def compiled(request, tmp_path_factory):
     return arch, kernels_of(path.read_text())
 
 
+@pytest.mark.full
 @needs_compiler
 def test_registers_hold_all_sums(compiled):
     _, kernels = compiled

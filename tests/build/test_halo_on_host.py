@@ -89,6 +89,7 @@ def test_matches_reference_by_the_tiles_of_every_gpu(shape, dtype, library, monk
             assert_matches(convolve, reference, args)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES.keys())
 def test_every_cut_in_both_orders_of_threads(tile, library, monkeypatch):
     """What a missing barrier, a copy read too early or two writers of one element would change."""
@@ -236,6 +237,7 @@ BROKEN = {
 }  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", BROKEN)
 def test_finds_a_missing_barrier_and_a_missing_wait(name, tmp_path, monkeypatch):
     """The looking itself: a kernel that holds such an error gives wrong answers here."""

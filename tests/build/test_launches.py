@@ -99,6 +99,7 @@ def starved(rows):
 CHECKS = (spilling, without_tensor_cores, crowded, scalar)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_machine_code(fresh, check):
     assert not check(fresh)

@@ -25,6 +25,20 @@ def test_unknown_build_mode(source):
     assert_refused(setup(source, "build_ext", CVKERNELS_BUILD="gpu"), refused)
 
 
+@pytest.mark.parametrize("names", ["memory", "address", "thread,undefined"])
+def test_unknown_sanitizer(source, names):
+    refused = f"CVKERNELS_SANITIZE must be address,undefined or thread, or not set, got '{names}'"
+    result = setup(source, "build_ext", CVKERNELS_BUILD="cpu", CVKERNELS_SANITIZE=names)
+    assert_refused(result, refused)
+
+
+@pytest.mark.parametrize("mode", ["none", "auto"])
+def test_sanitizers_are_for_the_cpu_ops(source, mode):
+    refused = f"CVKERNELS_SANITIZE=thread needs CVKERNELS_BUILD=cpu, got '{mode}'"
+    result = setup(source, "build_ext", CVKERNELS_BUILD=mode, CVKERNELS_SANITIZE="thread")
+    assert_refused(result, refused)
+
+
 @pytest.mark.parametrize("mode", ["cpu", "cuda"])
 def test_other_systems(source, mode, tools, tmp_path):
     seen = packages(tmp_path / "packages", *TOOLS)

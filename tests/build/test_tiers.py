@@ -30,9 +30,9 @@ class Item(SimpleNamespace):
     __hash__ = object.__hash__
 
 
-def cases(name, *sizes, marks=()):
+def cases(name, *sizes, **marks):
     values = [[object() for _ in range(size)] for size in sizes]
-    marker = {mark: mark for mark in marks}.get
+    marker = {mark: SimpleNamespace(args=args) for mark, args in marks.items()}.get
     return [
         Item(
             nodeid=f"{name}[{place}]", get_closest_marker=marker,
@@ -45,8 +45,8 @@ def cases(name, *sizes, marks=()):
 def test_what_is_left_out():
     alone = Item(nodeid="test_alone", get_closest_marker={}.get)
     few, many = cases("test_few", 2, 2, 2), cases("test_many", 4, 3, 3)
-    marked = cases("test_marked", 2, marks=["full"])
-    out = left_out([alone, *few, *many, *marked])
+    marked, long = cases("test_marked", 2, full=()), cases("test_long", 3, 2, few=(2,))
+    out = left_out([alone, *few, *many, *marked, *long])
     assert len(few) == MANY and not out & {alone, *few}
-    assert out >= set(marked)
+    assert out >= set(marked) and len(set(long) - out) == 2
     assert 12 <= len(set(many) - out) < len(many)

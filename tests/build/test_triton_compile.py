@@ -173,6 +173,7 @@ def test_awkward_shapes_compile():
     assert len(compile_cases("conv_bn_act", awkward_cases())) == 3 * len(AWKWARD)
 
 
+@pytest.mark.few(100)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_spills(case, compiled):
     found = compiled[case]

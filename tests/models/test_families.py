@@ -51,6 +51,7 @@ each_family = pytest.mark.parametrize("name", FAMILIES)
 # Names, order, shapes, initialisation
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")
 def test_state_is_stocks(name):
@@ -184,6 +185,7 @@ def test_export_agrees(name):
     assert_same_output(exported.module(), stock, seen())
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", [*FAMILIES, "densenet-memory-efficient", "densenet121"])
 def test_compiles_in_one_graph(name, device):
     ours, stock = pair(name, device)
@@ -243,6 +245,7 @@ HOOKS = {
 }
 
 
+@pytest.mark.few(15)
 @pytest.mark.parametrize(
     ("name", "layer", "fused"),
     [

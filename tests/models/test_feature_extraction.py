@@ -9,6 +9,7 @@ torchvision = pytest.importorskip("torchvision")
 extraction = pytest.importorskip("torchvision.models.feature_extraction")
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("how", ["drop_in", "patched"])
 @pytest.mark.parametrize(
     "name", ["resnet18", "densenet121", "googlenet", "efficientnet_b0", "efficientnet_v2_s"]

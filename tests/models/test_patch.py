@@ -78,6 +78,7 @@ def x():
     return seen(2)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_patched_equals_stock_and_restored_is_stock(name):
     patched, stock = calibrated(name)
@@ -103,6 +104,7 @@ def test_patched_equals_stock_and_restored_is_stock(name):
 TRAINED = [n for n in NETWORKS if not n.endswith(("efficientnet_v2_s", "vision/resnext50_32x4d"))]
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", TRAINED)
 def test_patched_trains_like_stock(name):
     patched, stock = (model.train() for model in calibrated(name))
@@ -183,6 +185,7 @@ def test_hooks_on_blocks_and_inner_modules_fire(patched, x):
     assert sorted(fired) == ["bn1", "layer1.0", "layer1.0.conv1", "layer2.0.downsample", "maxpool"]
 
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("which", ["all", "last"])
 @pytest.mark.parametrize("name", [*NETWORKS, "timm/mnasnet_small"])
@@ -224,6 +227,7 @@ def test_fx_feature_extraction_scripting_and_export(patched, stock, x):
     assert isinstance(patched.layer1[0], cvkernels.nn.BasicBlock)
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("name", cvkernels.list_models())
 def test_every_builder_of_ours_has_a_stock_model_that_plans_like_it(name):
     """On a GPU: as many kernels and bytes as the builder's, so nothing of ours was missed."""
@@ -263,6 +267,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("stock", FAMILIES.values(), ids=FAMILIES.keys())
 def test_every_family_copies_traces_exports_and_compiles(stock):
     patched, stock = patched_pair(stock())
@@ -286,6 +291,7 @@ def test_memory_efficient_densenet(training):
     assert_same_gradients(patched, stock, seen(4))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("how", ["builder", "patched"])
 @pytest.mark.parametrize("dilate", list(itertools.product([False, True], repeat=3)), ids=str)
 def test_dilated_resnets(dilate, how):

@@ -68,6 +68,7 @@ NAMES = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(("name", "options"), NAMES.items(), ids=NAMES)
 def test_patched_and_frozen_are_stock(name, options, monkeypatch):
     stock, x = build(name, **options), torch.randn(2, 3, 64, 64)

@@ -45,6 +45,7 @@ def strides(tensors):
     return [[s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in tensors]
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @each_case

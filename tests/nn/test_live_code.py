@@ -87,6 +87,7 @@ def answers_counted(twins, counts):
     return answers, counted
 
 
+@pytest.mark.few(30)
 @each_replaced((*FORWARDS, *FUNCTIONS))
 @warmth
 def test_code_replaced(warm, case, what, monkeypatch):
@@ -101,6 +102,7 @@ def test_code_replaced(warm, case, what, monkeypatch):
     twins.check("restored")
 
 
+@pytest.mark.few(20)
 @each_replaced(FORWARDS)
 @warmth
 def test_an_instance_s_method_replaced(warm, case, what):
@@ -195,6 +197,7 @@ def test_flops_counted(case):
 TRAINED_UNDER = ("nothing", "norm_forward", "conv_forward", "batch_norm", "conv2d", *MODES)
 
 
+@pytest.mark.few(12)
 @each_case
 @pytest.mark.parametrize("what", TRAINED_UNDER)
 def test_training(what, case, monkeypatch):

@@ -319,6 +319,7 @@ SCENARIOS = {
 }
 
 
+@pytest.mark.few(60)
 @each_case
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS.keys())
 def test_changes_are_followed(scenario, case):

@@ -53,6 +53,7 @@ def test_parts_may_be_absent(without, vectors, device):
         torch.testing.assert_close(actual, expected, rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_compiles_without_a_spill(arch):
     pytest.importorskip("benchmarks.machine_code")

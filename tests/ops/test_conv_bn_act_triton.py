@@ -76,6 +76,7 @@ SHIPPED = [
 ]
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize(("kernel", "itemsize", "config"), SHIPPED)
 def test_every_shipped_config(kernel, itemsize, config, device):
     channels, taps = {"1x1": (72, 1), "spatial": (40, 3), "filter_row": (3, 3)}[kernel]
@@ -86,6 +87,7 @@ def test_every_shipped_config(kernel, itemsize, config, device):
     check(args, options, by_config(config))
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("splits", [2, 3, 8])
 @pytest.mark.parametrize("act", ["relu", "silu"])
 @pytest.mark.parametrize("case", ["1x1", "1x1-stride", "3x3"])

@@ -88,6 +88,7 @@ def compiled(tmp_path_factory):
     return {case_id(c): f for c, f in zip(CASES_TO_COMPILE, found, strict=True)}
 
 
+@pytest.mark.few(30)
 @pytest.mark.parametrize("case", CASES_TO_COMPILE, ids=case_id)
 def test_code_has_no_spill_and_wide_accesses(case, compiled):
     found = compiled[case_id(case)]

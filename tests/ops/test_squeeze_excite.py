@@ -103,6 +103,7 @@ LARGE = {
 }
 
 
+@pytest.mark.few(4)
 @dtypes
 @pytest.mark.parametrize("m", LARGE.values(), ids=LARGE.keys())
 @pytest.mark.parametrize("where", ["triton"], indirect=True)

@@ -95,6 +95,7 @@ def compiled(tmp_path_factory):
     return dict(zip(CASES, compiled_once("se_scale", CASES, tmp_path_factory), strict=True))
 
 
+@pytest.mark.full
 def test_awkward_shapes_compile():
     assert len(compile_cases("se_scale", AWKWARD)) == len(AWKWARD)
 

@@ -61,6 +61,7 @@ def test_interrupt_ends_quietly(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.mark.full
 def test_demo_compares_every_network_on_given_photographs(tmp_path, monkeypatch):
     pytest.importorskip("torchvision")
     pytest.importorskip("timm")

@@ -118,6 +118,7 @@ class AtenLaunches(TorchDispatchMode):
         return out
 
 
+@pytest.mark.full
 def test_launches_equal_those_that_run(monkeypatch):
     """Independent counts, by Triton's own launcher and the dispatcher, while the forward runs."""
     from triton.runtime import interpreter, jit

@@ -1,8 +1,8 @@
 """Which tests run: those of the default tier, all (--full), or those marked fast (-m fast).
 
 The default tier has every test function but those marked full. Of one with many combinations of
-parameters it runs those that cover each pair of values: a fault that needs three values at once is
-left to the full tier.
+parameters it runs those that cover each pair of values, or ``few(count)`` where each takes long: a
+fault that needs three values at once is left to the full tier.
 """
 
 from __future__ import annotations
@@ -19,13 +19,18 @@ MANY = 8  # combinations of one function's parameters, of which some are left ou
 Combination = dict[str, Hashable]
 
 
-def covering(combinations: Sequence[Combination], seed: int = 0) -> set[int]:
-    """The places of combinations that have, together, each pair of values of two parameters."""
+def covering(
+    combinations: Sequence[Combination], seed: int = 0, most: int | None = None
+) -> set[int]:
+    """The places of combinations that have, together, each pair of values of two parameters; at
+    most so many of them."""
     order = list(range(len(combinations)))
     random.Random(seed).shuffle(order)
     seen: set[tuple] = set()
     chosen = set()
     for place in order:
+        if len(chosen) == most:
+            break
         values = sorted(combinations[place].items(), key=lambda item: item[0])
         pairs = set(itertools.combinations(values, min(2, len(values))))
         if not pairs <= seen:
@@ -43,10 +48,11 @@ def left_out(items: Iterable) -> set:
         elif hasattr(item, "callspec"):
             functions[item.nodeid.partition("[")[0]].append(item)
     for name, cases in functions.items():
-        if len(cases) > MANY:
+        few = cases[0].get_closest_marker("few")
+        if few or len(cases) > MANY:
             # A value is one object in all combinations; it need not be hashable.
             values = [{key: id(v) for key, v in case.callspec.params.items()} for case in cases]
-            chosen = covering(values, zlib.crc32(name.encode()))
+            chosen = covering(values, zlib.crc32(name.encode()), few.args[0] if few else None)
             out |= {case for place, case in enumerate(cases) if place not in chosen}
     return out
 

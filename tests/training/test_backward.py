@@ -52,6 +52,7 @@ def maps_of(model, x, parts):
     return maps
 
 
+@pytest.mark.few(10)
 @each_network
 def test_optimiser_steps(name, memory_format):
     x = image(name).contiguous(memory_format=memory_format)
@@ -324,6 +325,7 @@ def test_maps_are_let_go_as_backward_passes(name, monkeypatch):
 # Half precision
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @each_block
 def test_autocast_is_as_near_as_stock(name, dtype):

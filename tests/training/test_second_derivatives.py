@@ -56,6 +56,7 @@ def twice(model, x, run=None):
     return [t if t is None else t.detach() for t in (out, *first, *second, *model.buffers())]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("how", ["drop_in", "patched"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_gradient_penalty_of_a_family(name, how):
@@ -75,6 +76,7 @@ def test_a_gradient_penalty_of_a_family(name, how):
     assert_equal(*results)
 
 
+@pytest.mark.few(10)
 @each_network
 def test_networks(name, memory_format):
     x = image(name).contiguous(memory_format=memory_format)
