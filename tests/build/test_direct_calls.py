@@ -13,6 +13,8 @@ if not extension.has("cpu"):
 import cvkernels.functional  # noqa: F401  registers the ops
 from cvkernels import _C
 
+pytestmark = pytest.mark.fast
+
 ops = torch.ops.cvkernels
 NO_NORM = (None, None, None, None, 1e-5)
 

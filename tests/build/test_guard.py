@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+pytestmark = pytest.mark.fast
+
 _C = pytest.importorskip("cvkernels._C")
 
 

@@ -16,6 +16,8 @@ from cvkernels import backend, extension
 from tests.support.cases.every_op import PLANNED, calls_on
 from tests.support.numerics import assert_all_close_as_eager
 
+pytestmark = pytest.mark.fast
+
 FAMILIES = {
     "densenet": cvkernels.models.densenet121,
     "efficientnet": cvkernels.models.efficientnet_b0,

@@ -14,6 +14,8 @@ from cvkernels.ops.batch_norm_act import op as batch_norm_act_op
 from cvkernels.ops.dense_concat import op as dense_concat_op
 from cvkernels.ops.max_pool import op as max_pool_op
 
+pytestmark = pytest.mark.fast
+
 _C = pytest.importorskip("cvkernels._C")
 IN_C = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
 

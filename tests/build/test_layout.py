@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.fast
+
 ROOT = Path(__file__).resolve().parents[2]
 OPS = sorted(p.name for p in (ROOT / "cvkernels/ops").iterdir() if (p / "op.py").is_file())
 SOURCES = sorted((ROOT / "cvkernels").rglob("*.py"))

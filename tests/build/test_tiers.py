@@ -7,6 +7,8 @@ import pytest
 
 from tests.support.tiers import MANY, covering, left_out
 
+pytestmark = pytest.mark.fast
+
 
 def pairs(combination):
     return set(itertools.combinations(sorted(combination.items()), 2))

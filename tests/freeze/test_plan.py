@@ -10,6 +10,8 @@ from torch import nn
 import cvkernels
 from cvkernels.freeze.memory import ALIGNMENT, Interval, pack
 
+pytestmark = pytest.mark.fast
+
 
 def aligned(nbytes):
     return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -17,6 +17,8 @@ from cvkernels.nn.mbconv import MBConv, MBConvConfig
 from cvkernels.nn.se_residual import SEBottleneck
 from cvkernels.nn.squeeze_excite import SqueezeExcitation
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture(autouse=True)
 def without_gradients():

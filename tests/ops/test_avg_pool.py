@@ -8,6 +8,8 @@ from cvkernels.ops.avg_pool.reference import avg_pool_reference
 from tests.support.cases.views import STRIDED
 from tests.support.numerics import assert_matches, assert_matches_grad, assert_same_numbers
 
+pytestmark = pytest.mark.fast
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 # shape of x, then kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override

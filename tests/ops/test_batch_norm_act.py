@@ -17,7 +17,7 @@ from tests.support.numerics import (
     tensors_in,
 )
 
-pytestmark = pytest.mark.usefixtures("native")
+pytestmark = [pytest.mark.fast, pytest.mark.usefixtures("native")]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # N, C, H, W, and the channels of the tensor that x is a slice of

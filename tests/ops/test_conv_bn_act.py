@@ -16,6 +16,8 @@ from tests.support.cases.conv_bn_act import (
 )
 from tests.support.numerics import assert_matches, assert_matches_grad, tensors_in
 
+pytestmark = pytest.mark.fast
+
 ACTS = ("none", "relu", "relu6", "silu")
 FUSED = ["triton", "cudnn"] if torch.cuda.is_available() else ["native", "onednn", "triton"]
 

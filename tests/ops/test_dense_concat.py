@@ -8,6 +8,8 @@ from cvkernels.functional import BatchNormParams, dense_concat
 from cvkernels.ops.dense_concat.reference import dense_concat_reference
 from tests.support.numerics import assert_matches, assert_same_numbers
 
+pytestmark = pytest.mark.fast
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 # N, H, W, then the buffer's channels, the source's, and where it starts

@@ -22,6 +22,8 @@ from tests.support.cases.depthwise_conv_bn_act import (
 from tests.support.cases.views import STRIDED
 from tests.support.numerics import assert_matches, assert_matches_grad
 
+pytestmark = pytest.mark.fast
+
 ACTS = ("none", "relu", "relu6", "silu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # the interpreter cuts a bfloat16 off where a GPU rounds it

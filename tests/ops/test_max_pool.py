@@ -8,6 +8,8 @@ from cvkernels.functional import max_pool
 from tests.support.cases.views import STRIDED
 from tests.support.numerics import assert_same_numbers
 
+pytestmark = pytest.mark.fast
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 # shape of x, then kernel_size, stride, padding, dilation, ceil_mode

@@ -13,6 +13,8 @@ from tests.support.cases.every_op import OPS
 from tests.support.numerics import assert_close_as_eager, map_floats, tensors_in
 from tests.support.random_calls import CALLS, RandomCall
 
+pytestmark = pytest.mark.fast
+
 BACKENDS = ("auto", "auto", "native", "onednn", "reference")
 
 
