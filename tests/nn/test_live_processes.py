@@ -131,7 +131,7 @@ def sharded(request, tmp_path_factory):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
 
-@pytest.mark.few(3)
+@pytest.mark.full
 @pytest.mark.parametrize("key", SHARDED)
 def test_sharded(key, sharded):
     errors = [error for results in sharded for error in results[key]]
