@@ -23,6 +23,9 @@ def pytest_addoption(parser):
         default=RANDOM_CALLS,
         help="random calls of each fuzzed test; more networks are drawn as well",
     )
+    parser.addoption(
+        "--tsan", action="store_true", help="build and run the CPU ops under ThreadSanitizer, too"
+    )
 
 
 def pytest_generate_tests(metafunc):
