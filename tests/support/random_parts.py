@@ -287,7 +287,7 @@ def _resized(f: Tensor, **how) -> Tensor:
 RARER_MAPS = (
     lambda f, g, net: torch.stack(f.unbind(1)[::-1], 1),
     lambda f, g, net: torch.cat([f.narrow(1, 2, 4), g.narrow(1, 0, 4)], 1),
-    lambda f, g, net: torch.cat((*f.split((3, 3, 2), dim=1)[::-1],), dim=1),
+    lambda f, g, net: torch.cat(f.split((3, 3, 2), dim=1)[::-1], 1),
     lambda f, g, net: torch.concat(f.tensor_split((2, 5), 1)[::-1], 1),
     lambda f, g, net: f.roll(1, 3) + f.roll((1, 2), (2, 3)),
     lambda f, g, net: f.flip(2),
