@@ -58,9 +58,12 @@ def left_out(items: Iterable) -> set:
 
 
 def use_all_cores(config) -> None:
-    """A process a core, each of one thread, where whole folders are tested and nobody said how."""
+    """Run one process of one thread on each core, where the command line names folders alone and
+    sets neither --numprocesses nor --dist."""
     option = config.option
-    if not hasattr(option, "numprocesses") or hasattr(config, "workerinput"):  # no xdist; its own
+    if not hasattr(option, "numprocesses") or hasattr(
+        config, "workerinput"
+    ):  # no xdist, or one of its processes
         return
     told = option.numprocesses is not None or option.dist != "no"
     folders = all(os.path.isdir(argument) for argument in config.args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -57,14 +58,11 @@ def integer(op: str, name: str, value: Any) -> int:
 
 def pair(op: str, name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    try:
-        first, second = (integer(op, name, v) for v in values)
-    except (TypeError, ValueError) as error:
-        if str(error).endswith(f"2**31, got {value!r}"):
-            raise
-        way_out = "; padding='same' has no fused form" if isinstance(value, str) else ""
-        raise ValueError(f"{op}: {name} must be an int or two, got {value!r}{way_out}") from None
-    return first, second
+    if len(values) == 2:
+        with contextlib.suppress(TypeError):
+            return integer(op, name, values[0]), integer(op, name, values[1])
+    way_out = "; padding='same' has no fused form" if isinstance(value, str) else ""
+    raise ValueError(f"{op}: {name} must be an int or two, got {value!r}{way_out}")
 
 
 def check_number(op: str, name: str, value: Any) -> None:
