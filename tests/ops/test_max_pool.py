@@ -91,6 +91,17 @@ def test_any_strides(view, dtype, memory_format, implementation, device):
     assert torch.equal(y, F.max_pool2d(x, 3, 2, 1))
 
 
+# Rows of x, kernel, stride, padding, dilation, ceil_mode: rows -1 and 1; -2, 1.
+@pytest.mark.parametrize("window", [(1, 2, 1, 1, 2, False), (1, 4, 9, 2, 3, True)])
+def test_windows_of_padding_alone_have_no_gradient(window, memory_format, device):
+    rows, *window = window
+    x = torch.randn(1, 3, rows, 12, device=device).contiguous(memory_format=memory_format)
+    y = max_pool(x.requires_grad_(), *window)
+    assert y.isneginf().all() and torch.equal(y, F.max_pool2d(x.detach(), *window))
+    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert not gradient.any()
+
+
 def test_gradient_is_max_pool2d_s(memory_format, device):
     x = torch.randn(2, 8, 9, 9, device=device).contiguous(memory_format=memory_format)
     x.requires_grad_()

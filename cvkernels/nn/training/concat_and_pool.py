@@ -19,7 +19,7 @@ from cvkernels.nn.training.recompute import (
 from cvkernels.ops.common.autograd import without_gradient
 from cvkernels.ops.common.differentiable import needs_stock
 from cvkernels.ops.common.layout import channels_last, new_channels_last
-from cvkernels.ops.common.pool import Window, window_of
+from cvkernels.ops.common.pool import Window, window_of, with_padding
 
 _aten = torch.ops.aten
 
@@ -65,6 +65,8 @@ def max_pool(x: Tensor, recompute: Recompute, pool: nn.MaxPool2d) -> Tensor:
     window = window_of(
         "max_pool", pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
     )
+    if with_padding(x, window)[0] is not x:
+        return functional.max_pool(x, *window)
     node = _Pooled(recompute.node, window)
     return with_recompute(_MaxPool.apply(x, node, recompute.saved), node, recompute.saved)
 

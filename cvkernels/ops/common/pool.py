@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cvkernels.ops.common import native
@@ -107,6 +108,30 @@ def window_count(op: str, size: int, axis: int, window: Window) -> int:
     count = -(-span // stride) + 1
     # The last window must start inside the input or its left padding.
     return count - 1 if (count - 1) * stride >= size + padding else count
+
+
+def with_padding(x: Tensor, window: Window) -> tuple[Tensor, Window]:
+    """x and a window that give the same maxima, and their gradient.
+
+    Where dilated taps step over a small map, a window may hold padding alone. ``max_pool2d`` then
+    gives -inf with an index outside of the map, and its backward pass writes there; so the padding
+    becomes a part of x.
+    """
+    axes = list(zip(x.shape[2:], *window[:4], strict=True))
+    if not any(
+        start % dilation >= size  # its first tap that is not above or left of the map
+        for size, _, stride, padding, dilation in axes
+        if dilation > 1
+        for start in range(-padding, 0, stride)
+    ):
+        return x, window
+    sides: list[int] = []
+    for axis, (size, kernel, stride, padding, dilation) in enumerate(axes):
+        count = window_count("max_pool", size, axis, window)
+        end = (count - 1) * stride + dilation * (kernel - 1) + 1
+        sides = [padding, end - size - padding, *sides]  # F.pad takes the last axis first
+    padded = F.pad(x, sides, value=-math.inf)
+    return padded, window._replace(padding=(0, 0), ceil_mode=False)
 
 
 def touched(shape: Sequence[int], window: Window, size: tuple[int, int]) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from cvkernels.ops.common.pool import window_of, with_padding
+
 
 def max_pool_reference(
     x: Tensor,
@@ -15,4 +17,6 @@ def max_pool_reference(
     ceil_mode: bool = False,
 ) -> Tensor:
     """The largest element of each window of each channel."""
-    return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
+    window = window_of("max_pool", kernel_size, stride, padding, dilation, ceil_mode)
+    x, window = with_padding(x, window)
+    return F.max_pool2d(x, *window)

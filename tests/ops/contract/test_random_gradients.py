@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import assume, given, note
+from hypothesis import given, note
 from hypothesis import strategies as st
 
 from cvkernels.backend import BackendError
@@ -41,9 +41,6 @@ def learning(call: RandomCall, dtype: torch.dtype) -> tuple[RandomCall, list[tor
 def gradients(call: RandomCall, dtype: torch.dtype, backend: str) -> list:
     made, leaves = learning(call, dtype)
     results = [t for t in tensors_in(run(made, backend)) if t.requires_grad]
-    # A dilated window of padding alone gives -inf, at an index outside of the map: PyTorch's own
-    # backward pass would write there.
-    assume(call.op != "max_pool" or not any(t.isneginf().any() for t in results))
     return list(torch.autograd.grad(results, leaves, cotangents_of(results), allow_unused=True))
 
 
