@@ -13,8 +13,8 @@ Switches, all environment variables:
 - ``CVKERNELS_BUILD=auto|cpu|cuda|none``: ``auto`` (the default) builds the CUDA ops if a toolkit
   is found, ``cuda`` insists on them, ``none`` gives a pure-Python package.
 - ``CVKERNELS_CUDA_ARCHS``: compute capabilities to build for, such as ``"80;90"``. The default is
-  ``80;86;89;90;100``, less those that the toolkit does not know. PTX of the newest is added: it
-  runs on every later GPU.
+  ``80;86;90;100``, less those that the toolkit does not know; 8.9 runs the code of 8.6. PTX of the
+  newest is added: it runs on every later GPU.
 - ``CVKERNELS_SANITIZE=address,undefined|thread``: CPU ops that report their own errors of memory
   or their data races, to test them; tests/build/test_sanitizers.py has what runs them. Only with
   ``CVKERNELS_BUILD=cpu``.
@@ -47,7 +47,7 @@ from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 TORCH_MIN = (2, 11)
-DEFAULT_ARCHS = (80, 86, 89, 90, 100)
+DEFAULT_ARCHS = (80, 86, 90, 100)
 # As fast as GCC's -O3, and compiled in three quarters of its time.
 OPTIMISED = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic"]
 OPTIMISED += ["-Wno-ignored-optimization-argument"]  # clang knows no cost models
@@ -179,7 +179,7 @@ class Inputs(NamedTuple):
         torch = importlib.util.find_spec("torch")  # not imported: only its headers are needed
         if torch is None or not torch.submodule_search_locations:
             raise BuildError(f"no torch to take headers from: pip install torch, {WITHOUT}")
-        version = importlib.metadata.version("torch")
+        version = _version("torch")
         if tuple(map(int, version.split(".")[:2])) < TORCH_MIN:
             wanted = ".".join(map(str, TORCH_MIN))
             raise BuildError(
@@ -200,6 +200,18 @@ class Inputs(NamedTuple):
             python_include,
             pybind11.get_include(),
         )
+
+    def linked(self, folder: Path) -> Inputs:
+        """The packages' headers by links in the folder, named by version: pip builds in a new
+        environment each time, and what was compiled is up to date in the next one."""
+        links = {}
+        for name in ("torch", "pybind11"):
+            path, link = getattr(self, f"{name}_include"), folder / f"{name}-{_version(name)}"
+            if not link.is_symlink() or os.readlink(link) != path:
+                link.unlink(missing_ok=True)
+                link.symlink_to(path)
+            links[f"{name}_include"] = str(link)
+        return self._replace(**links)
 
 
 class NinjaBuild(build_ext):
@@ -224,8 +236,11 @@ class NinjaBuild(build_ext):
         else:
             say(f"CPU ops, no CUDA ops: {TOOLKIT}")
 
-        temp = Path(self.build_temp).resolve()
+        # An editable install's own folder for objects is gone after it.
+        kept = ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
+        temp = kept if self.editable_mode else Path(self.build_temp).resolve()
         temp.mkdir(parents=True, exist_ok=True)
+        inputs = inputs.linked(temp)
         write_if_changed(temp / "build_info.h", build_info_header(toolkit, archs))
         outputs = [Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions]
         for output in outputs:
@@ -372,6 +387,10 @@ def _output(command: list[str]) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout if result.returncode == 0 else None
+
+
+def _version(package: str) -> str:
+    return importlib.metadata.version(package)
 
 
 def _major(version: str) -> int:
