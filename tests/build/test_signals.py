@@ -27,9 +27,10 @@ SOON = 10.0  # seconds; machines that run tests are busy
 
 def interrupted(function, delay: float) -> float:
     """How long after a SIGINT the repeated function ended, by KeyboardInterrupt."""
-    sent = []
+    sent, begun = [], threading.Event()
 
     def interrupt():
+        begun.wait()
         time.sleep(delay)
         sent.append(time.monotonic())
         os.kill(os.getpid(), signal.SIGINT)
@@ -37,6 +38,7 @@ def interrupted(function, delay: float) -> float:
     thread = threading.Thread(target=interrupt)
     thread.start()
     with contextlib.suppress(KeyboardInterrupt):
+        begun.set()
         while not sent or time.monotonic() - sent[0] < 10 * SOON:
             function()
     late = time.monotonic() - sent[0]
