@@ -15,13 +15,13 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cvkernels
 from benchmarks.bench_models import inputs_of, networks_of
 from benchmarks.harness.case import Case, network_case
 from cvkernels import demo
+from cvkernels.models import googlenet_loss
 from tests.support.autograd_memory import saved_bytes
 
 BATCHES = {"cpu": (8,), "cuda": (128,)}
@@ -29,7 +29,6 @@ BATCHES = {"cpu": (8,), "cuda": (128,)}
 DEPTHS = ("densenet169", "densenet201")
 NETWORKS = (*demo.NETWORKS, *DEPTHS)
 MEMORY_BATCH = 2
-AUXILIARY_WEIGHT = 0.3  # of GoogLeNet's two classifiers; Szegedy et al. 2014
 
 
 class Step:
@@ -44,11 +43,7 @@ class Step:
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         device = images.device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            out = self.model(images)
-            if isinstance(out, Tensor):
-                return F.cross_entropy(out, labels)
-            losses = [F.cross_entropy(logits, labels) for logits in out]
-            return losses[0] + AUXILIARY_WEIGHT * sum(losses[1:])
+            return googlenet_loss(self.model(images), labels)
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)

@@ -29,6 +29,7 @@ from cvkernels.models.googlenet import (
     GoogLeNetOutputs,
     _GoogLeNetOutputs,  # noqa: F401 - the name that older code imports
     googlenet,
+    googlenet_loss,
 )
 from cvkernels.models.legacy_senet import (
     LegacySENet,
@@ -72,7 +73,8 @@ from cvkernels.nn import BasicBlock, Bottleneck
 __all__ = [
     "BasicBlock", "Bottleneck", "DenseNet", "EfficientNet", "GoogLeNet", "GoogLeNetOutputs",
     "LegacySENet", "ResNet", "SEResNet",
-    "convert_checkpoint", "create_model", "list_models", "load_checkpoint", "read_checkpoint",
+    "convert_checkpoint", "create_model", "googlenet_loss", "list_models", "load_checkpoint",
+    "read_checkpoint",
     "densenet121", "densenet161", "densenet169", "densenet201",
     "efficientnet", "efficientnet_b0", "efficientnet_b1", "efficientnet_b2", "efficientnet_b3",
     "efficientnet_b4", "efficientnet_b5", "efficientnet_b6", "efficientnet_b7",

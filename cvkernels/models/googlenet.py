@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvkernels.models.checkpoints import Checkpoint, Pretrained
@@ -32,6 +33,46 @@ class GoogLeNetOutputs(NamedTuple):
 
 
 _GoogLeNetOutputs = GoogLeNetOutputs
+
+
+def googlenet_loss(
+    outputs: GoogLeNetOutputs | Tensor,
+    target: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    weight: float = 0.3,
+) -> Tensor:
+    """``loss(logits, target) + weight * (loss(aux_logits1, target) + loss(aux_logits2, target))``.
+
+    Args:
+        outputs: what GoogLeNet returns, ours or torchvision's: in training the named tuple, in eval
+            or without auxiliary classifiers Tensor[N, num_classes], whose loss alone is returned.
+            Auxiliary logits that are None count nothing.
+        target: what ``loss`` takes beside logits: Tensor[N] of class numbers, or
+            Tensor[N, num_classes] of probabilities for ``cross_entropy``.
+        loss: of Tensor[N, num_classes] and target.
+        weight: of each auxiliary classifier; 0.3 in the paper.
+
+    Returns:
+        What ``loss`` returns: of ``cross_entropy`` a scalar, the mean over the batch.
+
+    Raises:
+        TypeError: outputs is neither a tensor nor has the fields of :class:`GoogLeNetOutputs`.
+
+    Source: Szegedy et al. 2015, arXiv:1409.4842, section 5.
+    """
+    if isinstance(outputs, Tensor):
+        return loss(outputs, target)
+    if getattr(outputs, "_fields", None) != GoogLeNetOutputs._fields:
+        raise TypeError(
+            f"googlenet_loss: outputs must be a tensor or GoogLeNetOutputs, got "
+            f"{type(outputs).__name__}"
+        )
+    logits, *auxiliary = outputs
+    total = loss(logits, target)
+    for other in auxiliary:
+        if other is not None:
+            total = total + weight * loss(other, target)
+    return total
 
 
 class GoogLeNet(FusedModule):

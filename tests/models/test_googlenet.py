@@ -1,13 +1,15 @@
 import copy
+import functools
 import importlib
 import pickle
 import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import cvkernels
-from cvkernels.models import GoogLeNetOutputs, googlenet
+from cvkernels.models import GoogLeNetOutputs, googlenet, googlenet_loss
 from cvkernels.models.googlenet import BasicConv2d, Inception, InceptionAux, _GoogLeNetOutputs
 from tests.support.model_checks import (
     assert_same_state,
@@ -187,3 +189,28 @@ def test_blocks_match_stock(ours, arguments, channels, training):
     assert list(block.state_dict()) == list(stock.state_dict())
     x = torch.randn(2, channels, 14, 14)
     assert_matches_module(block, stock.train(training), x)
+
+
+@pytest.mark.parametrize("make", [googlenet, torchvision.models.googlenet], ids=["ours", "stock"])
+def test_loss_weighs_auxiliary_classifiers(make):
+    model = build(make, num_classes=10, **PLAIN).train()
+    outputs, target = model(image(2, 64)), torch.tensor([3, 7])
+    losses = [F.cross_entropy(logits, target) for logits in outputs]
+    assert torch.equal(
+        googlenet_loss(outputs, target), losses[0] + 0.3 * losses[1] + 0.3 * losses[2]
+    )
+    smoothed = functools.partial(F.cross_entropy, label_smoothing=0.1)
+    mixed = torch.softmax(torch.randn(2, 10), 1)
+    expected = (
+        smoothed(outputs[0], mixed) + smoothed(outputs[1], mixed) + smoothed(outputs[2], mixed)
+    )
+    torch.testing.assert_close(googlenet_loss(outputs, mixed, smoothed, 1.0), expected)
+
+
+def test_loss_without_auxiliary_logits_is_that_of_the_logits():
+    logits, target = torch.randn(4, 10), torch.arange(4)
+    expected = F.cross_entropy(logits, target)
+    for outputs in (logits, GoogLeNetOutputs(logits, None, None)):
+        assert torch.equal(googlenet_loss(outputs, target), expected)
+    with pytest.raises(TypeError, match="outputs must be a tensor or GoogLeNetOutputs, got tuple"):
+        googlenet_loss((logits, logits, logits), target)
