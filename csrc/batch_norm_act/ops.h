@@ -254,6 +254,27 @@ struct Ops {
             });
   }
 
+  // The last part of backward, for results whose slope and offset came from elsewhere.
+  static void finish(const Tensor& grad, const Tensor& x, const Tensor& vectors, double eps,
+                     int64_t act, const Tensor& results, const Tensor& out) {
+    const char* op = "batch_norm_act_finish";
+    const Matrix map = start(op, x);
+    const Act kind = act_of(op, act);
+    const Rows rows = Rows::of(op, "vectors", vectors, x),
+               sums = Rows::of(op, "results", results, x);
+    const int64_t grad_stride = stride_like(op, "grad", grad, x),
+                  out_stride = stride_like(op, "out", out, x);
+    perform(
+        op, x,
+        {grad.const_data_ptr(), x.const_data_ptr(), rows.data, sums.data, out.mutable_data_ptr()},
+        [=](auto type, void* const* at, const auto& device) {
+          const Rows from = sums.moved(at[3]);
+          Device::input_gradient(device, type, Map{at[0], grad_stride}, false, at[1], map,
+                                 rows.moved(at[2]).batch_norm(eps), kind, from.at(2), from.at(3),
+                                 Map{at[4], out_stride});
+        });
+  }
+
   static void add_to(auto& library) {
     library.impl("batch_norm_act_statistics", TORCH_BOX(&Ops::statistics));
     library.impl("batch_norm_act_apply", TORCH_BOX(&Ops::apply));
@@ -262,6 +283,7 @@ struct Ops {
     library.impl("batch_norm_act_forward", TORCH_BOX(&Ops::forward));
     library.impl("batch_norm_act_recompute", TORCH_BOX(&Ops::recompute));
     library.impl("batch_norm_act_backward", TORCH_BOX(&Ops::backward));
+    library.impl("batch_norm_act_finish", TORCH_BOX(&Ops::finish));
   }
 };
 

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from cvkernels.freeze.graph import fill
 from cvkernels.nn.fused.watched import why_altered
 from cvkernels.ops.common.aliasing import one_storage
+from cvkernels.ops.common.norm import BATCH_NORMS
 
 # Methods, attributes and functions whose result is no tensor of a map's memory: sizes and the like.
 _SIZES = frozenset(
@@ -39,7 +40,7 @@ _NEW = _MATHS | frozenset(
     "zeros_like ones_like full_like".split()
 )
 _NEW_MODULES = (
-    nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.Linear,
+    nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, *BATCH_NORMS, nn.GroupNorm, nn.LayerNorm, nn.Linear,
     nn.ReLU, nn.ReLU6, nn.SiLU, nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid, nn.GELU, nn.Mish, nn.Tanh,
     nn.ELU, nn.LeakyReLU, nn.Softmax, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool2d,

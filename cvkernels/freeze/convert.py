@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cvkernels.freeze import ops
 from cvkernels.freeze.graph import Node, Op
 from cvkernels.nn.fused.match import ACTIVATIONS, is_norm_act, relu_, why_not_affine
-from cvkernels.ops.common.norm import BatchNormParams, scale_shift
+from cvkernels.ops.common.norm import BATCH_NORMS, BatchNormParams, scale_shift
 
 # What the graph's names of functions are: those of methods, and of functions of torch.
 CALLABLES: dict[Any, str] = {
@@ -234,7 +234,7 @@ MODULES: dict[type[nn.Module], Callable[..., Any]] = {
     **{kind: _of(CALLS[act]) for kind, act in _ACT_MODULES.items()},
     **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout2d), lambda emit, m, x: x),
     nn.Conv2d: _conv,
-    nn.BatchNorm2d: _norm,
+    **dict.fromkeys(BATCH_NORMS, _norm),
     nn.Linear: lambda emit, m, x: emit(ops.Linear(m.weight, m.bias), [x]),
     nn.Flatten: _of(_flatten, "start_dim end_dim"),
     nn.AdaptiveAvgPool2d: _of(_adaptive_avg_pool2d, "output_size"),

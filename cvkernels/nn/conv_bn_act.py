@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cvkernels.nn.fused.caller_layout import in_layout_of_input
 from cvkernels.nn.fused.module import FusedModule
@@ -63,7 +64,7 @@ def split_conv_bn_act(layers: list[nn.Module]) -> tuple:
     """(conv, bn, act) of a sequence conv [+ norm] [+ act], absent ones None; else all None."""
     if not layers or len(layers) > 3 or not isinstance(layers[0], nn.Conv2d):
         return None, None, None
-    if len(layers) == 2 and not isinstance(layers[1], nn.BatchNorm2d):
+    if len(layers) == 2 and not isinstance(layers[1], _BatchNorm):
         return layers[0], None, layers[1]
     return (*layers, None, None)[:3]
 

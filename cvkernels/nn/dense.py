@@ -30,9 +30,14 @@ from cvkernels.nn.fused.module import FusedModule, Step, affine_of, run_step
 from cvkernels.nn.fused.plan_cache import guard_of
 from cvkernels.nn.fused.watched import why_altered, why_not_called
 from cvkernels.nn.sequential import ConcatBlock, ConcatBuffer, FusedSequential
-from cvkernels.nn.training.batch_norm import Statistics
+from cvkernels.nn.training.batch_norm import Statistics, shared_norm_act
 from cvkernels.nn.training.dense_block import run_block
-from cvkernels.nn.training.match import why_not_train, why_not_train_conv, why_not_train_norm_relu
+from cvkernels.nn.training.match import (
+    why_not_one_group,
+    why_not_train,
+    why_not_train_conv,
+    why_not_train_norm_relu,
+)
 from cvkernels.nn.training.norm_relu_pool import norm_relu_avg_pool
 from cvkernels.ops.common.layout import (
     channels_last_view,
@@ -66,11 +71,13 @@ class AppendingLayer(FusedModule):
             or why_not_same_map(conv2)
         )
 
-    def why_not_train(self, x: Tensor, channels: int) -> str:
-        """Why the layer has to be called in training, where ``channels`` are there before it."""
+    def why_not_train(self, x: Tensor, channels: int, first: nn.Module) -> str:
+        """Why the layer has to be called in training, where ``channels`` are there before it and
+        ``first`` is its block's first norm."""
         norm1, relu1, conv1, norm2, relu2, conv2 = self.parts()
         return (
             self._why_more()
+            or why_not_one_group(first, norm1, norm2)
             or why_not_train_norm_relu(x, channels, norm1, relu1)
             or why_not_train_conv(x, channels, conv1)
             or why_not_train_norm_relu(x, conv1.weight.shape[0], norm2, relu2)
@@ -285,8 +292,9 @@ class DenseBlock(nn.ModuleDict, ConcatBlock):
 
         Hooks on the block itself, such as ``fully_shard``'s, are no reason for its ``forward``.
         """
-        return why_not_train(x) or self._why_not_layers(
-            x, lambda layer, channels: layer.why_not_train(x, channels)
+        first = next(iter(self.values())).norm1
+        return why_not_train(x, first) or self._why_not_layers(
+            x, lambda layer, channels: layer.why_not_train(x, channels, first)
         )
 
     def _why_not_layers(self, x: Tensor, why_not: Callable[[AppendingLayer, int], str]) -> str:
@@ -315,8 +323,12 @@ class DenseBlock(nn.ModuleDict, ConcatBlock):
             return None
         layers.pop(0)
         features, statistics = self.train_append(x)
+        norm = consumer.norm if pools else consumer
+        if why_not_one_group(next(iter(self.values())).norm1, norm):
+            statistics = None
         if not pools:
-            return consumer(features)
+            y = shared_norm_act(features, norm, statistics)
+            return consumer(features) if y is None else y
         if consumer.why_not_train(features):
             return consumer(like_input(x, features.clone()))
         return consumer.train_forward(features, statistics)
@@ -399,7 +411,7 @@ class Transition(FusedSequential):
         """Why x is not pooled first in training."""
         norm, relu, conv, pool = self._parts()
         return (
-            why_not_train(x)
+            why_not_train(x, norm)
             or self._why_not_norm_conv_pool()
             or why_not_train_norm_relu(x, x.shape[1], norm, relu)
             or why_not_train_conv(x, x.shape[1], conv)

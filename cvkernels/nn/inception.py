@@ -29,7 +29,7 @@ from cvkernels.nn.fused.watched import why_altered, why_not_called
 from cvkernels.nn.sequential import FusedSequential
 from cvkernels.nn.training.concat_and_pool import concatenated
 from cvkernels.nn.training.conv_bn_act import siblings
-from cvkernels.nn.training.match import why_not_train_conv_bn_act
+from cvkernels.nn.training.match import why_not_one_group, why_not_train_conv_bn_act
 from cvkernels.ops.common.layout import new_channels_last
 from cvkernels.ops.common.recycled import maker
 from cvkernels.ops.conv_bn_act.op import IMPLEMENTATIONS, supports_prologue_and_slices
@@ -115,7 +115,11 @@ class Inception(FusedModule):
             return reason
         blocks = [branches[0], branches[1][0], branches[2][0]]
         reason = _why_not_blocks(blocks, lambda *parts: why_not_train_conv_bn_act(x, *parts))
-        return reason or _why_not_one_convolution([block.conv for block in blocks])
+        return (
+            reason
+            or _why_not_one_convolution([block.conv for block in blocks])
+            or why_not_one_group(*(block.bn for block in blocks))
+        )
 
     @in_layout_of_input
     def forward(self, x: Tensor) -> Tensor:

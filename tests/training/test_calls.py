@@ -227,8 +227,12 @@ def with_forward(conv):
     conv.forward = lambda x: type(conv).forward(conv, x) * 2
 
 
-def synchronised(layer):
-    layer.norm1 = nn.SyncBatchNorm(layer.norm1.num_features).eval()
+class OtherNorm(nn.BatchNorm2d):
+    pass
+
+
+def other_norm(layer):
+    layer.norm1 = OtherNorm(layer.norm1.num_features).eval()
 
 
 # By network and block: a part ("" for the block), its change, and why there is no training it, ""
@@ -237,7 +241,7 @@ LAYER = "features.denseblock1.denselayer"
 OTHERS = {
     ("dense", ""): {
         "evaluated": (f"{LAYER}2.norm1", nn.Module.eval, "running statistics"),
-        "synchronised": (f"{LAYER}2", synchronised, "SyncBatchNorm is not exactly"),
+        "subclassed": (f"{LAYER}2", other_norm, "OtherNorm is not exactly nn.BatchNorm2d"),
         "dropping": (f"{LAYER}2", set_to("drop_rate", 0.5), "dropout is active"),
         "hooked": (f"{LAYER}2.relu1", hooked, "ReLU has a hook"),
         # A full backward hook cannot stand before an in-place ReLU, in stock either.

@@ -12,7 +12,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.parallel import DistributedDataParallel
 
-import cvkernels
 from cvkernels.nn import DenseBlock, DenseLayer
 from tests.support import pairs
 from tests.support.pairs import assert_equal, gradients, loss_of, pair, spread_norms, step
@@ -98,14 +97,11 @@ def train_in_two_processes(rank, path):
             run = sharded_steps if every[kind] is None else wrapped_steps
             results.append(run(model, x, rank, every[kind]))
         assert_equal(*results, 1e-9, f"{name}, {kind}")
-    for model in map(nn.SyncBatchNorm.convert_sync_batchnorm, training_pair("dense")):
-        with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on"):
-            model(image("dense"))
     dist.destroy_process_group()
 
 
 def test_two_processes_train_as_stock_does(tmp_path):
-    """DistributedDataParallel's options, no_sync, fully_shard; SyncBatchNorm wants a GPU."""
+    """DistributedDataParallel's options, no_sync, fully_shard."""
     torch.multiprocessing.spawn(train_in_two_processes, (str(tmp_path / "store"),), nprocs=2)
 
 
@@ -142,13 +138,6 @@ def test_data_parallel_processes_of_one(name, tmp_path):
         assert_equal(step(ours, image(name), run=wrapped), step(stock, image(name)), 1e-9)
     finally:
         dist.destroy_process_group()
-
-
-@each_block
-def test_synchronised_norms_run_as_modules(name):
-    ours = nn.SyncBatchNorm.convert_sync_batchnorm(training_pair(name)[0])
-    reasons = {row.reason for row in cvkernels.explain(ours, image(name)).rows}
-    assert any("SyncBatchNorm is not exactly nn.BatchNorm2d" in reason for reason in reasons)
 
 
 # Replicas and threads

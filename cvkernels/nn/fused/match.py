@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cvkernels.nn.fused.watched import has_hooks, why_altered, why_not_called
 from cvkernels.ops.common.autograd import operand_dtype
+from cvkernels.ops.common.norm import BATCH_NORMS
 from cvkernels.ops.common.pool import checked, window_of
 from cvkernels.ops.conv_bn_act.op import supports_prologue_and_slices
 from cvkernels.ops.depthwise_conv_bn_act.op import runs_fused
@@ -30,6 +31,8 @@ ACTIVATIONS: dict[type[nn.Module] | Callable[[Tensor], Tensor], str] = {
     nn.SiLU: "silu",
     relu_: "relu",
 }
+
+_NORM_ACTS = ("BatchNormAct2d", "SyncBatchNormAct")
 
 
 def _kind(act: nn.Module | Callable) -> type[nn.Module] | Callable:
@@ -53,7 +56,7 @@ def fused_act(
     bn: nn.Module | None, act: nn.Module | Callable | None = None, residual: Tensor | None = None
 ) -> tuple[nn.Module | Callable | None, str]:
     """The activation behind bn, which may carry it inside, and why its place forbids fusing."""
-    if type(bn) is nn.BatchNorm2d or not is_norm_act(bn) or type(bn.act) is nn.Identity:
+    if type(bn) in BATCH_NORMS or not is_norm_act(bn) or type(bn.act) is nn.Identity:
         return act, ""
     if act is not None:
         return act, "an activation follows a norm that has one inside"
@@ -61,9 +64,9 @@ def fused_act(
 
 
 def is_norm_act(bn: nn.Module | None) -> bool:
-    """Whether bn is timm's BatchNormAct2d, with the forward that timm gave it."""
+    """Whether bn is timm's norm with an activation inside, with the forward that timm gave it."""
     kind = type(bn)
-    if kind.__name__ != "BatchNormAct2d" or kind.__module__ != "timm.layers.norm_act":
+    if kind.__name__ not in _NORM_ACTS or kind.__module__ != "timm.layers.norm_act":
         return False
     return kind.forward.__module__ == kind.__module__
 
@@ -145,12 +148,12 @@ def why_not_affine(bn: nn.Module) -> str:
 
 def why_not_batch_norm(bn: nn.Module) -> str:
     """Why bn, but for its activation and mode, is no batch norm; empty where it is."""
-    if type(bn) is nn.BatchNorm2d:
+    if type(bn) in BATCH_NORMS:
         return ""
     if not is_norm_act(bn):
         return f"{type(bn).__name__} is not exactly nn.BatchNorm2d"
     if type(bn.drop) is not nn.Identity or has_hooks(bn.drop) or has_hooks(bn.act):
-        return "BatchNormAct2d drops something, or a part of it has a hook"
+        return f"{type(bn).__name__} drops something, or a part of it has a hook"
     return ""
 
 

@@ -22,13 +22,14 @@ from cvkernels.nn.fused.watched import (
     why_written_unseen,
 )
 from cvkernels.ops.common.contents import Contents
+from cvkernels.ops.common.norm import BATCH_NORMS
 
 # Shapes of data per cache, as many as a convolution keeps folded weights for.
 CAPACITY = 4
 # What modules compute by, but for their tensors and children.
 OPTIONS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
-    nn.BatchNorm2d: ("training", "eps"),
+    **dict.fromkeys(BATCH_NORMS, ("training", "eps")),
     nn.AdaptiveAvgPool2d: ("output_size",),
     nn.MaxPool2d: (
         "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices",

@@ -25,6 +25,7 @@ _CODE: tuple[tuple[object, tuple[str, ...]], ...] = (
     (nn.Module, ("__call__", "_call_impl")),
     (nn.Conv2d, ("forward", "_conv_forward")),
     (nn.BatchNorm2d, ("forward", "_check_input_dim")),
+    (nn.SyncBatchNorm, ("forward", "_check_input_dim", "_check_non_zero_input_channels")),
     *(
         (kind, ("forward",))
         for kind in (
@@ -55,7 +56,7 @@ STOCK_CODE = tuple(
     (owner, name, _genuine(getattr(owner, name))) for owner, names in _CODE for name in names
 )
 # What an instance may hold in place of its class's method, or of its own parameter or buffer.
-METHODS = ("forward", "_conv_forward", "_check_input_dim")
+METHODS = ("forward", "_conv_forward", "_check_input_dim", "_check_non_zero_input_channels")
 SHADOWS = (*METHODS, "weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 

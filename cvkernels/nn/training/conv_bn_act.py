@@ -13,7 +13,7 @@ from torch.autograd.function import FunctionCtx
 
 from cvkernels.nn.fused.match import act_name
 from cvkernels.nn.training import place
-from cvkernels.nn.training.batch_norm import count_batch
+from cvkernels.nn.training.batch_norm import Share, normalise
 from cvkernels.nn.training.convolution import Geometry, convolution_backward, convolve
 from cvkernels.nn.training.recompute import (
     Recompute,
@@ -137,16 +137,18 @@ class _ConvBNAct(Function):
             y = convolve(channels_last(operand), _side_by_side(weights), tensors[1], call.geometry)
             vectors = y.new_empty(4, y.shape[1], dtype=passes.wide_dtype(y))
             residual = None if residual is None else channels_last(residual)
+            share = Share(call.norms[0], y)
+            if share.group is not None:  # else a norm's passes begin with them
+                share.statistics(y, vectors[0], vectors[1])
             outs = []
             for index, (norm, node) in enumerate(zip(call.norms, call.nodes, strict=True)):
                 own, affine = node.part(y), tensors[PER_BLOCK * index + 2 : PER_BLOCK * index + 4]
                 out = torch.empty_like(own, memory_format=torch.channels_last)
                 # Counted here, not behind the call: a checkpoint runs again until the last tensor
                 # is saved.
-                passes.forward(
-                    own, *affine, count_batch(norm), node.eps, node.act, residual,
-                    node.part(vectors), out,
-                )  # fmt: skip
+                normalise(
+                    own, affine, norm, share, node.eps, node.act, residual, node.part(vectors), out
+                )
                 outs.append(out)
         inputs: tuple[Tensor, ...] = ()
         if any(ctx.needs_input_grad[3::PER_BLOCK]):
@@ -156,6 +158,7 @@ class _ConvBNAct(Function):
         linked = x if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(linked, y, vectors, *tensors, *of_join, *inputs)
         ctx.nodes, ctx.geometry, ctx.of_join = call.nodes, call.geometry, len(of_join)
+        ctx.share = share
         ctx.source = None if call.source is None else call.source.node
         ctx.shape = x.shape
         ctx.dtypes = [None if t is None else t.dtype for t in (x, *tensors)]
@@ -165,6 +168,7 @@ class _ConvBNAct(Function):
     @without_gradient
     def backward(ctx: FunctionCtx, *grads_out: Tensor | None) -> tuple:
         if needs_stock(*grads_out[:-1]):
+            ctx.share.refuse_second_derivatives()
             return _stock_gradients(ctx, grads_out[:-1])
         _, y, vectors, tensors, of_join, inputs = _saved(ctx)
         weights = tensors[::PER_BLOCK]
@@ -186,7 +190,7 @@ class _ConvBNAct(Function):
                         out.zero_()
                     continue
                 of_vectors, grad_residual = norm_backward(
-                    grad, *own, out, output, may_overwrite=True
+                    grad, *own, out, output, may_overwrite=True, join=ctx.share.joins()
                 )
                 first = PER_BLOCK * index + 2
                 grads[first : first + 2] = of_vectors[:2].unbind()

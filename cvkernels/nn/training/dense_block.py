@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cvkernels.functional import BatchNormParams
 from cvkernels.nn.training import place
-from cvkernels.nn.training.batch_norm import Statistics, update_running
+from cvkernels.nn.training.batch_norm import Share, Statistics, normalise, update_running
 from cvkernels.nn.training.convolution import Geometry, convolution_backward, convolve
 from cvkernels.ops.batch_norm_act import passes
 from cvkernels.ops.batch_norm_act.op import norm_backward
@@ -63,12 +63,12 @@ def run_block(
         start, inputs = own.stop, outputs.stop
     tensors = [tensor for parts in layers for part in parts for tensor in (part.weight, part.bias)]
     keep = needs_grad(x, *tensors)
-    buffer, mean, var, widths = place.apply(_DenseBlock, x, described, keep, *tensors)
-    pixels = x.numel() // x.shape[1]
+    share = Share(layers[0][0], x)
+    buffer, mean, var, widths = place.apply(_DenseBlock, x, described, share, keep, *tensors)
     for layer, (norm1, _, norm2, _) in zip(described, layers, strict=True):
-        update_running(norm1, Statistics(mean[: layer.inputs], var[: layer.inputs]), pixels)
-        update_running(norm2, Statistics(*widths[:2, layer.own].unbind()), pixels)
-    return buffer, Statistics(mean, var)
+        update_running(norm1, Statistics(mean[: layer.inputs], var[: layer.inputs], share))
+        update_running(norm2, Statistics(*widths[:2, layer.own].unbind(), share))
+    return buffer, Statistics(mean, var, share)
 
 
 class _Features(NamedTuple):
@@ -80,11 +80,14 @@ class _Features(NamedTuple):
     var: Tensor  # [C]
     widths: Tensor  # [4, width of all conv1 together]
     scratch: Tensor  # [N*H*W * most inputs]
+    share: Share
 
     @classmethod
-    def of(cls, layers: Sequence[_Layer], buffer: Tensor, *vectors: Tensor) -> _Features:
-        pixels = buffer.numel() // buffer.shape[1]
-        return cls(buffer, *vectors, buffer.new_empty(pixels * layers[-1].inputs))
+    def of(
+        cls, layers: Sequence[_Layer], share: Share, buffer: Tensor, *vectors: Tensor
+    ) -> _Features:
+        scratch = buffer.new_empty(share.pixels * layers[-1].inputs)
+        return cls(buffer, *vectors, scratch, share)
 
     def bn1(self, layer: _Layer, weight: Tensor | None, bias: Tensor | None) -> BatchNormParams:
         prefix = slice(0, layer.inputs)
@@ -96,7 +99,8 @@ class _Features(NamedTuple):
         return passes.apply(prefix, bn1, "relu", channels_last_view(self.scratch, prefix.shape))
 
     def keep_statistics(self, channels: slice) -> None:
-        passes.statistics(self.buffer[:, channels], (self.mean[channels], self.var[channels]))
+        own = self.buffer[:, channels]
+        self.share.statistics(own, self.mean[channels], self.var[channels])
 
 
 class _BufferGradient:
@@ -107,24 +111,26 @@ class _BufferGradient:
         self.features, buffer = features, features.buffer
         self.total = new_channels_last(buffer, buffer.shape, passes.wide_dtype(buffer))
         self.total.copy_(grad)
-        self.slope, self.offset = (passes.vector_like(buffer, zero=True) for _ in range(2))
+        self.sums = self.total.new_zeros(2, buffer.shape[1])  # slope and offset
 
     def add(self, d_u: Tensor, layer: _Layer, bn1: BatchNormParams) -> tuple[Tensor, Tensor]:
         """Add what flows through norm1 and its ReLU; the gradients of norm1's weight and bias."""
         if not passes.is_pixel_matrix(d_u):
             d_u = channels_last(d_u)
         prefix = slice(0, layer.inputs)
-        sums = (self.slope[prefix], self.offset[prefix])
-        return passes.reduce(
-            d_u, self.features.buffer[:, prefix], bn1, "relu", sums, self.total[:, prefix]
-        )
+        slope, offset = self.sums[:, prefix]
+        x, total = self.features.buffer[:, prefix], self.total[:, prefix]
+        return passes.reduce(d_u, x, bn1, "relu", (slope, offset), total)
 
     def finished(self, channels: slice) -> Tensor:
         """The gradient of channels whose readers have all been added."""
         x = self.features.buffer[:, channels]
         out = new_channels_last(x, x.shape)
-        vectors = (self.features.mean[channels], self.slope[channels], self.offset[channels])
-        return passes.input_gradient(self.total[:, channels], x, *vectors, out)
+        sums = self.sums[:, channels]
+        if (join := self.features.share.joins()) is not None:
+            sums = join(sums.clone())
+        mean, total = self.features.mean[channels], self.total[:, channels]
+        return passes.input_gradient(total, x, mean, *sums, out)
 
 
 class _DenseBlock(torch.autograd.Function):
@@ -132,7 +138,7 @@ class _DenseBlock(torch.autograd.Function):
     parameters."""
 
     @staticmethod
-    def forward(ctx, x, layers, keep, *tensors):
+    def forward(ctx, x, layers, share, keep, *tensors):
         ctx.set_materialize_grads(False)
         N, inputs, H, W = x.shape
         total, width = layers[-1].outputs.stop, layers[-1].own.stop
@@ -140,7 +146,7 @@ class _DenseBlock(torch.autograd.Function):
         buffer[:, :inputs].copy_(x)
         mean, var = (torch.empty(total, dtype=passes.wide_dtype(x), device=x.device) for _ in "mv")
         widths = mean.new_empty(4, width)
-        features = _Features.of(layers, buffer, mean, var, widths)
+        features = _Features.of(layers, share, buffer, mean, var, widths)
         features.keep_statistics(slice(0, inputs))
         kept = []
         with autocast_disabled(x):
@@ -151,13 +157,16 @@ class _DenseBlock(torch.autograd.Function):
                 u = features.normalised(layer, features.bn1(layer, weight1, bias1))
                 a = convolve(u, conv1, conv1_bias, layer.geometry[0])
                 v = torch.empty_like(a) if keep else a
-                norm2 = (weight2, bias2, None, layer.eps[1])
-                passes.forward(a, *norm2, "relu", None, widths[:, layer.own], v)
+                own = widths[:, layer.own]
+                if share.group is not None:
+                    share.statistics(a, own[0], own[1])
+                affine, eps = (weight2, bias2), layer.eps[1]
+                normalise(a, affine, None, share, eps, "relu", None, own, v)
                 buffer[:, layer.outputs].copy_(convolve(v, conv2, conv2_bias, layer.geometry[1]))
                 features.keep_statistics(layer.outputs)
                 if keep and not layer.recompute:
                     kept.append(a)
-        ctx.layers, ctx.kept = layers, len(kept)
+        ctx.layers, ctx.share, ctx.kept = layers, share, len(kept)
         if keep:
             linked = x if ctx.needs_input_grad[0] else None
             ctx.save_for_backward(linked, buffer, mean, var, widths, *kept, *tensors)
@@ -169,11 +178,12 @@ class _DenseBlock(torch.autograd.Function):
     def backward(ctx, grad, *_):
         linked, buffer, mean, var, widths, *saved = ctx.saved_tensors
         kept, tensors = saved[: ctx.kept], saved[ctx.kept :]
-        needs_x, _, _, *needs = ctx.needs_input_grad
+        needs_x, _, _, _, *needs = ctx.needs_input_grad
         if needs_stock(grad):
+            ctx.share.refuse_second_derivatives()
             x = place.filled(linked, buffer.detach()[:, : ctx.layers[0].inputs].clone())
             return _stock_gradients(ctx.layers, x, tensors, (needs_x, *needs), grad)
-        features = _Features.of(ctx.layers, channels_last(buffer), mean, var, widths)
+        features = _Features.of(ctx.layers, ctx.share, channels_last(buffer), mean, var, widths)
         gradient = _BufferGradient(features, grad)
         grads = []
         with autocast_disabled(buffer):
@@ -192,7 +202,7 @@ class _DenseBlock(torch.autograd.Function):
                     ]
                 )
             d_x = gradient.finished(slice(0, ctx.layers[0].inputs)) if needs_x else None
-        return d_x, None, None, *(d for layer in reversed(grads) for d in layer)
+        return d_x, None, None, None, *(d for layer in reversed(grads) for d in layer)
 
 
 def _stock_gradients(
@@ -218,7 +228,7 @@ def _stock_gradients(
 
     with autocast_disabled(x):
         d_x, *others = stock_gradients(compute, (x, *tensors), needs, (grad,))
-    return d_x, None, None, *others
+    return d_x, None, None, None, *others
 
 
 def _layer_backward(
@@ -240,7 +250,8 @@ def _layer_backward(
     d_norm1 = d_norm2 = d_conv1 = (None, None)
     if d_v is not None:
         d_a = torch.empty_like(a)
-        d_norm2 = norm_backward(d_v, a, *norm2, d_a)[0][:2]
+        join = features.share.joins()
+        d_norm2 = norm_backward(d_v, a, *norm2, d_a, join=join)[0][:2]
         d_u, *d_conv1 = convolution_backward(
             d_a, u, conv1, layer.geometry[0], (below or any(need[:2]), *need[2:4])
         )

@@ -22,6 +22,7 @@ from cvkernels.nn.fused.match import (
     why_not_same_map,
 )
 from cvkernels.nn.fused.watched import why_altered, why_not_called
+from cvkernels.nn.training.batch_norm import group_of
 from cvkernels.ops.common.autograd import operand_dtype
 from cvkernels.ops.common.convolution import output_size
 from cvkernels.ops.common.pool import DTYPES
@@ -30,15 +31,23 @@ _ACTS = (nn.ReLU, nn.SiLU, relu_)
 _PARAMETERS = {"weight", "bias"}
 
 
-def why_not_train(x: Tensor) -> str:
-    """Why a training pass over a few modules cannot be one autograd function of x's dtype."""
+def why_not_train(x: Tensor, norm: nn.Module) -> str:
+    """Why a training pass over a few modules, with norms of norm's kind, cannot be one autograd
+    function of x's dtype."""
     if reason := why_not_called(x) or why_not_autograd_function():
         return reason
-    if x.dim() != 4 or x.numel() <= x.shape[1] or x.dtype not in DTYPES:
+    alone = group_of(norm) is None  # else other processes may have the pixels that lack here
+    if x.dim() != 4 or (alone and x.numel() <= x.shape[1]) or x.dtype not in DTYPES:
         return f"the input is {x.dtype} of shape {list(x.shape)}, not a batch of float maps"
     if (dtype := operand_dtype(x)) != x.dtype:
         return f"autocast computes in {dtype}, the input is {x.dtype}"
     return ""
+
+
+def why_not_one_group(*norms: nn.Module) -> str:
+    """Why norms do not take their statistics over the batches of the same processes."""
+    groups = [group_of(norm) for norm in norms]
+    return "" if all(group is groups[0] for group in groups) else "norms of several process groups"
 
 
 def why_not_recompute(x: Tensor) -> str:
@@ -114,7 +123,7 @@ def why_not_train_conv_bn_act(
         return f"the input has shape {list(x.shape)}, the weight {list(conv.weight.shape)}"
     sizes = output_size(x.shape[2:], *geometry)
     shape = (x.shape[0], conv.weight.shape[0], *(max(0, size) for size in sizes))
-    if shape[0] * shape[2] * shape[3] < 2:
+    if shape[0] * shape[2] * shape[3] < 2 and group_of(bn) is None:
         return "there is at most one value per channel behind the convolution"
     if residual is None:
         return ""

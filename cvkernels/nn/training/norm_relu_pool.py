@@ -25,11 +25,10 @@ def norm_relu_avg_pool(
     """
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
     x = channels_last(x)
-    if statistics is None:
-        statistics = Statistics(*passes.statistics(x.detach()))
+    statistics = statistics or Statistics.of(norm, x)
     window = window_of("avg_pool", pool.kernel_size, pool.stride, 0, 1, pool.ceil_mode)
-    y = _NormReluAvgPool.apply(x, norm.weight, norm.bias, *statistics, norm.eps, window)
-    update_running(norm, statistics, x.numel() // x.shape[1])
+    y = _NormReluAvgPool.apply(x, norm.weight, norm.bias, statistics, norm.eps, window)
+    update_running(norm, statistics)
     return y.contiguous(memory_format=layout)
 
 
@@ -37,8 +36,9 @@ class _NormReluAvgPool(torch.autograd.Function):
     """Saves x, the norm's weight and bias, and the statistics."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, mean, var, eps, window: Window):
+    def forward(ctx, x, weight, bias, batch: Statistics, eps, window: Window):
         ctx.set_materialize_grads(False)
+        mean, var, ctx.share = batch
         ctx.save_for_backward(x, weight, bias, mean, var)
         ctx.eps, ctx.window = eps, window
         kernel_size, stride, _, _, ceil_mode = window
@@ -52,6 +52,7 @@ class _NormReluAvgPool(torch.autograd.Function):
         x, weight, bias, mean, var = ctx.saved_tensors
         kernel_size, stride, padding, _, ceil_mode = ctx.window
         if needs_stock(grad):
+            ctx.share.refuse_second_derivatives()
 
             def compute(x, *affine):
                 y = F.relu(F.batch_norm(x, None, None, *affine, True, 0.0, ctx.eps))
@@ -59,7 +60,7 @@ class _NormReluAvgPool(torch.autograd.Function):
 
             with autocast_disabled(x):
                 inputs, needs = (x, weight, bias), ctx.needs_input_grad[:3]
-                return *stock_gradients(compute, inputs, needs, (grad,)), None, None, None, None
+                return *stock_gradients(compute, inputs, needs, (grad,)), None, None, None
         x = channels_last(x)
         with autocast_disabled(x):
             d_y = torch.ops.aten.avg_pool2d_backward(
@@ -67,9 +68,10 @@ class _NormReluAvgPool(torch.autograd.Function):
             )
             d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
             vectors = passes.vectors_of(BatchNormParams(weight, bias, mean, var, ctx.eps), x)
-            d_vectors, _ = norm_backward(d_y, x, vectors, ctx.eps, "relu", d_x)
+            join = ctx.share.joins()
+            d_vectors, _ = norm_backward(d_y, x, vectors, ctx.eps, "relu", d_x, join=join)
         grads = (
             None if vector is None else d.to(vector.dtype)
             for d, vector in zip(d_vectors, (weight, bias), strict=False)
         )
-        return d_x, *grads, None, None, None, None
+        return d_x, *grads, None, None, None

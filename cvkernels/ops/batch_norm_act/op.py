@@ -293,16 +293,25 @@ def norm_backward(
     out: Tensor | None,
     output: Tensor | None = None,
     may_overwrite: bool = False,
+    join: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``act(batch_norm(x) + residual)``: as :func:`passes.backward`, and the
     residual's. ``output`` is the result, which "relu" behind a residual needs; where
-    ``may_overwrite``, the residual's gradient is written over it.
+    ``may_overwrite``, the residual's gradient is written over it. ``join`` makes of slope and
+    offset those of a batch that other processes have parts of, in place.
     """
     grad = grad.to(x.dtype)
     if not is_pixel_matrix(grad):
         grad = grad.contiguous(memory_format=torch.channels_last)
-    if output is None:
-        return passes.backward(grad, x, vectors, eps, act, None, out), grad
-    output = output.contiguous(memory_format=torch.channels_last)
-    d_residual = output if may_overwrite else torch.empty_like(output)
-    return passes.backward(grad, x, vectors, eps, act, (output, d_residual), out), d_residual
+    of_output = None
+    if output is not None:
+        output = output.contiguous(memory_format=torch.channels_last)
+        of_output = (output, output if may_overwrite else torch.empty_like(output))
+    dy = grad if of_output is None else of_output[1]
+    if join is None:
+        return passes.backward(grad, x, vectors, eps, act, of_output, out), dy
+    results = passes.backward(grad, x, vectors, eps, act, of_output, None)
+    if out is not None:
+        join(results[2:])
+        passes.finish(dy, x, vectors, eps, act if of_output is None else "none", results, out)
+    return results, dy

@@ -10,8 +10,8 @@ With n pixels and, per channel, ``scale = weight / sqrt(var + eps)``:
 ``act`` is "none", "relu" or "silu". Where a shortcut ends, ``y = act(z + residual)`` with "none" or
 "relu", ``dy = grad where y > 0, else 0`` is the residual's gradient too.
 
-:func:`forward`, :func:`recompute` and :func:`backward` are of one norm and its vectors [4, C]:
-mean, var, weight and bias in the dtype that x is computed in, which forward fills.
+:func:`forward`, :func:`recompute`, :func:`backward` and :func:`finish` are of one norm and its
+vectors [4, C]: mean, var, weight and bias in the dtype that x is computed in, which forward fills.
 
 Several norms of one x share its mean and var, and the last two terms of dx are linear in what is
 summed: after :func:`statistics` and each norm's :func:`apply`, :func:`reduce` adds ``dy * scale``,
@@ -57,6 +57,8 @@ for _schema in (
     "recompute(Tensor x, Tensor vectors, float eps, int act, Tensor? residual, Tensor(a!) out)",
     "backward(Tensor grad, Tensor x, Tensor vectors, float eps, int act, Tensor? output, "
     "Tensor(a!)? grad_residual, Tensor(b!) results, Tensor(c!)? out)",
+    "finish(Tensor grad, Tensor x, Tensor vectors, float eps, int act, Tensor results, "
+    "Tensor(a!) out)",
 ):
     library.define(f"{OP}_{_schema} -> ()")
     native.writes(library, f"{OP}_{_schema.partition('(')[0]}")
@@ -149,6 +151,8 @@ def backward(
     """
     output, grad_residual = of_output or (None, None)
     results = x.new_empty(4, x.shape[1], dtype=wide_dtype(x))
+    if not x.numel():
+        return results.zero_()
 
     def run() -> None:
         _ops.batch_norm_act_backward.default(
@@ -163,14 +167,29 @@ def backward(
         if grad_residual is not None:
             grad_residual.copy_(dy)
         if out is not None:
-            assert bn.mean is not None
-            through = stock.through_statistics_reference(x, bn.mean, *results[2:])
-            out.copy_(dy * stock.column(stock.scale_of(bn)) + through)
+            out.copy_(stock.finish_reference(dy, x, bn, "none", *results[2:]))
 
     read = [t for t in (grad, x, output, *((x, grad) if out is not None else ())) if t is not None]
     written = [t for t in (grad_residual, out) if t is not None]
     _run("backward", x, read, written, run, as_reference)
     return results
+
+
+def finish(
+    grad: Tensor, x: Tensor, vectors: Tensor, eps: float, act: str, results: Tensor, out: Tensor
+) -> None:
+    """Write dx to out, from :func:`backward`'s results: where it got no out, since slope and offset
+    were first to become those of several processes. grad is dy, and act "none", where that was
+    written.
+    """
+
+    def run() -> None:
+        _ops.batch_norm_act_finish.default(grad, x, vectors, eps, ACTS[act], results, out)
+
+    def as_reference() -> None:
+        out.copy_(stock.finish_reference(grad, x, params_of(vectors, eps), act, *results[2:]))
+
+    _run("finish", x, (grad, x), (out,), run, as_reference)
 
 
 def statistics(x: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -215,7 +234,9 @@ def reduce(
     ``total`` has x's shape and the dtype that x is computed in. act is "none" or "relu".
     """
     vectors = norm.vectors_of(bn, x)
-    results = (vector_like(x), vector_like(x), *sums)
+    results = (vector_like(x, zero=True), vector_like(x, zero=True), *sums)
+    if not x.numel():
+        return results[:2]
 
     def run() -> None:
         _ops.batch_norm_act_reduce.default(grad, x, *vectors, ACTS[act], total, *results)

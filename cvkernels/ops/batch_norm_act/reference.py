@@ -71,6 +71,15 @@ def reduce_reference(
     return dy, dy * column(scale), d_weight, d_bias, slope, offset
 
 
+def finish_reference(
+    grad: Tensor, x: Tensor, bn: BatchNormParams, act: str, slope: Tensor, offset: Tensor
+) -> Tensor:
+    """dx, in the dtype that x is computed in."""
+    assert bn.mean is not None
+    dy = _before_act(grad, normalized_reference(x, bn), act)
+    return dy * column(scale_of(bn)) + through_statistics_reference(x, bn.mean, slope, offset)
+
+
 def through_statistics_reference(x: Tensor, mean: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
     return (wide(x) - column(mean)) * column(slope) + column(offset)
 

@@ -15,6 +15,11 @@ NO_VECTORS = (None, None, None, None, 0.0)
 FOLDED = 1 << 16
 
 
+# Modules that normalise maps with running statistics as nn.BatchNorm2d does. In training the other
+# takes those of several processes' batches.
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
 class BatchNormParams(NamedTuple):
     """Inference batch normalisation per channel: ``(x - mean) / sqrt(var + eps) * weight + bias``.
 
@@ -29,14 +34,15 @@ class BatchNormParams(NamedTuple):
     eps: float = 1e-5
 
     @classmethod
-    def of(cls, module: nn.BatchNorm2d) -> BatchNormParams:
+    def of(cls, module: nn.BatchNorm2d | nn.SyncBatchNorm) -> BatchNormParams:
         """The live parameters and running statistics of an inference-mode ``nn.BatchNorm2d``.
 
         Raises:
-            TypeError: module is not exactly nn.BatchNorm2d: a subclass may compute something else.
+            TypeError: module is not exactly nn.BatchNorm2d or nn.SyncBatchNorm: a subclass may
+                compute something else.
             ValueError: module normalises with batch statistics (it trains, or tracks none).
         """
-        if type(module) is not nn.BatchNorm2d:
+        if type(module) not in BATCH_NORMS:
             raise TypeError(
                 f"BatchNormParams.of: module must be exactly nn.BatchNorm2d, got "
                 f"{type(module).__name__}; run it as a module of its own"
