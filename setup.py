@@ -274,6 +274,10 @@ def ninja_file(
     # No object names a folder of the machine that built it.
     prefixes = {ROOT: ".", inputs.torch_include: "torch", inputs.pybind11_include: "pybind11"}
     prefix_maps = [f"-ffile-prefix-map={_shell(path)}={name}" for path, name in prefixes.items()]
+    # GCC would write what a link points to, where that is shorter; clang has no such switch.
+    spelled = "-fno-canonical-system-headers"
+    if _output([*shlex.split(inputs.cxx), spelled, "-E", "-x", "c++", os.devnull]) is not None:
+        prefix_maps.append(spelled)
     cxxflags = common + ["-fPIC", "-fvisibility=hidden", "-Wall"]
     cxxflags += sanitized_flags() if SANITIZE else OPTIMISED
     # Neither changes a result: a comparison with NaN may stay quiet, so that it is vectorised.

@@ -42,7 +42,7 @@ NATIVE = {
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    return dict(zip(CASES, compiled_once("se_scale", CASES, tmp_path_factory), strict=True))
+    return dict(zip(TRITON, compiled_once("se_scale", TRITON, tmp_path_factory), strict=True))
 
 
 @pytest.mark.full

@@ -165,6 +165,7 @@ FILTERS = pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 1),
 class TestDepthwise:
     source = "depthwise_conv_bn_act"
 
+    @pytest.mark.few(24)
     @pytest.mark.parametrize("dtype", test_depthwise_conv_bn_act.DTYPES, ids=str)
     @pytest.mark.parametrize("case", DEPTHWISE.values(), ids=DEPTHWISE.keys())
     def test_matches_reference(self, case, dtype, where):

@@ -76,6 +76,7 @@ def compute_after_calls(threads: int) -> None:
     assert_same_bits(uses.all(), expected)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("compute", [compute_after_import, compute_after_calls])
 def test_a_forked_process_computes_the_same(compute, threads):

@@ -120,6 +120,7 @@ def test_registers_hold_all_sums(compiled):
         assert rows * columns * 4 < code.registers <= REGISTERS // (32 * halo.WARPS)
 
 
+@pytest.mark.full
 @needs_compiler
 def test_the_loop_over_slices_multiplies(compiled):
     """Tensor-core instructions, the fragments that they share loaded once, and little else."""

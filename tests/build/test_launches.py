@@ -110,6 +110,7 @@ def test_committed_machine_code(check):
     assert not check(TABLE)
 
 
+@pytest.mark.full
 def test_launches_that_memory_bounds_have_enough_in_flight(fresh):
     assert not starved(fresh)
     assert [row for row in fresh if row["bounds"] == ["memory"]]

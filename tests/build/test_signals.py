@@ -55,6 +55,7 @@ def interrupt_at_random_times(use: str) -> None:
         assert_same_bits(uses.all(), expected)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("use", USES)
 def test_an_interrupt_leaves_no_trace(use):
     run_alone(interrupt_at_random_times, use)
@@ -167,6 +168,7 @@ def leave_a_daemon(calls: str) -> None:
 ENDS = (keep_in_globals, call_at_exit, call_in_teardown, leave_a_thread)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("end", ENDS)
 def test_the_interpreter_ends_quietly(end):
     run_alone(end)

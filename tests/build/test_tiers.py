@@ -34,11 +34,14 @@ class Item(SimpleNamespace):
 
 def cases(name, *sizes, **marks):
     values = [[object() for _ in range(size)] for size in sizes]
-    marker = {mark: SimpleNamespace(args=args) for mark, args in marks.items()}.get
+    together = {"together": True} if marks.pop("together", False) else {}
+    marker = {mark: SimpleNamespace(args=args, kwargs=together) for mark, args in marks.items()}.get
     return [
         Item(
             nodeid=f"{name}[{place}]", get_closest_marker=marker,
-            callspec=SimpleNamespace(params=dict(zip("abc", combination, strict=False))),
+            callspec=SimpleNamespace(
+                params=dict(zip("abc", combination, strict=False)), id=str(place)
+            ),
         )
         for place, combination in enumerate(itertools.product(*values))
     ]  # fmt: skip
@@ -52,3 +55,11 @@ def test_what_is_left_out():
     assert len(few) == MANY and not out & {alone, *few}
     assert out >= set(marked) and len(set(long) - out) == 2
     assert 12 <= len(set(many) - out) < len(many)
+
+
+def test_functions_of_a_module_are_left_the_same_values():
+    one, two = (cases(f"test_a.py::{name}", 40, few=(6,), together=True) for name in ("one", "two"))
+    other = cases("test_b.py::one", 40, few=(6,), together=True)
+    out = left_out([*one, *two, *other])
+    kept = [[case.callspec.id for case in group if case not in out] for group in (one, two, other)]
+    assert len(kept[0]) == 6 and kept[0] == kept[1] == kept[2]

@@ -10,6 +10,7 @@ import pytest
 
 from cvkernels.ops.conv_bn_act import tiles
 from tests.support.cases.conv_bn_act import RESNET50
+from tests.support.tiers import asked
 from tests.support.triton_compiled import compile_cases, compiled_once
 
 pytest.importorskip("triton")
@@ -163,23 +164,28 @@ def prologue(case):
     return case.problem.get("has_input_bn") or case.problem.get("has_input_gate")
 
 
+few = pytest.mark.few(40, together=True)
+
+
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+def compiled(request, tmp_path_factory):
     """Case -> what inspect_launch found."""
-    return dict(zip(CASES, compiled_once("conv_bn_act", CASES, tmp_path_factory), strict=True))
+    cases = asked(request, "case")
+    return dict(zip(cases, compiled_once("conv_bn_act", cases, tmp_path_factory), strict=True))
 
 
 def test_awkward_shapes_compile():
     assert len(compile_cases("conv_bn_act", awkward_cases())) == 3 * len(AWKWARD)
 
 
-@pytest.mark.few(100)
+@few
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_spills(case, compiled):
     found = compiled[case]
     assert (found["stack"], found["local"]) == (0, 0), found
 
 
+@few
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_tensor_cores(case, compiled):
     """wgmma on Hopper and tcgen05 on Blackwell; float32 without TF32 has no tensor core."""
@@ -190,11 +196,13 @@ def test_tensor_cores(case, compiled):
         assert found[{80: "mma", 90: "wgmma", 100: "tcgen05"}[case.arch]] > 0, found
 
 
+@few
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fences_stand_between_copies_and_tensor_cores(case, compiled):
     assert compiled[case]["unfenced"] == 0
 
 
+@few
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_accesses_are_16_bytes_wide(case, compiled):
     found = compiled[case]
@@ -218,6 +226,7 @@ def alone(found):
     return tiles.alone(found["meta"]["BLOCK_M"], found["meta"]["BLOCK_N"])
 
 
+@few
 @pytest.mark.parametrize("case", SHARED_SM, ids=str)
 def test_two_programs_fit_an_sm(case, compiled):
     """So that one program's epilogue overlaps another's loop."""

@@ -24,6 +24,7 @@ class Answers(Dataset):
         return self.frozen(self.images[index : index + 1])[0]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_workers_of_a_data_loader(method):

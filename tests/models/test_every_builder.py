@@ -24,7 +24,7 @@ def output_and_gradient(model, x):
     return out.detach(), x.grad
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", BUILDERS)
 def test_outputs_and_input_gradients_are_the_stock_models(name, monkeypatch):
     kwargs = {"init_weights": False} if name == "googlenet" else {}

@@ -186,7 +186,7 @@ def models_of(name):
     return [stock, *(counterpart(stock, name, how, **options) for how in ("drop_in", "patched"))]
 
 
-@pytest.mark.few(20)
+@pytest.mark.few(12)
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()

@@ -81,6 +81,7 @@ def arguments_of(draw, name):
     return found | ({"init_weights": False} if name == "googlenet" else {})
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", OPTIONS)
 @settings(max_examples=max(1, settings().max_examples // 6))  # a network takes longer than a call
 @given(data=st.data())

@@ -319,7 +319,7 @@ SCENARIOS = {
 }
 
 
-@pytest.mark.few(60)
+@pytest.mark.few(24)
 @each_case
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS.keys())
 def test_changes_are_followed(scenario, case):

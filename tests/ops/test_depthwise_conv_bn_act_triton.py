@@ -12,6 +12,7 @@ import torch
 from tests.support.cases import depthwise_conv_bn_act
 from tests.support.cases.depthwise_conv_bn_act import NETWORKS, make_inputs
 from tests.support.numerics import assert_matches
+from tests.support.tiers import asked
 from tests.support.triton_compiled import compile_cases, compiled_once
 
 pytest.importorskip("triton")
@@ -83,12 +84,13 @@ def test_a_launch_that_cannot_be_indexed_is_refused():
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    found = compiled_once("depthwise_conv_bn_act", CASES_TO_COMPILE, tmp_path_factory)
-    return {case_id(c): f for c, f in zip(CASES_TO_COMPILE, found, strict=True)}
+def compiled(request, tmp_path_factory):
+    cases = asked(request, "case")
+    found = compiled_once("depthwise_conv_bn_act", cases, tmp_path_factory)
+    return {case_id(c): f for c, f in zip(cases, found, strict=True)}
 
 
-@pytest.mark.few(30)
+@pytest.mark.few(8)
 @pytest.mark.parametrize("case", CASES_TO_COMPILE, ids=case_id)
 def test_code_has_no_spill_and_wide_accesses(case, compiled):
     found = compiled[case_id(case)]

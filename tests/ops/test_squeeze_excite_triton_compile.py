@@ -6,6 +6,7 @@ import pytest
 
 from cvkernels.ops.squeeze_excite import tiles
 from tests.support.cases.squeeze_excite import NETWORKS
+from tests.support.tiers import asked
 from tests.support.triton_compiled import compile_cases, compiled_once
 
 pytest.importorskip("triton")
@@ -90,9 +91,10 @@ AWKWARD += [
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+def compiled(request, tmp_path_factory):
     """Case -> what inspect_launch found."""
-    return dict(zip(CASES, compiled_once("se_scale", CASES, tmp_path_factory), strict=True))
+    cases = asked(request, "case")
+    return dict(zip(cases, compiled_once("se_scale", cases, tmp_path_factory), strict=True))
 
 
 @pytest.mark.full
@@ -100,6 +102,10 @@ def test_awkward_shapes_compile():
     assert len(compile_cases("se_scale", AWKWARD)) == len(AWKWARD)
 
 
+few = pytest.mark.few(80, together=True)
+
+
+@few
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_spills(case, compiled):
     found = compiled[case]
@@ -110,6 +116,7 @@ LAYERS = ("excite", "hidden", "out")
 MAPS = [case for case in CASES if case.kernel not in (*LAYERS, "finish")]
 
 
+@few
 @pytest.mark.parametrize("case", MAPS, ids=str)
 def test_accesses_of_maps_are_16_bytes_wide(case, compiled):
     """Each map's loads and stores; only sums, which are one store, may be narrower."""
@@ -120,6 +127,7 @@ def test_accesses_of_maps_are_16_bytes_wide(case, compiled):
     assert found["store"] - found["store_16"] <= sums, found
 
 
+@few
 @pytest.mark.parametrize("case", [case for case in CASES if case.kernel in LAYERS], ids=str)
 def test_layers_are_products_whose_loads_are_ahead(case, compiled):
     """Matrix instructions, on tiles that asynchronous copies fetch steps before."""
@@ -128,6 +136,7 @@ def test_layers_are_products_whose_loads_are_ahead(case, compiled):
     assert found["async_16"] > 0, found
 
 
+@few
 @pytest.mark.parametrize("case", MAPS, ids=str)
 def test_programs_that_the_grid_counts_on_fit_an_sm(case, compiled):
     found = compiled[case]

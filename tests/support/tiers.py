@@ -2,7 +2,8 @@
 
 The default tier has every test function but those marked full. Of one with many combinations of
 parameters it runs those that cover each pair of values, or ``few(count)`` where each takes long: a
-fault that needs three values at once is left to the full tier.
+fault that needs three values at once is left to the full tier. ``few(count, together=True)`` takes
+the same parameters in each function of a module, where it is making ready for them that takes long.
 """
 
 from __future__ import annotations
@@ -47,14 +48,32 @@ def left_out(items: Iterable) -> set:
             out.add(item)
         elif hasattr(item, "callspec"):
             functions[item.nodeid.partition("[")[0]].append(item)
+    modules = defaultdict(list)
     for name, cases in functions.items():
         few = cases[0].get_closest_marker("few")
-        if few or len(cases) > MANY:
+        if few and few.kwargs.get("together"):
+            modules[name.partition("::")[0], few.args[0]] += cases
+        elif few or len(cases) > MANY:
             # A value is one object in all combinations; it need not be hashable.
             values = [{key: id(v) for key, v in case.callspec.params.items()} for case in cases]
             chosen = covering(values, zlib.crc32(name.encode()), few.args[0] if few else None)
             out |= {case for place, case in enumerate(cases) if place not in chosen}
+    for (_, count), cases in modules.items():
+        names = sorted({case.callspec.id for case in cases}, key=lambda n: zlib.crc32(n.encode()))
+        out |= {case for case in cases if case.callspec.id not in names[:count]}
     return out
+
+
+def asked(request, parameter: str) -> list:
+    """The values of the parameter that the requesting module's tests run with, in their order."""
+    values = [
+        item.callspec.params[parameter]
+        for item in request.session.items
+        if item.module is request.module
+        and hasattr(item, "callspec")
+        and parameter in item.callspec.params
+    ]
+    return list({id(value): value for value in values}.values())
 
 
 def use_all_cores(config) -> None:

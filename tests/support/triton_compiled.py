@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,8 +44,9 @@ def compile_in_processes(op: str, cases: list) -> list[dict]:
 
 def compiled_once(op: str, cases: list, factory: pytest.TempPathFactory) -> list[dict]:
     """The results of ``cases``; of several test processes, one compiles and the others wait."""
+    which = zlib.crc32(json.dumps(cases, default=vars).encode())
     path = made_once(
-        shared_folder(factory) / f"{op}.json",
+        shared_folder(factory) / f"{op}-{which}.json",
         lambda part: part.write_text(json.dumps(compile_in_processes(op, cases))),
     )
     return json.loads(path.read_text())

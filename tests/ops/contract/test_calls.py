@@ -155,6 +155,7 @@ class TestResults:
         assert not any(t.numel() for t in tensors_in(call(backend=implementation)))
 
     @each_op
+    @pytest.mark.few(16)
     @pytest.mark.parametrize("name", ["auto", "native", "reference"])
     @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
     def test_are_those_of_one_compiled_graph(self, op, name, dynamic):
