@@ -11,11 +11,12 @@ from cvkernels import backend
 from cvkernels.nn import BasicConv2d, Bottleneck, Inception
 from cvkernels.nn.fused.match import relu_
 from cvkernels.nn.training import dense_block, match
-from tests.support.pairs import assert_equal, loss_of, step
+from tests.support.pairs import assert_equal, loss_of, pair, step
 from tests.support.training_nets import (
     FIRST,
     assert_same_results,
     each_block,
+    efficientnet,
     image,
     is_recomputed,
     training_pair,
@@ -185,6 +186,28 @@ def test_an_input_written_afterwards_is_refused_or_does_not_count(name):
             assert_equal(run(ours, index), expected, 1e-8)
         except RuntimeError as error:
             assert "modified by an inplace operation" in str(error)
+
+
+def test_a_shortcut_written_once_its_block_has_added_it_does_not_count():
+    """Stock refuses it. The block's output is kept then, and not computed from it again."""
+    configuration = efficientnet.MBConvConfig(2, 3, 1, 8, 8, 2)
+    blocks = [efficientnet.MBConv(configuration, 0.0, nn.BatchNorm2d) for _ in range(2)]
+    ours, stock = pair(nn.Sequential(*blocks), dtype=torch.float64)
+
+    def run(model, written):
+        # Nor is its input kept for this gradient.
+        model[0].block[0][0].weight.requires_grad_(False)
+
+        def through(x):
+            h = x * 1
+            y = model[0](h)
+            if written:
+                h.mul_(2)
+            return model[1](y).flatten(1)
+
+        return step(model, image("mbconv", channels=8, size=(6, 5)), run=through)
+
+    assert_equal(run(ours, True), run(stock, False), 1e-9)
 
 
 def test_a_transition_with_a_hook_may_write_its_input():

@@ -55,18 +55,24 @@ class Saved(RecomputeNode):
 class Recompute:
     """How a tensor is computed (``node``) from tensors that autograd saves anyway (``saved``).
 
-    It is valid while the tensor has not been written since, and under the saved-tensor hooks of
-    its forward: within a checkpointed function, none from outside it is.
+    It is valid while neither the tensor nor what it is computed from has been written since, and
+    under the saved-tensor hooks of its forward: within a checkpointed function, none from outside
+    it is.
     """
 
-    __slots__ = ("_hooks", "_version", "node", "saved")
+    __slots__ = ("_hooks", "_version", "_versions", "node", "saved")
 
     def __init__(self, node: RecomputeNode, saved: tuple[Tensor, ...], version: int) -> None:
         self.node, self.saved = node, saved
         self._version, self._hooks = version, saved_tensor_hooks()
+        self._versions = _versions(saved)
 
     def is_valid(self, x: Tensor) -> bool:
-        return x._version == self._version and saved_tensor_hooks() == self._hooks
+        return (
+            x._version == self._version
+            and saved_tensor_hooks() == self._hooks
+            and _versions(self.saved) == self._versions
+        )
 
     def __reduce__(self) -> tuple:
         # A pickled or copied tensor has no graph, and takes none of the saved tensors along.
@@ -98,6 +104,10 @@ def recompute_or_saved(x: Tensor) -> Recompute:
     if recompute is not None and len(recompute.saved) <= MOST_SAVED:
         return recompute
     return Recompute(Saved(), (x,), x._version)
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor._version for tensor in tensors]
 
 
 def saved_tensor_hooks() -> object:
