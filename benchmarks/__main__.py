@@ -11,6 +11,7 @@ python -m benchmarks guard      speed-ups of the kernels against the committed o
 python -m benchmarks tune       the fastest tiles on this GPU, into cvkernels/tuned/
 python -m benchmarks predict    times of the frozen networks on an H200, by a model
 python -m benchmarks launches   their Triton kernels, compiled for three GPUs
+python -m benchmarks depth      why the five networks are built as they are, on digits
 python -m benchmarks first_light   what matters most of a GPU, in nine minutes
 """
 
@@ -31,6 +32,7 @@ from benchmarks import (
     saved_memory,
     tune,
 )
+from benchmarks.depth import runner as depth
 from benchmarks.first_light import runner
 from benchmarks.harness import command_line, sticky
 from benchmarks.harness.command_line import Refused, add_network_options, add_options, dtypes_of
@@ -99,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_options(command)
     command = commands.add_parser("launches", help="the frozen networks' Triton kernels, compiled")
     launches.add_options(command)
+    command = commands.add_parser("depth", help="why the networks are built so, on digits")
+    depth.add_options(command)
     command = commands.add_parser("first_light", help="what matters most of a GPU, in nine minutes")
     runner.add_options(command)
     return parser
@@ -149,6 +153,7 @@ _COMMANDS = {
     "tune": tune.main,
     "predict": predict.main,
     "launches": launches.main,
+    "depth": depth.main,
     "first_light": runner.main,
 }
 

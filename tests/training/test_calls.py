@@ -85,6 +85,8 @@ def test_hooks_that_change_an_output(name, our_hook, stock_hook, parts):
         ("bottleneck", "layer2.0.downsample"),
         ("se-bottleneck", "layer1.1.conv3"),
         ("mbconv", "features.2.0.block.1"),
+        ("timm-mbconv", "blocks.1.1.bn3.act"),
+        ("timm-mbconv", "blocks.1.1.bn3.drop"),
     ],
 )
 def test_hooks_inside_see_what_they_see_in_stock(name, part):

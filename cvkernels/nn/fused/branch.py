@@ -222,7 +222,8 @@ class _Walk:
         if fused_act(last.norm, last.act)[0] is not None:
             return "the activation stands before the shortcut"
         # Hooks would see when the shortcut is computed, and whether the sum is one in place.
-        return last.why_not_bare() or why_altered(last.conv, last.norm)
+        inside = () if last.norm is None else last.norm.children()  # of timm's, an activation
+        return last.why_not_bare() or why_altered(last.conv, last.norm, *inside)
 
     def _join(
         self, x: Tensor, y: Tensor, part: Layer | nn.Module, excitation: nn.Module | None,
