@@ -39,6 +39,7 @@ _NEW = _MATHS | frozenset(
     "adaptive_avg_pool2d adaptive_max_pool2d interpolate cat concat concatenate stack clone "
     "zeros_like ones_like full_like".split()
 )
+_EXPANDING = {"expand", "expand_as", "broadcast_to"}
 _NEW_MODULES = (
     nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, *BATCH_NORMS, nn.GroupNorm, nn.LayerNorm, nn.Linear,
     nn.ReLU, nn.ReLU6, nn.SiLU, nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid, nn.GELU, nn.Mish, nn.Tanh,
@@ -241,6 +242,11 @@ def is_size(value: Any) -> bool:
     return bool(inputs) and computes and all(map(is_size, inputs))
 
 
+def _called(node: fx.Node) -> str:
+    """The name of the method or function that a node calls."""
+    return node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+
+
 class _Memory:
     """The groups of a graph's values that may share memory, by a number each."""
 
@@ -292,17 +298,19 @@ class _Memory:
         return max((self.place[user] for user in node.users), default=-1)
 
     def unsafe_groups(self) -> list[int]:
-        """Those in which a write changes a value that is read later, and is not its result."""
+        """Those in which a write changes a value that is read later, and is not its result; or
+        writes what was expanded, which PyTorch refuses where its elements share memory."""
         unsafe = []
         for node, written in self.writes.items():
             group, now = self.group(node), self.place[node]
-            changed = [m for m in self.members[group] if self.place[m] < now]
+            changed = earlier = [m for m in self.members[group] if self.place[m] < now]
             if returns := returns_what_it_writes(node, self.modules):
                 changed = [m for m in changed if m not in written]
             read_later = any(self.last_read(other) > now for other in changed)
             # A call that runs as it is gets a copy of its first argument.
             writes_more = not returns and written != node.args[:1]
-            if (read_later or writes_more) and group not in unsafe:
+            expanded = any(_called(m) in _EXPANDING for m in earlier)
+            if (read_later or writes_more or expanded) and group not in unsafe:
                 unsafe.append(group)
         return unsafe
 

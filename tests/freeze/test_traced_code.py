@@ -99,3 +99,17 @@ def test_an_attribute_that_an_untraced_module_reads_first():
     network.iterates = Iterates()
     actual, expected = frozen_and_stock(network, torch.randn(2, 8, 6, 5))
     assert_errs_like(actual, expected, expected.double())
+
+
+@pytest.mark.parametrize("channels", [1, 8])
+def test_a_write_to_an_expanded_map_is_right_or_refused_as_in_stock(channels):
+    network = Network(lambda f, net: nn.functional.hardswish(f.expand(-1, 8, -1, -1), True))
+    network.conv = nn.Conv2d(8, channels, 1)
+    x = torch.randn(2, 8, 6, 5)
+    if channels == 8:  # nothing is repeated
+        actual, expected = frozen_and_stock(network, x)
+        assert_errs_like(actual, expected, expected.double())
+        return
+    for run in (network, lambda x: cvkernels.freeze(network.eval(), x)(x)):
+        with pytest.raises(RuntimeError, match="single memory location"), torch.no_grad():
+            run(x)
