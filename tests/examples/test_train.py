@@ -206,14 +206,14 @@ def in_processes(count, folder, out, *words, seconds=300):
 @pytest.mark.full
 @pytest.mark.parametrize("words", [[], ["--fsdp", "--sync-bn"]], ids=["ddp", "fsdp"])
 def test_another_number_of_processes_goes_on(train, folder, tmp_path, words):
-    """Two processes, then one, then two."""
-    for epochs, processes in enumerate((2, 1, 2), 1):
+    """Two processes, then one."""
+    for epochs, processes in enumerate((2, 1), 1):
         more = ["--epochs", epochs, "--ema", "0.9", "--save-every", "1", "--resume", *words]
         if processes == 1:
             more = [word for word in more if word not in words]
         status, said = in_processes(processes, folder, tmp_path / "out", *more)
         assert status == 0, said
-    assert [row["epoch"] for row in rows(tmp_path, "out")] == [1, 2, 3]
+    assert [row["epoch"] for row in rows(tmp_path, "out")] == [1, 2]
     assert all(t.isfinite().all() for t in final(tmp_path, "out").values())
 
 

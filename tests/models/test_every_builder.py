@@ -1,7 +1,8 @@
 """Every builder computes what its stock counterpart does.
 
-In eval, float32 and fused; and in float64, where a rounding is too small for any depth to amplify,
-outputs and input gradients in eval and training, and statistics. The rule of the tolerance, and the
+In eval, float32 and fused; and, but for the largest networks, in float64, where a rounding is too
+small for any depth to amplify: outputs and input gradients in eval and training, and statistics.
+The largest repeat the blocks of others. The rule of the tolerance, and the
 gradients of parameters, are the families' own tests', on one network of each kind of block.
 """
 
@@ -14,6 +15,7 @@ from tests.support.pairs import calibrated_pair, seen
 
 # The compound rule at any point has no stock builder.
 BUILDERS = [name for name in cvkernels.list_models() if name != "efficientnet"]
+LARGE = 26_000_000  # parameters
 
 
 def output_and_gradient(model, x):
@@ -36,6 +38,8 @@ def test_outputs_and_input_gradients_are_the_stock_models(name, monkeypatch):
         actual, expected = ours(seen()), stock(seen())
     # Of the largest output: the deepest networks amplify rounding beyond an absolute 1e-4.
     assert (actual - expected).abs().max() <= 1e-3 * expected.abs().max()
+    if sum(parameter.numel() for parameter in stock.parameters()) > LARGE:
+        return
     # From here on only PyTorch's own operations run, and filling memory takes a fifth of the time.
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     ours, stock = (model.double() for model in (ours, stock))

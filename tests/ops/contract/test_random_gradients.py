@@ -15,11 +15,18 @@ STATISTICS = ("mean", "var")
 
 
 def learning(call: RandomCall, dtype: torch.dtype) -> tuple[RandomCall, list[torch.Tensor]]:
-    """The call in ``dtype``, on leaves that require a gradient; norms' statistics require none."""
+    """The call in ``dtype``, on leaves that require a gradient; norms' statistics require none.
+
+    Values of few bits may meet on the kink of a ReLU, which has no gradient: they are moved a
+    little.
+    """
     leaves = []
 
     def leaf(t):
-        leaves.append(t.detach().to(dtype).requires_grad_())
+        moved = t.detach().double()
+        generator = torch.Generator().manual_seed(len(leaves))
+        moved = moved + 1e-3 * torch.rand(t.shape, generator=generator, dtype=torch.float64)
+        leaves.append(moved.to(dtype).requires_grad_())
         return leaves[-1]
 
     def of(value):
