@@ -94,7 +94,7 @@ SCALED = {
     "width x 2": (1, 12, 16),
     "depth x 4": (4, 6, 16),
     "resolution x 2": (1, 6, 32),
-    "all three": (2, 7, 20),
+    "all three": (2, 7, 18),
 }
 
 

@@ -141,6 +141,7 @@ def test_the_loop_over_slices_multiplies(compiled):
         assert not any(word in " ".join(body) for word in ("LDL", "STL", "BAR", "LDG"))
 
 
+@pytest.mark.full
 @needs_compiler
 def test_maps_are_moved_in_16_bytes(compiled):
     _, kernels = compiled

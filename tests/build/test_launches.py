@@ -124,6 +124,7 @@ def test_the_committed_table_has_every_kind():
     assert kinds >= COMMITTED
 
 
+@pytest.mark.full
 def test_the_committed_table_is_of_these_launches(fresh):
     """``python -m benchmarks launches`` makes it anew, with the Triton at hand."""
     known = {_kind(row) for row in TABLE if row["arch"] == 90}
@@ -134,6 +135,7 @@ def _kind(row):
     return json.dumps([row[name] for name in ("kernel", "tile", "warps", "stages")])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kernel", launches.DENSE)
 def test_the_model_counts_the_instructions_of_the_machine_code(fresh, kernel):
     """Those that a warp runs, within a third."""

@@ -71,7 +71,7 @@ def run_out(use: str) -> None:
     assert all(map(torch.equal, getattr(uses, use)(), answers))
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("use", USES)
 def test_memory_that_runs_out_is_an_error_and_nothing_is_broken(use):
     run_alone(run_out, use)

@@ -48,7 +48,7 @@ def assert_same_state(ours, theirs, tolerance=0.0):
         torch.testing.assert_close(tensor, theirs[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("model", NETWORKS)
 def test_trains_as_the_stock_network_does(train, tmp_path, model):
     """One step: what it moved, all in all. Stock's own gradients err by a hundredth in some of
@@ -83,6 +83,7 @@ EVERYTHING = (
 ).split()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", [1, 4, 8])
 def test_an_interrupted_run_ends_with_the_same_weights(train, tmp_path, monkeypatch, step):
     assert train("whole", *EVERYTHING) == 0

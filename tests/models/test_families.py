@@ -185,7 +185,7 @@ def test_export_agrees(name):
     assert_same_output(exported.module(), stock, seen())
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", [*FAMILIES, "densenet-memory-efficient", "densenet121"])
 def test_compiles_in_one_graph(name, device):
     ours, stock = pair(name, device)
@@ -265,10 +265,11 @@ def test_a_hook_sees_what_stock_computes(name, layer, fused):
 
 
 @each_family
-def test_vmap_and_sync_batch_norm_run_as_modules(name):
+def test_vmap_runs_modules_and_sync_batch_norm_in_eval_is_a_batch_norm(name):
     ours, stock = pair(name)
     x = seen(2)
     assert_same_output(torch.vmap(lambda one: ours(one[None])[0]), stock, x)
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(ours)
-    rows = cvkernels.explain(converted.eval(), x).rows
-    assert any("SyncBatchNorm is not exactly nn.BatchNorm2d" in row.reason for row in rows)
+    before = [row.reason for row in cvkernels.explain(ours.eval(), x).rows]
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(ours).eval()
+    assert [row.reason for row in cvkernels.explain(converted, x).rows] == before
+    assert_same_output(converted, stock, x)

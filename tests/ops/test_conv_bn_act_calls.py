@@ -51,11 +51,12 @@ def test_out_with_gradient_is_refused():
 @pytest.mark.parametrize(
     ("module", "error"),
     [
-        (nn.SyncBatchNorm(4), TypeError),
+        (nn.SyncBatchNorm(4), ValueError),
+        (type("Subclass", (nn.BatchNorm2d,), {})(4), TypeError),
         (nn.InstanceNorm2d(4), TypeError),
         (nn.BatchNorm2d(4), ValueError),
     ],
-    ids=["sync", "instance", "training"],
+    ids=["sync", "subclass", "instance", "training"],
 )
 def test_only_an_exact_batch_norm_in_eval_is_taken(module, error):
     with pytest.raises(error, match="BatchNormParams.of: module"):

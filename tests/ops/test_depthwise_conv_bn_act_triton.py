@@ -90,7 +90,7 @@ def compiled(request, tmp_path_factory):
     return {case_id(c): f for c, f in zip(cases, found, strict=True)}
 
 
-@pytest.mark.few(8)
+@pytest.mark.full
 @pytest.mark.parametrize("case", CASES_TO_COMPILE, ids=case_id)
 def test_code_has_no_spill_and_wide_accesses(case, compiled):
     found = compiled[case_id(case)]

@@ -102,7 +102,7 @@ def test_awkward_shapes_compile():
     assert len(compile_cases("se_scale", AWKWARD)) == len(AWKWARD)
 
 
-few = pytest.mark.few(80, together=True)
+few = pytest.mark.few(30, together=True)
 
 
 @few

@@ -1,7 +1,7 @@
 """Which tests run: those of the default tier, all (--full), or those marked fast (-m fast).
 
 The default tier has every test function but those marked full. Of one with many combinations of
-parameters it runs those that cover each pair of values, or ``few(count)`` where each takes long: a
+parameters it runs those that cover each pair of values, at most MOST of them, or ``few(count)``: a
 fault that needs three values at once is left to the full tier. ``few(count, together=True)`` takes
 the same parameters in each function of a module, where it is making ready for them that takes long.
 """
@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 
 MANY = 8  # combinations of one function's parameters, of which some are left out
+MOST = 16
 
 Combination = dict[str, Hashable]
 
@@ -56,7 +57,7 @@ def left_out(items: Iterable) -> set:
         elif few or len(cases) > MANY:
             # A value is one object in all combinations; it need not be hashable.
             values = [{key: id(v) for key, v in case.callspec.params.items()} for case in cases]
-            chosen = covering(values, zlib.crc32(name.encode()), few.args[0] if few else None)
+            chosen = covering(values, zlib.crc32(name.encode()), few.args[0] if few else MOST)
             out |= {case for place, case in enumerate(cases) if place not in chosen}
     for (_, count), cases in modules.items():
         names = sorted({case.callspec.id for case in cases}, key=lambda n: zlib.crc32(n.encode()))
