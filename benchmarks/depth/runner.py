@@ -49,7 +49,7 @@ def main(options: argparse.Namespace) -> int:
             print(f"\n({question.name}) {question.title}\n{text_table(HEADER, table(own))}")
         seconds = time.monotonic() - start
         print(f"\n{len(trials)} trainings in {seconds / 60:.1f} minutes")
-        _save(folder / FILE, outcomes, seconds, options)
+        _save(folder / FILE, outcomes)
     print(write_page(folder))
     return 0
 
@@ -81,19 +81,14 @@ def _indexed(pair: tuple[int, Trial]) -> tuple[int, Outcome]:
     return index, run(trial)
 
 
-def _save(
-    path: Path, outcomes: Sequence[Outcome], seconds: float, options: argparse.Namespace
-) -> None:
+def _save(path: Path, outcomes: Sequence[Outcome]) -> None:
     """With those of questions that were not asked this time."""
     asked = {outcome.question for outcome in outcomes}
     kept = [] if not path.is_file() else json.loads(path.read_text())["outcomes"]
     rows = [row for row in kept if row["question"] not in asked]
     rows += [outcome.as_dict() for outcome in outcomes]
     rows.sort(key=lambda row: row["question"])
-    content = {
-        "environment": environment(torch.device("cpu")), "processes": options.processes,
-        "minutes": round(seconds / 60, 1), "outcomes": rows,
-    }  # fmt: skip
+    content = {"environment": environment(torch.device("cpu")), "outcomes": rows}
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -116,8 +111,8 @@ def write_page(folder: Path) -> Path:
     seeds = len({outcome.seed for outcome in outcomes})
     parts.append(
         f"{len(outcomes)} trainings of {' or '.join(map(str, epochs))} epochs, {seeds} seeds each "
-        f"(mean, and least to largest), in {content['minutes']} minutes of "
-        f"{content['processes']} processes with one thread. {where}."
+        f"(mean, and least to largest), in {sum(o.seconds for o in outcomes) / 60:.0f} minutes of "
+        f"one thread each. {where}."
     )
     page.write_text(above + "\n\n".join(parts) + "\n")
     return page
