@@ -112,7 +112,7 @@ def write_page(folder: Path) -> Path:
     parts.append(
         f"{len(outcomes)} trainings of {' or '.join(map(str, epochs))} epochs, {seeds} seeds each "
         f"(mean, and least to largest), in {sum(o.seconds for o in outcomes) / 60:.0f} minutes of "
-        f"one thread each. {where}."
+        f"one thread in all. {where}."
     )
     page.write_text(above + "\n\n".join(parts) + "\n")
     return page
