@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
@@ -22,9 +22,7 @@ from torchvision.transforms import v2
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 # What PIL raises for files that are no image, or only a part of one.
-UNREADABLE = (
-    OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError,
-)  # fmt: skip
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 # The label of an image that could not be read; F.cross_entropy ignores it.
 NO_LABEL = -100
 Key = tuple[int, int]

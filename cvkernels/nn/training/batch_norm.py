@@ -52,7 +52,8 @@ class Share:
         if self.pixels:
             passes.statistics(x, (mean, var))
         else:
-            mean.zero_(), var.zero_()
+            mean.zero_()
+            var.zero_()
         if self.group is None:
             return
         own = torch.cat([mean, var, mean.new_full((1,), self.pixels)])

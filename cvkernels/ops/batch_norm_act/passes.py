@@ -234,9 +234,9 @@ def reduce(
     ``total`` has x's shape and the dtype that x is computed in. act is "none" or "relu".
     """
     vectors = norm.vectors_of(bn, x)
-    results = (vector_like(x, zero=True), vector_like(x, zero=True), *sums)
     if not x.numel():
-        return results[:2]
+        return vector_like(x, zero=True), vector_like(x, zero=True)
+    results = (vector_like(x), vector_like(x), *sums)
 
     def run() -> None:
         _ops.batch_norm_act_reduce.default(grad, x, *vectors, ACTS[act], total, *results)

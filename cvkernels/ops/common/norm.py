@@ -44,8 +44,8 @@ class BatchNormParams(NamedTuple):
         """
         if type(module) not in BATCH_NORMS:
             raise TypeError(
-                f"BatchNormParams.of: module must be exactly nn.BatchNorm2d, got "
-                f"{type(module).__name__}; run it as a module of its own"
+                f"BatchNormParams.of: module must be exactly nn.BatchNorm2d or nn.SyncBatchNorm, "
+                f"got {type(module).__name__}; run it as a module of its own"
             )
         if module.training or module.running_mean is None:
             raise ValueError(
