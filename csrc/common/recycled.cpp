@@ -11,10 +11,16 @@
 #include "check.h"
 
 namespace cvkernels {
-namespace {
 
 // Never destroyed: tensors may be freed while the process ends.
-Blocks& blocks = *new Blocks;
+Blocks& recycled_blocks() {
+  static Blocks& blocks = *new Blocks;
+  return blocks;
+}
+
+namespace {
+
+Blocks& blocks = recycled_blocks();
 
 #if defined(__unix__)
 // A forked process has no thread that would give back the lock, were it taken meanwhile.

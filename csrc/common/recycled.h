@@ -100,4 +100,21 @@ class Blocks {
   size_t idle_bytes_ = 0, used_bytes_ = 0;
 };
 
+// Those of all results and of what ops work in; defined in recycled.cpp.
+Blocks& recycled_blocks();
+
+// A block as scratch memory of one call.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : data_(recycled_blocks().take(bytes, &capacity_)) {}
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { recycled_blocks().give(data_, capacity_); }
+
+  float* floats() const { return static_cast<float*>(data_); }
+
+ private:
+  size_t capacity_ = 0;
+  void* data_;
+};
+
 }  // namespace cvkernels

@@ -136,6 +136,16 @@ struct Cut {
   Range panels_of(int64_t task) const { return part_of(panels, splits, task % splits); }
 };
 
+// The 3x3 filters [K, C, 3, 3] of a convolution, any strides, in elements. They are transformed in
+// blocks: of a panel of output channels, and of as many input channels.
+struct FilterMap {
+  float* data;
+  int64_t K, C, stride_k, stride_c, stride_r, stride_s;
+
+  int64_t panels() const { return divide_up(K, PANEL); }
+  int64_t blocks() const { return panels() * divide_up(C, PANEL); }
+};
+
 // F(height x width, 3 x 3): tiles of outputs, each from (height + 2) x (width + 2) inputs.
 struct Tiling {
   int64_t rows, columns, tiles;

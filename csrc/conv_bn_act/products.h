@@ -93,6 +93,15 @@ CVK_INLINE void store_sums(const V* sums, float* to, int64_t stride) {
   }
 }
 
+template <int HEIGHT, int WIDTH, int INDEX = 0>
+CVK_INLINE void add_sums(const V* sums, float* to, int64_t stride) {
+  if constexpr (INDEX < HEIGHT * WIDTH) {
+    float* const at = to + INDEX / WIDTH * stride + INDEX % WIDTH * LANES;
+    store(at, load(at) + sums[INDEX]);
+    add_sums<HEIGHT, WIDTH, INDEX + 1>(sums, to, stride);
+  }
+}
+
 template <int HEIGHT, typename U, int ROW = 0>
 CVK_INLINE void load_rows(const U** rows, const U* const* from) {
   if constexpr (ROW < HEIGHT) {

@@ -13,10 +13,11 @@ constexpr int64_t BLOCK = 16;
 
 // One call. x[N, C, H, W], any strides, in elements; out[N, P, Q, C], dense. The weights are
 // weight[C / BLOCK, K, K, BLOCK], bias and batch norm affine[2, C / BLOCK, BLOCK]: scale, then
-// shift.
+// shift. With a spread of 2, x lies in every other row and column of H x W, and the rest is zero:
+// what a gradient of stride 2 is convolved with.
 struct Problem {
   int64_t N, C, H, W, P, Q;
-  int64_t kernel, stride, padding_h, padding_w;
+  int64_t kernel, stride, padding_h, padding_w, spread;
   Act act;
   int64_t x_stride_n, x_stride_c, x_stride_h, x_stride_w;
 
@@ -36,9 +37,13 @@ struct Problem {
   }
   int64_t padded(int64_t width) const { return (Q + width - 1) / width * width; }
 
+  // Gradients in neighbouring columns that are multiplied at once, at most.
+  static constexpr int64_t GRADIENTS = 8;
+
   // A row of x in scratch: with its padding, and with what the last columns read past it.
   int64_t scratch_width() const {
-    return std::max(W + padding_w, (padded(columns()) - 1) * stride + kernel);
+    const int64_t most = std::max(padded(columns()), padded(GRADIENTS));
+    return std::max(W + padding_w, (most - 1) * stride + kernel);
   }
 
   // Blocks that one task takes: enough that it reads whole stretches of a pixel's channels, few

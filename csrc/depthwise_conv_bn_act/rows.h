@@ -12,19 +12,21 @@ CVK_TARGET static void load_row(const Problem& problem, const Task& task, const 
                                 float* scratch) {
   const int64_t block_size = problem.scratch_width() * BLOCK;
   const int64_t W = problem.W, stride_w = problem.x_stride_w, stride_c = problem.x_stride_c;
+  const int64_t spread = problem.spread;
   x += task.block_begin * BLOCK * stride_c;
   scratch += problem.padding_w * BLOCK;
   const int64_t channels = std::min(task.block_end * BLOCK, problem.C) - task.block_begin * BLOCK;
   const int64_t whole = stride_c == 1 ? channels / BLOCK : 0;
-  for (int64_t iw = 0; iw < W; ++iw) {
-    const auto* from = x + iw * stride_w;
+  for (int64_t iw = 0; iw < W; iw += spread) {
+    const auto* from = x + iw / spread * stride_w;
     float* to = scratch + iw * BLOCK;
     for (int64_t b = 0; b < whole; ++b, from += BLOCK, to += block_size) load_block<T>(from, to);
   }
   for (int64_t c = whole * BLOCK; c < channels; ++c) {
     const auto* from = x + c * stride_c;
     float* to = scratch + c / BLOCK * block_size + c % BLOCK;
-    for (int64_t iw = 0; iw < W; ++iw) to[iw * BLOCK] = Number<T>::widen(from[iw * stride_w]);
+    for (int64_t iw = 0; iw < W; iw += spread)
+      to[iw * BLOCK] = Number<T>::widen(from[iw / spread * stride_w]);
   }
 }
 
@@ -63,6 +65,22 @@ CVK_INLINE void load_blocks(V* values, const float* from) {
   if constexpr (INDEX < COUNT) {
     values[INDEX] = load(from + INDEX * BLOCK);
     load_blocks<COUNT, INDEX + 1>(values, from);
+  }
+}
+
+template <int COUNT, int INDEX = 0>
+CVK_INLINE void add_each(V* values, const V* others) {
+  if constexpr (INDEX < COUNT) {
+    values[INDEX] += others[INDEX];
+    add_each<COUNT, INDEX + 1>(values, others);
+  }
+}
+
+template <int COUNT, int INDEX = 0>
+CVK_INLINE void store_blocks(const V* values, float* to) {
+  if constexpr (INDEX < COUNT) {
+    store(to + INDEX * BLOCK, values[INDEX]);
+    store_blocks<COUNT, INDEX + 1>(values, to);
   }
 }
 
@@ -130,9 +148,27 @@ CVK_TARGET static void make_row(const Problem& problem, int64_t block, const flo
   }
 }
 
-// One task: its band of output rows, from a ring of K rows of x in scratch. scratch holds K + 1
-// rows, zero but for what load_row writes; the last is a row of padding. sums[blocks][BLOCK] of the
-// task.
+// The K rows of x that row p of out reads, of a ring of them in scratch, which holds K + 1 rows,
+// zero but for what load_row writes; the last is a row of zeros. `next` is the first row of x that
+// the ring has not had.
+template <typename T, int K>
+CVK_TARGET static void find_rows(const Problem& problem, const Task& task, const T* x, int64_t p,
+                                 float* scratch, int64_t row_size, int64_t& next,
+                                 const float** ring) {
+  for (int r = 0; r < K; ++r) {
+    const int64_t ih = p * problem.stride - problem.padding_h + r;
+    const bool inside = ih >= 0 && ih < problem.H && ih % problem.spread == 0;
+    float* row = scratch + (inside ? ih % K : K) * row_size;
+    if (inside && ih >= next) {
+      load_row<T>(problem, task, x + ih / problem.spread * problem.x_stride_h, row);
+      next = ih + 1;
+    }
+    ring[r] = row;
+  }
+}
+
+// One task: its band of output rows, from a ring of K rows of x in scratch. sums[blocks][BLOCK] of
+// the task.
 template <typename T, int K, int STRIDE, int COLUMNS>
 CVK_TARGET static void make_band(const Problem& problem, const Task& task, const void* x_data,
                                  const float* weight, const float* affine, void* out_data,
@@ -143,19 +179,10 @@ CVK_TARGET static void make_band(const Problem& problem, const Task& task, const
   T* out = static_cast<T*>(out_data) + task.n * problem.P * problem.Q * problem.C;
   const int64_t first = task.band * Problem::BAND;
   const int64_t last = std::min(problem.P, first + Problem::BAND);
-  int64_t next = 0;  // the first row of x that the ring has not had
+  int64_t next = 0;
   for (int64_t p = first; p < last; ++p) {
     const float* ring[K];
-    for (int r = 0; r < K; ++r) {
-      const int64_t ih = p * STRIDE - problem.padding_h + r;
-      const bool inside = ih >= 0 && ih < problem.H;
-      float* row = scratch + (inside ? ih % K : K) * row_size;
-      if (inside && ih >= next) {
-        load_row<T>(problem, task, x + ih * problem.x_stride_h, row);
-        next = ih + 1;
-      }
-      ring[r] = row;
-    }
+    find_rows<T, K>(problem, task, x, p, scratch, row_size, next, ring);
     for (int64_t b = task.block_begin; b < task.block_end; ++b) {
       const int64_t local = b - task.block_begin;
       const float* rows[K];
@@ -166,6 +193,81 @@ CVK_TARGET static void make_band(const Problem& problem, const Task& task, const
                                       sums + local * BLOCK);
     }
   }
+}
+
+// The gradient in the weights: sums[s] += the products of x at input column J with those of the
+// gradients grad[COLUMNS] whose tap s that is.
+template <int K, int STRIDE, int COLUMNS, int J, int TAP = 0>
+CVK_INLINE void add_gradients(V* sums, V x, const V* grad) {
+  if constexpr (TAP < K) {
+    constexpr int ahead = J - TAP;
+    if constexpr (ahead >= 0 && ahead % STRIDE == 0 && ahead / STRIDE < COLUMNS)
+      sums[TAP] += x * grad[ahead / STRIDE];
+    add_gradients<K, STRIDE, COLUMNS, J, TAP + 1>(sums, x, grad);
+  }
+}
+
+template <int K, int STRIDE, int COLUMNS, int J = 0>
+CVK_INLINE void add_row_gradients(V* sums, const float* x, const V* grad) {
+  if constexpr (J < (COLUMNS - 1) * STRIDE + K) {
+    add_gradients<K, STRIDE, COLUMNS, J>(sums, load(x + J * BLOCK), grad);
+    add_row_gradients<K, STRIDE, COLUMNS, J + 1>(sums, x, grad);
+  }
+}
+
+// Gradients of `width` columns of `count` channels, and zeros past them.
+template <int COLUMNS, typename T>
+CVK_INLINE void load_gradients(const T* from, int64_t stride, int64_t width, int64_t kept, V* to) {
+  for (int i = 0; i < COLUMNS; ++i) {
+    if (i >= width)
+      to[i] = V{};
+    else
+      to[i] = kept >= LANES ? load(from + i * stride) : load_some(from + i * stride, kept);
+  }
+}
+
+// One task: the sums over its band of rows of grad[N, P, Q, C], to sums[blocks][K][K][BLOCK].
+template <typename T, int K, int STRIDE>
+CVK_TARGET static void add_band(const Problem& problem, const Task& task, const void* x_data,
+                                const void* grad_data, float* scratch, float* sums) {
+  constexpr int COLUMNS = STRIDE == 1 ? Problem::GRADIENTS : Problem::GRADIENTS / 2;
+  const int64_t block_size = problem.scratch_width() * BLOCK;
+  const int64_t row_size = problem.group() * block_size, C = problem.C, Q = problem.Q;
+  const T* x = static_cast<const T*>(x_data) + task.n * problem.x_stride_n;
+  const T* grad = static_cast<const T*>(grad_data) + task.n * problem.P * Q * C;
+  const int64_t first = task.band * Problem::BAND;
+  const int64_t last = std::min(problem.P, first + Problem::BAND);
+  int64_t next = 0;
+  for (int64_t p = first; p < last; ++p) {
+    const float* ring[K];
+    find_rows<T, K>(problem, task, x, p, scratch, row_size, next, ring);
+    for (int64_t b = task.block_begin; b < task.block_end; ++b) {
+      const int64_t local = b - task.block_begin, count = std::min(BLOCK, C - b * BLOCK);
+      for (int64_t lane = 0; lane < count; lane += LANES) {
+        const T* of_row = grad + p * Q * C + b * BLOCK + lane;
+        for (int r = 0; r < K; ++r) {
+          V row[K], total[K];
+          clear_each<K>(row);
+          for (int64_t q = 0; q < Q; q += COLUMNS) {
+            V of_columns[COLUMNS];
+            load_gradients<COLUMNS>(of_row + q * C, C, Q - q, count - lane, of_columns);
+            add_row_gradients<K, STRIDE, COLUMNS>(
+                row, ring[r] + local * block_size + q * STRIDE * BLOCK + lane, of_columns);
+          }
+          float* const to = sums + (local * K + r) * K * BLOCK + lane;
+          load_blocks<K>(total, to);
+          add_each<K>(total, row);
+          store_blocks<K>(total, to);
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+auto select_gradient(const Problem& problem) {
+  if (problem.kernel == 3) return problem.stride == 1 ? &add_band<T, 3, 1> : &add_band<T, 3, 2>;
+  return problem.stride == 1 ? &add_band<T, 5, 1> : &add_band<T, 5, 2>;
 }
 
 template <typename T>

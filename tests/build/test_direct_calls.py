@@ -120,7 +120,7 @@ CALLS = {
         nhwc(1, 16, 5, 5), torch.randn(16 * 16), torch.randn(16), nhwc(1, 16, 5, 5), None,
         torch.randn(2, 16), torch.rand(1, 16), None, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0),
     "depthwise_conv_bn_act_native": lambda: (
-        nhwc(2, 16, 30, 5), torch.randn(9 * 16), torch.randn(2, 16), 3, 1, 1, 1, 3,
+        nhwc(2, 16, 30, 5), torch.randn(9 * 16), torch.randn(2, 16), 3, 1, 1, 1, 1, 3,
         torch.randn(2, 30, 5, 16), torch.randn(2, 16)),
     "excite_native": lambda: (torch.randn(2, 8), *LAYERS, 1, True, 0),
     "squeeze_native_out": lambda: (nhwc(2, 8, 5, 5), torch.randn(2, 8)),

@@ -21,6 +21,7 @@ from cvkernels.ops.common.autograd import without_gradient
 from cvkernels.ops.common.differentiable import needs_stock
 from cvkernels.ops.common.layout import channels_last
 from cvkernels.ops.common.norm import BatchNormParams
+from cvkernels.ops.common.recycled import new_map
 
 
 def group_of(norm: nn.Module) -> dist.ProcessGroup | None:
@@ -169,7 +170,7 @@ class _SharedNormAct(torch.autograd.Function):
         vectors = passes.vectors_of(BatchNormParams(weight, bias, batch.mean, batch.var), x)
         ctx.save_for_backward(x, weight, bias, vectors)
         ctx.eps, ctx.act, ctx.share = eps, act, batch.share
-        return passes.recompute(x, vectors, eps, act, None, torch.empty_like(x))
+        return passes.recompute(x, vectors, eps, act, None, new_map(x))
 
     @staticmethod
     @without_gradient
@@ -177,7 +178,7 @@ class _SharedNormAct(torch.autograd.Function):
         x, weight, bias, vectors = ctx.saved_tensors
         if needs_stock(grad):
             ctx.share.refuse_second_derivatives()
-        d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        d_x = new_map(x) if ctx.needs_input_grad[0] else None
         d_vectors, _ = norm_backward(
             grad, x, vectors, ctx.eps, ctx.act, d_x, join=ctx.share.joins()
         )

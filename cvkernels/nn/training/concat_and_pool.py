@@ -18,8 +18,9 @@ from cvkernels.nn.training.recompute import (
 )
 from cvkernels.ops.common.autograd import without_gradient
 from cvkernels.ops.common.differentiable import needs_stock
-from cvkernels.ops.common.layout import channels_last, new_channels_last
+from cvkernels.ops.common.layout import channels_last
 from cvkernels.ops.common.pool import Window, window_of, with_padding
+from cvkernels.ops.common.recycled import new_map
 
 _aten = torch.ops.aten
 
@@ -33,7 +34,7 @@ class _Concatenated(RecomputeNode):
         self.count = sum(part.count for part in parts)
 
     def compute(self, saved: Sequence[Tensor]) -> Tensor:
-        buffer = new_channels_last(saved[0], self.shape)
+        buffer = new_map(saved[0], self.shape)
         for part, out in zip(self.parts, buffer.split(self.widths, 1), strict=True):
             part.write(saved[: part.count], out)
             saved = saved[part.count :]

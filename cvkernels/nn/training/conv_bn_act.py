@@ -32,7 +32,8 @@ from cvkernels.ops.common.autograd import (
     without_gradient,
 )
 from cvkernels.ops.common.differentiable import needs_stock, stock_gradients
-from cvkernels.ops.common.layout import channels_last, new_channels_last
+from cvkernels.ops.common.layout import channels_last
+from cvkernels.ops.common.recycled import new_map
 
 # Tensors of a block, in order: weight and bias of its convolution and of its norm.
 PER_BLOCK = 4
@@ -66,7 +67,7 @@ class _Normalised(RecomputeNode):
         passes.recompute(*own, self.eps, self.act, residual, out)
 
     def compute(self, saved: Sequence[Tensor]) -> Tensor:
-        out = torch.empty_like(self.part(saved[0]), memory_format=torch.channels_last)
+        out = new_map(self.part(saved[0]))
         self.write(saved, out)
         return out
 
@@ -143,7 +144,7 @@ class _ConvBNAct(Function):
             outs = []
             for index, (norm, node) in enumerate(zip(call.norms, call.nodes, strict=True)):
                 own, affine = node.part(y), tensors[PER_BLOCK * index + 2 : PER_BLOCK * index + 4]
-                out = torch.empty_like(own, memory_format=torch.channels_last)
+                out = new_map(own)
                 # Counted here, not behind the call: a checkpoint runs again until the last tensor
                 # is saved.
                 normalise(
@@ -179,7 +180,7 @@ class _ConvBNAct(Function):
         with autocast_disabled(y):
             output = ctx.nodes[0].value((y, vectors, *of_join)) if of_join else None
             y = channels_last(y)
-            grad_y = torch.empty_like(y) if any(wanted) else None
+            grad_y = new_map(y) if any(wanted) else None
             for index, (node, grad) in enumerate(zip(ctx.nodes, grads_out[:-1], strict=True)):
                 node.drop()
                 own = (node.part(y), node.part(vectors), node.eps, node.act)
@@ -197,7 +198,7 @@ class _ConvBNAct(Function):
             output = None  # frees it before the convolution's gradients
             if grad_y is not None:
                 if not wanted[1]:
-                    x = new_channels_last(y, ctx.shape)  # only its shape and layout are read
+                    x = new_map(y, ctx.shape)  # only its shape and layout are read
                 elif ctx.source is None:
                     x = channels_last(inputs[0])
                 else:

@@ -1,4 +1,4 @@
-"""Convolution and its gradients, as functions of tensors; 1x1 on CPU as matrix products."""
+"""Convolution and its gradients, as functions of tensors."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cvkernels.ops.common.layout import channels_last, new_channels_last
-
-# On CPU a matrix product is faster than oneDNN's 1x1 convolution up to so many pixels of a map, and
-# always where there are few channels.
-SMALL_MAP = 14 * 14
-FEW_CHANNELS = 32
+from cvkernels.ops.common.layout import channels_last
+from cvkernels.ops.conv_bn_act import native_training
+from cvkernels.ops.depthwise_conv_bn_act import native_training as depthwise
 
 
 class Geometry(NamedTuple):
@@ -27,15 +24,10 @@ class Geometry(NamedTuple):
         return cls(conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-POINTWISE = Geometry((1, 1), (0, 0), (1, 1), 1)
-
-
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """The convolution of a channels_last x, in x's dtype; channels_last."""
-    if _is_product(x, weight, bias, geometry):
-        y = new_channels_last(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
-        torch.mm(_matrix(x), _matrix(weight.to(x.dtype)).t(), out=_matrix(y))
-        return y
+    if (algorithm := _algorithm_of(x, weight, geometry)) is not None:
+        return native_training.convolve(x, weight, bias, geometry.padding, algorithm)
     bias = None if bias is None else bias.to(x.dtype)
     return channels_last(F.conv2d(x, weight.to(x.dtype), bias, *geometry))
 
@@ -45,46 +37,31 @@ def convolution_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients in x, weight and bias, those of the three needed."""
     d_x = d_weight = None
-    if not needed[2] and _is_product(x, weight, None, geometry):
-        if needed[0]:
-            d_x = torch.empty_like(x)
-            torch.mm(_matrix(grad), _matrix(weight.to(x.dtype)), out=_matrix(d_x))
-        if needed[1] and _is_small(x):
-            d_weight = _sum_of_products(_matrix(grad), _matrix(x)).view(weight.shape)
-        needed = (False, needed[1] and d_weight is None, False)
-    if not any(needed):
-        return d_x, d_weight, None
     stride, padding, dilation, groups = geometry
+    if not needed[2] and (algorithm := _algorithm_of(x, weight, geometry)) is not None:
+        if needed[0]:
+            d_x = native_training.input_gradient(grad, weight, padding, algorithm)
+        if needed[1]:
+            d_weight = native_training.weight_gradient(grad, x, weight, padding, algorithm)
+    elif not needed[2] and groups > 1 and depthwise.suits(x, weight, *geometry):
+        if needed[0] and depthwise.is_faster_in_input(x, weight, stride):
+            d_x = depthwise.input_gradient(grad, x, weight, stride, padding)
+        if needed[1] and depthwise.is_faster_in_weight(weight):
+            d_weight = depthwise.weight_gradient(grad, x, weight, stride, padding)
+    left = [needed[0] and d_x is None, needed[1] and d_weight is None, needed[2]]
+    if not any(left):
+        return d_x, d_weight, None
     bias_sizes = [weight.shape[0]] if needed[2] else None
     others = torch.ops.aten.convolution_backward(
         grad, x, weight.to(x.dtype), bias_sizes, stride, padding, dilation, False, [0, 0], groups,
-        list(needed),
+        left,
     )  # fmt: skip
-    return d_x if others[0] is None else others[0], *others[1:]
+    return others[0] if d_x is None else d_x, others[1] if d_weight is None else d_weight, others[2]
 
 
-def _is_product(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:
-    """Whether the convolution is run as one matrix product."""
-    if not x.is_cpu or bias is not None or weight.shape[2:] != (1, 1) or geometry != POINTWISE:
-        return False
-    return _is_small(x) or min(weight.shape[:2]) < FEW_CHANNELS
-
-
-def _is_small(x: Tensor) -> bool:
-    return x.shape[2] * x.shape[3] <= SMALL_MAP
-
-
-def _matrix(x: Tensor) -> Tensor:
-    """A dense channels_last map as [pixels, C], or a 1x1 weight as [outputs, inputs]."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """``a.T @ b``, summed in parts: the product's own sum errs twice as much as oneDNN's."""
-    parts = min(4, max(1, a.shape[0] // 64))
-    rows = -(-a.shape[0] // parts)
-    (first, second), *others = zip(a.split(rows), b.split(rows), strict=True)
-    total = torch.mm(first.t(), second)
-    for first, second in others:
-        total.addmm_(first.t(), second)
-    return total
+def _algorithm_of(x: Tensor, weight: Tensor, geometry: Geometry) -> int | None:
+    """How the compiled convolution computes it; None where it does not."""
+    stride, padding, dilation, groups = geometry
+    if stride != (1, 1) or dilation != (1, 1) or groups != 1:
+        return None
+    return native_training.algorithm_of(x, weight, padding)

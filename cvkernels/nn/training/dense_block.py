@@ -30,7 +30,8 @@ from cvkernels.ops.common.autograd import (
     without_gradient,
 )
 from cvkernels.ops.common.differentiable import needs_stock, stock_gradients
-from cvkernels.ops.common.layout import channels_last, channels_last_view, new_channels_last
+from cvkernels.ops.common.layout import channels_last, channels_last_view
+from cvkernels.ops.common.recycled import new_map
 
 # Tensors of a layer, in order: weight and bias of norm1, conv1, norm2 and conv2.
 PER_LAYER = 8
@@ -109,7 +110,7 @@ class _BufferGradient:
 
     def __init__(self, features: _Features, grad: Tensor) -> None:
         self.features, buffer = features, features.buffer
-        self.total = new_channels_last(buffer, buffer.shape, passes.wide_dtype(buffer))
+        self.total = new_map(buffer, dtype=passes.wide_dtype(buffer))
         self.total.copy_(grad)
         self.sums = self.total.new_zeros(2, buffer.shape[1])  # slope and offset
 
@@ -125,7 +126,7 @@ class _BufferGradient:
     def finished(self, channels: slice) -> Tensor:
         """The gradient of channels whose readers have all been added."""
         x = self.features.buffer[:, channels]
-        out = new_channels_last(x, x.shape)
+        out = new_map(x)
         sums = self.sums[:, channels]
         if (join := self.features.share.joins()) is not None:
             sums = join(sums.clone())
@@ -142,7 +143,7 @@ class _DenseBlock(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         N, inputs, H, W = x.shape
         total, width = layers[-1].outputs.stop, layers[-1].own.stop
-        buffer = new_channels_last(x, (N, total, H, W))
+        buffer = new_map(x, (N, total, H, W))
         buffer[:, :inputs].copy_(x)
         mean, var = (torch.empty(total, dtype=passes.wide_dtype(x), device=x.device) for _ in "mv")
         widths = mean.new_empty(4, width)
@@ -156,7 +157,7 @@ class _DenseBlock(torch.autograd.Function):
                 )
                 u = features.normalised(layer, features.bn1(layer, weight1, bias1))
                 a = convolve(u, conv1, conv1_bias, layer.geometry[0])
-                v = torch.empty_like(a) if keep else a
+                v = new_map(a) if keep else a
                 own = widths[:, layer.own]
                 if share.group is not None:
                     share.statistics(a, own[0], own[1])
@@ -242,14 +243,14 @@ def _layer_backward(
     norm2 = (features.widths[:, layer.own], layer.eps[1], "relu")
     u = features.normalised(layer, bn1)
     a = convolve(u, conv1, conv1_bias, layer.geometry[0]) if a is None else channels_last(a)
-    v = passes.recompute(a, *norm2, None, torch.empty_like(a))
+    v = passes.recompute(a, *norm2, None, new_map(a))
     d_v, *d_conv2 = convolution_backward(
         gradient.finished(layer.outputs), v, conv2, layer.geometry[1],
         (below or any(need[:6]), *need[6:]),
     )  # fmt: skip
     d_norm1 = d_norm2 = d_conv1 = (None, None)
     if d_v is not None:
-        d_a = torch.empty_like(a)
+        d_a = new_map(a)
         join = features.share.joins()
         d_norm2 = norm_backward(d_v, a, *norm2, d_a, join=join)[0][:2]
         d_u, *d_conv1 = convolution_backward(

@@ -14,6 +14,7 @@ from cvkernels.ops.common.autograd import autocast_disabled, without_gradient
 from cvkernels.ops.common.differentiable import needs_stock, stock_gradients
 from cvkernels.ops.common.layout import channels_last
 from cvkernels.ops.common.pool import Window, window_of
+from cvkernels.ops.common.recycled import new_map
 
 
 def norm_relu_avg_pool(
@@ -66,7 +67,7 @@ class _NormReluAvgPool(torch.autograd.Function):
             d_y = torch.ops.aten.avg_pool2d_backward(
                 channels_last(grad), x, kernel_size, stride, padding, ceil_mode, True, None
             )
-            d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+            d_x = new_map(x) if ctx.needs_input_grad[0] else None
             vectors = passes.vectors_of(BatchNormParams(weight, bias, mean, var, ctx.eps), x)
             join = ctx.share.joins()
             d_vectors, _ = norm_backward(d_y, x, vectors, ctx.eps, "relu", d_x, join=join)

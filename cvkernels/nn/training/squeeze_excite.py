@@ -19,7 +19,8 @@ from cvkernels.nn.training.recompute import (
 )
 from cvkernels.ops.common.autograd import autocast_disabled, without_gradient
 from cvkernels.ops.common.differentiable import needs_stock
-from cvkernels.ops.common.layout import channels_last, new_channels_last
+from cvkernels.ops.common.layout import channels_last
+from cvkernels.ops.common.recycled import new_map
 from cvkernels.ops.squeeze_excite.op import squeeze_excite_kept
 from cvkernels.ops.squeeze_excite.reference import squeeze_excite_backward
 
@@ -40,7 +41,7 @@ class _Excited(RecomputeNode):
         of_x, gate, of_shortcut = self.divide(saved)
         residual = None if self.shortcut is None else self.shortcut.value(of_shortcut)
         x = self.source.value(of_x)
-        out = new_channels_last(x, x.shape)
+        out = new_map(x)
         return functional.se_scale(x, gate, residual, self.act, out=out)
 
     def divide(self, saved: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor, Sequence[Tensor]]:

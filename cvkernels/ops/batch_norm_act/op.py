@@ -27,6 +27,7 @@ from cvkernels.ops.common.dispatch import Call, Implementation, Table, call_of, 
 from cvkernels.ops.common.layout import is_pixel_matrix
 from cvkernels.ops.common.norm import BatchNormParams, accumulator, vectors_of
 from cvkernels.ops.common.plan import Plan, PlanTable, plan_of, planned_by
+from cvkernels.ops.common.recycled import new_map
 from cvkernels.ops.common.traffic import Traffic, nbytes
 
 OP = passes.OP
@@ -203,7 +204,7 @@ def _plan_compute(
 
     def compute(x, weight, bias, residual):
         vectors = x.new_empty(4, x.shape[1], dtype=passes.wide_dtype(x))
-        out = torch.empty_like(x, memory_format=torch.channels_last)
+        out = new_map(x)
         weight, bias = (t if t is None else t.detach() for t in (weight, bias))
         weight, bias = vectors_of(BatchNormParams(weight, bias), x)[:2]
         if residual is not None and not is_pixel_matrix(residual):
@@ -259,7 +260,7 @@ class _BatchNormAct(torch.autograd.Function):
             return None, None, None, *_stock_gradients(ctx, grad)
         x, vectors, _, _, *output = ctx.saved_tensors
         _, _, _, needs_x, *needs_vectors, needs_residual = ctx.needs_input_grad
-        out = torch.empty_like(x, memory_format=torch.channels_last) if needs_x else None
+        out = new_map(x) if needs_x else None
         d_vectors, d_residual = norm_backward(grad, x, vectors, ctx.eps, ctx.act, out, *output)
         grads = (
             d.to(dtype) if need else None
@@ -306,7 +307,7 @@ def norm_backward(
     of_output = None
     if output is not None:
         output = output.contiguous(memory_format=torch.channels_last)
-        of_output = (output, output if may_overwrite else torch.empty_like(output))
+        of_output = (output, output if may_overwrite else new_map(output))
     dy = grad if of_output is None else of_output[1]
     if join is None:
         return passes.backward(grad, x, vectors, eps, act, of_output, out), dy

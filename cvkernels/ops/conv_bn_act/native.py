@@ -21,11 +21,10 @@ from cvkernels.ops.common.derived_weights import DerivedWeights, derived
 from cvkernels.ops.common.dispatch import Call
 from cvkernels.ops.common.layout import is_pixel_matrix
 from cvkernels.ops.common.norm import fold, scale_shift, sources_of
-from cvkernels.ops.common.recycled import maker
+from cvkernels.ops.common.recycled import empty, maker
 from cvkernels.ops.conv_bn_act import onednn
 from cvkernels.ops.conv_bn_act.problem import Parameters, Problem
 
-TRANSFORMED = 1 << 13  # filters that are transformed at once
 PANEL = 16  # output channels that lie together in packed weights
 
 library = torch.library.Library("cvkernels", "FRAGMENT")
@@ -35,23 +34,22 @@ library.define(
     "int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, "
     "int dilation_w, int act, int algorithm) -> ()"
 )
+library.define(
+    "conv_bn_act_native_filters(Tensor weight, bool reversed, int algorithm, Tensor(a!) points) "
+    "-> ()"
+)
+library.define(
+    "conv_bn_act_native_weight_gradient(Tensor grad, Tensor x, int padding_h, int padding_w, "
+    "int algorithm, Tensor(a!) out) -> ()"
+)
 extension.load()
 
-_native = torch.ops.cvkernels.conv_bn_act_native.default
+convolution = torch.ops.cvkernels.conv_bn_act_native.default
+_filters = torch.ops.cvkernels.conv_bn_act_native_filters.default
+weight_gradient = torch.ops.cvkernels.conv_bn_act_native_weight_gradient.default
 
-
-native.writes(library, "conv_bn_act_native")
-
-# Winograd's G by the side of a tile of outputs: a filter of 3 taps at the points 0, 1, -1 and
-# infinity, or 0, +-sqrt(1/2), +-sqrt(2) and infinity. csrc/conv_bn_act/winograd.h has the rest.
-FILTER_POINTS = {
-    2: [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]],
-    4: [[1, 0, 0]]
-    + [[c, c * p, c * p * p] for c, p in ((-2 / 3, 0.5**0.5), (-2 / 3, -(0.5**0.5)))]
-    + [[c, c * p, c * p * p] for c, p in ((1 / 6, 2**0.5), (1 / 6, -(2**0.5)))]
-    + [[0, 0, 1]],
-}
-
+for _name in ("", "_filters", "_weight_gradient"):
+    native.writes(library, f"conv_bn_act_native{_name}")
 
 # The algorithms: a direct sum of products of floats, of pairs of bfloat16, or of AMX tiles of them,
 # and Winograd's by the width of its tiles, which are 2 high. csrc/conv_bn_act/cpu.cpp counts them
@@ -177,7 +175,7 @@ def plan(
         y = out
         if out is None or not is_pixel_matrix(out):
             y = torch.empty(size, dtype=dtype, memory_format=torch.channels_last)
-        _native(x, packed, shift, y, residual, affine, input_gate, output_gate, *options)
+        convolution(x, packed, shift, y, residual, affine, input_gate, output_gate, *options)
         return y if out is None or y is out else out.copy_(y)
 
     if not native.directs(call):
@@ -252,31 +250,32 @@ def pack(weight: Tensor, algorithm: int, pairs: bool = False, bands: bool = Fals
 
     In pairs as [K/16, R * S * C / 2, 16, 2] in bfloat16, which is given as floats of as many bits;
     with ``bands`` each tap has whole pairs, or for products of floats each row of taps, and for
-    tiles each tap, or each filter of few channels, whole rows of them. The filters are transformed
-    in float64. Channels past K are zero, and so is what completes pairs and rows.
+    tiles each tap, or each filter of few channels, whole rows of them. Channels past K are zero,
+    and so is what completes pairs and rows.
     """
+    if algorithm in WINOGRAD:
+        return filters_at_points(weight, algorithm)
     with torch.no_grad():
         K, C = weight.shape[:2]
         whole = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, -K % PANEL)) if K % PANEL else weight
         panels = whole.unflatten(0, (-1, PANEL))  # [K/16, 16, C, R, S]
         if algorithm == DIRECT and not pairs:
             return panels.permute(0, 3, 4, 2, 1).contiguous()
-        if algorithm not in WINOGRAD:
-            taps = panels.bfloat16().permute(0, 3, 4, 2, 1)  # [K/16, R, S, C, 16]
-            step = TILE if algorithm == TILES else 2
-            # From which dimension on, [R, S, C] are taken together and completed.
-            whole_taps = bands and algorithm == PAIRS or C >= FEW and algorithm == TILES
-            together = 3 if whole_taps else 2 if bands and algorithm == DIRECT else 1
-            rows = taps.flatten(together, 3)
-            rows = F.pad(rows, (0, 0, 0, -rows.shape[-2] % step)).flatten(1, -2)
-            return rows.unflatten(1, (-1, 2)).transpose(2, 3).contiguous().view(torch.float32)
-        sides = (WINOGRAD[0], algorithm)
-        down, along = (torch.tensor(FILTER_POINTS[side], dtype=torch.float64) for side in sides)
-        transform = torch.kron(down, along)  # [points, 9]
-        taps = panels.permute(3, 4, 0, 2, 1).reshape(9, -1)
-        points = taps.new_empty(len(transform), taps.shape[1])
-        # By parts that stay in the cache: fresh memory costs more than the products.
-        for start in range(0, taps.shape[1], TRANSFORMED):
-            part = slice(start, start + TRANSFORMED)
-            points[:, part] = transform @ taps[:, part].double()
-        return points.view(len(transform), -1, C, PANEL)
+        taps = panels.bfloat16().permute(0, 3, 4, 2, 1)  # [K/16, R, S, C, 16]
+        step = TILE if algorithm == TILES else 2
+        # From which dimension on, [R, S, C] are taken together and completed.
+        whole_taps = bands and algorithm == PAIRS or C >= FEW and algorithm == TILES
+        together = 3 if whole_taps else 2 if bands and algorithm == DIRECT else 1
+        rows = taps.flatten(together, 3)
+        rows = F.pad(rows, (0, 0, 0, -rows.shape[-2] % step)).flatten(1, -2)
+        return rows.unflatten(1, (-1, 2)).transpose(2, 3).contiguous().view(torch.float32)
+
+
+def filters_at_points(weight: Tensor, algorithm: int, reversed: bool = False) -> Tensor:
+    """weight[K, C, 3, 3] in float32 at Winograd's points [points, K/16, C, 16], transformed in
+    float64; ``reversed``: its taps from the last to the first. Channels past K are zero.
+    """
+    K, C = weight.shape[:2]
+    points = empty((4 * (algorithm + 2), -(-K // PANEL), C, PANEL), torch.float32)
+    _filters(weight, reversed, algorithm, points)
+    return points

@@ -24,14 +24,19 @@ BLOCK = 16  # channels that the compiled op takes at once
 library = torch.library.Library("cvkernels", "FRAGMENT")
 library.define(
     "depthwise_conv_bn_act_native(Tensor x, Tensor weight, Tensor affine, int kernel, int stride, "
-    "int padding_h, int padding_w, int act, Tensor(a!) out, Tensor(b!)? sums) -> ()"
+    "int padding_h, int padding_w, int spread, int act, Tensor(a!) out, Tensor(b!)? sums) -> ()"
+)
+library.define(
+    "depthwise_conv_bn_act_native_weight_gradient(Tensor grad, Tensor x, int kernel, int stride, "
+    "int padding_h, int padding_w, Tensor(a!) out) -> ()"
 )
 extension.load()
 
 convolve = torch.ops.cvkernels.depthwise_conv_bn_act_native.default
+weight_gradient_of = torch.ops.cvkernels.depthwise_conv_bn_act_native_weight_gradient.default
 
-
-native.writes(library, "depthwise_conv_bn_act_native")
+for _name in ("", "_weight_gradient"):
+    native.writes(library, f"depthwise_conv_bn_act_native{_name}")
 
 
 def lacks(dtype: torch.dtype, kernel: tuple[int, int], stride: tuple, dilation: tuple) -> str:
@@ -59,7 +64,7 @@ def plan(
     weight, bias, bn = parameters[:3]
     key, sources = ("native", bn and bn.eps), sources_of(weight, bias, bn)
     taps, affine = derived(cache, key, sources, lambda: pack(weight, bias, bn))
-    options = (problem.R, problem.stride[0], *problem.padding, code(problem.act))
+    options = (problem.R, problem.stride[0], *problem.padding, 1, code(problem.act))
     size = (problem.N, problem.P, problem.Q, problem.C)
     squeeze = problem.squeeze
 

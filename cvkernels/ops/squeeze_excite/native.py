@@ -15,8 +15,8 @@ from cvkernels import extension
 from cvkernels.ops.common import native
 from cvkernels.ops.common.autograd import mark_written
 from cvkernels.ops.common.dispatch import Call
-from cvkernels.ops.common.layout import fits, fitting, is_nhwc, new_like
-from cvkernels.ops.common.recycled import maker
+from cvkernels.ops.common.layout import fits, fitting, is_nhwc
+from cvkernels.ops.common.recycled import maker, new_like
 from cvkernels.ops.squeeze_excite.problem import Layers, Problem
 
 ACTS = {"none": 0, "relu": 1, "silu": 3}  # as csrc/common/act.h counts them

@@ -27,7 +27,7 @@ LEARNING = ["conv_bn_act", "depthwise_conv_bn_act", "depthwise_conv_bn_act_squee
 
 def views_of(op):
     """Those that the op takes: compiled parts are given what their callers made fit."""
-    if op.startswith("batch_norm_act") or op.endswith(("_sums", "native_shifted")):
+    if op.startswith("batch_norm_act") or op.endswith(("_sums", "_shifted", "_weight_gradient")):
         return ["nhwc", "slice"] if op.startswith("batch_norm_act") else ["nhwc"]
     return ["nchw", "nhwc"] if "native" in op else list(VIEWS)
 
@@ -181,10 +181,16 @@ REFUSED = {
         ("weight must hold 144 float32 numbers", lambda a: {"weight": a["weight"][:9]}),
         ("kernel must be 3 or 5, got 4", lambda a: {"kernel": 4}),
         ("stride must be 1 or 2, got 3", lambda a: {"stride": 3}),
+        ("spread must be 1 or 2, got 0", lambda a: {"spread": 0}),
         ("act must be between 0 and 3", lambda a: {"act": 9}),
         (r"out must be dense with shape \[2, 4, 4, 8\], got \[2, 3, 4, 8\]",
          lambda a: {"out": a["out"][:, :3]}),
         ("sums must hold 16 float32 numbers", lambda a: {"sums": a["sums"][:1]}),
+    ],
+    "depthwise_conv_bn_act_native_weight_gradient": [
+        (r"grad must be dense with shape \[2, 4, 4, 8\]", lambda a: {"grad": a["grad"][:1]}),
+        ("out must hold 72 float32 numbers", lambda a: {"out": a["out"][1:]}),
+        ("must have one dtype", lambda a: {"grad": a["grad"].half()}),
     ],
     "conv_bn_act_native": [
         ("output_gate must hold 16 numbers",
@@ -203,6 +209,24 @@ REFUSED = {
         ("need a 3x3 kernel of stride 1", lambda a: {"algorithm": 4}),
         ("act must be between 0 and 3, got 4", lambda a: {"act": 4}),
         (r"no window fits x of shape \[2, 8, 4, 4\]", lambda a: {"kernel_h": 9}),
+    ],
+    "conv_bn_act_native_filters": [
+        (r"weight must be float32 of shape \[K, C, 3, 3\], got \[8, 8, 3, 2\]",
+         lambda a: {"weight": a["weight"][..., 1:]}),
+        ("algorithm must be 2 or 4, got 3", lambda a: {"algorithm": 3}),
+        ("points must hold 3072 float32 numbers", lambda a: {"algorithm": 4}),
+    ],
+    "conv_bn_act_native_weight_gradient": [
+        ("x must be float32, got Double",
+         lambda a: {name: a[name].double() for name in ("grad", "x", "out")}),
+        (r"out must have shape \[8, 8, 1, 1\]", lambda a: {"algorithm": 0}),
+        (r"grad must have shape \[2, 8, 6, 4\]", lambda a: {"padding_h": 2}),
+        ("grad must be channels_last or a channel slice",
+         lambda a: {"grad": a["grad"].contiguous()}),
+        ("x must have its channels together", lambda a: {"x": a["x"].contiguous()}),
+        ("multiple of 16 input channels",
+         lambda a: {"algorithm": 0, "padding_h": 0, "padding_w": 0, "out": a["out"][..., :1, :1]}),
+        ("algorithm must be 2 or 4, got 1", lambda a: {"algorithm": 1}),
     ],
     "squeeze_native": [
         ("squeeze: x must have 4 dimensions", lambda a: {"x": a["x"][0]}),

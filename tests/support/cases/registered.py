@@ -57,17 +57,33 @@ def _convolutions(x: Tensor, norm: dict) -> dict[str, dict]:
     }  # fmt: skip
     for option in ("kernel", "stride", "dilation"):
         pointwise |= {f"{option}_h": 1, f"{option}_w": 1}
+    filters = {
+        "weight": new(C, C, 3, 3), "reversed": True, "algorithm": 2,
+        "points": new(16 * padded * C),
+    }  # fmt: skip
+    gradient = {
+        "grad": x + 1, "x": x, "padding_h": 1, "padding_w": 1, "algorithm": 4,
+        "out": new(C, C, 3, 3),
+    }  # fmt: skip
     packed = {
         "x": x, "weight": new(9 * padded), "affine": new(2 * padded), "kernel": 3, "stride": 1,
-        "padding_h": 1, "padding_w": 1, "act": 3, "out": new(N, H, W, C), "sums": new(N, C),
+        "padding_h": 1, "padding_w": 1, "spread": 1, "act": 3, "out": new(N, H, W, C),
+        "sums": new(N, C),
+    }  # fmt: skip
+    gradient_of_taps = {
+        "grad": new(N, H, W, C), "x": x, "kernel": 3, "stride": 1, "padding_h": 1, "padding_w": 1,
+        "out": new(C, 1, 3, 3),
     }  # fmt: skip
     return {
         "conv_bn_act": dense,
         "conv_bn_act_out": dense | {"backend": "reference", "out": out},
         "conv_bn_act_native": pointwise,
+        "conv_bn_act_native_filters": filters,
+        "conv_bn_act_native_weight_gradient": gradient,
         "depthwise_conv_bn_act": depthwise,
         "depthwise_conv_bn_act_squeeze": depthwise,
         "depthwise_conv_bn_act_native": packed,
+        "depthwise_conv_bn_act_native_weight_gradient": gradient_of_taps,
     }
 
 
