@@ -85,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     for name, module in NETWORKS.items():
         command = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
         add_network_options(command, module.NETWORKS)
+        if module is bench_training:
+            command.add_argument(
+                "--compile", action="store_true", help="steps of torch.compile too: minutes more"
+            )
         add_options(command)
 
     command = commands.add_parser("all", help="everything that this machine can run; also --all")
@@ -119,7 +123,8 @@ def _networks(options: argparse.Namespace) -> int:
     module = NETWORKS[options.command]
     batches = options.batch or module.BATCHES[options.device.type]
     networks = options.network or module.NETWORKS
-    cases = module.cases(options.device, dtypes_of(options), batches, networks)
+    more = {"compiles": True} if getattr(options, "compile", False) else {}
+    cases = module.cases(options.device, dtypes_of(options), batches, networks, **more)
     return command_line.measure(cases, options)
 
 

@@ -1,10 +1,11 @@
 """Training steps of the five networks, stock and ours: time, memory, and what backward keeps.
 
 ``python -m benchmarks training [--network NAME] [--batch N] [--dtype NAME]`` prints the table
-(``--help``: options). A step is forward, cross entropy, backward and SGD with momentum; a half
-dtype means autocast. Saved bytes are those of the distinct storages that autograd keeps between
-forward and backward, without parameters, buffers and the batch. DenseNets have rows with
-``memory_efficient=True``; DenseNet-169 and -201 have rows of memory alone.
+(``--help``: options), with ``--compile`` also of stock compiled, which takes minutes. A step is
+forward, cross entropy, backward and SGD with momentum; a half dtype means autocast. Saved bytes are
+those of the distinct storages that autograd keeps between forward and backward, without parameters,
+buffers and the batch. DenseNets have rows with ``memory_efficient=True``; DenseNet-169 and -201
+have rows of memory alone.
 """
 
 from __future__ import annotations
@@ -32,10 +33,17 @@ MEMORY_BATCH = 2
 
 
 class Step:
-    """One training step of ``model``; see :class:`Case` for its other methods."""
+    """One training step of ``model``, which ``wrap`` makes what is called; see :class:`Case` for
+    its other methods."""
 
-    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        autocast: torch.dtype | None = None,
+        wrap: Callable[[nn.Module], Callable] = lambda model: model,
+    ) -> None:
         self.model = model.train()
+        self.network = wrap(self.model)
         self.autocast = autocast
         self.initial = copy.deepcopy(model.state_dict())
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
@@ -43,7 +51,7 @@ class Step:
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         device = images.device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            return googlenet_loss(self.model(images), labels)
+            return googlenet_loss(self.network(images), labels)
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
@@ -114,7 +122,12 @@ def _stock_memory_efficient(name: str, stock: nn.Module) -> nn.Module:
 
 
 def case_of(
-    name: str, batch: int, dtype: torch.dtype, device: torch.device, part: str = "training"
+    name: str,
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    part: str = "training",
+    compiles: bool = False,
 ) -> Case:
     networks = functools.partial(networks_of, name, torch.float32, device)
 
@@ -136,6 +149,9 @@ def case_of(
         variant: lambda model=model: Step(model(), _autocast(dtype))
         for variant, model in models.items()
     }
+    if compiles:
+        compiled = functools.partial(torch.compile, dynamic=False)
+        variants["compile"] = lambda: Step(models["eager"](), _autocast(dtype), compiled)
     reference = Reference(name, dtype, device)
     return network_case(
         name, batch, dtype, part, inputs=inputs, reference=reference, variants=variants
@@ -147,6 +163,7 @@ def cases(
     dtypes: Iterable[torch.dtype],
     batches: Iterable[int],
     networks: Iterable[str] = NETWORKS,
+    compiles: bool = False,
 ) -> list[Case]:
     made = []
     for name in networks:
@@ -154,5 +171,5 @@ def cases(
             if name in DEPTHS:
                 made.append(case_of(name, MEMORY_BATCH, dtype, device, "memory"))
             else:
-                made += [case_of(name, batch, dtype, device) for batch in batches]
+                made += [case_of(name, b, dtype, device, compiles=compiles) for b in batches]
     return made

@@ -119,6 +119,7 @@ def test_the_seconds_are_kept_and_a_later_run_goes_on(tmp_path):
     assert statuses(tmp_path)["slow 7"] == "done"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
 def test_a_run_that_is_ended_leaves_no_process(tmp_path, name):
     process = start(tmp_path, "60", "hangs")

@@ -140,6 +140,14 @@ def test_training_checks_gradients_and_counts_saved_bytes(toy):
     assert run_cases([case], Machine(CPU), ONCE).rows[1].status == "wrong"
 
 
+@pytest.mark.full
+def test_training_has_rows_of_torch_compile(toy):
+    (case,) = bench_training.cases(CPU, [torch.float32], [2], ["resnet50"], compiles=True)
+    *_, compiled = run_cases([case], Machine(CPU), ONCE).rows
+    assert (compiled.variant, compiled.status) == ("compile", "measured")
+    assert compiled.time_us > 0 and compiled.saved_bytes > 0
+
+
 def test_saved_bytes_are_those_of_distinct_storages():
     class Squares(nn.Module):
         def __init__(self):

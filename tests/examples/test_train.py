@@ -245,3 +245,16 @@ def test_a_process_that_dies_ends_the_others(folder, tmp_path):
     finally:
         os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
     assert status != 0 and "exitcode  : 3" in said
+
+
+def test_runs_are_drawn_beside_each_other(example, tmp_path):
+    plots = example("plots")
+    folders = [tmp_path / name for name in ("a-ours", "a-stock", "b-ours")]
+    for index, folder in enumerate(folders):
+        folder.mkdir()
+        lines = [json.dumps({"epoch": e, "val_top1": 0.1 * (e + index)}) for e in (1, 2)]
+        (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
+    pytest.importorskip("matplotlib")
+    plots.compare(folders, tmp_path / "curves.svg")
+    drawn = (tmp_path / "curves.svg").read_text()
+    assert all(f"<!-- {text} -->" in drawn for text in ("a", "b", "ours", "stock"))

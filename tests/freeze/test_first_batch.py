@@ -59,6 +59,7 @@ def found():
     return json.loads(done.stdout)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_each_kernel_of_a_network_is_compiled_once(name, found):
     for batch in BATCHES:

@@ -185,7 +185,7 @@ def test_export_agrees(name):
     assert_same_output(exported.module(), stock, seen())
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", [*FAMILIES, "densenet-memory-efficient", "densenet121"])
 def test_compiles_in_one_graph(name, device):
     ours, stock = pair(name, device)

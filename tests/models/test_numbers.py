@@ -133,14 +133,14 @@ def test_state_of_one_seed(network):
     assert getattr(ours, "feature_info", None) == getattr(stock, "feature_info", None)
 
 
-@pytest.mark.few(10)
+@pytest.mark.few(6)
 @each_network
 def test_eval(network, device):
     ours, stock = twins(network.builder, device, **network.kwargs)
     assert_eval_is_pure(ours, stock, images(network, 2, device), network.in_float32)
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @each_network
 def test_training(network, device):
     kwargs = dict(network.kwargs)

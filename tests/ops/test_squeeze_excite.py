@@ -103,7 +103,7 @@ LARGE = {
 }
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @dtypes
 @pytest.mark.parametrize("m", LARGE.values(), ids=LARGE.keys())
 @pytest.mark.parametrize("where", ["triton"], indirect=True)

@@ -1,7 +1,7 @@
 """Which tests run: those of the default tier, all (--full), or those marked fast (-m fast).
 
 The default tier has every test function but those marked full. Of one with many combinations of
-parameters it runs those that cover each pair of values, at most MOST of them, or ``few(count)``: a
+parameters it runs those that cover pairs of values, at most MOST of them, or ``few(count)``: a
 fault that needs three values at once is left to the full tier. ``few(count, together=True)`` takes
 the same parameters in each function of a module, where it is making ready for them that takes long.
 """
@@ -15,8 +15,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 
-MANY = 8  # combinations of one function's parameters, of which some are left out
-MOST = 16
+MOST = 8  # combinations of one function's parameters
 
 Combination = dict[str, Hashable]
 
@@ -54,7 +53,7 @@ def left_out(items: Iterable) -> set:
         few = cases[0].get_closest_marker("few")
         if few and few.kwargs.get("together"):
             modules[name.partition("::")[0], few.args[0]] += cases
-        elif few or len(cases) > MANY:
+        elif few or len(cases) > MOST:
             # A value is one object in all combinations; it need not be hashable.
             values = [{key: id(v) for key, v in case.callspec.params.items()} for case in cases]
             chosen = covering(values, zlib.crc32(name.encode()), few.args[0] if few else MOST)

@@ -1,19 +1,24 @@
 """Ten optimiser steps of the five networks, in the ways that people train: stock's results.
 
-In float64, and with small steps, so that no rounding is amplified beyond the tolerance.
+In float64, and with small steps, so that no rounding is amplified beyond the tolerance; in float32
+by the rule of the tolerance.
 """
 
 import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from cvkernels.models import googlenet_loss
 from tests.support.model_checks import builders
+from tests.support.numerics import assert_close_as_eager, max_error
 
 pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
@@ -30,6 +35,8 @@ STAGES = {
 class Run:
     """A network, its optimiser and ten batches; ``step`` is what a way of training replaces."""
 
+    size, dtype = SIZE, torch.float64
+
     def __init__(self, name, model):
         self.name, self.model = name, model
         for module in model.modules():
@@ -37,6 +44,12 @@ class Run:
                 module.p = 0.0
         self.optimizer = None
         self.losses = []
+
+    def batches(self):
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(STEPS):
+            images = torch.randn(4, 3, self.size, self.size, generator=generator).to(self.dtype)
+            yield images, torch.randint(CLASSES, (4,), generator=generator)
 
     def loss(self, images, labels):
         return googlenet_loss(self.model(images), labels)
@@ -53,13 +66,10 @@ class Run:
 
     def results(self):
         """Losses, parameters and running statistics."""
-        generator = torch.Generator().manual_seed(1)
         self.model.train()
         needing = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(needing, RATE, momentum=0.9, weight_decay=1e-4)
-        for _ in range(STEPS):
-            images = torch.randn(4, 3, SIZE, SIZE, generator=generator, dtype=torch.float64)
-            labels = torch.randint(CLASSES, (4,), generator=generator)
+        for images, labels in self.batches():
             torch.manual_seed(len(self.losses))  # stochastic depth
             self.optimizer.zero_grad()
             self.losses.append(self.step(images, labels))
@@ -151,14 +161,20 @@ WAYS = {
 }
 
 
-@pytest.mark.full
-@pytest.mark.parametrize(("kind", "name"), WAYS.values(), ids=WAYS.keys())
-def test_ten_steps(kind, name):
+def pair_of(name):
+    """Ours and stock, of the same weights."""
     ours, stock = (
         build(num_classes=CLASSES, **({"init_weights": True} if name == "googlenet" else {}))
         for build in builders(name)
     )
     ours.load_state_dict(stock.state_dict())
+    return ours, stock
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("kind", "name"), WAYS.values(), ids=WAYS.keys())
+def test_ten_steps(kind, name):
+    ours, stock = pair_of(name)
     runs = [kind(name, model.double()) for model in (ours, stock)]
     before = copy.deepcopy(list(stock.parameters()))
     results = [run.results() for run in runs]
@@ -167,3 +183,129 @@ def test_ten_steps(kind, name):
     after = list(stock.parameters())
     moved = [old for old, new in zip(before, after, strict=True) if not torch.equal(old, new)]
     assert len(moved) > len(before) // 4
+
+
+class InFloat32(Run):
+    """Of maps that the native convolutions are chosen for."""
+
+    size, dtype = 96, torch.float32
+
+
+class OfTheSameBatches(InFloat32):
+    """In float64, for the error of float32."""
+
+    def step(self, images, labels):
+        return super().step(images.double(), labels)
+
+
+def together(run):
+    """Losses, all parameters and all running statistics, each as one vector: a rounding that lets a
+    ReLU pass moves single ones by more than roundings."""
+    losses, *_ = run.results()
+    kinds = (run.model.parameters(), run.model.buffers())
+    floats = ([t.detach().flatten() for t in kind if t.is_floating_point()] for kind in kinds)
+    return [losses, *map(torch.cat, floats)]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", STAGES)
+def test_ten_steps_in_float32(name):
+    torch.manual_seed(0)
+    ours, stock = pair_of(name)
+    exact, planar = copy.deepcopy(stock).double(), copy.deepcopy(stock)
+    truth = together(OfTheSameBatches(name, exact))
+    actual = together(InFloat32(name, ours))
+    # Stock's error is the larger of its two layouts'.
+    layouts = [planar, stock.to(memory_format=torch.channels_last)]
+    eager = [together(InFloat32(name, model)) for model in layouts]
+    for found, *others, exactly in zip(actual, *eager, truth, strict=True):
+        worse = max(others, key=lambda other: max_error(other, exactly))
+        assert_close_as_eager(found, worse, exactly)
+
+
+class Shared(Run):
+    """Half of each batch, in one of two processes.
+
+    Of larger images: norms of two values amplify roundings, layer by layer.
+    """
+
+    size = 64
+
+    def __init__(self, name, model, wrap=lambda model: model):
+        super().__init__(name, model)
+        for module in model.modules():
+            if type(module).__name__ == "StochasticDepth":
+                module.p = 0.0  # draws a number for each image of a process
+        self.wrapped = wrap(model)
+
+    def loss(self, images, labels):
+        own = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+        return googlenet_loss(self.wrapped(images[own]), labels[own])
+
+    def results(self):
+        return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in super().results()]
+
+
+class Joined(Shared):
+    """The losses are means of the whole batch's."""
+
+    def results(self):
+        losses, *others = super().results()
+        dist.all_reduce(losses)
+        return [losses / 2, *others]
+
+
+class Whole(Shared):
+    """All of each batch in one process."""
+
+    def loss(self, images, labels):
+        return Run.loss(self, images, labels)
+
+
+def sharded(model):
+    mesh = dist.init_device_mesh("cpu", (2,))
+    for child in getattr(model, "features", model).children():
+        if list(child.children()) and not isinstance(child, nn.ModuleDict):
+            fully_shard(child, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def joined(model):
+    return sharded(nn.SyncBatchNorm.convert_sync_batchnorm(model))
+
+
+def finding(model):
+    return DistributedDataParallel(model, find_unused_parameters=True)
+
+
+def train_in_two_processes(rank, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(path, 2), rank=rank, world_size=2)
+    for name in STAGES:
+        torch.manual_seed(0)  # one network in both processes
+        ours, stock = pair_of(name)
+        models = [model.double() for model in (ours, stock)]
+        whole = Whole(name, copy.deepcopy(stock)).results()
+        # Each process keeps its own running statistics if it is sharded.
+        own = Shared(name, copy.deepcopy(stock), sharded).results()
+        expected = Shared(name, stock, DistributedDataParallel).results()
+        for kind, wrap, results in (
+            (Shared, DistributedDataParallel, expected),
+            (Shared, finding, expected),
+            (Shared, sharded, own),
+            (Joined, joined, whole),
+        ):
+            actual = kind(name, copy.deepcopy(models[0]), wrap).results()
+            label = f"{name}, {wrap.__name__}"
+            for found, right in zip(actual, results, strict=True):
+                torch.testing.assert_close(
+                    found, right, rtol=1e-6, atol=1e-7, msg=lambda m, label=label: f"{label}: {m}"
+                )
+    dist.destroy_process_group()
+
+
+@pytest.mark.full
+def test_ten_steps_in_two_processes(tmp_path):
+    """Under DistributedDataParallel, sharded, and with norms that share the batch."""
+    torch.multiprocessing.spawn(train_in_two_processes, (str(tmp_path / "store"),), nprocs=2)

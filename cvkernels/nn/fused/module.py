@@ -106,7 +106,8 @@ class FusedModule(nn.Module):
             if reason:
                 x = run_step(Step(norm, reason, lambda u: _normalised(u, norm, relu)), x)
                 input_bn = None
-        plans = self.plans_of(x, conv) if input_bn is None else None
+        trains = bn is not None and bn.training and torch.is_grad_enabled()
+        plans = None if trains or input_bn is not None else self.plans_of(x, conv)
         parts = (conv, bn, act)
         if plans is not None and (run := plans.get(x, parts, residual, out)) is not None:
             y = run(x, residual, None, out)
