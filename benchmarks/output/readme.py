@@ -171,11 +171,13 @@ def _first_batches(rows: Sequence[Row]) -> str:
 def training_table(reports: Sequence[Report]) -> str:
     """A row per network and variant: the step, its ratio, and what it keeps for backward."""
     header = [
-        "network", "batch", "variant", "step ms", "vs eager", "saved MB/image", "peak MB", "error"
+        "network", "batch", "dtype", "variant", "step ms", "vs eager", "vs compile",
+        "saved MB/image", "peak MB", "error",
     ]  # fmt: skip
     lines = [
         [
-            row.op, row.case.removeprefix("batch "), row.variant, _ms(row), _ratio(row.vs_eager),
+            row.op, row.case.removeprefix("batch "), row.dtype, row.variant, _ms(row),
+            _ratio(row.vs_eager), _ratio(row.vs_compile),
             _number(row.saved_bytes, 1e6, "{:.1f}"), _number(row.peak_bytes, 1e6, "{:.0f}"),
             _errors(row),
         ]

@@ -95,7 +95,7 @@ def _channels_apart(parts: list[Node]) -> tuple[Node, Tensor, Tensor] | None:
             return None
         scales.append(scaled[1])
         shifts.append(shifted[1])
-    vectors = (torch.tensor(values, dtype=torch.float64) for values in (scales, shifts))
+    vectors = (torch.tensor(v, dtype=torch.float64, device="cpu") for v in (scales, shifts))
     return (picked[0], *vectors)
 
 

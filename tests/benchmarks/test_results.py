@@ -67,7 +67,7 @@ def test_tables_hold_every_row_losing_and_missing_ones_too(folder):
     assert "| 1.50x |  | 0.90x |" in inference
     assert "cvkernels vs better runtime 0.90x (0.90x to 0.90x)" in text
     assert "1.0e-06 (eager 2.0e-06)" in inference
-    assert "| densenet201 | 2 | cvkernels |  |  | 40.2 |" in text
+    assert "| densenet201 | 2 | fp32 | cvkernels |  |  |  | 40.2 |" in text
     assert "| pool | forward | fp32 | cvkernels | 2 | 1.00x | 0.50x (loses) |" in text
 
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from cvkernels import extension
+from cvkernels.ops.common import recycled
 from cvkernels.ops.conv_bn_act import native, native_training
 from tests.support.cases.conv_bn_act import Conv
 from tests.support.numerics import assert_matches
@@ -121,6 +122,27 @@ def test_small_integers_are_exact_at_points_without_roots(conv, instruction_set)
         (weight_gradient(grad, x, weight, padding, algorithm), d_weight),
     ):
         assert torch.equal(found, exact.float())
+
+
+@pytest.mark.parametrize("conv", ["1x1", "3x3"])
+def test_defaults_of_device_and_dtype_do_not_matter(conv):
+    conv = CONVS[conv]
+    x, weight, grad = maps_of(conv)
+    padding, algorithm = (conv.padding, conv.padding), algorithms_of(conv)[-1]
+
+    def run():
+        y = native_training.convolve(x, weight, None, padding, algorithm)
+        d_x = native_training.input_gradient(grad, weight, padding, algorithm)
+        return y, d_x, weight_gradient(grad, x, weight, padding, algorithm)
+
+    recycled._maker.cache_clear()
+    try:
+        with torch.device("meta"):
+            torch.set_default_dtype(torch.float64)
+            found = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, run()))
 
 
 def test_the_layout_of_a_weight_is_that_of_its_gradient(memory_format):

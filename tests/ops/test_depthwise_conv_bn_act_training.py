@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cvkernels import extension
+from cvkernels.ops.common import recycled
 from cvkernels.ops.depthwise_conv_bn_act import native_training
 from tests.support.numerics import assert_matches
 
@@ -76,6 +77,19 @@ def test_bits_do_not_depend_on_threads():
         torch.set_num_threads(threads)
     for others in results[1:]:
         assert all(map(torch.equal, others, results[0]))
+
+
+def test_defaults_of_device_and_dtype_do_not_matter():
+    geometry = ((1, 1), (2, 2))
+    maps = maps_of((48, 12, 20), 5, *geometry)
+    recycled._maker.cache_clear()
+    try:
+        with torch.device("meta"):
+            torch.set_default_dtype(torch.float64)
+            found = ours(*maps, *geometry)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, ours(*maps, *geometry)))
 
 
 def test_small_integers_are_exact():

@@ -48,7 +48,7 @@ def _sampled(tensor: Tensor) -> tuple[Tensor, tuple[Tensor, ...] | slice]:
     if tensor.dim() < 2 or not tensor.numel():
         return bits, slice(None)
     K, C, *taps = tensor.shape
-    steps = torch.arange(max(K, C))
+    steps = torch.arange(max(K, C), device="cpu")
     at, left = [steps % K, steps % C], steps * TAP_STEP
     for size in reversed(taps):
         at.insert(2, left % size)

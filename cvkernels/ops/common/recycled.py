@@ -67,4 +67,4 @@ def new_like(x: Tensor) -> Tensor:
 def _maker(
     shape: tuple[int, ...], dtype: torch.dtype, form: torch.memory_format
 ) -> Callable[[], Tensor]:
-    return maker(torch.empty(shape, dtype=dtype, memory_format=form))
+    return maker(torch.empty(shape, dtype=dtype, device="cpu", memory_format=form))

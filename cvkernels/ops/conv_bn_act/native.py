@@ -19,7 +19,7 @@ from cvkernels.ops.common import native
 from cvkernels.ops.common.activation import code
 from cvkernels.ops.common.derived_weights import DerivedWeights, derived
 from cvkernels.ops.common.dispatch import Call
-from cvkernels.ops.common.layout import is_pixel_matrix
+from cvkernels.ops.common.layout import is_pixel_matrix, new_channels_last
 from cvkernels.ops.common.norm import fold, scale_shift, sources_of
 from cvkernels.ops.common.recycled import empty, maker
 from cvkernels.ops.conv_bn_act import onednn
@@ -174,7 +174,7 @@ def plan(
             output_gate = output_gate.to(dtype).contiguous()
         y = out
         if out is None or not is_pixel_matrix(out):
-            y = torch.empty(size, dtype=dtype, memory_format=torch.channels_last)
+            y = new_channels_last(x, size)
         convolution(x, packed, shift, y, residual, affine, input_gate, output_gate, *options)
         return y if out is None or y is out else out.copy_(y)
 
@@ -198,7 +198,7 @@ def _direct(
     y = out
     if out is None:
         size = (problem.N, problem.K, problem.P, problem.Q)
-        y = torch.empty(size, dtype=problem.dtype, memory_format=layout)
+        y = new_channels_last(x, size)
     work = native.direct(lambda: run(x, residual, gate, y, output_gate))
     weight, shift, affine = (0 if t is None else t.data_ptr() for t in held)
     new_result = maker(y)
@@ -230,7 +230,7 @@ def packed_of(
         return pack(folded, algorithm, pairs, bands), F.pad(shift, (0, -shift.shape[0] % PANEL))
 
     def scale_and_shift() -> Tensor:
-        like = torch.empty(problem.C, 0)
+        like = torch.empty(problem.C, 0, device="cpu")
         return torch.cat(scale_shift(None, input_bn, like, torch.float64)).detach().float()
 
     # Rows of an image get a channel more.

@@ -63,7 +63,7 @@ def weight_gradient(
     grad: Tensor, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]
 ) -> Tensor:
     """The gradient in weight."""
-    out = torch.empty(weight.shape)
+    out = weight.new_empty(weight.shape)
     pixels = channels_last(grad).permute(0, 2, 3, 1)
     native.weight_gradient_of(pixels, x, weight.shape[2], stride[0], *padding, out)
     return out

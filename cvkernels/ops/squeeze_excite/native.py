@@ -207,7 +207,7 @@ def backward(
     if act == "relu":
         assert out is not None
         out, masked = fitting(out, True), new_like(x)
-    sums = torch.empty(gate.shape, dtype=torch.float32)
+    sums = gate.new_empty(gate.shape, dtype=torch.float32)
     read = None if masked is None else out
     torch.ops.cvkernels.se_scale_native_sums.default(grad, x, read, masked, sums)
     s = torch.sigmoid(gate.float())
