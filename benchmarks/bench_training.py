@@ -16,6 +16,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cvkernels
@@ -48,10 +49,14 @@ class Step:
         self.initial = copy.deepcopy(model.state_dict())
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
-    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        device = images.device.type
+    def losses(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Of each image."""
+        device, each = images.device.type, functools.partial(F.cross_entropy, reduction="none")
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            return googlenet_loss(self.network(images), labels)
+            return googlenet_loss(self.network(images), labels, each)
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.losses(images, labels).mean()
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
@@ -61,15 +66,15 @@ class Step:
         return loss.detach()
 
     def answers(self, images: Tensor, labels: Tensor) -> list[Tensor]:
-        """The initial parameters' loss and gradients, all in one vector, without dropout."""
+        """The initial parameters' losses and gradients, all in one vector, without dropout."""
         self.model.load_state_dict(self.initial)
         self.model.zero_grad(set_to_none=True)
         with without_dropout(self.model):
-            loss = self.loss(images, labels)
-        loss.backward()
+            losses = self.losses(images, labels)
+        losses.mean().backward()
         grads = [parameter.grad.flatten() for parameter in self.model.parameters()]
         self.model.zero_grad(set_to_none=True)
-        return [loss.detach(), torch.cat(grads)]
+        return [losses.detach(), torch.cat(grads)]
 
     def saved_bytes(self, images: Tensor, labels: Tensor) -> float:
         """Per image."""

@@ -62,10 +62,8 @@ def possible(problem: Problem, device: torch.device, sliced: bool = False) -> li
     """
     if device.type != "cpu":
         return _on_gpu(problem, device, sliced)
-    call, bare = (
-        Call(torch.empty(0, device="cpu"), "cpu", "auto", once=True),
-        without_prologue(problem),
-    )
+    call = Call(torch.empty(0, device="cpu"), "cpu", "auto", once=True)
+    bare = without_prologue(problem)
     backends = []
     for implementation in TABLE.implementations:
         name, fuses = implementation.name, implementation.name != "onednn"
