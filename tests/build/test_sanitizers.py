@@ -160,6 +160,12 @@ def test_every_instruction_set(addresses):
     addresses.run_tests("tests/build/test_instruction_sets.py", "-k", SELECTED)
 
 
+def test_gradients_of_convolutions(addresses):
+    """Of every size that tiles, blocks and bands do not divide, by every instruction set."""
+    files = (f"tests/ops/test_{op}_training.py" for op in ("conv_bn_act", "depthwise_conv_bn_act"))
+    addresses.run_tests(*files, "-k", "exact or nothing or one-row or threads")
+
+
 def test_random_calls(addresses):
     addresses.run_tests("tests/ops/contract/test_random_calls.py", "--fuzz", "30")
 
