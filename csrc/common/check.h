@@ -11,6 +11,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "portable.h"
 
@@ -53,6 +54,17 @@ void dispatch_floating(const char* op, ScalarType dtype, Launch&& launch) {
       fail(op, ": dtype must be float32, float16 or bfloat16 (on CPU also float64), got ",
            torch::headeronly::toString(dtype));
   }
+}
+
+// The same without float64.
+template <typename Launch>
+void dispatch(const char* op, ScalarType dtype, Launch&& launch) {
+  dispatch_floating(op, dtype, [&](auto type) {
+    if constexpr (std::is_same_v<decltype(type), Type<double>>)
+      fail(op, ": dtype must be float32, float16 or bfloat16, got Double");
+    else
+      launch(type);
+  });
 }
 
 }  // namespace cvkernels

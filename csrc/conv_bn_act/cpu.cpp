@@ -104,7 +104,7 @@ void run_winograd(const Problem& problem, const Data<T>& data, Convolve convolve
 // Bytes of transformed tiles that are summed at all points before the next are transformed.
 constexpr int64_t TRANSFORMED = 2 << 20;
 
-// Channels of a task that sums products of pixels or tiles.
+// Input channels of a task that sums products of tiles.
 constexpr int64_t CHANNELS = 48;
 
 template <int MH, int MW, typename Points, typename Transform, typename Multiply, typename Finish>

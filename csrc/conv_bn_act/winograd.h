@@ -132,8 +132,8 @@ CVK_INLINE void filter_from_points(const Filters* u, int stride, Filters* to, in
 // The taps of a block of filters.
 using FilterBlock = float[PANEL][9][PANEL];
 
-// Calls copy(number in memory, number of the block) for the filters of block number i, those past K
-// and C left out, next to next in memory where filters lie so; its first channel and their count.
+// Calls copy(number in memory, number of the block) for all taps of block number i, but of no
+// filters past K and C, in the order of memory; returns the block's input channels.
 template <typename Copy>
 CVK_INLINE Range for_filters(const FilterMap& map, int64_t i, bool reversed, FilterBlock& block,
                              Copy copy) {

@@ -139,22 +139,6 @@ Problem problem_of(const Tensor& x, int64_t kernel, int64_t stride, int64_t padd
   return problem;
 }
 
-// run(Type<T>{}) of the elements' type.
-template <typename Run>
-void of_dtype(const Tensor& x, Run run) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return run(Type<float>{});
-    case ScalarType::Half:
-      return run(Type<float16>{});
-    case ScalarType::BFloat16:
-      return run(Type<bfloat16>{});
-    default:
-      fail(OP, ": dtype must be float32, float16 or bfloat16, got ",
-           torch::headeronly::toString(x.scalar_type()));
-  }
-}
-
 void depthwise_conv_bn_act_native(const Tensor& x, const Tensor& weight, const Tensor& affine,
                                   int64_t kernel, int64_t stride, int64_t padding_h,
                                   int64_t padding_w, int64_t spread, int64_t act, const Tensor& out,
@@ -179,7 +163,7 @@ void depthwise_conv_bn_act_native(const Tensor& x, const Tensor& weight, const T
   const void* sums_data = floats_of(OP, "sums", sums, problem.N * problem.C);
   if (problem.N == 0 || problem.C == 0) return;
   const int64_t out_bytes = out.numel() * out.element_size();
-  of_dtype(x, [&]<typename T>(Type<T>) {
+  dispatch(OP, x.scalar_type(), [&]<typename T>(Type<T>) {
     perform({x.const_data_ptr(), weights, affines, out.mutable_data_ptr(), sums_data},
             [=](void* const* at) {
               prefer_huge_pages(at[3], out_bytes);
@@ -205,7 +189,7 @@ void depthwise_conv_bn_act_native_weight_gradient(const Tensor& grad, const Tens
             "grad must be dense with shape [", problem.N, ", ", problem.P, ", ", problem.Q, ", ",
             problem.C, "], got ", shape_of(grad));
   const void* to = floats_of(OP, "out", out, problem.C * kernel * kernel);
-  of_dtype(x, [&]<typename T>(Type<T>) {
+  dispatch(OP, x.scalar_type(), [&]<typename T>(Type<T>) {
     perform({grad.const_data_ptr(), x.const_data_ptr(), to}, [=](void* const* at) {
       weight_gradient<T>(problem, at[1], at[0], static_cast<float*>(at[2]));
     });

@@ -32,23 +32,31 @@ CVK_TARGET static void load_row(const Problem& problem, const Task& task, const 
 
 // What follows is unrolled by recursion: an array that a loop indexes would not live in registers.
 
-// acc[i] += x[j] * w[s] for the taps s of input column J, which output column i = (J - s) / STRIDE
-// reads.
-template <int K, int STRIDE, int COLUMNS, int J, int TAP = 0>
-CVK_INLINE void add_taps(V* acc, V x, const V* w) {
+// What a product of an input column with a tap, or with the gradient in an output column, is added
+// to.
+enum class Sums { COLUMNS, TAPS };
+
+// columns[i] += x * taps[s], or taps[s] += x * columns[i], for input column J and all taps s by
+// which output column i = (J - s) / STRIDE reads it.
+template <Sums SUMS, int K, int STRIDE, int COLUMNS, int J, int TAP = 0>
+CVK_INLINE void add_taps(V* columns, V x, V* taps) {
   if constexpr (TAP < K) {
     constexpr int ahead = J - TAP;
-    if constexpr (ahead >= 0 && ahead % STRIDE == 0 && ahead / STRIDE < COLUMNS)
-      acc[ahead / STRIDE] += x * w[TAP];
-    add_taps<K, STRIDE, COLUMNS, J, TAP + 1>(acc, x, w);
+    if constexpr (ahead >= 0 && ahead % STRIDE == 0 && ahead / STRIDE < COLUMNS) {
+      if constexpr (SUMS == Sums::COLUMNS)
+        columns[ahead / STRIDE] += x * taps[TAP];
+      else
+        taps[TAP] += x * columns[ahead / STRIDE];
+    }
+    add_taps<SUMS, K, STRIDE, COLUMNS, J, TAP + 1>(columns, x, taps);
   }
 }
 
-template <int K, int STRIDE, int COLUMNS, int J = 0>
-CVK_INLINE void add_filter_row(V* acc, const float* x, const V* w) {
+template <Sums SUMS, int K, int STRIDE, int COLUMNS, int J = 0>
+CVK_INLINE void add_filter_row(V* columns, const float* x, V* taps) {
   if constexpr (J < (COLUMNS - 1) * STRIDE + K) {
-    add_taps<K, STRIDE, COLUMNS, J>(acc, load(x + J * BLOCK), w);
-    add_filter_row<K, STRIDE, COLUMNS, J + 1>(acc, x, w);
+    add_taps<SUMS, K, STRIDE, COLUMNS, J>(columns, load(x + J * BLOCK), taps);
+    add_filter_row<SUMS, K, STRIDE, COLUMNS, J + 1>(columns, x, taps);
   }
 }
 
@@ -123,7 +131,8 @@ CVK_TARGET static void make_row(const Problem& problem, int64_t block, const flo
 #pragma GCC unroll 1
       for (int r = 0; r < K; ++r) {
         load_blocks<K>(w, weight + r * K * BLOCK + lane);
-        add_filter_row<K, STRIDE, COLUMNS>(acc, rows[r] + q * STRIDE * BLOCK + lane, w);
+        add_filter_row<Sums::COLUMNS, K, STRIDE, COLUMNS>(acc, rows[r] + q * STRIDE * BLOCK + lane,
+                                                          w);
       }
       store_each<COLUMNS>(acc, unfinished + q * LANES);
     }
@@ -195,26 +204,6 @@ CVK_TARGET static void make_band(const Problem& problem, const Task& task, const
   }
 }
 
-// The gradient in the weights: sums[s] += the products of x at input column J with those of the
-// gradients grad[COLUMNS] whose tap s that is.
-template <int K, int STRIDE, int COLUMNS, int J, int TAP = 0>
-CVK_INLINE void add_gradients(V* sums, V x, const V* grad) {
-  if constexpr (TAP < K) {
-    constexpr int ahead = J - TAP;
-    if constexpr (ahead >= 0 && ahead % STRIDE == 0 && ahead / STRIDE < COLUMNS)
-      sums[TAP] += x * grad[ahead / STRIDE];
-    add_gradients<K, STRIDE, COLUMNS, J, TAP + 1>(sums, x, grad);
-  }
-}
-
-template <int K, int STRIDE, int COLUMNS, int J = 0>
-CVK_INLINE void add_row_gradients(V* sums, const float* x, const V* grad) {
-  if constexpr (J < (COLUMNS - 1) * STRIDE + K) {
-    add_gradients<K, STRIDE, COLUMNS, J>(sums, load(x + J * BLOCK), grad);
-    add_row_gradients<K, STRIDE, COLUMNS, J + 1>(sums, x, grad);
-  }
-}
-
 // Gradients of `width` columns of `count` channels, and zeros past them.
 template <int COLUMNS, typename T>
 CVK_INLINE void load_gradients(const T* from, int64_t stride, int64_t width, int64_t kept, V* to) {
@@ -251,8 +240,8 @@ CVK_TARGET static void add_band(const Problem& problem, const Task& task, const 
           for (int64_t q = 0; q < Q; q += COLUMNS) {
             V of_columns[COLUMNS];
             load_gradients<COLUMNS>(of_row + q * C, C, Q - q, count - lane, of_columns);
-            add_row_gradients<K, STRIDE, COLUMNS>(
-                row, ring[r] + local * block_size + q * STRIDE * BLOCK + lane, of_columns);
+            add_filter_row<Sums::TAPS, K, STRIDE, COLUMNS>(
+                of_columns, ring[r] + local * block_size + q * STRIDE * BLOCK + lane, row);
           }
           float* const to = sums + (local * K + r) * K * BLOCK + lane;
           load_blocks<K>(total, to);

@@ -67,16 +67,6 @@ CVK_SIMD static void finish_sums(const float* partial, int64_t parts, int64_t C,
   for (int64_t c = 0; c < C; ++c) mean[c] /= divisor;
 }
 
-template <typename Launch>
-void dispatch(const char* op, ScalarType dtype, Launch&& launch) {
-  dispatch_floating(op, dtype, [&](auto type) {
-    if constexpr (std::is_same_v<decltype(type), Type<double>>)
-      fail(op, ": dtype must be float32, float16 or bfloat16, got Double");
-    else
-      launch(type);
-  });
-}
-
 // Where the elements of a map lie. NHWC: channels are neighbours, and all pixels of an image have
 // one stride; else dense NCHW.
 struct Map {

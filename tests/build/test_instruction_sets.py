@@ -20,6 +20,7 @@ from cvkernels.ops.depthwise_conv_bn_act.reference import depthwise_conv_bn_act_
 from tests.support.cases import depthwise_conv_bn_act as depthwise_cases
 from tests.support.cases.conv_bn_act import ODD, TILED, Conv, add_residual, make_bn, make_inputs
 from tests.support.numerics import assert_matches
+from tests.support.surroundings import assert_bits_do_not_depend_on_threads, each_instruction_set
 
 pytestmark = pytest.mark.skipif(
     not extension.has("cpu"), reason="the compiled extension is missing"
@@ -37,12 +38,7 @@ CONVS = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16", "amx"])
-def instruction_set(request):
-    if request.param not in extension.instruction_sets():
-        pytest.skip(f"the processor has no {request.param}")
-    with extension.limited_to(request.param):
-        yield request.param
+instruction_set = each_instruction_set("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def by(algorithm):
@@ -106,14 +102,7 @@ def test_nan_and_infinity_stay_in_their_windows(C, algorithm, dtype, value, inst
 @pytest.mark.parametrize("C", [3, 17, 32])
 def test_bits_of_pairs_do_not_depend_on_threads(C, algorithm):
     args, options = make_inputs(Conv(C, 15, 17, 80, 3, 3, 1, 1), torch.bfloat16)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(by(ALGORITHMS[algorithm])(*args, **options))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(result, results[0]) for result in results)
+    assert_bits_do_not_depend_on_threads(lambda: [by(ALGORITHMS[algorithm])(*args, **options)])
 
 
 @pytest.mark.parametrize("algorithm", native.INSTRUCTIONS)

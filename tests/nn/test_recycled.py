@@ -14,6 +14,7 @@ from cvkernels import extension
 from cvkernels.memory_use import out_of_memory, resident_memory
 from cvkernels.ops.common import recycled
 from cvkernels.ops.common.recycled import maker
+from cvkernels.ops.conv_bn_act import native
 
 pytestmark = pytest.mark.skipif(
     not extension.has("cpu"), reason="the compiled extension is missing"
@@ -114,6 +115,7 @@ def test_a_forked_process_has_its_own():
 import os, torch
 torch.set_num_threads(1)
 from cvkernels.ops.common.recycled import maker
+from cvkernels.ops.conv_bn_act import native
 make = maker(torch.empty(4, 128, 64, 64))
 held, idle = make().fill_(1), make()
 del idle
@@ -148,3 +150,15 @@ def test_networks_take_it(monkeypatch):
             model(x), model(x)
         assert made, name
         made.clear()
+
+
+def test_weights_are_not_among_what_is_reused(monkeypatch):
+    """A frozen network keeps them: blocks of whole huge pages would be wasted on them."""
+
+    def refused(like: torch.Tensor) -> torch.Tensor:
+        raise AssertionError(f"recycled memory of shape {list(like.shape)}")
+
+    monkeypatch.setattr(recycled, "_recycled", refused)
+    weight = torch.randn(512, 512, 3, 3)
+    for algorithm in (native.DIRECT, *native.WINOGRAD):
+        assert native.pack(weight, algorithm).nbytes > recycled.BYTES

@@ -1,5 +1,7 @@
 """The compiled convolution in training: what it computes, and when it is chosen."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,11 @@ from cvkernels.ops.common import recycled
 from cvkernels.ops.conv_bn_act import native, native_training
 from tests.support.cases.conv_bn_act import Conv
 from tests.support.numerics import assert_matches
+from tests.support.surroundings import (
+    assert_bits_do_not_depend_on_threads,
+    each_instruction_set,
+    other_defaults,
+)
 
 pytestmark = pytest.mark.skipif(
     not extension.has("cpu"), reason="the compiled extension is missing"
@@ -21,15 +28,7 @@ CONVS = {
     "3x3-many-tiles": Conv(64, 40, 38, 48, 3, 3, 1, 1, N=4),
     "3x3-one-pixel": Conv(16, 3, 3, 16, 3, 3, N=1),
 }  # fmt: skip
-SETS = ("baseline", "avx2", "avx512")
-
-
-@pytest.fixture(params=SETS)
-def instruction_set(request):
-    if request.param not in extension.instruction_sets():
-        pytest.skip(f"the processor has no {request.param}")
-    with extension.limited_to(request.param):
-        yield request.param
+instruction_set = each_instruction_set("baseline", "avx2", "avx512")
 
 
 def algorithms_of(conv):
@@ -68,12 +67,8 @@ def test_follows_the_numerics_rule(conv, sliced, memory_format, instruction_set)
     padding = (conv.padding, conv.padding)
     for algorithm in algorithms_of(conv):
 
-        def ours(grad, x, weight, bias, algorithm=algorithm):
-            return (
-                native_training.convolve(x, weight, bias, padding, algorithm),
-                native_training.input_gradient(grad, weight, padding, algorithm),
-                weight_gradient(grad, x, weight, padding, algorithm),
-            )
+        def native_ones(grad, x, weight, bias, algorithm=algorithm):
+            return ours(grad, x, weight, padding, algorithm, bias)
 
         def stock(grad, x, weight, bias):
             return (
@@ -84,29 +79,25 @@ def test_follows_the_numerics_rule(conv, sliced, memory_format, instruction_set)
         # A tile's points lose more than two roundings, a long sum by its parts fewer.
         few = conv.R == 3 and grad[:, 0].numel() < native_training.PIXELS
         args = (grad, x, weight, torch.randn(conv.K))
-        assert_matches(ours, stock, args, factor=8.0 if few else 2.0)
+        assert_matches(native_ones, stock, args, factor=8.0 if few else 2.0)
+
+
+def ours(grad, x, weight, padding, algorithm, bias=None):
+    return (
+        native_training.convolve(x, weight, bias, padding, algorithm),
+        native_training.input_gradient(grad, weight, padding, algorithm),
+        weight_gradient(grad, x, weight, padding, algorithm),
+    )
 
 
 @pytest.mark.parametrize("conv", CONVS.values(), ids=CONVS.keys())
 def test_bits_do_not_depend_on_threads(conv):
     x, weight, grad = maps_of(conv)
-    padding, threads = (conv.padding, conv.padding), torch.get_num_threads()
+    padding = (conv.padding, conv.padding)
     for algorithm in algorithms_of(conv):
-        results = []
-        try:
-            for count in (1, 2, 3, 5):
-                torch.set_num_threads(count)
-                results.append(
-                    [
-                        native_training.convolve(x, weight, None, padding, algorithm),
-                        native_training.input_gradient(grad, weight, padding, algorithm),
-                        weight_gradient(grad, x, weight, padding, algorithm),
-                    ]
-                )
-        finally:
-            torch.set_num_threads(threads)
-        for others in results[1:]:
-            assert all(map(torch.equal, others, results[0]))
+        assert_bits_do_not_depend_on_threads(
+            functools.partial(ours, grad, x, weight, padding, algorithm)
+        )
 
 
 @pytest.mark.parametrize("conv", CONVS.values(), ids=CONVS.keys())
@@ -116,10 +107,8 @@ def test_small_integers_are_exact_at_points_without_roots(conv, instruction_set)
     padding, algorithm = (conv.padding, conv.padding), algorithms_of(conv)[0]
     y = F.conv2d(x.double(), weight.double(), padding=padding)
     d_x, d_weight = stock_gradients(grad.double(), x.double(), weight.double(), padding)
-    for found, exact in (
-        (native_training.convolve(x, weight, None, padding, algorithm), y),
-        (native_training.input_gradient(grad, weight, padding, algorithm), d_x),
-        (weight_gradient(grad, x, weight, padding, algorithm), d_weight),
+    for found, exact in zip(
+        ours(grad, x, weight, padding, algorithm), (y, d_x, d_weight), strict=True
     ):
         assert torch.equal(found, exact.float())
 
@@ -128,21 +117,11 @@ def test_small_integers_are_exact_at_points_without_roots(conv, instruction_set)
 def test_defaults_of_device_and_dtype_do_not_matter(conv):
     conv = CONVS[conv]
     x, weight, grad = maps_of(conv)
-    padding, algorithm = (conv.padding, conv.padding), algorithms_of(conv)[-1]
-
-    def run():
-        y = native_training.convolve(x, weight, None, padding, algorithm)
-        d_x = native_training.input_gradient(grad, weight, padding, algorithm)
-        return y, d_x, weight_gradient(grad, x, weight, padding, algorithm)
-
+    args = (grad, x, weight, (conv.padding, conv.padding), algorithms_of(conv)[-1])
     recycled._maker.cache_clear()
-    try:
-        with torch.device("meta"):
-            torch.set_default_dtype(torch.float64)
-            found = run()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert all(map(torch.equal, found, run()))
+    with other_defaults():
+        found = ours(*args)
+    assert all(map(torch.equal, found, ours(*args)))
 
 
 def test_the_layout_of_a_weight_is_that_of_its_gradient(memory_format):

@@ -7,6 +7,11 @@ from cvkernels import extension
 from cvkernels.ops.common import recycled
 from cvkernels.ops.depthwise_conv_bn_act import native_training
 from tests.support.numerics import assert_matches
+from tests.support.surroundings import (
+    assert_bits_do_not_depend_on_threads,
+    each_instruction_set,
+    other_defaults,
+)
 
 pytestmark = pytest.mark.skipif(
     not extension.has("cpu"), reason="the compiled extension is missing"
@@ -18,12 +23,7 @@ SIZES = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def instruction_set(request):
-    if request.param not in extension.instruction_sets():
-        pytest.skip(f"the processor has no {request.param}")
-    with extension.limited_to(request.param):
-        yield request.param
+instruction_set = each_instruction_set("baseline", "avx2", "avx512")
 
 
 def maps_of(size, kernel, stride, padding):
@@ -68,27 +68,16 @@ def test_without_padding_and_with_one_side_alone(instruction_set):
 
 def test_bits_do_not_depend_on_threads():
     geometry = ((1, 1), (2, 2))
-    maps, threads, results = maps_of((48, 61, 20), 5, *geometry), torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 5):
-            torch.set_num_threads(count)
-            results.append(ours(*maps, *geometry))
-    finally:
-        torch.set_num_threads(threads)
-    for others in results[1:]:
-        assert all(map(torch.equal, others, results[0]))
+    maps = maps_of((48, 61, 20), 5, *geometry)
+    assert_bits_do_not_depend_on_threads(lambda: ours(*maps, *geometry))
 
 
 def test_defaults_of_device_and_dtype_do_not_matter():
     geometry = ((1, 1), (2, 2))
     maps = maps_of((48, 12, 20), 5, *geometry)
     recycled._maker.cache_clear()
-    try:
-        with torch.device("meta"):
-            torch.set_default_dtype(torch.float64)
-            found = ours(*maps, *geometry)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with other_defaults():
+        found = ours(*maps, *geometry)
     assert all(map(torch.equal, found, ours(*maps, *geometry)))
 
 

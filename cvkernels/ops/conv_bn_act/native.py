@@ -21,7 +21,7 @@ from cvkernels.ops.common.derived_weights import DerivedWeights, derived
 from cvkernels.ops.common.dispatch import Call
 from cvkernels.ops.common.layout import is_pixel_matrix, new_channels_last
 from cvkernels.ops.common.norm import fold, scale_shift, sources_of
-from cvkernels.ops.common.recycled import empty, maker
+from cvkernels.ops.common.recycled import maker
 from cvkernels.ops.conv_bn_act import onednn
 from cvkernels.ops.conv_bn_act.problem import Parameters, Problem
 
@@ -45,7 +45,7 @@ library.define(
 extension.load()
 
 convolution = torch.ops.cvkernels.conv_bn_act_native.default
-_filters = torch.ops.cvkernels.conv_bn_act_native_filters.default
+to_points = torch.ops.cvkernels.conv_bn_act_native_filters.default
 weight_gradient = torch.ops.cvkernels.conv_bn_act_native_weight_gradient.default
 
 for _name in ("", "_filters", "_weight_gradient"):
@@ -253,9 +253,11 @@ def pack(weight: Tensor, algorithm: int, pairs: bool = False, bands: bool = Fals
     tiles each tap, or each filter of few channels, whole rows of them. Channels past K are zero,
     and so is what completes pairs and rows.
     """
-    if algorithm in WINOGRAD:
-        return filters_at_points(weight, algorithm)
     with torch.no_grad():
+        if algorithm in WINOGRAD:
+            points = weight.new_empty(shape_at_points(weight, algorithm))
+            to_points(weight, False, algorithm, points)
+            return points
         K, C = weight.shape[:2]
         whole = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, -K % PANEL)) if K % PANEL else weight
         panels = whole.unflatten(0, (-1, PANEL))  # [K/16, 16, C, R, S]
@@ -271,11 +273,7 @@ def pack(weight: Tensor, algorithm: int, pairs: bool = False, bands: bool = Fals
         return rows.unflatten(1, (-1, 2)).transpose(2, 3).contiguous().view(torch.float32)
 
 
-def filters_at_points(weight: Tensor, algorithm: int, reversed: bool = False) -> Tensor:
-    """weight[K, C, 3, 3] in float32 at Winograd's points [points, K/16, C, 16], transformed in
-    float64; ``reversed``: its taps from the last to the first. Channels past K are zero.
-    """
+def shape_at_points(weight: Tensor, algorithm: int) -> tuple[int, ...]:
+    """That of weight[K, C, 3, 3] at Winograd's points: [points, K/16, C, 16]."""
     K, C = weight.shape[:2]
-    points = empty((4 * (algorithm + 2), -(-K // PANEL), C, PANEL), torch.float32)
-    _filters(weight, reversed, algorithm, points)
-    return points
+    return 4 * (algorithm + 2), -(-K // PANEL), C, PANEL

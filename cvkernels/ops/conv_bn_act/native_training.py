@@ -69,7 +69,8 @@ def _convolve(
 ) -> Tensor:  # fmt: skip
     K, _, *kernel = weight.shape
     if algorithm in native.WINOGRAD:
-        packed = native.filters_at_points(weight, algorithm, reversed)
+        packed = recycled.empty(native.shape_at_points(weight, algorithm), weight.dtype)
+        native.to_points(weight, reversed, algorithm, packed)
     else:
         packed = native.pack(weight, algorithm)
     past = -K % native.PANEL
@@ -85,10 +86,10 @@ def weight_gradient(
     grad: Tensor, x: Tensor, weight: Tensor, padding: tuple[int, int], algorithm: int
 ) -> Tensor | None:
     """The gradient in weight; None where oneDNN has to compute it."""
-    out = torch.empty_like(weight)
     if algorithm == native.DIRECT:
-        whole = x.shape[1] % native.PANEL == 0 and out.is_contiguous()
+        whole = x.shape[1] % native.PANEL == 0 and weight.is_contiguous()
         if not (whole and is_pixel_matrix(x)):
             return None
+    out = torch.empty_like(weight)
     native.weight_gradient(grad, x, *padding, algorithm, out)
     return out
