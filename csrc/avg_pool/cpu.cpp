@@ -160,9 +160,12 @@ CVK_ROWS(CVK_SIMD, float)
 CVK_ROWS(CVK_SIMD_FEW, double)
 CVK_ROWS(CVK_SIMD_FEW, float16)
 CVK_ROWS(CVK_SIMD, bfloat16)
+CVK_ROWS(CVK_SIMD, uint8_t)
 #undef CVK_ROWS
 
 struct OnCpu : Cpu {
+  static constexpr bool HAS_BYTES = true;
+
   template <typename T>
   static void launch(Cpu, Type<T> type, const Problem& problem, const Average& average,
                      const void* x, void* out) {

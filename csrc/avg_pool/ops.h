@@ -26,7 +26,7 @@ struct Ops {
     set_out(problem, out);
     if (problem.N == 0) return;
     const BatchNorm& bn = average.bn;
-    dispatch_floating(OP, x.scalar_type(), [&](auto type) {
+    pool::dispatch<Device>(OP, x.scalar_type(), [&](auto type) {
       Device::perform(OP, x,
                       {x.const_data_ptr(), bn.weight.data, bn.bias.data, bn.mean.data, bn.var.data,
                        out.mutable_data_ptr()},

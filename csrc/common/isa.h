@@ -2,7 +2,9 @@
 // name as CVK_SOURCE. In a namespace of the set's name the source sees CVK_TARGET, the attribute
 // that each of its functions must have, LANES, the floats of a vector, and simd.h. CVK_BEST_ISA
 // chooses among them. One set more is a part more below and a line more there. With CVK_DOTS there
-// is one that multiplies pairs of bfloat16, HAS_DOTS there, which CVK_BEST_DOTS chooses first.
+// is one that multiplies pairs of bfloat16, HAS_DOTS there, which CVK_BEST_DOTS chooses first. With
+// CVK_BYTE_DOTS there are two that multiply four bytes each, HAS_BYTE_DOTS there, and no AVX-512
+// without; CVK_BEST_BYTE_DOTS chooses among these.
 
 #if defined(__x86_64__) && defined(__GLIBC__)
 #if defined(CVK_DOTS)
@@ -18,6 +20,29 @@ namespace avx512bf16 {
 }  // namespace avx512bf16
 #endif
 
+#if defined(CVK_BYTE_DOTS)
+namespace avx512vnni {
+#define LANES 16
+#define HAS_BYTE_DOTS 1
+#define CVK_TARGET __attribute__((target("arch=x86-64-v4,avx512vnni")))
+#include "simd.h"
+#include CVK_SOURCE
+#undef CVK_TARGET
+#undef HAS_BYTE_DOTS
+#undef LANES
+}  // namespace avx512vnni
+
+namespace avxvnni {
+#define LANES 8
+#define HAS_BYTE_DOTS 1
+#define CVK_TARGET __attribute__((target("arch=x86-64-v3,avxvnni")))
+#include "simd.h"
+#include CVK_SOURCE
+#undef CVK_TARGET
+#undef HAS_BYTE_DOTS
+#undef LANES
+}  // namespace avxvnni
+#else
 namespace avx512 {
 #define LANES 16
 #define CVK_TARGET __attribute__((target("arch=x86-64-v4")))
@@ -26,6 +51,7 @@ namespace avx512 {
 #undef CVK_TARGET
 #undef LANES
 }  // namespace avx512
+#endif
 
 namespace avx2 {
 #define LANES 8
@@ -59,10 +85,19 @@ namespace baseline {
     if (takes(InstructionSet::AVX512_BF16)) RUN(avx512bf16); \
     CVK_BEST_ISA(RUN);                                       \
   } while (false)
+#define CVK_BEST_BYTE_DOTS(RUN)                              \
+  do {                                                       \
+    if (takes(InstructionSet::AVX512_VNNI)) RUN(avx512vnni); \
+    if (takes(InstructionSet::AVX_VNNI)) RUN(avxvnni);       \
+    if (takes(InstructionSet::AVX2)) RUN(avx2);              \
+    RUN(baseline);                                           \
+  } while (false)
 #else
 #define CVK_BEST_ISA(RUN) RUN(baseline)
 #define CVK_BEST_DOTS(RUN) RUN(baseline)
+#define CVK_BEST_BYTE_DOTS(RUN) RUN(baseline)
 #endif
 
 #undef CVK_SOURCE
 #undef CVK_DOTS
+#undef CVK_BYTE_DOTS

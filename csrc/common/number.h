@@ -35,6 +35,21 @@ struct Number {
   static CVK_HOST_DEVICE T narrow(Wide x) { return x; }
 };
 
+// The nearest whole number between 0 and 255.
+CVK_HOST_DEVICE uint32_t rounded_byte(float x) {
+  const float least = x > 0.0f ? x : 0.0f;
+  const float kept = least < 255.0f ? least : 255.0f;
+  return bits_as<uint32_t>(kept + 0x1.8p23f) & 0xff;
+}
+
+// Bytes of a quantised tensor.
+template <>
+struct Number<uint8_t> {
+  using Wide = float;
+  static CVK_HOST_DEVICE float widen(uint8_t x) { return static_cast<float>(x); }
+  static CVK_HOST_DEVICE uint8_t narrow(float x) { return static_cast<uint8_t>(rounded_byte(x)); }
+};
+
 template <>
 struct Number<float16> {
   using Wide = float;

@@ -10,6 +10,15 @@ namespace cvkernels::pool {
 
 using Ints = std::vector<int64_t>;
 
+// Calls launch(Type<T>{}) with the element type: of a quantised tensor, too, where the device has
+// HAS_BYTES.
+template <typename Device, typename Launch>
+void dispatch(const char* op, ScalarType dtype, Launch&& launch) {
+  if constexpr (requires { Device::HAS_BYTES; })
+    if (dtype == ScalarType::Byte) return launch(Type<uint8_t>{});
+  dispatch_floating(op, dtype, launch);
+}
+
 struct Window {
   const char* op;
   const Ints& kernel_size;

@@ -9,6 +9,7 @@ using Unaligned [[gnu::may_alias]] =
 using I = int32_t __attribute__((vector_size(LANES * sizeof(int32_t))));
 using Bits = uint32_t __attribute__((vector_size(LANES * sizeof(uint32_t))));
 using Half = uint16_t __attribute__((vector_size(LANES * sizeof(uint16_t))));
+using Bytes = uint8_t __attribute__((vector_size(LANES)));
 
 #undef CVK_INLINE
 #define CVK_INLINE CVK_TARGET static inline __attribute__((always_inline))
@@ -70,6 +71,19 @@ CVK_INLINE void store(float16* p, V v) {
 #endif
 }
 
+CVK_INLINE V load(const uint8_t* p) {
+  Bytes bytes;
+  __builtin_memcpy(&bytes, p, sizeof(bytes));
+  return __builtin_convertvector(__builtin_convertvector(bytes, I), V);
+}
+
+// v between 0 and 255 as bytes: rounded to nearest, ties to even.
+CVK_INLINE void store(uint8_t* p, V v) {
+  const V shifted = v + 0x1.8p23f;  // rounded into the last places
+  const Bytes bytes = __builtin_convertvector(__builtin_bit_cast(Bits, shifted) & 0xff, Bytes);
+  __builtin_memcpy(p, &bytes, sizeof(bytes));
+}
+
 // Two vectors, the first at p.
 template <typename T>
 CVK_INLINE void store(T* p, V first, V second) {
@@ -104,6 +118,13 @@ template <typename T>
 CVK_INLINE void copy(const T* from, int64_t count, T* to) {
 #if LANES == 16
   constexpr int64_t WHOLE = 64 / sizeof(T);
+  if constexpr (sizeof(T) == 1) {
+    for (; count >= WHOLE; count -= WHOLE, from += WHOLE, to += WHOLE)
+      _mm512_storeu_si512(to, _mm512_loadu_si512(from));
+    const __mmask64 rest = (uint64_t{1} << count) - 1;
+    _mm512_mask_storeu_epi8(to, rest, _mm512_maskz_loadu_epi8(rest, from));
+    return;
+  }
   if constexpr (sizeof(T) == 2) {
     for (; count >= WHOLE; count -= WHOLE, from += WHOLE, to += WHOLE)
       _mm512_storeu_si512(to, _mm512_loadu_si512(from));
@@ -146,8 +167,8 @@ CVK_INLINE V short_inverse(V x) {
 #endif
 }
 
-// y * sigmoid(y) to 11 bits or more, for bfloat16.
-CVK_INLINE V short_silu(V y) {
+// 1 + e^-y to 11 bits or more.
+CVK_INLINE V short_divisor(V y) {
   const V low = V{} - 126.0f, high = V{} + 128.0f;
   V x = y * -0x1.715476p0f;  // -y / ln(2)
   x = x < low ? low : x;
@@ -159,15 +180,19 @@ CVK_INLINE V short_silu(V y) {
   power = power * r + 0.6931471806f;
   power = power * r + 1.0f;
   const I bits = __builtin_bit_cast(I, shifted);
-  power = power * __builtin_bit_cast(V, (bits + 127) << 23);  // 2^n, infinity for n = 128
-  return y * short_inverse(power + 1.0f);
+  return power * __builtin_bit_cast(V, (bits + 127) << 23) + 1.0f;  // 2^n, infinity for n = 128
 }
+
+// y * sigmoid(y) to 11 bits or more, for bfloat16.
+CVK_INLINE V short_silu(V y) { return y * short_inverse(short_divisor(y)); }
 
 // In what T needs. Each of them keeps a NaN.
 template <Act ACT, typename T = float>
 CVK_INLINE V activate(V y) {
   const V zero = V{}, six = V{} + 6.0f;
   if constexpr (ACT == Act::SILU && std::is_same_v<T, bfloat16>) return short_silu(y);
+  // Of bytes, which are to be the same on all processors.
+  if constexpr (ACT == Act::SILU && std::is_same_v<T, uint8_t>) return y / short_divisor(y);
   if constexpr (ACT == Act::SILU) return y / (1.0f + exponential(-y));
   if constexpr (ACT == Act::RELU || ACT == Act::RELU6) y = y < zero ? zero : y;
   if constexpr (ACT == Act::RELU6) y = y > six ? six : y;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/act.h"
 #include "common/amx.h"
@@ -26,17 +27,22 @@ struct Problem {
   // Whether the products are of floats, and x is not; whether they are of pairs of bfloat16;
   // whether tiles take many of those at once; and whether weights are such pairs in any case.
   bool widens, pairs, tiles, pairs_weights;
+  // Whether the products are of four bytes each, and what stands for 0 in those of x.
+  bool quads;
+  uint8_t zero;
 
   int64_t taps() const { return R * S; }
+  // Numbers of a factor, whose products with as many of a weight are summed by one instruction.
+  int64_t together() const { return quads ? 4 : pairs ? 2 : 1; }
   int64_t pixels() const { return N * P * Q; }
   int64_t panels() const { return divide_up(K, PANEL); }
 
   // Whether the operand of a block of pixels is gathered before it is multiplied: where it is
   // computed or converted, and where a tap has too few channels next to each other to be worth a
-  // loop, or not whole pairs.
+  // loop, or not whole factors.
   bool gathers() const {
     if (tiles) return parts() == 1;
-    return has_prologue || widens || x_stride_c != 1 || C < 16 || (pairs && C % 2 != 0);
+    return has_prologue || widens || x_stride_c != 1 || C < 16 || C % together() != 0;
   }
 
   // Whether the channels of a row of the kernel lie together in x, as they are multiplied.
@@ -47,17 +53,18 @@ struct Problem {
   // Whether such a row is multiplied as one tap of S * C channels; only those at the edges of x are
   // gathered then.
   bool rows_as_taps() const {
-    return gathers() && rows_together() && !widens && !tiles && !(pairs && S * C % 2 != 0);
+    return gathers() && rows_together() && !widens && !tiles && S * C % together() == 0;
   }
 
   // Whether the rows of x that a row of pixels reads are copied, with few channels, as of an image:
-  // as floats, or with a channel more for whole pairs.
+  // as floats, or with more channels for whole factors.
   bool has_bands() const {
-    return (pairs ? C % 2 != 0 : widens) && !tiles && C < 16 && !has_prologue && dilation_w == 1;
+    const bool copies = together() > 1 ? C % together() != 0 : widens;
+    return copies && !tiles && C < 16 && !has_prologue && dilation_w == 1;
   }
-  int64_t band_channels() const { return pairs ? C + 1 : C; }
+  int64_t band_channels() const { return divide_up(C, together()) * together(); }
 
-  // Of a pixel's operand, the parts that lie apart, and the factors of each: floats, or pairs.
+  // Of a pixel's operand, the parts that lie apart, and the factors of each: floats, pairs, quads.
   // Tiles take whole rows of themselves.
   int64_t parts() const {
     if (tiles) return C < 16 ? 1 : taps();  // few channels: all taps of a pixel together
@@ -66,14 +73,39 @@ struct Problem {
   int64_t depth() const {
     if (tiles) return divide_up(taps() * C / parts(), TILE_NUMBERS) * TILE_NUMBERS / 2;
     const int64_t numbers = has_bands() ? S * band_channels() : taps() * C / parts();
-    return pairs ? divide_up(numbers, 2) : numbers;
+    return divide_up(numbers, together());
   }
 
-  // A panel of weights, of 32 bits: rows of PANEL, in pairs one for two numbers of a part.
+  // A panel of weights, of 32 bits: rows of PANEL, one for each factor of a part.
   int64_t panel_size() const {
     return parts() * (pairs_weights && !pairs ? divide_up(depth(), 2) : depth()) * PANEL;
   }
 };
+
+// How sums of products of bytes become numbers: y = sum * scale + shift with a scale for each
+// output channel; with gates y * gate + offset; + residual * residual_scale; with SiLU silu(y) *
+// out_scale + out_zero; clamped to low and high. A byte is that rounded, so low and high are bytes
+// then.
+struct Quantised {
+  const float* scale;      // [panels * PANEL]
+  const int32_t* surplus;  // likewise: what sums of products with x - 128 lack
+  float offset, residual_scale, low, high, out_scale, out_zero;
+  float x_zero, gate_scale;  // an input gate g makes (x - x_zero) * g * gate_scale + zero of x
+  float* wide_out;           // in place of out
+
+  // Of the elements of out from `element` on, and the output channels from `channel` on.
+  Quantised at(int64_t element, int64_t channel) const {
+    Quantised there = *this;
+    there.scale += channel;
+    there.surplus += channel;
+    if (wide_out != nullptr) there.wide_out += element + channel;
+    return there;
+  }
+};
+
+// The gates of a map of T.
+template <typename T>
+using Gate = std::conditional_t<std::is_same_v<T, uint8_t>, float, T>;
 
 // x, out and residual start at their first element. Direct: weight[panels, R, S, C, PANEL], in
 // pairs weight[panels, rows, PANEL] of the same, with bands' channels. Winograd:
@@ -87,13 +119,19 @@ struct Data {
   const T* residual;
   const float* input_scale;
   const float* input_shift;
-  const T* gate;
-  const T* output_gate;
+  const Gate<T>* gate;
+  const Gate<T>* output_gate;
   T* out;
+  Quantised quantised{};  // where T is a byte
 };
 
 // Two neighbouring bfloat16, the first in the lower half: a factor as wide as a float.
 struct [[gnu::may_alias]] Pair {
+  uint32_t bits;
+};
+
+// Four neighbouring bytes, the first the lowest.
+struct [[gnu::may_alias]] Quad {
   uint32_t bits;
 };
 

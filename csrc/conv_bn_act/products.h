@@ -1,5 +1,6 @@
 // The products of conv_bn_act, included once for each instruction set: see isa.h. T is the element
-// of x, the residual and out; U a factor of the products: float, or Pair.
+// of x, the residual and out; U a factor of the products: float, Pair or Quad. Sums of products of
+// bytes are int32, whose bits the vectors hold.
 
 // Vectors of output channels that a tile holds, and the pixels: its sums fill the registers.
 #if LANES == 16
@@ -26,6 +27,43 @@ CVK_INLINE V multiply_add(V sum, V b, Pair a) {
   sum += __builtin_bit_cast(V, bits << 16) * bits_as<float>(a.bits << 16);
   return sum + __builtin_bit_cast(V, bits & 0xffff0000u) * bits_as<float>(a.bits & 0xffff0000u);
 #endif
+}
+
+// b holds four weights, signed, for each of the sums; a four bytes of x.
+CVK_INLINE V multiply_add(V sum, V b, Quad a) {
+#if defined(HAS_BYTE_DOTS) && LANES == 16
+  const __m512i bytes = _mm512_set1_epi32(static_cast<int>(a.bits));
+  return __builtin_bit_cast(V, _mm512_dpbusd_epi32(__builtin_bit_cast(__m512i, sum), bytes,
+                                                   __builtin_bit_cast(__m512i, b)));
+#elif defined(HAS_BYTE_DOTS)
+  const __m256i bytes = _mm256_set1_epi32(static_cast<int>(a.bits));
+  return __builtin_bit_cast(V, _mm256_dpbusd_avx_epi32(__builtin_bit_cast(__m256i, sum), bytes,
+                                                       __builtin_bit_cast(__m256i, b)));
+#elif LANES == 8
+  // Of x - 128, between -128 and 127: two products with a weight of at least -127 fit 16 bits.
+  const __m256i bytes = _mm256_set1_epi32(static_cast<int>(a.bits ^ 0x80808080u));
+  const __m256i signs = _mm256_sign_epi8(__builtin_bit_cast(__m256i, b), bytes);
+  const __m256i twos = _mm256_maddubs_epi16(_mm256_abs_epi8(bytes), signs);
+  const __m256i fours = _mm256_madd_epi16(twos, _mm256_set1_epi16(1));
+  return __builtin_bit_cast(V, _mm256_add_epi32(__builtin_bit_cast(__m256i, sum), fours));
+#else
+  I total = __builtin_bit_cast(I, sum);
+  const Bits weights = __builtin_bit_cast(Bits, b);
+  for (int byte = 0; byte < 4; ++byte) {
+    const I weight = __builtin_bit_cast(I, weights << (24 - 8 * byte)) >> 24;
+    total += weight * static_cast<int>(a.bits >> (8 * byte) & 0xff);
+  }
+  return __builtin_bit_cast(V, total);
+#endif
+}
+
+// What multiply_add sums up, of x itself.
+CVK_INLINE V whole_sum(V sum, const int32_t* surplus) {
+  I total = __builtin_bit_cast(I, sum);
+#if LANES == 8 && !defined(HAS_BYTE_DOTS)
+  total += __builtin_bit_cast(I, load(reinterpret_cast<const float*>(surplus)));
+#endif
+  return __builtin_convertvector(total, V);
 }
 
 // sums[ROW, v] += rows[ROW][c] * b[v]. By recursion: an array that a loop indexes would not live in
@@ -119,30 +157,55 @@ CVK_INLINE bool are_all(const U* const* rows, const U* same) {
 }
 
 // What becomes of the sums: to[row, column] = clamp((sums + shift) * gates[row][column] +
-// residual), or without a shift the sums themselves, in floats.
+// residual), or without a shift the sums themselves, in 32 bits. Of products of bytes see
+// Quantised, whose vectors start at the tile's first column here.
 template <typename T>
 struct Epilogue {
   T* to;
   int64_t to_stride;
   const float* shift;
-  const T* const* gates;
+  const Gate<T>* const* gates;
   const T* residual;
   int64_t residual_stride;
   float low, high;
   float* sums = nullptr;
+  Quantised quantised{};
 
   static Epilogue of_sums(float* sums, int64_t stride) {
     return {nullptr, stride, nullptr, nullptr, nullptr, 0, 0.0f, 0.0f, sums};
   }
 };
 
+// Before the residual: with the scale and shift of a channel, and its gate where there is one.
+template <typename T>
+CVK_INLINE V scaled(V sum, V shift, const Gate<T>* gate, const Quantised& quantised,
+                    int64_t column) {
+  if constexpr (!std::is_same_v<T, uint8_t>) {
+    const V y = sum + shift;
+    return gate == nullptr ? y : y * load(gate);
+  } else {
+    const V whole = whole_sum(sum, quantised.surplus + column);
+    const V y = whole * load(quantised.scale + column) + shift;
+    return gate == nullptr ? y : y * load(gate) + quantised.offset;
+  }
+}
+
+template <typename T>
+CVK_INLINE V with_residual(V y, const Quantised& quantised, const T* residual) {
+  if constexpr (std::is_same_v<T, uint8_t>)
+    return y + load(residual) * quantised.residual_scale;
+  else
+    return y + load(residual);
+}
+
 template <int INDEX, int WIDTH, typename T>
 CVK_INLINE V finished(const V* sums, const Epilogue<T>& epilogue, const V* shift, V low, V high) {
   constexpr int row = INDEX / WIDTH, column = INDEX % WIDTH * LANES;
-  V y = sums[INDEX] + shift[INDEX % WIDTH];
-  if (epilogue.gates != nullptr) y = y * load(epilogue.gates[row] + column);
+  const Gate<T>* gate = epilogue.gates == nullptr ? nullptr : epilogue.gates[row] + column;
+  V y = scaled<T>(sums[INDEX], shift[INDEX % WIDTH], gate, epilogue.quantised, column);
   if (epilogue.residual != nullptr)
-    y += load(epilogue.residual + row * epilogue.residual_stride + column);
+    y = with_residual(y, epilogue.quantised,
+                      epilogue.residual + row * epilogue.residual_stride + column);
   y = y < low ? low : y;  // a NaN stays one
   return y > high ? high : y;
 }
@@ -171,7 +234,8 @@ CVK_TARGET static void multiply(const U* const* operand, int64_t stride, int64_t
                                 const U* zeros, const Epilogue<T>& epilogue) {
   V sums[HEIGHT * WIDTH];
   clear_sums<HEIGHT * WIDTH>(sums);
-  const bool has_totals = parts * depth > SUMMED;
+  constexpr bool EXACT = std::is_same_v<U, Quad>;
+  const bool has_totals = !EXACT && parts * depth > SUMMED;
   alignas(64) float totals[HEIGHT * WIDTH * LANES];
   if (has_totals) std::fill_n(totals, HEIGHT * WIDTH * LANES, 0.0f);
   constexpr bool PAIRED = std::is_same_v<T, bfloat16> && std::is_same_v<U, float>;
@@ -180,9 +244,9 @@ CVK_TARGET static void multiply(const U* const* operand, int64_t stride, int64_t
   for (int64_t part = 0; part < parts; ++part, operand += stride) {
     const U* rows[HEIGHT];
     load_rows<HEIGHT>(rows, operand);
-    const bool is_padding = are_all<HEIGHT>(rows, zeros);
+    const bool is_padding = !EXACT && are_all<HEIGHT>(rows, zeros);  // bytes of it are not 0
     for (int64_t c = 0, end = 0; c < depth;) {
-      end = std::min(depth, c + divide_up(SUMMED - summed, STEP) * STEP);
+      end = EXACT ? depth : std::min(depth, c + divide_up(SUMMED - summed, STEP) * STEP);
       summed += end - c;  // also of padding: no sum is to depend on how rows are cut into tiles
       if (is_padding) weight += divide_up(end - c, STEP) * PANEL, c = end;
       if constexpr (PAIRED) {
@@ -245,65 +309,109 @@ CVK_TARGET static Multiply<T, U> tile_of(int64_t height, int64_t columns, int64_
   return *width = LANES, multiply_of_height<T, U, 1>(height);
 }
 
+// v between low and high where E is a byte.
+template <typename E>
+CVK_INLINE V clamped(V v, float low, float high) {
+  if constexpr (!std::is_same_v<E, uint8_t>) return v;
+  const V least = V{} + low, most = V{} + high;
+  v = v < least ? least : v;
+  return v > most ? most : v;
+}
+
+// What stands for act(y): of products of bytes see Quantised.
 template <Act ACT, typename T>
-CVK_INLINE V finished(const float* sums, const float* shift, const T* gate, const T* residual,
-                      int64_t c) {
-  V y = load(sums + c) + load(shift + c);
-  if (gate != nullptr) y = y * load(gate + c);
-  if (residual != nullptr) y += load(residual + c);
-  return activate<ACT, T>(y);
+CVK_INLINE V activated(V y, const Quantised& quantised) {
+  if constexpr (!std::is_same_v<T, uint8_t>) {
+    return activate<ACT, T>(y);
+  } else {
+    if constexpr (ACT == Act::SILU)
+      y = activate<ACT, T>(y) * quantised.out_scale + quantised.out_zero;
+    return clamped<T>(y, quantised.low, quantised.high);
+  }
+}
+
+// Of the channels from c on; gate and residual, where there are any, begin with them.
+template <Act ACT, typename T>
+CVK_INLINE V finished(const float* sums, const float* shift, const Gate<T>* gate, const T* residual,
+                      const Quantised& quantised, int64_t c) {
+  V y = scaled<T>(load(sums + c), load(shift + c), gate, quantised, c);
+  if (residual != nullptr) y = with_residual(y, quantised, residual);
+  return activated<ACT, T>(y, quantised);
+}
+
+template <typename T>
+CVK_INLINE const T* from(const T* p, int64_t c) {
+  return p == nullptr ? p : p + c;
 }
 
 // out = act((sums + shift) * gates + residual) for `height` pixels and the `kept` first of
-// `columns`.
-template <Act ACT, typename T>
+// `columns`. The vectors of all have whole panels.
+template <Act ACT, typename T, typename O>
 CVK_TARGET static void finish(const Problem& problem, const float* sums, int64_t sums_stride,
                               int64_t height, int64_t columns, int64_t kept, const float* shift,
-                              const T* const* gates, const T* residual, T* out) {
+                              const Gate<T>* const* gates, const T* residual, O* out,
+                              const Quantised& quantised) {
   for (int64_t row = 0; row < height; ++row, sums += sums_stride, out += problem.out_stride) {
-    const T* gate = gates == nullptr ? nullptr : gates[row];
+    const Gate<T>* gate = gates == nullptr ? nullptr : gates[row];
     int64_t c = 0;
     for (; c + 2 * LANES <= std::min(columns, kept); c += 2 * LANES)
-      store(out + c, finished<ACT>(sums, shift, gate, residual, c),
-            finished<ACT>(sums, shift, gate, residual, c + LANES));
+      store(out + c, finished<ACT, T>(sums, shift, from(gate, c), from(residual, c), quantised, c),
+            finished<ACT, T>(sums, shift, from(gate, c + LANES), from(residual, c + LANES),
+                             quantised, c + LANES));
     for (; c < columns && c < kept; c += LANES) {
       if (c + LANES <= kept) {
-        store(out + c, finished<ACT>(sums, shift, gate, residual, c));
+        store(out + c,
+              finished<ACT, T>(sums, shift, from(gate, c), from(residual, c), quantised, c));
         continue;
       }
-      V y = load(sums + c) + load(shift + c);
-      if (gate != nullptr) y = y * load_some(gate + c, kept - c);
-      if (residual != nullptr) y += load_some(residual + c, kept - c);
-      store_some(out + c, activate<ACT, T>(y), kept - c);
+      Gate<T> some_gates[LANES] = {};
+      T some_residual[LANES] = {};
+      for (int64_t i = 0; i < kept - c; ++i) {
+        if (gate != nullptr) some_gates[i] = gate[c + i];
+        if (residual != nullptr) some_residual[i] = residual[c + i];
+      }
+      const V y = finished<ACT, T>(sums, shift, gate == nullptr ? gate : some_gates,
+                                   residual == nullptr ? residual : some_residual, quantised, c);
+      store_some(out + c, y, kept - c);
     }
     if (residual != nullptr) residual += problem.residual_stride;
   }
 }
 
+template <Act ACT>
+using Constant = std::integral_constant<Act, ACT>;
+
 template <typename T>
 CVK_TARGET static void finish_tile(const Problem& problem, const float* sums, int64_t sums_stride,
                                    int64_t height, int64_t columns, int64_t kept,
-                                   const float* shift, const T* const* gates, const T* residual,
-                                   T* out) {
-  const auto finish_by = [&](auto finish) {
-    finish(problem, sums, sums_stride, height, columns, kept, shift, gates, residual, out);
+                                   const float* shift, const Gate<T>* const* gates,
+                                   const T* residual, T* out, const Quantised& quantised = {}) {
+  const auto finish_by = [&]<Act ACT>(Constant<ACT>) {
+    const auto finish_to = [&](auto* out) {
+      finish<ACT>(problem, sums, sums_stride, height, columns, kept, shift, gates, residual, out,
+                  quantised);
+    };
+    if constexpr (std::is_same_v<T, uint8_t>)
+      if (quantised.wide_out != nullptr) return finish_to(quantised.wide_out);
+    finish_to(out);
   };
   switch (problem.act) {
     case Act::NONE:
-      return finish_by(&finish<Act::NONE, T>);
+      return finish_by(Constant<Act::NONE>{});
     case Act::RELU:
-      return finish_by(&finish<Act::RELU, T>);
+      return finish_by(Constant<Act::RELU>{});
     case Act::RELU6:
-      return finish_by(&finish<Act::RELU6, T>);
+      return finish_by(Constant<Act::RELU6>{});
     case Act::SILU:
-      return finish_by(&finish<Act::SILU, T>);
+      return finish_by(Constant<Act::SILU>{});
   }
 }
 
 // Pointers to the gates of `count` pixels from `pixel` on, at a column; null without gates.
 template <typename T>
-CVK_INLINE const T* const* find_gates(const Problem& problem, const Data<T>& data, int64_t pixel,
-                                      int64_t count, int64_t column, const T** gates) {
+CVK_INLINE const Gate<T>* const* find_gates(const Problem& problem, const Data<T>& data,
+                                            int64_t pixel, int64_t count, int64_t column,
+                                            const Gate<T>** gates) {
   if (data.output_gate == nullptr) return nullptr;
   for (int64_t row = 0; row < count; ++row) {
     const int64_t image = (pixel + row) / (problem.P * problem.Q);
@@ -331,8 +439,15 @@ CVK_INLINE int64_t offset_of(const Problem& problem, int64_t n, int64_t h, int64
 // What a factor's numbers are in memory.
 CVK_INLINE float* numbers_of(float* operand) { return operand; }
 CVK_INLINE bfloat16* numbers_of(Pair* operand) { return reinterpret_cast<bfloat16*>(operand); }
+CVK_INLINE uint8_t* numbers_of(Quad* operand) { return reinterpret_cast<uint8_t*>(operand); }
 CVK_INLINE float number_of(float value, float) { return value; }
 CVK_INLINE bfloat16 number_of(float value, bfloat16) { return Number<bfloat16>::narrow(value); }
+CVK_INLINE uint8_t number_of(float value, uint8_t) { return Number<uint8_t>::narrow(value); }
+
+// What stands for 0 in the operand.
+CVK_INLINE float padding_of(const Problem&, float) { return 0.0f; }
+CVK_INLINE bfloat16 padding_of(const Problem&, bfloat16) { return {}; }
+CVK_INLINE uint8_t padding_of(const Problem& problem, uint8_t) { return problem.zero; }
 
 // `count` neighbouring numbers of x, as the products take them.
 template <typename T, typename E>
@@ -343,26 +458,36 @@ CVK_TARGET static void convert(const T* x, int64_t count, E* to) {
   for (; i < count; ++i) to[i] = number_of(Number<T>::widen(x[i]), E{});
 }
 
+// A number, or a vector of them, of x times its gate.
+template <typename T, typename X>
+CVK_INLINE X gated(const Problem& problem, const Data<T>& data, X x, X gate) {
+  if constexpr (!std::is_same_v<T, uint8_t>)
+    return x * gate;
+  else
+    return (x - data.quantised.x_zero) * (gate * data.quantised.gate_scale) +
+           static_cast<float>(problem.zero);
+}
+
 // The C channels of one tap of one pixel as the convolution multiplies them.
 template <typename T, typename E>
 CVK_TARGET static void gather_tap(const Problem& problem, const Data<T>& data, int64_t n,
                                   int64_t offset, E* to) {
   const int64_t C = problem.C, stride = problem.x_stride_c;
   if (offset < 0) {
-    std::fill_n(to, C, E{});
+    std::fill_n(to, C, padding_of(problem, E{}));
     return;
   }
   const T* x = data.x + offset;
   if (stride == 1 && !problem.has_prologue) return convert(x, C, to);
+  const Gate<T>* gate = data.gate == nullptr ? nullptr : data.gate + n * C;
   int64_t c = 0;
   if (stride == 1 && C >= LANES) {
-    const T* gate = data.gate == nullptr ? nullptr : data.gate + n * C;
     for (; c + LANES <= C; c += LANES) {
       V u = load(x + c);
       if (data.input_scale != nullptr)
         u = activate<Act::RELU>(u * load(data.input_scale + c) + load(data.input_shift + c));
-      if (gate != nullptr) u = u * load(gate + c);
-      store(to + c, u);
+      if (gate != nullptr) u = gated<T>(problem, data, u, load(gate + c));
+      store(to + c, clamped<E>(u, 0.0f, 255.0f));
     }
   }
   for (; c < C; ++c) {
@@ -371,7 +496,7 @@ CVK_TARGET static void gather_tap(const Problem& problem, const Data<T>& data, i
       u = u * data.input_scale[c] + data.input_shift[c];
       u = u < 0.0f ? 0.0f : u;
     }
-    if (data.gate != nullptr) u *= Number<T>::widen(data.gate[n * C + c]);
+    if (gate != nullptr) u = gated<T>(problem, data, u, Number<Gate<T>>::widen(gate[c]));
     to[c] = number_of(u, E{});
   }
 }
@@ -384,10 +509,10 @@ CVK_TARGET static void gather_row(const Problem& problem, const Data<T>& data, i
   const bool inside = h >= 0 && h < problem.H;
   const int64_t first = inside ? std::clamp<int64_t>(-w, 0, S) : S;
   const int64_t last = std::clamp<int64_t>(problem.W - w, first, S);
-  std::fill_n(to, first * C, E{});
+  std::fill_n(to, first * C, padding_of(problem, E{}));
   if (first < last)
     convert(data.x + offset_of(problem, n, h, w + first), (last - first) * C, to + first * C);
-  std::fill(to + last * C, to + S * C, E{});
+  std::fill(to + last * C, to + S * C, padding_of(problem, E{}));
 }
 
 // The same for a problem that has bands: `bands` is [rows of pixels, R, width, band channels], each
@@ -414,8 +539,9 @@ CVK_TARGET static void find_bands(const Problem& problem, const Data<T>& data, R
       }
       auto* to = numbers_of(bands);
       using E = std::remove_pointer_t<decltype(to)>;
-      std::fill_n(to, first * padded, E{});
-      std::fill(to + last * padded, to + width * padded, E{});
+      const E zero = padding_of(problem, E{});
+      std::fill_n(to, first * padded, zero);
+      std::fill(to + last * padded, to + width * padded, zero);
       const T* x = data.x + n * problem.x_stride_n + h * problem.x_stride_h;
       for (int64_t w = first; w < last; ++w) {
         const T* from = x + (left + w) * problem.x_stride_w;
@@ -441,7 +567,7 @@ CVK_TARGET static void find_operand(const Problem& problem, const Data<T>& data,
   const bool gathers = problem.gathers(), rows_as_taps = problem.rows_as_taps();
   const bool rows_together = problem.rows_together();
   const int64_t depth = problem.depth(), factors = problem.parts() * depth;
-  const int64_t numbers = factors * (problem.pairs ? 2 : 1);
+  const int64_t numbers = factors * problem.together();
   int64_t q = rows.begin % problem.Q, p = rows.begin / problem.Q % problem.P;
   int64_t n = rows.begin / problem.Q / problem.P;
   for (int64_t row = 0; row < count; ++row) {
@@ -450,7 +576,7 @@ CVK_TARGET static void find_operand(const Problem& problem, const Data<T>& data,
     using E = std::remove_pointer_t<decltype(to)>;
     if (gathers && !rows_as_taps) {
       operand[row] = of_row;
-      std::fill(to + R * S * C, to + numbers, E{});  // the half of a pair
+      std::fill(to + R * S * C, to + numbers, E{});  // what completes a factor
     }
     const int64_t top = p * problem.stride_h - problem.padding_h;
     const int64_t left = q * problem.stride_w - problem.padding_w;
@@ -489,9 +615,21 @@ CVK_TARGET static void find_operand(const Problem& problem, const Data<T>& data,
   }
 }
 
+// Pixels between one that is written and one whose memory is asked for: a strip of few weights.
+constexpr int64_t FAR = 4 * HIGHEST;
+
 // Factors of weights that stay in the first cache. Then a strip of pixels gets all its channels
 // before the next: each cache line of out is written once.
 constexpr int64_t IN_FIRST_CACHE = 6 << 10;
+
+// What a tile clamps to.
+template <typename T>
+CVK_INLINE std::pair<float, float> limits(const Problem& problem, const Data<T>& data) {
+  if constexpr (std::is_same_v<T, uint8_t>) return {data.quantised.low, data.quantised.high};
+  const float infinity = std::numeric_limits<float>::infinity();
+  const bool clamps = problem.act == Act::RELU || problem.act == Act::RELU6;
+  return {clamps ? 0.0f : -infinity, problem.act == Act::RELU6 ? 6.0f : infinity};
+}
 
 // A strip of pixels times a range of panels; the operand's parts are `stride` pointers apart.
 template <typename T, typename U>
@@ -501,15 +639,13 @@ CVK_TARGET static void multiply_strip(const Problem& problem, const Data<T>& dat
   const int64_t count = rows.size(), tiles = divide_up(count, HIGHEST);
   const int64_t parts = problem.parts(), depth = problem.depth();
   const int64_t panel_size = problem.panel_size();
-  const float infinity = std::numeric_limits<float>::infinity();
-  const bool clamps = problem.act == Act::RELU || problem.act == Act::RELU6;
-  const float low = clamps ? 0.0f : -infinity;
-  const float high = problem.act == Act::RELU6 ? 6.0f : infinity;
+  const auto [low, high] = limits(problem, data);
   // Whether a tile stores what becomes of its sums itself: SiLU is taken of floats.
-  const bool finishes = std::is_same_v<T, float> || problem.act != Act::SILU;
+  const bool finishes =
+      std::is_same_v<T, float> || (problem.act != Act::SILU && data.quantised.wide_out == nullptr);
   // Bytes of each pixel that are fetched while the tile before it is multiplied: of those that lie
   // in x, where the first column reads them from memory.
-  const bool fetches = std::is_same_v<U, Pair> && !problem.gathers() && parts == 1;
+  const bool fetches = !std::is_same_v<U, float> && !problem.gathers() && parts == 1;
   const int64_t ahead = fetches ? depth * int64_t{sizeof(U)} : 0;
   alignas(64) float sums[HIGHEST * WIDEST * LANES];
   int64_t width = 0;
@@ -528,16 +664,29 @@ CVK_TARGET static void multiply_strip(const Problem& problem, const Data<T>& dat
         for (int64_t next = end; next < std::min(count, end + HIGHEST); ++next)
           for (int64_t line = 0; line < ahead; line += 64)
             __builtin_prefetch(reinterpret_cast<const char*>(operand[next]) + line);
-      T* out = data.out + pixel * problem.out_stride + column;
+      T* out = data.out == nullptr ? nullptr : data.out + pixel * problem.out_stride + column;
       const T* residual = data.residual;
       if (residual != nullptr) residual += pixel * problem.residual_stride + column;
-      const T* of_rows[HIGHEST];
-      const T* const* gates = find_gates(problem, data, pixel, height, column, of_rows);
+      // Those of bytes are short runs, which no processor fetches by itself.
+      if (std::is_same_v<T, uint8_t>) {
+        const int64_t last = std::min(problem.pixels() - pixel, FAR + height);
+        for (int64_t next = FAR; next < last; ++next) {
+          if (residual != nullptr) __builtin_prefetch(residual + next * problem.residual_stride);
+          if (out != nullptr) __builtin_prefetch(out + next * problem.out_stride, 1);
+        }
+      }
+      const Gate<T>* of_rows[HIGHEST];
+      const Gate<T>* const* gates = find_gates(problem, data, pixel, height, column, of_rows);
+      Quantised quantised{};
+      if constexpr (std::is_same_v<T, uint8_t>)
+        quantised = data.quantised.at(pixel * problem.out_stride, column);
       if (finishes && width <= kept) {
         tile(operand + row, stride, parts, depth, weight, panel_size, zeros,
-             {out, problem.out_stride, shift, gates, residual, problem.residual_stride, low, high});
+             {out, problem.out_stride, shift, gates, residual, problem.residual_stride, low, high,
+              nullptr, quantised});
         const int64_t pending = end - activated;
-        if (problem.act == Act::SILU && (pending * width >= TOGETHER || end == count)) {
+        if (std::is_same_v<T, float> && problem.act == Act::SILU &&
+            (pending * width >= TOGETHER || end == count)) {
           apply_silu(out + (height - pending) * problem.out_stride, problem.out_stride, pending,
                      width);
           activated = end;
@@ -546,7 +695,8 @@ CVK_TARGET static void multiply_strip(const Problem& problem, const Data<T>& dat
       }
       tile(operand + row, stride, parts, depth, weight, panel_size, zeros,
            Epilogue<T>::of_sums(sums, WIDEST * LANES));
-      finish_tile(problem, sums, WIDEST * LANES, height, width, kept, shift, gates, residual, out);
+      finish_tile(problem, sums, WIDEST * LANES, height, width, kept, shift, gates, residual, out,
+                  quantised);
     }
   }
 }
@@ -557,7 +707,7 @@ CVK_TARGET static void convolve(const Problem& problem, const Data<T>& data, Ran
                                 Range panels, const U* zeros, U* gathered, const U** operand) {
   find_operand(problem, data, rows, zeros, gathered, operand);
   const bool few_weights = panels.size() * problem.panel_size() <= IN_FIRST_CACHE;
-  const int64_t count = rows.size(), strips = few_weights ? divide_up(count, 4 * HIGHEST) : 1;
+  const int64_t count = rows.size(), strips = few_weights ? divide_up(count, FAR) : 1;
   for (int64_t number = 0; number < strips; ++number) {
     const auto [begin, end] = part_of(count, strips, number);
     multiply_strip<T, U>(problem, data, {rows.begin + begin, rows.begin + end}, panels, zeros,

@@ -20,6 +20,8 @@ struct Problem {
   int64_t kernel, stride, padding_h, padding_w, spread;
   Act act;
   int64_t x_stride_n, x_stride_c, x_stride_h, x_stride_w;
+  // Of bytes: a byte q of x stands for q - x_zero, and y becomes y * out_scale + out_zero, rounded.
+  float x_zero, out_scale, out_zero;
 
   int64_t blocks() const { return (C + BLOCK - 1) / BLOCK; }
 

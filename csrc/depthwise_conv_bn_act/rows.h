@@ -1,9 +1,15 @@
 // The inner loops of depthwise_conv_bn_act, included once for each instruction set: see isa.h.
 
+// What a number, or a vector of them, of x stands for.
+template <typename T, typename X>
+CVK_INLINE X meant(const Problem& problem, X x) {
+  return std::is_same_v<T, uint8_t> ? x - problem.x_zero : x;
+}
+
 // BLOCK channels as floats.
 template <typename T>
-CVK_INLINE void load_block(const T* from, float* to) {
-  for (int c = 0; c < BLOCK; c += LANES) store(to + c, load(from + c));
+CVK_INLINE void load_block(const Problem& problem, const T* from, float* to) {
+  for (int c = 0; c < BLOCK; c += LANES) store(to + c, meant<T>(problem, load(from + c)));
 }
 
 // One row of x into scratch[blocks][scratch width][BLOCK], as floats; the padding is not written.
@@ -20,13 +26,14 @@ CVK_TARGET static void load_row(const Problem& problem, const Task& task, const 
   for (int64_t iw = 0; iw < W; iw += spread) {
     const auto* from = x + iw / spread * stride_w;
     float* to = scratch + iw * BLOCK;
-    for (int64_t b = 0; b < whole; ++b, from += BLOCK, to += block_size) load_block<T>(from, to);
+    for (int64_t b = 0; b < whole; ++b, from += BLOCK, to += block_size)
+      load_block<T>(problem, from, to);
   }
   for (int64_t c = whole * BLOCK; c < channels; ++c) {
     const auto* from = x + c * stride_c;
     float* to = scratch + c / BLOCK * block_size + c % BLOCK;
     for (int64_t iw = 0; iw < W; iw += spread)
-      to[iw * BLOCK] = Number<T>::widen(from[iw / spread * stride_w]);
+      to[iw * BLOCK] = meant<T>(problem, Number<T>::widen(from[iw / spread * stride_w]));
   }
 }
 
@@ -100,19 +107,29 @@ CVK_INLINE void store_each(const V* values, float* to) {
   }
 }
 
+// How y is stored as a T.
+template <typename T>
+CVK_INLINE V stored(const Problem& problem, V y) {
+  if constexpr (!std::is_same_v<T, uint8_t>) return y;
+  const V low = V{}, high = V{} + 255.0f;
+  y = y * problem.out_scale + problem.out_zero;
+  y = y < low ? low : y;
+  return y > high ? high : y;
+}
+
 // out = act(row * scale + shift) for the first `kept` channels of a row's pixels; returns their
 // sum. A loop of its own, so that act's constants stay in registers.
 template <typename T, Act ACT>
-CVK_INLINE V finish_row(const float* row, V scale, V shift, int64_t Q, int64_t kept, T* out,
-                        int64_t C) {
+CVK_INLINE V finish_row(const Problem& problem, const float* row, V scale, V shift, int64_t kept,
+                        T* out) {
   V sum = V{};
-  for (int64_t q = 0; q < Q; ++q, row += LANES, out += C) {
+  for (int64_t q = 0; q < problem.Q; ++q, row += LANES, out += problem.C) {
     const V y = activate<ACT, T>(load(row) * scale + shift);
     sum += y;
     if (kept == LANES)
-      store(out, y);
+      store(out, stored<T>(problem, y));
     else
-      store_some(out, y, kept);
+      store_some(out, stored<T>(problem, y), kept);
   }
   return sum;
 }
@@ -123,7 +140,7 @@ template <typename T, int K, int STRIDE, int COLUMNS>
 CVK_TARGET static void make_row(const Problem& problem, int64_t block, const float* const* rows,
                                 const float* weight, const float* scale, const float* shift, T* out,
                                 float* unfinished, float* sums) {
-  const int64_t count = std::min(BLOCK, problem.C - block * BLOCK), Q = problem.Q, C = problem.C;
+  const int64_t count = std::min(BLOCK, problem.C - block * BLOCK), Q = problem.Q;
   for (int64_t lane = 0; lane < count; lane += LANES) {
     for (int64_t q = 0; q < Q; q += COLUMNS) {
       V acc[COLUMNS], w[K];
@@ -141,16 +158,16 @@ CVK_TARGET static void make_row(const Problem& problem, int64_t block, const flo
     V sum = load(sums + lane);
     switch (problem.act) {
       case Act::NONE:
-        sum += finish_row<T, Act::NONE>(unfinished, s, b, Q, kept, out + lane, C);
+        sum += finish_row<T, Act::NONE>(problem, unfinished, s, b, kept, out + lane);
         break;
       case Act::RELU:
-        sum += finish_row<T, Act::RELU>(unfinished, s, b, Q, kept, out + lane, C);
+        sum += finish_row<T, Act::RELU>(problem, unfinished, s, b, kept, out + lane);
         break;
       case Act::RELU6:
-        sum += finish_row<T, Act::RELU6>(unfinished, s, b, Q, kept, out + lane, C);
+        sum += finish_row<T, Act::RELU6>(problem, unfinished, s, b, kept, out + lane);
         break;
       case Act::SILU:
-        sum += finish_row<T, Act::SILU>(unfinished, s, b, Q, kept, out + lane, C);
+        sum += finish_row<T, Act::SILU>(problem, unfinished, s, b, kept, out + lane);
         break;
     }
     store(sums + lane, sum);

@@ -14,7 +14,7 @@ struct Ops {
   static void run(Problem problem, const Tensor& x, const Tensor& out) {
     set_out(problem, out);
     if (problem.N == 0) return;
-    dispatch_floating(OP, x.scalar_type(), [&](auto type) {
+    pool::dispatch<Device>(OP, x.scalar_type(), [&](auto type) {
       Device::perform(OP, x, {x.const_data_ptr(), out.mutable_data_ptr()},
                       [=](void* const* at, const auto& device) {
                         Device::launch(device, type, problem, at[0], at[1]);

@@ -27,6 +27,19 @@ struct Maximum {
   }
 };
 
+// Of a quantised tensor.
+template <>
+struct Maximum<uint8_t> {
+  using Bits = uint8_t;
+  using Key = uint8_t;
+
+  static constexpr Key lowest = 0;
+
+  static CVK_HOST_DEVICE Key key(Bits value) { return value; }
+  static CVK_HOST_DEVICE Bits value(Key key) { return key; }
+  static CVK_HOST_DEVICE Key max(Key best, Key next) { return next > best ? next : best; }
+};
+
 // A 16-bit float's key is its bits as a signed integer, with the magnitude inverted below zero and
 // every NaN at the top: no conversion to float, and twice the lanes of one.
 template <int16_t INFINITY_BITS>

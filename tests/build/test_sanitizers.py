@@ -140,6 +140,7 @@ def read_freed_memory() -> None:
     direct(*direct.addresses)
 
 
+@pytest.mark.long  # with the build
 def test_memory_that_is_freed_is_found(addresses):
     status, out, err = addresses.call(read_freed_memory)
     assert (status != 0, out) == (True, "ran\n"), err
@@ -238,3 +239,7 @@ def test_a_race_is_found(threads):
 def test_concurrent_calls(threads):
     status, _, err = threads.call(use_in_threads)
     assert (status, err) == (0, "")
+
+
+def test_ops_on_bytes(addresses):
+    addresses.run_tests("tests/ops/test_quantised.py")

@@ -18,7 +18,8 @@ VIEWS = {
 OPS = sorted(registered_calls(torch.ones(1, 8, 2, 2)))
 # See tests/build/test_halo_on_host.py and test_cuda_on_host.py.
 ON_CUDA_ALONE = {"conv_bn_act_halo", "depthwise_conv_bn_act_cuda"}
-PUBLIC = [op for op in OPS if "native" not in op and "batch_norm" not in op]
+COMPILED = ("native", "quantised", "batch_norm")
+PUBLIC = [op for op in OPS if not any(part in op for part in COMPILED)]
 # Those with a norm or none, and those that are differentiable.
 NORMED = [op for op in PUBLIC if op.startswith(("avg_pool", "dense_concat", "conv", "depthwise"))]
 LEARNING = ["conv_bn_act", "depthwise_conv_bn_act", "depthwise_conv_bn_act_squeeze", "squeeze",
@@ -29,6 +30,8 @@ def views_of(op):
     """Those that the op takes: compiled parts are given what their callers made fit."""
     if op.startswith("batch_norm_act") or op.endswith(("_sums", "_shifted", "_weight_gradient")):
         return ["nhwc", "slice"] if op.startswith("batch_norm_act") else ["nhwc"]
+    if "quantised" in op:
+        return ["nhwc", "one-channel"]
     return ["nchw", "nhwc"] if "native" in op else list(VIEWS)
 
 
@@ -209,6 +212,40 @@ REFUSED = {
         ("need a 3x3 kernel of stride 1", lambda a: {"algorithm": 4}),
         ("act must be between 0 and 3, got 4", lambda a: {"act": 4}),
         (r"no window fits x of shape \[2, 8, 4, 4\]", lambda a: {"kernel_h": 9}),
+    ],
+    "conv_bn_act_quantised": [
+        ("x must be uint8, got Float", lambda a: {"x": a["x"].float()}),
+        ("out must be uint8 or float32 on the CPU, got Double",
+         lambda a: {"out": a["out"].double()}),
+        ("zero must be a byte, got 256", lambda a: {"zero": 256}),
+        ("low and high must be in order, and bytes where out is", lambda a: {"high": 256.0}),
+        ("low and high must be in order", lambda a: {"low": 9.0, "high": 3.0}),
+        ("vectors must hold 48 float32 numbers", lambda a: {"vectors": a["vectors"][1:]}),
+        ("weight must hold 32 float32 numbers", lambda a: {"weight": a["weight"][1:]}),
+        ("input_gate must be Float", lambda a: {"input_gate": a["input_gate"].double()}),
+        ("output_gate must hold 16 numbers", lambda a: {"output_gate": a["input_gate"][:1]}),
+        ("residual must have out's shape", lambda a: {"residual": a["x"][:, :, 1:]}),
+        (r"no window fits x of shape \[2, 8, 4, 4\]", lambda a: {"kernel_h": 9}),
+    ],
+    "depthwise_conv_bn_act_quantised": [
+        ("x must be uint8, got Float", lambda a: {"x": a["x"].float()}),
+        ("out must be dense with shape", lambda a: {"out": a["out"][:, :3]}),
+        ("must have one dtype", lambda a: {"out": a["out"].float()}),
+        ("quads must hold 64 float32 numbers", lambda a: {"quads": a["quads"][1:]}),
+    ],
+    "quantised_map": [
+        ("x and out must be uint8 and float32, or both uint8, got Float and Float",
+         lambda a: {"x": a["x"].float(), "out": a["out"].float()}),
+        ("out must have the size of x and at least its channels",
+         lambda a: {"out": a["out"][:, :7]}),
+        ("out must be channels_last", lambda a: {"out": a["out"].contiguous()}),
+    ],
+    "quantised_mean": [
+        ("x must be uint8, got Float", lambda a: {"x": a["x"].float()}),
+        ("x must be channels_last", lambda a: {"x": a["x"].contiguous()}),
+        ("out must hold 16 float32 numbers", lambda a: {"out": a["out"][:1]}),
+        ("affine must hold 16 float32 numbers", lambda a: {"affine": a["affine"][:1]}),
+        ("x must have between 1 and", lambda a: {"x": a["x"][:, :, :0]}),
     ],
     "conv_bn_act_native_filters": [
         (r"weight must be float32 of shape \[K, C, 3, 3\], got \[8, 8, 3, 2\]",

@@ -16,6 +16,7 @@ def registered_calls(x: Tensor, norm: bool = True) -> dict[str, dict]:
     return {
         **_pools(x, vectors),
         **_convolutions(x, vectors),
+        **_quantised(x),
         **_squeeze_excite(x),
         **_batch_norm(x, vectors),
     }
@@ -84,6 +85,40 @@ def _convolutions(x: Tensor, norm: dict) -> dict[str, dict]:
         "depthwise_conv_bn_act_squeeze": depthwise,
         "depthwise_conv_bn_act_native": packed,
         "depthwise_conv_bn_act_native_weight_gradient": gradient_of_taps,
+    }
+
+
+def _quantised(x: Tensor) -> dict[str, dict]:
+    """On bytes, and on the CPU alone."""
+    x = (x.cpu() * 20 + 100).clamp(0, 255).byte()
+    N, C, H, W = x.shape
+    padded, channels = -(-C // 16) * 16, -(-C // 4) * 4
+    out = torch.zeros_like(x, memory_format=torch.channels_last)
+    dense = {
+        "x": x, "weight": torch.randint(0, 9, (padded * channels,), dtype=torch.uint8).view(
+            torch.float32
+        ), "vectors": torch.rand(3 * padded) * 1e-9, "out": out, "residual": x.clone(),
+        "input_affine": None, "input_gate": torch.rand(N, C), "output_gate": torch.rand(N, C),
+        **dict.fromkeys(("padding_h", "padding_w"), 0), "act": 1, "zero": 3, "x_zero": 2.0,
+        "gate_scale": 1.0, "offset": 1.0, "residual_scale": 0.5, "low": 1.0, "high": 255.0,
+        "out_scale": 1.0, "out_zero": 0.0,
+    }  # fmt: skip
+    for option in ("kernel", "stride", "dilation"):
+        dense |= {f"{option}_h": 1, f"{option}_w": 1}
+    quads = torch.zeros(padded * 3 + padded)
+    depthwise = {
+        "x": x, "weight": torch.randint(-9, 9, (9 * padded,)).float(),
+        "affine": torch.rand(2 * padded), "kernel": 3, "stride": 1, "padding_h": 1,
+        "padding_w": 1, "act": 3, "x_zero": 3, "out_scale": 2.0, "out_zero": 9,
+        "out": torch.zeros(N, H, W, C, dtype=torch.uint8), "sums": torch.zeros(N, C),
+        "quads": quads,
+    }  # fmt: skip
+    line = {"x": x, "scale": 0.5, "shift": 3.0}
+    return {
+        "conv_bn_act_quantised": dense,
+        "depthwise_conv_bn_act_quantised": depthwise,
+        "quantised_map": line | {"fill": 3.0, "out": out},
+        "quantised_mean": line | {"affine": torch.rand(2 * C), "out": torch.zeros(N, C)},
     }
 
 
