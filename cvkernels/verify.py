@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from cvkernels import backend, record
 from cvkernels.freeze.frozen import Frozen
+from cvkernels.freeze.quantise.guard import decibels
 from cvkernels.record import Recorder
 from cvkernels.tables import text_table
 
@@ -31,31 +32,67 @@ class LayerError(NamedTuple):
         return self.ours <= self.allowed
 
 
+class Agreement(NamedTuple):
+    """Of a two-dimensional output with float64's: the share of rows whose largest entry is where
+    float64 has it, the share where it is among float64's five largest, and the signal-to-noise
+    ratio ``10 * log10(sum(y ** 2) / sum((z - y) ** 2))`` in decibels."""
+
+    top1: float
+    top5: float
+    decibels: float
+
+    def __str__(self) -> str:
+        return f"top-1 {self.top1:.1%}, top-5 {self.top5:.1%}, {self.decibels:.1f} dB"
+
+
 class Verification:
     """Errors per layer, the model's output last; prints as a table.
 
-    ``ok`` is True where every row is within the rule. ``top1_agreement`` is the share of rows of a
-    two-dimensional output whose largest entry is where float64 has it (None for other outputs).
+    Attributes:
+        ok: every row is within the rule; of a model in int8, which is not held to it, the output
+            keeps the decibels that it was frozen for.
+        agreement: of ours with float64, None where the output is not two-dimensional.
+        stock: the same of stock PyTorch.
     """
 
-    def __init__(self, rows: list[LayerError], top1_agreement: float | None) -> None:
+    def __init__(
+        self, rows: list[LayerError], agreement: Agreement | None, stock: Agreement | None,
+        tolerance: float | None = None,
+    ) -> None:  # fmt: skip
         self.rows = rows
-        self.top1_agreement = top1_agreement
+        self.agreement = agreement
+        self.stock = stock
+        self.tolerance = tolerance
 
     @property
     def ok(self) -> bool:
+        if self.tolerance is not None:
+            return self.agreement is None or self.agreement.decibels >= self.tolerance
         return all(row.ok for row in self.rows)
+
+    @property
+    def top1_agreement(self) -> float | None:
+        return None if self.agreement is None else self.agreement.top1
 
     def __str__(self) -> str:
         header = ("layer", "max error", "stock's", "allowed", "verdict")
+        bytes_ = self.tolerance is not None
         lines = [
-            (r.layer, *(f"{error:.3e}" for error in r[1:]), "ok" if r.ok else "FAILS")
+            (
+                r.layer,
+                *(f"{error:.3e}" for error in r[1:]),
+                "in int8" if bytes_ else "ok" if r.ok else "FAILS",
+            )
             for r in self.rows
         ]
         table = text_table(header, lines)
-        if self.top1_agreement is None:
+        if self.agreement is None:
             return table
-        return f"{table}\ntop-1 agreement with float64: {self.top1_agreement:.0%}"
+        table += f"\nagreement with float64: {self.agreement}; stock's: {self.stock}"
+        if bytes_:
+            verdict = "ok" if self.ok else "FAILS"
+            table += f"\nfrozen to keep {self.tolerance:.1f} dB: {verdict}"
+        return table
 
     __repr__ = __str__
 
@@ -85,7 +122,8 @@ def verify(
     the layer's largest value, to TF32 where convolutions may compute in it. Stock's is the larger
     of those in its two memory layouts, since by few outputs one alone may seem all but exact. A row
     is a convolution with the norm, residual and activation that run with it, or another module;
-    errors are those accumulated since the input.
+    errors are those accumulated since the input. A model frozen in int8 is not held to it, but to
+    the decibels that it was frozen for.
 
     Args:
         model: in eval mode, or what :func:`cvkernels.freeze` returned, of which the outputs alone
@@ -122,13 +160,26 @@ def verify(
         for name in exact
         if name in ours
     ]
-    return Verification(rows, _agreement(ours[""], exact[""]))
+    stocks = [outputs[""] for outputs in stock]
+    return Verification(rows, _agreement([ours[""]], exact[""]), _agreement(stocks, exact[""]))
 
 
-def _agreement(final: Tensor, truth: Tensor) -> float | None:
-    if final.dim() != 2:
+def _agreement(finals: Sequence[Tensor], truth: Tensor) -> Agreement | None:
+    """Of the one of finals that agrees least."""
+    if truth.dim() != 2 or not truth.numel():
         return None
-    return (final.argmax(1) == truth.argmax(1)).double().mean().item()
+    five = truth.topk(min(5, truth.shape[1])).indices
+    found = []
+    for final in finals:
+        top = final.argmax(1)
+        found.append(
+            Agreement(
+                (top == five[:, 0]).double().mean().item(),
+                (top[:, None] == five).any(1).double().mean().item(),
+                decibels([final], [truth]),
+            )
+        )
+    return min(found, key=lambda agreement: agreement.decibels)
 
 
 def _verify_frozen(frozen: Frozen, original: nn.Module, example: Tensor) -> Verification:
@@ -141,7 +192,9 @@ def _verify_frozen(frozen: Frozen, original: nn.Module, example: Tensor) -> Veri
     triples = [parts for parts in outputs if isinstance(parts[0], Tensor)]
     names = [f"output {number}" if len(triples) > 1 else "" for number in range(len(triples))]
     rows = [_layer_error(name, *parts) for name, parts in zip(names, triples, strict=True)]
-    return Verification(rows, _agreement(triples[0][0], triples[0][2]))
+    ours, stock, truth = triples[0]
+    tolerance = None if frozen.quantised is None else frozen.quantised.tolerance
+    return Verification(rows, _agreement([ours], truth), _agreement(stock, truth), tolerance)
 
 
 def _outputs(model: nn.Module, example: Tensor) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import itertools
 import time
 import weakref
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from cvkernels.freeze.compile import compile_launches
 from cvkernels.freeze.cuda_graphs import CudaGraph, Pool, may_be_captured
 from cvkernels.freeze.early_gates import gate_early
 from cvkernels.freeze.fuse import fuse, own_weights
-from cvkernels.freeze.graph import Graph, Node, TensorSpec, fill
+from cvkernels.freeze.graph import Graph, Op, TensorSpec, fill
 from cvkernels.freeze.image import lay_out_image
 from cvkernels.freeze.lock import ForkSafeLock
 from cvkernels.freeze.ops import Call, Conv
 from cvkernels.freeze.plan import Plan, converted
 from cvkernels.freeze.projections import merge_projections
+from cvkernels.freeze.quantise import Quantised, quantise
 from cvkernels.freeze.report import Report, report
 from cvkernels.freeze.siblings import merge_siblings
 from cvkernels.functional import DerivedWeights
@@ -42,8 +43,8 @@ CAPACITY = 8
 # Shapes that get a CUDA graph, the first ones; others run without, as right.
 GRAPHS = 8
 # Of the files that ``save`` writes.
-FORMAT = 1
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FORMAT = 2
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
 # PyTorch's modules that run another one, and the attribute that it is.
 WRAPPERS = {
     **dict.fromkeys(("DataParallel", "DistributedDataParallel", "AveragedModel"), "module"),
@@ -62,6 +63,8 @@ def freeze(
     *,
     dtype: torch.dtype | None = None,
     table: Mapping[str, str] | str | Path | None = None,
+    calibration: Tensor | Iterable | None = None,
+    tolerance: float = 30.0,
 ) -> Frozen:
     """The fastest form of ``model`` for inference: captured once, folded, prepacked and planned.
 
@@ -80,17 +83,28 @@ def freeze(
         example: Tensor[N, C, H, W] on the model's device, as the model will get them. Other N, H
             and W are planned when they come.
         dtype: of weights and maps, the model's if None. In bfloat16 and float16 the frozen model
-            takes float32 images as well, and answers them in float32.
+            takes float32 images as well, and answers them in float32. torch.int8, on CPU, quantises
+            the model: it takes and returns float32, and its convolutions multiply bytes.
         table: measured choices of :func:`cvkernels.tune`, or the file that they were saved to.
+        calibration: for int8, images as the model will get them, of the example's size: a tensor,
+            or an iterable of batches, such as a DataLoader, which may be pairs with labels. The
+            ranges of activations are those with the smallest mean squared error on them.
+        tolerance: for int8, the signal-to-noise ratio in decibels that outputs keep on these
+            images: ``10 * log10(sum(y ** 2) / sum((z - y) ** 2))`` with y those in float32.
+            Convolutions that cost more stay in float32: the costliest first, each measured alone.
+            ``frozen.report()`` and ``explain`` list them. -inf leaves none.
 
     Returns:
         A :class:`Frozen`.
 
     Raises:
-        TypeError: model is no module, example no floating tensor, or dtype not listed.
+        TypeError: model is no module, example or calibration no floating tensor, or dtype not
+            listed.
         ValueError: a module of the model is in training mode; the example has another rank, or
             another device than the model; it cannot be captured
-            (:class:`cvkernels.freeze.capture.CaptureError`), or a layer does not take the example.
+            (:class:`cvkernels.freeze.capture.CaptureError`), or a layer does not take the example;
+            for int8, calibration images are missing, of another size, NaN or infinite, or the
+            device is no CPU.
         MemoryError: the plan does not fit into memory.
 
     The model is the same and usable after any of these.
@@ -98,11 +112,19 @@ def freeze(
     start = time.perf_counter()
     model = _unwrapped(model)
     _check_model(model, example, dtype)
-    asked, dtype = dtype, _dtype_of(model, example, dtype)
+    quantises = dtype == torch.int8
+    if quantises and example.device.type != "cpu":
+        raise ValueError(f"freeze: torch.int8 is for CPUs, got a model on {example.device}")
+    if calibration is not None and not quantises:
+        raise ValueError("freeze: calibration= is for dtype=torch.int8")
+    asked = torch.float32 if quantises else dtype
+    dtype = _dtype_of(model, example, asked)
     choices = read_table(table)
     with _planning(example.device):
-        graph = _fused_graph(model, example, asked, dtype)
-        frozen = Frozen(graph, dtype, example.device, choices, channels=example.shape[1])
+        graph, quantised = _fused_graph(model, example, asked, dtype), None
+        if quantises:
+            graph, quantised = quantise(graph, example, calibration, tolerance)
+        frozen = Frozen(graph, dtype, example.device, choices, example.shape[1], quantised)
         frozen.remember(model, example)
         image = example.detach().to(dtype)
         frozen.plan_for(image)
@@ -168,8 +190,8 @@ def _check_model(
         )
     if not example.is_floating_point() or (dtype is not None and dtype not in DTYPES):
         raise TypeError(
-            f"freeze: example and dtype must be float32, bfloat16, float16 or float64, got "
-            f"{example.dtype} and {dtype}"
+            f"freeze: example must be float32, bfloat16, float16 or float64, and dtype one of "
+            f"these or int8, got {example.dtype} and {dtype}"
         )
     if example.dim() != 4 or not example.numel() or (example.is_meta and not on_meta):
         raise ValueError(
@@ -241,6 +263,7 @@ class Frozen(nn.Module):
         device: torch.device,
         table: Mapping[str, str],
         channels: int,
+        quantised: Quantised | None = None,
     ) -> None:
         super().__init__()
         self.training = False
@@ -249,6 +272,7 @@ class Frozen(nn.Module):
         self.device = device
         self.channels = channels
         self.table = dict(table)
+        self.quantised = quantised
         self.seconds_to_first_batch = float("nan")
         self._start_empty()
 
@@ -259,7 +283,7 @@ class Frozen(nn.Module):
         self._clock = itertools.count()
         self._lock = ForkSafeLock()
         self._pool: Pool | None = None
-        self._caches: dict[Node, DerivedWeights] = {}
+        self._caches: dict[Op, DerivedWeights] = {}
         self._original: tuple[Any, tuple] | None = None
         self._example: Tensor | None = None
         self._seconds_before: float | None = None
@@ -417,6 +441,7 @@ class Frozen(nn.Module):
         """
         about = {"format": FORMAT, "channels": self.channels, "table": dict(self.table)}
         about |= {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
+        about["quantised"] = None if self.quantised is None else tuple(self.quantised)
         torch.save(about | saving.encode(self.graph), path)
 
     def train(self, mode: bool = True) -> Frozen:
@@ -452,7 +477,8 @@ class Frozen(nn.Module):
         self._start_empty()
 
     def extra_repr(self) -> str:
-        return f"{len(self.graph.nodes) - 1} ops, dtype={self.dtype}, device={self.device}"
+        how = f", {self.quantised}" if self.quantised is not None else ""
+        return f"{len(self.graph.nodes) - 1} ops, dtype={self.dtype}, device={self.device}{how}"
 
 
 def load_frozen(path: str | Path) -> Frozen:
@@ -471,7 +497,10 @@ def load_frozen(path: str | Path) -> Frozen:
         )
     try:
         dtype, device = getattr(torch, content["dtype"]), torch.device(content["device"])
-        return Frozen(saving.decode(content), dtype, device, content["table"], content["channels"])
+        quantised = content["quantised"]
+        quantised = None if quantised is None else Quantised(*quantised)
+        graph, table = saving.decode(content), content["table"]
+        return Frozen(graph, dtype, device, table, content["channels"], quantised)
     # Whatever a file that only seems to be one holds in the place of the parts.
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"load_frozen: {path} is damaged: {first_line(error)}") from error

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -119,11 +119,13 @@ class Op:
 
 @dataclass(eq=False, repr=False)
 class Node:
-    """One op, and the value that it computes; ``layer`` is the module that it came from."""
+    """One op, and the value that it computes; ``layer`` is the module that it came from, ``note``
+    what there is to say of the choice of the op."""
 
     op: Op
     inputs: list[Node]
     layer: str = ""
+    note: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
         self.inputs = list(self.inputs)

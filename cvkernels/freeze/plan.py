@@ -15,10 +15,10 @@ from torch import Tensor
 
 from cvkernels import backend, record
 from cvkernels.freeze.backends import is_gpu
-from cvkernels.freeze.graph import Graph, Node, Ref, Run, Step, TensorSpec, fill, mapped
+from cvkernels.freeze.graph import Graph, Op, Ref, Run, Step, TensorSpec, fill, mapped
 from cvkernels.freeze.lower import Lowered
 from cvkernels.freeze.memory import Memory, new_arena
-from cvkernels.freeze.ops import Call, Conv, Copy, Input, PlannedConv
+from cvkernels.freeze.ops import Call, Conv, Copy, Input, PlannedConv, Quantise
 from cvkernels.freeze.programs import Env, Segment, recordable
 from cvkernels.freeze.progress import progress
 from cvkernels.freeze.steps import Site
@@ -40,7 +40,7 @@ class Plan:
         graph: Graph,
         x: TensorSpec,
         device: torch.device,
-        caches: dict[Node, DerivedWeights],
+        caches: dict[Op, DerivedWeights],
         table: Mapping[str, str],
     ) -> None:
         self.device = device
@@ -49,6 +49,9 @@ class Plan:
         self.lowered = Lowered(graph, graph.infer(x, device), device, table)
         self.input = graph.nodes[0].op
         assert isinstance(self.input, Input)
+        image = graph.nodes[0]
+        readers = [node.op for node in graph.nodes if image in node.inputs]
+        self.takes_any_layout = all(isinstance(op, Quantise) for op in readers)
         self.dtype = x.dtype
         self.shape, self.staged_shape = x.shape, self.lowered.values[graph.nodes[0]].shape
         self.memory = Memory(self.lowered)
@@ -83,7 +86,9 @@ class Plan:
         self.results = [(index[step], self._needs_copy(step)) for step in self.lowered.results]
         self.single = isinstance(self.output, Ref)
         self.returned = [0, *(n for n, _ in self.results if n not in self.fixed)]
-        self.hides_nan = any(step.backend == "onednn" for step in self.memory.steps)
+        self.hides_nan = any(
+            step.backend == "onednn" or isinstance(step.op, Quantise) for step in self.memory.steps
+        )
 
     def __call__(self, x: Tensor) -> Any:
         # A graph's arena is memory of its own, that no other call gets.
@@ -101,7 +106,7 @@ class Plan:
         ]
         for number in self.returned:
             env[number] = None
-        # oneDNN's relu turns NaN into 0: a bad image must not come out as plausible logits.
+        # oneDNN's relu and bytes turn NaN into 0: a bad image must not give plausible logits.
         if self.hides_nan and not math.isfinite(x.sum().item()):
             _spoil(results, x)
         if not captured:
@@ -110,6 +115,8 @@ class Plan:
 
     def staged(self, x: Tensor) -> Tensor:
         """Images as the first step reads them; those that are staged already as they are."""
+        if self.takes_any_layout and x.dtype is self.dtype:
+            return x
         if self.input.channels is None or x.shape == self.staged_shape:
             return self._in_channels_last(x)
         N, C, H, W = self.staged_shape
@@ -157,6 +164,19 @@ class Plan:
         for step, run in self.steps:
             if run is not None:
                 yield step, functools.partial(run, env)
+        for number in {*self.memory.index.values()} - self.fixed:
+            env[number] = None
+        self._give_back(env)
+
+    def walk(self, x: Tensor) -> Iterator[tuple[Step, Env]]:
+        """Run the steps of a call one by one; each with all values, once it has run."""
+        env = self._idle_env()
+        env.programs.clear()  # the steps make their tensors anew
+        env[0] = self._in_channels_last(x)
+        for step, run in self.steps:
+            if run is not None:
+                run(env)
+            yield step, env
         for number in {*self.memory.index.values()} - self.fixed:
             env[number] = None
         self._give_back(env)
@@ -275,7 +295,10 @@ class Plan:
             return "frozen; copied into its slice"
         if isinstance(step.op, Copy):
             return "frozen; its producer cannot write into the slice"
-        return "called as it is" if isinstance(step.op, Call) else "frozen"
+        if isinstance(step.op, Call):
+            return "called as it is"
+        note = "" if step.source is None else step.source.note
+        return f"frozen; {note}" if note else "frozen"
 
 
 def laid_out(value: Any, x: Tensor) -> Any:

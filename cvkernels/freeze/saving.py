@@ -26,6 +26,7 @@ def encode(graph: Graph) -> dict[str, Any]:
         {
             "op": node.op.name,
             "layer": node.layer,
+            "note": node.note,
             "inputs": [numbers[source] for source in node.inputs],
             "attrs": dict(vars(node.op)),
         }
@@ -42,7 +43,8 @@ def decode(content: dict[str, Any]) -> Graph:
         if fields["op"] == Call.name:
             raise ValueError("it calls code, which frozen.save never writes")
         op = GRAPH_OPS[fields["op"]](**fields["attrs"])
-        nodes.append(Node(op, [nodes[number] for number in fields["inputs"]], fields["layer"]))
+        inputs = [nodes[number] for number in fields["inputs"]]
+        nodes.append(Node(op, inputs, fields["layer"], note=fields["note"]))
     results = [nodes[number] for number in content["results"]]
     return Graph(nodes, results, _decoded(content["output"]))
 

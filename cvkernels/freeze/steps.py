@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cvkernels.freeze.graph import Node, Op, Run, Step, TensorSpec
+from cvkernels.freeze.graph import Op, Run, Step, TensorSpec
 from cvkernels.freeze.memory import Memory
 from cvkernels.functional import DerivedWeights
 from cvkernels.ops.common.plan import Plan
@@ -27,12 +27,12 @@ class Site:
     ``number`` is the index of its value, ``inputs`` has those of its inputs, and ``none`` is that
     of an entry that is always None. ``out`` is the index of the memory that the value is written
     to, or ``none`` where the step allocates it. The ``env`` given here holds the memory of an
-    arena; ``caches`` keeps what backends derive from a node's weights. ``plans`` are the plans that
+    arena; ``caches`` keeps what backends derive from an op's weights. ``plans`` are the plans that
     the step runs in a call, each as often as it runs it.
     """
 
     def __init__(
-        self, memory: Memory, step: Step, caches: dict[Node, DerivedWeights], env: list
+        self, memory: Memory, step: Step, caches: dict[Op, DerivedWeights], env: list
     ) -> None:
         self.memory = memory
         self.step = step
@@ -51,7 +51,7 @@ class Site:
     @property
     def cache(self) -> DerivedWeights:
         cache = DerivedWeights(capacity=8, constant=True)
-        return self._caches.setdefault(self.step.source, cache)
+        return self._caches.setdefault(self.step.source.op, cache)
 
     def like(self, number: int) -> Tensor | None:
         """A tensor like the value of that number in every call."""

@@ -288,7 +288,7 @@ def test_wrong_models_and_examples_are_refused(resnet, frozen):
         ((resnet, x[0]), ValueError, r"example\[None\]"),
         ((resnet, (x,)), TypeError, "wrap a model of several inputs"),
         ((resnet, x.to("meta")), ValueError, "that hold data"),
-        ((resnet, x.long()), TypeError, "example and dtype must be"),
+        ((resnet, x.long()), TypeError, "example must be float32"),
         ((frozen, x), TypeError, "frozen already"),
         ((resnet.forward, x), TypeError, "must be an nn.Module"),
         ((copy.deepcopy(resnet).to("meta"), x), ValueError, "on the model's device"),

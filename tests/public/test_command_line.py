@@ -14,7 +14,7 @@ def test_info(capsys):
 
 def test_verify(capsys):
     assert main(["verify", "resnet18", "--size", "32", "--device", "cpu"]) == 0
-    assert "top-1 agreement with float64: 100%" in capsys.readouterr().out
+    assert "agreement with float64: top-1 100.0%" in capsys.readouterr().out
 
 
 def test_explain_a_planned_device(capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from cvkernels.freeze.graph import Node, Op, Run, Step
@@ -85,7 +86,8 @@ class Excite(_Layers, name="excite", runs_plans=True, kept=True):
         if not isinstance(pooled.op, Squeeze):
             count = x.shape[2] * x.shape[3]
         op = replace(self, sigmoid=node not in lowered.logits, count=count)
-        return lowered.emit(op, node, value=lowered.values[node]._replace(dtype=x.dtype))
+        dtype = x.dtype if x.dtype.is_floating_point else torch.float32
+        return lowered.emit(op, node, value=lowered.values[node]._replace(dtype=dtype))
 
     def build(self, site: Site) -> Run:
         (pooled,), options = site.inputs, {"sigmoid": self.sigmoid, "count": self.count}
