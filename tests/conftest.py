@@ -61,6 +61,7 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    items[:] = tiers.longest_first(items)
     if config.getoption("full") or any("::" in argument for argument in config.args):
         return
     if out := tiers.left_out(items):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.support.tiers import MOST, covering, left_out
+from tests.support.tiers import MOST, covering, left_out, longest_first
 
 pytestmark = pytest.mark.fast
 
@@ -63,3 +63,16 @@ def test_functions_of_a_module_are_left_the_same_values():
     out = left_out([*one, *two, *other])
     kept = [[case.callspec.id for case in group if case not in out] for group in (one, two, other)]
     assert len(kept[0]) == 6 and kept[0] == kept[1] == kept[2]
+
+
+def test_long_tests_begin_each_process_share(monkeypatch):
+    items = [
+        Item(nodeid=str(n), get_closest_marker={"long": n in (3, 8, 9)}.get) for n in range(11)
+    ]
+    for processes in (1, 2, 3):
+        monkeypatch.setenv("PYTEST_XDIST_WORKER_COUNT", str(processes))
+        order = [int(item.nodeid) for item in longest_first(items)]
+        assert sorted(order) == list(range(11))
+        size = -(-len(items) // processes)
+        assert {3, 8, 9} >= {order[n * size] for n in range(processes)}
+        assert {3, 8, 9} <= {place for n in range(processes) for place in order[n * size :][:3]}

@@ -47,6 +47,7 @@ def wheel(tools, tmp_path_factory):
 
 @LINUX
 @pytest.mark.full
+@pytest.mark.long
 def test_default_wheel(wheel):
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
     platform = sysconfig.get_platform().replace("-", "_")

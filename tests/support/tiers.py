@@ -64,6 +64,21 @@ def left_out(items: Iterable) -> set:
     return out
 
 
+def longest_first(items: Sequence) -> list:
+    """The items with those marked long at the beginning of each process' share, which is as many
+    neighbouring ones as each other's: the last to run are short, and no process waits long."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    long = [item for item in items if item.get_closest_marker("long")]
+    others = [item for item in items if not item.get_closest_marker("long")]
+    order, size = [], -(-len(items) // processes)
+    for process in range(processes):
+        own = long[process::processes]
+        rest = max(0, size - len(own))
+        order += own + others[:rest]
+        others = others[rest:]
+    return order + others
+
+
 def asked(request, parameter: str) -> list:
     """The values of the parameter that the requesting module's tests run with, in their order."""
     values = [
