@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--compile", action="store_true", help="steps of torch.compile too: minutes more"
             )
-        add_options(command)
+        add_options(command, quantised=module is bench_models)
 
     command = commands.add_parser("all", help="everything that this machine can run; also --all")
     everything.add_options(command)

@@ -2,7 +2,8 @@
 
 ``python -m benchmarks models [--network NAME] [--batch N] [--dtype NAME]`` prints the table
 (``--help``: options). Each network has seeded random weights and the batch statistics of the
-photographs that it is run on. Times are latencies, as the caller sees them.
+photographs that it is run on. Times are latencies, as the caller sees them. With ``--dtype int8``
+others and we quantise each network on the same images, and how far answers agree stands beside.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 import cvkernels
 from benchmarks.harness import peers
 from benchmarks.harness.case import Case, network_case
+from benchmarks.harness.command_line import Refused
 from cvkernels.demo import NETWORKS, load_photos, stock_and_ours
 
 BATCHES = {"cpu": (1, 16), "cuda": (1, 128)}
@@ -123,14 +125,63 @@ def case_of(name: str, batch: int, dtype: torch.dtype, device: torch.device) -> 
     )
 
 
+# Images that a network is quantised on: the photographs over and over, each time shifted.
+CALIBRATION = 128
+
+
+def int8_case_of(name: str, batch: int, device: torch.device) -> Case:
+    """A network in float32, and quantised by others and by us, on the same images."""
+    networks = functools.partial(networks_of, name, torch.float32, device)
+
+    def reference(nchw: Tensor, nhwc: Tensor) -> Tensor:
+        return (networks().exact if nhwc.dtype == torch.float64 else networks().stock)(nhwc)
+
+    def inputs() -> tuple[tuple, dict]:
+        networks()
+        return inputs_of(batch, torch.float32, device)
+
+    def made(deploy: Callable, network: str, *images: Tensor) -> Callable:
+        example = inputs_of(batch, torch.float32, device)[0][0]
+        return of_nchw(deploy(getattr(networks(), network), example, *images))
+
+    def quantised(deploy: Callable, network: str) -> Callable:
+        return made(deploy, network, inputs_of(CALIBRATION, torch.float32, device)[0][0])
+
+    def in_int8(tolerance: float) -> Callable:
+        def freeze(model: nn.Module, example: Tensor, images: Tensor) -> nn.Module:
+            return cvkernels.freeze(
+                model, example, dtype=torch.int8, calibration=images, tolerance=tolerance
+            )
+
+        return freeze
+
+    variants = {
+        "eager channels_last": functools.partial(made, live, "stock"),
+        "openvino int8": functools.partial(quantised, peers.openvino_int8, "stock_nchw"),
+        "onnxruntime int8": functools.partial(quantised, peers.onnxruntime_int8, "stock_nchw"),
+        "compile int8": functools.partial(quantised, peers.inductor_int8, "stock_nchw"),
+        "cvkernels freeze": functools.partial(made, cvkernels.freeze, "ours"),
+        "cvkernels int8": functools.partial(quantised, in_int8(float("-inf")), "ours"),
+        "cvkernels int8, 30 dB": functools.partial(quantised, in_int8(30.0), "ours"),
+    }
+    return network_case(
+        name, batch, torch.int8, "inference", inputs=inputs, reference=reference,
+        variants=variants, rounds=True,
+    )  # fmt: skip
+
+
 def cases(
     device: torch.device,
     dtypes: Iterable[torch.dtype],
     batches: Iterable[int],
     networks: Iterable[str] = tuple(NETWORKS),
 ) -> list[Case]:
+    if device.type != "cpu" and torch.int8 in dtypes:
+        raise Refused("networks in int8 are for CPUs; leave out --dtype int8, or add --device cpu")
     return [
-        case_of(name, batch, dtype, device)
+        int8_case_of(name, batch, device)
+        if dtype == torch.int8
+        else case_of(name, batch, dtype, device)
         for name in networks
         for dtype in dtypes
         for batch in batches

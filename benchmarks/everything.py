@@ -64,6 +64,10 @@ def parts(device: str) -> list[Part]:
     if cpu:
         options = ("--dtype", "bf16", "--seconds", "12")
         made += [_part("models", f"bf16-{n}", ("--network", n, *options), 3) for n in NETWORKS]
+        options = ("--dtype", "int8", "--seconds", "12")
+        for name in NETWORKS:
+            of_network = ("benchmarks", "models", "--network", name, *options)
+            made.append(Part(f"int8-{name}", of_network, 2))
         for op in kernels.ops():
             options = ("--op", op, "--dtype", "bf16", "--compiled", "none", "--seconds", "0.3")
             minutes = KERNEL_MINUTES.get(op, FEW_KERNEL_MINUTES) / 2

@@ -31,6 +31,8 @@ class Case:
         time that the caller's thread spends in one call, in warm caches; or for a network,
         "inference", "training", or "memory", which is not timed.
     bitwise: the op moves data, and must be equal to the reference.
+    rounds: variants quantise numbers, and are held to no rule: how far their answers agree with the
+        reference's is measured beside their time.
     network: a whole network: its latency counts, and the time to its first result, from nothing
         compiled; and its memory.
     """
@@ -46,6 +48,7 @@ class Case:
     flops: int | None = None
     part: str = "forward"
     bitwise: bool = False
+    rounds: bool = False
     network: bool = False
 
     @property

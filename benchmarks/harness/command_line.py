@@ -14,19 +14,23 @@ from benchmarks.harness import run
 from benchmarks.harness.case import Case
 from benchmarks.harness.environment import default_device, default_dtypes
 from benchmarks.harness.machine import QUICK, Machine, Settings
-from benchmarks.harness.report import DTYPES, Report, Row, dtype_name
+from benchmarks.harness.report import DTYPES, QUANTISED, Report, Row, dtype_name
 
 
 class Refused(Exception):
     """The command cannot do what was asked; the message is what to tell."""
 
 
-def add_options(parser: argparse.ArgumentParser, rounds: bool = True) -> None:
-    """What every command that measures takes; ``rounds``: how long, too."""
+def add_options(
+    parser: argparse.ArgumentParser, rounds: bool = True, quantised: bool = False
+) -> None:
+    """What every command that measures takes; ``rounds``: how long, too, ``quantised``: its dtypes,
+    too."""
     if rounds:
         parser.add_argument("--rounds", type=count, help="of timing per case, at most")
         parser.add_argument("--seconds", type=float, help="of timing per case, about")
-    parser.add_argument("--dtype", action="append", choices=list(DTYPES))
+    names = [*DTYPES, *(QUANTISED if quantised else ())]
+    parser.add_argument("--dtype", action="append", choices=names)
     parser.add_argument("--device", type=device_of, default=default_device())
     parser.add_argument("--minutes", type=float, default=float("inf"), help="in all, about")
     if rounds:
@@ -56,7 +60,8 @@ def device_of(text: str) -> torch.device:
 
 
 def dtypes_of(options: argparse.Namespace) -> list[torch.dtype]:
-    return [DTYPES[name] for name in options.dtype or ()] or default_dtypes(options.device)
+    known = DTYPES | QUANTISED
+    return [known[name] for name in options.dtype or ()] or default_dtypes(options.device)
 
 
 def chosen(cases: list[Case], patterns: Sequence[str] | None) -> list[Case]:

@@ -137,6 +137,8 @@ class Machine:
             "copy": Timed(lambda: target.copy_(source)),
             "matrix": Timed(lambda: torch.mm(a, b, out=product)),
         }
+        if dtype == torch.int8:
+            calls["matrix"] = Timed(lambda: torch._int_mm(a, b))
         with _precision_of_convolutions():
             samples = interleave(calls, self, Settings(rounds=15, seconds=2.0, least=5))
         copy, matrix = (summarize(samples[name]).median for name in ("copy", "matrix"))

@@ -12,9 +12,12 @@ import functools
 import importlib
 import io
 import logging
+import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +64,13 @@ def openvino(model: nn.Module, example: Tensor) -> Network:
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    request = package.compile_model(converted, "CPU", options).create_infer_request()
-    given = (example, images.numpy())
+    return _inferred(package.compile_model(converted, "CPU", options), example)
+
+
+def _inferred(compiled: Any, example: Tensor) -> Network:
+    """What OpenVINO compiled, as a function of a tensor that it is given in float32."""
+    request = compiled.create_infer_request()
+    given = (example, example.float().numpy())
 
     def call(x: Tensor) -> Tensor:
         nonlocal given
@@ -72,6 +80,67 @@ def openvino(model: nn.Module, example: Tensor) -> Network:
         return torch.from_numpy(out[0]).to(x.dtype)
 
     return call
+
+
+def openvino_int8(model: nn.Module, example: Tensor, images: Tensor) -> Network:
+    """OpenVINO quantised by NNCF's post-training quantisation with its defaults."""
+    package, nncf = _imported("openvino"), _imported("nncf")
+    with _quiet():
+        converted = package.convert_model(model, example_input=example, input=list(example.shape))
+        whole = len(images) // len(example) * len(example)
+        batches = [batch.numpy() for batch in images[:whole].split(len(example))]
+        quantised = nncf.quantize(converted, nncf.Dataset(batches), subset_size=len(batches))
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    return _inferred(package.compile_model(quantised, "CPU", options), example)
+
+
+def onnxruntime_int8(model: nn.Module, example: Tensor, images: Tensor) -> Network:
+    """ONNX Runtime's static quantisation, QDQ with weights by channel and activations unsigned."""
+    package = _imported("onnxruntime")
+    tools = importlib.import_module("onnxruntime.quantization")
+    calibrated = importlib.import_module("onnxruntime.quantization.shape_inference")
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
+        paths = [os.path.join(folder, name) for name in ("float.onnx", "ready.onnx", "int8.onnx")]
+        torch.onnx.export(model, (example,), paths[0], dynamo=False, input_names=["x"])
+        calibrated.quant_pre_process(paths[0], paths[1])
+        whole = len(images) // len(example) * len(example)
+        batches = iter([{"x": b.numpy()} for b in images[:whole].split(len(example))])
+
+        class Reader(tools.CalibrationDataReader):
+            def get_next(self) -> dict | None:
+                return next(batches, None)
+
+        tools.quantize_static(
+            paths[1], paths[2], Reader(), quant_format=tools.QuantFormat.QDQ, per_channel=True,
+            activation_type=tools.QuantType.QUInt8, weight_type=tools.QuantType.QInt8,
+        )  # fmt: skip
+        options = package.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        session = package.InferenceSession(paths[2], options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+def inductor_int8(model: nn.Module, example: Tensor, images: Tensor) -> Network:
+    """torch.compile of the network as torchao's quantiser for x86 processors leaves it."""
+    pt2e = _imported("torchao.quantization.pt2e.quantize_pt2e")
+    x86 = importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+    quantizer = x86.X86InductorQuantizer()
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+    with _quiet(), torch.no_grad():
+        exported = torch.export.export(model, (example,), strict=True).module()
+        prepared = pt2e.prepare_pt2e(exported, quantizer)
+        whole = len(images) // len(example) * len(example)
+        for batch in images[:whole].split(len(example)):
+            prepared(batch)
+        converted = pt2e.convert_pt2e(prepared)
+        with torch._inductor.config.patch(freezing=True):
+            function = torch.compile(converted, dynamic=False, options={"freezing": True})
+            function(example)
+    return function
 
 
 def onnxruntime(model: nn.Module, example: Tensor) -> Network:
@@ -134,7 +203,9 @@ def _imported(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
-        package = "torch-tensorrt" if name == "torch_tensorrt" else "'cvkernels[bench]'"
+        package = {"torch_tensorrt": "torch-tensorrt", "torchao": "torchao"}.get(
+            name.partition(".")[0], "'cvkernels[bench]'"
+        )
         raise PeerMissing(f"{name} is not installed; pip install {package}") from None
 
 

@@ -14,6 +14,7 @@ from cvkernels.tables import text_table
 
 SCHEMA = 2
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+QUANTISED = {"int8": torch.int8}  # of networks alone
 # What computes the peers; a variant of ours tells by itself.
 PEERS = {
     "eager": "aten",
@@ -49,6 +50,8 @@ class Row:
     kept_bytes, peak_bytes: resident memory that making the variant and its first call added, and
         that a later call added while it ran.
     saved_bytes: what a training step keeps for its backward, per image.
+    decibels, top1: of answers that are quantised, the signal-to-noise ratio beside float64's, and
+        the share of images whose largest logit is where float64 has it.
     """
 
     op: str
@@ -75,6 +78,8 @@ class Row:
     vs_freezing: float | None = column("vs freezing", "{:.2f}x")
     max_error: float | None = column("max error", "{:.1e}")
     eager_error: float | None = column("eager's", "{:.1e}")
+    decibels: float | None = column("dB", "{:.1f}")
+    top1: float | None = column("top-1", "{:.1%}")
     first_batch_s: float | None = column("s to first", "{:.2f}")
     peak_bytes: int | None = column("peak bytes", "{:.2e}")
     kept_bytes: int | None = column("kept bytes", "{:.2e}")
@@ -224,4 +229,5 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype)[6:])
+    named = DTYPES | QUANTISED
+    return next((name for name, known in named.items() if known == dtype), str(dtype)[6:])

@@ -56,6 +56,8 @@ def prepare(trial: Trial, row: Row) -> Timed | None:
         function = make(trial, row)
         row.max_error = trial.check(function, PEER_FACTOR if row.peer else 2.0)
         row.eager_error = trial.eager_error
+        if trial.case.rounds:
+            row.decibels, row.top1 = trial.agreement(function)
         row.backend, row.note = (row.peer, "") if row.peer else trial.backend(function)
         if hasattr(function, "saved_bytes"):
             row.saved_bytes = function.saved_bytes(*trial.args, **trial.kwargs)

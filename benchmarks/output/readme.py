@@ -187,6 +187,44 @@ def training_table(reports: Sequence[Report]) -> str:
     return _markdown(header, lines)
 
 
+def int8_table(reports: Sequence[Report]) -> str:
+    """Milliseconds of every variant beside what it makes of the logits."""
+    rows = [row for report in reports for row in report.rows]
+    variants = list(dict.fromkeys(row.variant for row in rows))
+    ours = [name for name in variants if name.startswith("cvkernels int8")]
+    header = ["network", "batch"]
+    header += [part for name in variants for part in (f"{name}, ms", "dB, top-1")]
+    header += [f"{name} vs better runtime" for name in ours]
+    ratios: dict[str, list[float]] = defaultdict(list)
+    runtimes = [f"{name} int8" for name in RUNTIMES]
+    lines = []
+    for (network, case, _), group in _grouped(rows).items():
+        cells = [network, case.removeprefix("batch ")]
+        for name in variants:
+            row = group.get(name)
+            agreement = ""
+            if row is not None and row.decibels is not None:
+                agreement = f"{row.decibels:.1f}, {row.top1:.0%}"
+            cells += [_ms(row), agreement]
+        times = [group[name].time_us for name in runtimes if name in group and group[name].time_us]
+        for name in ours:
+            time = getattr(group.get(name), "time_us", None)
+            ratio = min(times) / time if times and time else None
+            ratios[name] += [] if ratio is None else [ratio]
+            cells.append(_ratio(ratio))
+        lines.append(cells)
+    means = [
+        f"{name} {_geomean(found)} ({min(found):.2f}x to {max(found):.2f}x)"
+        for name, found in ratios.items()
+        if found
+    ]
+    text = (
+        "Every variant is quantised on the same photographs, shifted; dB and top-1 are those of "
+        f"the measured batch beside float64. Against the better runtime: {'; '.join(means)}."
+    )
+    return f"{_markdown(header, lines)}\n\n{text}"
+
+
 def kernel_table(reports: Sequence[Report]) -> str:
     """A row per op and part: geometric means of ours over its cases, and the worst case."""
     groups: dict[tuple[str, str, str, str], list[Row]] = defaultdict(list)
@@ -217,6 +255,7 @@ def kernel_table(reports: Sequence[Report]) -> str:
 
 TABLES: dict[str, Callable[[Sequence[Report]], str]] = {
     "models": inference_table,
+    "int8": int8_table,
     "training": training_table,
     "kernels": kernel_table,
 }

@@ -33,7 +33,7 @@ def _slug(name: str) -> str:
 def machine_folders(results: Path | None = None) -> list[Path]:
     """Those of complete runs; not where all is predicted."""
     folders = (path for path in (results or RESULTS).iterdir() if path.is_dir())
-    measured = ("kernels-*.json", "models-*.json", "training-*.json", "demo.json")
+    measured = ("kernels-*.json", "models-*.json", "int8-*.json", "training-*.json", "demo.json")
     return sorted(
         path
         for path in folders

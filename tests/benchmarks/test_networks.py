@@ -11,9 +11,12 @@ from benchmarks.__main__ import main
 from benchmarks.bench_training import Step
 from benchmarks.harness import machine as machines
 from benchmarks.harness import peers, run
+from benchmarks.harness.command_line import Refused
 from benchmarks.harness.machine import Machine, Settings
 from benchmarks.harness.report import Rates
 from benchmarks.harness.run import run_cases
+from cvkernels.freeze import quantise
+from cvkernels.freeze.quantise.guard import decibels
 from tests.support.harness_fakes import CPU
 
 ONCE = Settings(rounds=4, seconds=60.0, least=4)
@@ -74,6 +77,35 @@ def test_inference_has_every_peer_and_its_columns(toy, monkeypatch):
     assert rows["batch 3", "openvino"].status == "unavailable"
     assert "pip install 'cvkernels[bench]'" in rows["batch 3", "openvino"].note
     assert report.sound
+
+
+def test_int8_has_agreement_beside_time_and_is_held_to_no_rule(toy, monkeypatch):
+    monkeypatch.setattr(peers, "_imported", missing)
+    monkeypatch.setattr(quantise, "ENOUGH", 1)
+    monkeypatch.setattr(bench_models, "CALIBRATION", 4)
+    cases = bench_models.cases(CPU, [torch.int8], [3], ["resnet50"])
+    rows = {row.variant: row for row in run_cases(cases, Machine(CPU), ONCE).rows}
+    ours, guarded = rows["cvkernels int8"], rows["cvkernels int8, 30 dB"]
+    assert (ours.status, ours.dtype, guarded.status) == ("measured", "int8", "measured")
+    assert ours.max_error > 2 * ours.eager_error
+    assert 20 < ours.decibels < 60 < rows["eager channels_last"].decibels
+    assert 0 <= ours.top1 <= 1 and guarded.decibels > 25
+    for peer in ("openvino", "onnxruntime", "compile"):
+        assert rows[f"{peer} int8"].status == "unavailable"
+    with pytest.raises(Refused, match="int8 are for CPUs"):
+        bench_models.cases(torch.device("cuda"), [torch.int8], [3])
+
+
+@pytest.mark.parametrize(
+    ("peer", "package"), [("openvino_int8", "nncf"), ("onnxruntime_int8", "onnxruntime")]
+)
+def test_runtimes_quantise_the_network(peer, package):
+    for name in (package, "onnxscript" if peer.startswith("onnx") else "openvino"):
+        pytest.importorskip(name)
+    model, images = Toy().eval(), torch.rand(8, 3, 9, 9)
+    with torch.no_grad():
+        found = getattr(peers, peer)(model, images[:2], images)(images[:2])
+        assert 20 < decibels([found], [model(images[:2])]) < 70
 
 
 def missing(name):

@@ -45,7 +45,13 @@ def folder(tmp_path):
         row("conv", "forward", "one", variant, 10.0, bytes=10**5, flops=10**8, tflop_per_s=0.05)
         for variant in ("eager", "cvkernels")
     ]
-    for kind, rows in (("models", inference), ("training", training), ("kernels", kernels)):
+    int8 = [
+        row("resnet50", "inference", "batch 1", variant, time, decibels=30.2, top1=0.5)
+        for variant, time in (("openvino int8", 3000.0), ("onnxruntime int8", 9000.0),
+                              ("cvkernels int8", 2000.0), ("cvkernels int8, 30 dB", 4000.0))
+    ]  # fmt: skip
+    kinds = {"models": inference, "training": training, "kernels": kernels, "int8": int8}
+    for kind, rows in kinds.items():
         write_report(machine / f"{kind}-all.json", Report(ENVIRONMENT, rates, rows))
     return machine
 
@@ -67,6 +73,8 @@ def test_tables_hold_every_row_losing_and_missing_ones_too(folder):
     assert "| 1.50x |  | 0.90x |" in inference
     assert "cvkernels vs better runtime 0.90x (0.90x to 0.90x)" in text
     assert "1.0e-06 (eager 2.0e-06)" in inference
+    assert "| 2.0 (2.0-2.0) | 30.2, 50% | 4.0 (4.0-4.0) | 30.2, 50% | 1.50x | 0.75x |" in text
+    assert "cvkernels int8 1.50x (1.50x to 1.50x); cvkernels int8, 30 dB 0.75x" in text
     assert "| densenet201 | 2 | fp32 | cvkernels |  |  |  | 40.2 |" in text
     assert "| pool | forward | fp32 | cvkernels | 2 | 1.00x | 0.50x (loses) |" in text
 
