@@ -84,11 +84,15 @@ class Region:
     """Calls that run one after the other as they are written, on copies of what they write.
 
     ``calls`` are functions of a list: the region's inputs and the results so far. ``copied`` are
-    the inputs that are written, ``results`` the places in the list of what is returned.
+    the inputs that are written, ``results`` the places in the list of what is returned. What
+    ``may_raise``, as PyTorch does where expanded memory is written, runs even if nothing reads it.
     """
 
-    def __init__(self, calls: list[AsWritten], copied: list[int], results: list[int]) -> None:
+    def __init__(
+        self, calls: list[AsWritten], copied: list[int], results: list[int], may_raise: bool
+    ) -> None:
         self.calls, self.copied, self.results = calls, frozenset(copied), results
+        self.may_raise = may_raise
 
     def __call__(self, *inputs: Any) -> tuple:
         # As stock has its maps: whether a flattened one is a view depends on it.
@@ -242,6 +246,11 @@ def is_size(value: Any) -> bool:
     return bool(inputs) and computes and all(map(is_size, inputs))
 
 
+def expands(node: fx.Node) -> bool:
+    """Whether elements of a call's result may share memory."""
+    return _called(node) in _EXPANDING
+
+
 def _called(node: fx.Node) -> str:
     """The name of the method or function that a node calls."""
     return node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
@@ -309,7 +318,7 @@ class _Memory:
             read_later = any(self.last_read(other) > now for other in changed)
             # A call that runs as it is gets a copy of its first argument.
             writes_more = not returns and written != node.args[:1]
-            expanded = any(_called(m) in _EXPANDING for m in earlier)
+            expanded = any(map(expands, earlier))
             if (read_later or writes_more or expanded) and group not in unsafe:
                 unsafe.append(group)
         return unsafe

@@ -362,7 +362,8 @@ class _Reader:
         results = [places[node] for node in span.results]
         calls = [self._as_written(node, places) for node in span.nodes]
         layer = self._layer(span.nodes[-1])
-        values = self._call("function", Region(calls, copied, results), layer, inputs, {}, False)
+        region = Region(calls, copied, results, any(map(aliasing.expands, span.nodes)))
+        values = self._call("function", region, layer, inputs, {}, False)
         for number, node in enumerate(span.results):
             args = (values, number)
             self.values[node] = self._call("function", operator.getitem, layer, args, {}, False)

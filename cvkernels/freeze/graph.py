@@ -91,6 +91,11 @@ class Op:
             setattr(cls, fact, value)
         dataclass(frozen=True, eq=False)(cls)
 
+    @property
+    def may_raise(self) -> bool:
+        """Whether it runs even if nothing reads its value."""
+        return False
+
     def infer(self, node: Node, inputs: list, device: torch.device) -> Any:
         """The :class:`TensorSpec` of the value, or a value that is no tensor."""
         return TensorSpec(self.shape(node, *[spec.shape for spec in inputs]), inputs[0].dtype)
@@ -203,8 +208,9 @@ class Graph:
         return uses
 
     def prune(self) -> None:
-        """Drop what no result needs; the input stays."""
-        needed = set(self.results) | {self.nodes[0]}
+        """Drop what no result needs; the input stays, and what may raise."""
+        needed = {node for node in self.nodes if node.op.may_raise}
+        needed |= set(self.results) | {self.nodes[0]}
         for node in reversed(self.nodes):
             if node in needed:
                 needed.update(node.inputs)

@@ -157,6 +157,10 @@ class Call(Op, name="call", views=True, reports=True):
             for call in region
         )
 
+    @property
+    def may_raise(self) -> bool:
+        return isinstance(self.target, Region) and self.target.may_raise
+
     def infer(self, node: Node, inputs: list, device: torch.device) -> Any:
         zeros = [
             torch.zeros(value.shape, dtype=value.dtype, device=device)
