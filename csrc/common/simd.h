@@ -77,11 +77,35 @@ CVK_INLINE V load(const uint8_t* p) {
   return __builtin_convertvector(__builtin_convertvector(bytes, I), V);
 }
 
+#if LANES == 16
+CVK_INLINE __m512i nearest(V v) {
+  return _mm512_maskz_cvtps_epi32(0xffff, __builtin_bit_cast(__m512, v));
+}
+#endif
+
 // v between 0 and 255 as bytes: rounded to nearest, ties to even.
 CVK_INLINE void store(uint8_t* p, V v) {
   const V shifted = v + 0x1.8p23f;  // rounded into the last places
   const Bytes bytes = __builtin_convertvector(__builtin_bit_cast(Bits, shifted) & 0xff, Bytes);
   __builtin_memcpy(p, &bytes, sizeof(bytes));
+}
+
+// Four vectors of numbers of at most 255; those below 0 become 0.
+CVK_INLINE void store(uint8_t* p, V a, V b, V c, V d) {
+#if LANES == 16
+  const __m512i ab = _mm512_packs_epi32(nearest(a), nearest(b));
+  const __m512i cd = _mm512_packs_epi32(nearest(c), nearest(d));
+  // Each of its four parts has four bytes of a, of b, of c and of d.
+  const __m512i bytes = _mm512_packus_epi16(ab, cd);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(p, _mm512_maskz_permutexvar_epi32(0xffff, order, bytes));
+#else
+  const V zero = V{};
+  store(p, a < zero ? zero : a);
+  store(p + LANES, b < zero ? zero : b);
+  store(p + 2 * LANES, c < zero ? zero : c);
+  store(p + 3 * LANES, d < zero ? zero : d);
+#endif
 }
 
 // Two vectors, the first at p.

@@ -216,11 +216,16 @@ CVK_INLINE void finish_sums(const V* sums, const Epilogue<T>& epilogue, const V*
   if constexpr (INDEX < HEIGHT * WIDTH) {
     T* const to = epilogue.to + INDEX / WIDTH * epilogue.to_stride + INDEX % WIDTH * LANES;
     const V y = finished<INDEX, WIDTH>(sums, epilogue, shift, low, high);
-    if constexpr (WIDTH > 1)
+    constexpr int STORED = std::is_same_v<T, uint8_t> ? WIDTH : std::min(WIDTH, 2);
+    if constexpr (STORED == 4)
+      store(to, y, finished<INDEX + 1, WIDTH>(sums, epilogue, shift, low, high),
+            finished<INDEX + 2, WIDTH>(sums, epilogue, shift, low, high),
+            finished<INDEX + 3, WIDTH>(sums, epilogue, shift, low, high));
+    else if constexpr (STORED == 2)
       store(to, y, finished<INDEX + 1, WIDTH>(sums, epilogue, shift, low, high));
     else
       store(to, y);
-    finish_sums<HEIGHT, WIDTH, INDEX + std::min(WIDTH, 2)>(sums, epilogue, shift, low, high);
+    finish_sums<HEIGHT, WIDTH, INDEX + STORED>(sums, epilogue, shift, low, high);
   }
 }
 
@@ -354,6 +359,16 @@ CVK_TARGET static void finish(const Problem& problem, const float* sums, int64_t
   for (int64_t row = 0; row < height; ++row, sums += sums_stride, out += problem.out_stride) {
     const Gate<T>* gate = gates == nullptr ? nullptr : gates[row];
     int64_t c = 0;
+    if constexpr (std::is_same_v<O, uint8_t>)
+      for (; c + 4 * LANES <= std::min(columns, kept); c += 4 * LANES)
+        store(out + c,
+              finished<ACT, T>(sums, shift, from(gate, c), from(residual, c), quantised, c),
+              finished<ACT, T>(sums, shift, from(gate, c + LANES), from(residual, c + LANES),
+                               quantised, c + LANES),
+              finished<ACT, T>(sums, shift, from(gate, c + 2 * LANES),
+                               from(residual, c + 2 * LANES), quantised, c + 2 * LANES),
+              finished<ACT, T>(sums, shift, from(gate, c + 3 * LANES),
+                               from(residual, c + 3 * LANES), quantised, c + 3 * LANES));
     for (; c + 2 * LANES <= std::min(columns, kept); c += 2 * LANES)
       store(out + c, finished<ACT, T>(sums, shift, from(gate, c), from(residual, c), quantised, c),
             finished<ACT, T>(sums, shift, from(gate, c + LANES), from(residual, c + LANES),
@@ -468,6 +483,23 @@ CVK_INLINE X gated(const Problem& problem, const Data<T>& data, X x, X gate) {
            static_cast<float>(problem.zero);
 }
 
+// What a prologue makes of a vector of x's channels. Of bytes it is at most 255, and what is below
+// 0, where ReLU would clamp it, is stored as 0.
+template <typename E, typename T>
+CVK_INLINE V prepared(const Problem& problem, const Data<T>& data, const T* x, const Gate<T>* gate,
+                      int64_t c) {
+  constexpr bool BYTES = std::is_same_v<E, uint8_t>;
+  V u = load(x + c);
+  if (data.input_scale != nullptr) {
+    u = u * load(data.input_scale + c) + load(data.input_shift + c);
+    if (!BYTES || gate != nullptr) u = activate<Act::RELU>(u);
+  }
+  if (gate != nullptr) u = gated<T>(problem, data, u, load(gate + c));
+  if constexpr (!BYTES) return u;
+  const V high = V{} + 255.0f;
+  return u > high ? high : u;
+}
+
 // The C channels of one tap of one pixel as the convolution multiplies them.
 template <typename T, typename E>
 CVK_TARGET static void gather_tap(const Problem& problem, const Data<T>& data, int64_t n,
@@ -482,13 +514,14 @@ CVK_TARGET static void gather_tap(const Problem& problem, const Data<T>& data, i
   const Gate<T>* gate = data.gate == nullptr ? nullptr : data.gate + n * C;
   int64_t c = 0;
   if (stride == 1 && C >= LANES) {
-    for (; c + LANES <= C; c += LANES) {
-      V u = load(x + c);
-      if (data.input_scale != nullptr)
-        u = activate<Act::RELU>(u * load(data.input_scale + c) + load(data.input_shift + c));
-      if (gate != nullptr) u = gated<T>(problem, data, u, load(gate + c));
-      store(to + c, clamped<E>(u, 0.0f, 255.0f));
-    }
+    if constexpr (std::is_same_v<E, uint8_t>)
+      for (; c + 4 * LANES <= C; c += 4 * LANES)
+        store(to + c, prepared<E>(problem, data, x, gate, c),
+              prepared<E>(problem, data, x, gate, c + LANES),
+              prepared<E>(problem, data, x, gate, c + 2 * LANES),
+              prepared<E>(problem, data, x, gate, c + 3 * LANES));
+    for (; c + LANES <= C; c += LANES)
+      store(to + c, clamped<E>(prepared<E>(problem, data, x, gate, c), 0.0f, 255.0f));
   }
   for (; c < C; ++c) {
     float u = Number<T>::widen(x[c * stride]);
