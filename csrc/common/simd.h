@@ -191,8 +191,8 @@ CVK_INLINE V short_inverse(V x) {
 #endif
 }
 
-// 1 + e^-y to 11 bits or more.
-CVK_INLINE V short_divisor(V y) {
+// y * sigmoid(y) to 11 bits or more, for bfloat16.
+CVK_INLINE V short_silu(V y) {
   const V low = V{} - 126.0f, high = V{} + 128.0f;
   V x = y * -0x1.715476p0f;  // -y / ln(2)
   x = x < low ? low : x;
@@ -204,19 +204,54 @@ CVK_INLINE V short_divisor(V y) {
   power = power * r + 0.6931471806f;
   power = power * r + 1.0f;
   const I bits = __builtin_bit_cast(I, shifted);
-  return power * __builtin_bit_cast(V, (bits + 127) << 23) + 1.0f;  // 2^n, infinity for n = 128
+  power = power * __builtin_bit_cast(V, (bits + 127) << 23);  // 2^n, infinity for n = 128
+  return y * short_inverse(power + 1.0f);
 }
 
-// y * sigmoid(y) to 11 bits or more, for bfloat16.
-CVK_INLINE V short_silu(V y) { return y * short_inverse(short_divisor(y)); }
+// The numbers of a table of SigmoidTable::PIECES at these places.
+CVK_INLINE V look_up(const float* table, I places) {
+#if LANES == 16
+  const __m512 low = _mm512_load_ps(table), high = _mm512_load_ps(table + 16);
+  return __builtin_bit_cast(V,
+                            _mm512_permutex2var_ps(low, __builtin_bit_cast(__m512i, places), high));
+#elif LANES == 8
+  // Four quarters of the table by the three lowest bits, of which the next two choose: a gather
+  // takes longer on some processors.
+  const __m256i at = __builtin_bit_cast(__m256i, places);
+  __m256 quarters[4];
+  for (int i = 0; i < 4; ++i)
+    quarters[i] = _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8 * i), at);
+  const __m256 odd = _mm256_castsi256_ps(_mm256_slli_epi32(at, 28));
+  const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(at, 27));
+  const __m256 low = _mm256_blendv_ps(quarters[0], quarters[1], odd);
+  const __m256 high = _mm256_blendv_ps(quarters[2], quarters[3], odd);
+  return __builtin_bit_cast(V, _mm256_blendv_ps(low, high, upper));
+#else
+  V found{};
+  for (int i = 0; i < LANES; ++i) found[i] = table[places[i]];
+  return found;
+#endif
+}
+
+// y * sigmoid(y) for bytes, see SigmoidTable.
+CVK_INLINE V byte_silu(V y) {
+  constexpr float PER_UNIT = SigmoidTable::PIECES / (2.0f * SigmoidTable::REACH);
+  const V least = V{}, most = V{} + (SigmoidTable::PIECES - 0x1p-8f);
+  V place = y * PER_UNIT + SigmoidTable::PIECES / 2.0f;
+  place = place > least ? place : least;
+  place = place < most ? place : most;
+  const I piece = __builtin_convertvector(place, I);
+  const V t = place - __builtin_convertvector(piece, V);
+  const V bent = look_up(SIGMOID.c, piece) * t + look_up(SIGMOID.b, piece);
+  return y * (bent * t + look_up(SIGMOID.a, piece));
+}
 
 // In what T needs. Each of them keeps a NaN.
 template <Act ACT, typename T = float>
 CVK_INLINE V activate(V y) {
   const V zero = V{}, six = V{} + 6.0f;
   if constexpr (ACT == Act::SILU && std::is_same_v<T, bfloat16>) return short_silu(y);
-  // Of bytes, which are to be the same on all processors.
-  if constexpr (ACT == Act::SILU && std::is_same_v<T, uint8_t>) return y / short_divisor(y);
+  if constexpr (ACT == Act::SILU && std::is_same_v<T, uint8_t>) return byte_silu(y);
   if constexpr (ACT == Act::SILU) return y / (1.0f + exponential(-y));
   if constexpr (ACT == Act::RELU || ACT == Act::RELU6) y = y < zero ? zero : y;
   if constexpr (ACT == Act::RELU6) y = y > six ? six : y;

@@ -9,6 +9,7 @@
 #include "common/large_output.h"
 #include "common/number.h"
 #include "common/recycled.h"
+#include "common/sigmoid_table.h"
 #include "conv_bn_act/ops.h"
 #include "conv_bn_act/tasks.h"
 #include "conv_bn_act/tiled.h"

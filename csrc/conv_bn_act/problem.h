@@ -90,8 +90,8 @@ struct Quantised {
   const float* scale;      // [panels * PANEL]
   const int32_t* surplus;  // likewise: what sums of products with x - 128 lack
   float offset, residual_scale, low, high, out_scale, out_zero;
-  float x_zero, gate_scale;  // an input gate g makes (x - x_zero) * g * gate_scale + zero of x
-  float* wide_out;           // in place of out
+  int64_t gate_shifts;  // from input gates to what is added: x becomes x * gate + gate[gate_shifts]
+  float* wide_out;      // in place of out
 
   // Of the elements of out from `element` on, and the output channels from `channel` on.
   Quantised at(int64_t element, int64_t channel) const {

@@ -473,28 +473,18 @@ CVK_TARGET static void convert(const T* x, int64_t count, E* to) {
   for (; i < count; ++i) to[i] = number_of(Number<T>::widen(x[i]), E{});
 }
 
-// A number, or a vector of them, of x times its gate.
-template <typename T, typename X>
-CVK_INLINE X gated(const Problem& problem, const Data<T>& data, X x, X gate) {
-  if constexpr (!std::is_same_v<T, uint8_t>)
-    return x * gate;
-  else
-    return (x - data.quantised.x_zero) * (gate * data.quantised.gate_scale) +
-           static_cast<float>(problem.zero);
-}
-
 // What a prologue makes of a vector of x's channels. Of bytes it is at most 255, and what is below
 // 0, where ReLU would clamp it, is stored as 0.
 template <typename E, typename T>
-CVK_INLINE V prepared(const Problem& problem, const Data<T>& data, const T* x, const Gate<T>* gate,
-                      int64_t c) {
+CVK_INLINE V prepared(const Data<T>& data, const T* x, const Gate<T>* gate, int64_t c) {
   constexpr bool BYTES = std::is_same_v<E, uint8_t>;
   V u = load(x + c);
   if (data.input_scale != nullptr) {
     u = u * load(data.input_scale + c) + load(data.input_shift + c);
     if (!BYTES || gate != nullptr) u = activate<Act::RELU>(u);
   }
-  if (gate != nullptr) u = gated<T>(problem, data, u, load(gate + c));
+  if (gate != nullptr) u = u * load(gate + c);
+  if (BYTES && gate != nullptr) u += load(gate + data.quantised.gate_shifts + c);
   if constexpr (!BYTES) return u;
   const V high = V{} + 255.0f;
   return u > high ? high : u;
@@ -516,12 +506,10 @@ CVK_TARGET static void gather_tap(const Problem& problem, const Data<T>& data, i
   if (stride == 1 && C >= LANES) {
     if constexpr (std::is_same_v<E, uint8_t>)
       for (; c + 4 * LANES <= C; c += 4 * LANES)
-        store(to + c, prepared<E>(problem, data, x, gate, c),
-              prepared<E>(problem, data, x, gate, c + LANES),
-              prepared<E>(problem, data, x, gate, c + 2 * LANES),
-              prepared<E>(problem, data, x, gate, c + 3 * LANES));
+        store(to + c, prepared<E>(data, x, gate, c), prepared<E>(data, x, gate, c + LANES),
+              prepared<E>(data, x, gate, c + 2 * LANES), prepared<E>(data, x, gate, c + 3 * LANES));
     for (; c + LANES <= C; c += LANES)
-      store(to + c, clamped<E>(prepared<E>(problem, data, x, gate, c), 0.0f, 255.0f));
+      store(to + c, clamped<E>(prepared<E>(data, x, gate, c), 0.0f, 255.0f));
   }
   for (; c < C; ++c) {
     float u = Number<T>::widen(x[c * stride]);
@@ -529,7 +517,9 @@ CVK_TARGET static void gather_tap(const Problem& problem, const Data<T>& data, i
       u = u * data.input_scale[c] + data.input_shift[c];
       u = u < 0.0f ? 0.0f : u;
     }
-    if (gate != nullptr) u = gated<T>(problem, data, u, Number<Gate<T>>::widen(gate[c]));
+    if (gate != nullptr) u *= Number<Gate<T>>::widen(gate[c]);
+    if constexpr (std::is_same_v<T, uint8_t>)
+      if (gate != nullptr) u += gate[data.quantised.gate_shifts + c];
     to[c] = number_of(u, E{});
   }
 }

@@ -3,11 +3,13 @@
 #include <cmath>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 #include "common/cpu.h"
 #include "common/instruction_sets.h"
 #include "common/large_output.h"
 #include "common/number.h"
+#include "common/sigmoid_table.h"
 #include "conv_bn_act/ops.h"
 #include "conv_bn_act/tasks.h"
 
@@ -73,8 +75,8 @@ void conv_bn_act_quantised(const Tensor& x, const Tensor& weight, const Tensor& 
   quantised.high = narrow(high);
   quantised.out_scale = narrow(out_scale);
   quantised.out_zero = narrow(out_zero);
-  quantised.x_zero = narrow(x_zero);
-  quantised.gate_scale = narrow(gate_scale);
+  quantised.gate_shifts = problem.N * problem.C;
+  const float middle = narrow(x_zero), factor = narrow(gate_scale);
   perform({x.const_data_ptr(), weights, of_channels, out.mutable_data_ptr(), address_of(residual),
            affine, gate, output_gates},
           [=](void* const* at) mutable {
@@ -86,8 +88,15 @@ void conv_bn_act_quantised(const Tensor& x, const Tensor& weight, const Tensor& 
             quantised.surplus = reinterpret_cast<const int32_t*>(scale + 2 * columns);
             quantised.wide_out = wide ? static_cast<float*>(at[3]) : nullptr;
             const float* before = floats(5);
+            // Of (x - x_zero) * gate * gate_scale + zero.
+            std::vector<float> gates(at[6] == nullptr ? 0 : 2 * quantised.gate_shifts);
+            for (size_t i = 0; i < gates.size() / 2; ++i) {
+              gates[i] = floats(6)[i] * factor;
+              gates[gates.size() / 2 + i] = static_cast<float>(zero) - middle * gates[i];
+            }
             run(problem, {bytes(0), floats(1), scale + columns, bytes(4), before,
-                          before == nullptr ? nullptr : before + problem.C, floats(6), floats(7),
+                          before == nullptr ? nullptr : before + problem.C,
+                          gates.empty() ? nullptr : gates.data(), floats(7),
                           wide ? nullptr : bytes(3), quantised});
           });
 }

@@ -9,6 +9,7 @@
 #include "common/instruction_sets.h"
 #include "common/large_output.h"
 #include "common/number.h"
+#include "common/sigmoid_table.h"
 #include "depthwise_conv_bn_act/problem.h"
 
 namespace cvkernels::depthwise_conv_bn_act {
