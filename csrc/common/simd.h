@@ -9,7 +9,6 @@ using Unaligned [[gnu::may_alias]] =
 using I = int32_t __attribute__((vector_size(LANES * sizeof(int32_t))));
 using Bits = uint32_t __attribute__((vector_size(LANES * sizeof(uint32_t))));
 using Half = uint16_t __attribute__((vector_size(LANES * sizeof(uint16_t))));
-using Bytes = uint8_t __attribute__((vector_size(LANES)));
 
 #undef CVK_INLINE
 #define CVK_INLINE CVK_TARGET static inline __attribute__((always_inline))
@@ -71,10 +70,35 @@ CVK_INLINE void store(float16* p, V v) {
 #endif
 }
 
+// By the sets' own instructions: GCC 12 converts vectors of bytes one by one.
 CVK_INLINE V load(const uint8_t* p) {
-  Bytes bytes;
-  __builtin_memcpy(&bytes, p, sizeof(bytes));
-  return __builtin_convertvector(__builtin_convertvector(bytes, I), V);
+#if LANES == 16
+  const __m512i wide = _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128((const __m128i*)p));
+  return __builtin_convertvector(__builtin_bit_cast(I, wide), V);
+#elif LANES == 8
+  const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+  return __builtin_convertvector(__builtin_bit_cast(I, wide), V);
+#else
+  I wide;
+  for (int i = 0; i < LANES; ++i) wide[i] = p[i];
+  return __builtin_convertvector(wide, V);
+#endif
+}
+
+// v between 0 and 255 as bytes: rounded to nearest, ties to even.
+CVK_INLINE void store(uint8_t* p, V v) {
+  const Bits shifted = __builtin_bit_cast(Bits, v + 0x1.8p23f);  // rounded into the last places
+#if LANES == 16
+  const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, __builtin_bit_cast(__m512i, shifted));
+  _mm_storeu_si128((__m128i*)p, bytes);
+#elif LANES == 8
+  const __m256i whole = __builtin_bit_cast(__m256i, shifted & 0xff);
+  const __m128i words =
+      _mm_packus_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(words, words));
+#else
+  for (int i = 0; i < LANES; ++i) p[i] = static_cast<uint8_t>(shifted[i]);
+#endif
 }
 
 #if LANES == 16
@@ -82,13 +106,6 @@ CVK_INLINE __m512i nearest(V v) {
   return _mm512_maskz_cvtps_epi32(0xffff, __builtin_bit_cast(__m512, v));
 }
 #endif
-
-// v between 0 and 255 as bytes: rounded to nearest, ties to even.
-CVK_INLINE void store(uint8_t* p, V v) {
-  const V shifted = v + 0x1.8p23f;  // rounded into the last places
-  const Bytes bytes = __builtin_convertvector(__builtin_bit_cast(Bits, shifted) & 0xff, Bytes);
-  __builtin_memcpy(p, &bytes, sizeof(bytes));
-}
 
 // Four vectors of numbers of at most 255; those below 0 become 0.
 CVK_INLINE void store(uint8_t* p, V a, V b, V c, V d) {
@@ -158,6 +175,41 @@ CVK_INLINE void copy(const T* from, int64_t count, T* to) {
   }
 #endif
   std::memcpy(to, from, count * sizeof(T));
+}
+
+// a * b + c rounded once, where the set has an instruction for it. A compiler chooses that anew in
+// each place; bytes are to be the same on all processors.
+CVK_INLINE V fused(V a, V b, V c) {
+#if LANES == 16
+  return __builtin_bit_cast(
+      V, _mm512_fmadd_ps(__builtin_bit_cast(__m512, a), __builtin_bit_cast(__m512, b),
+                         __builtin_bit_cast(__m512, c)));
+#elif LANES == 8
+  return __builtin_bit_cast(
+      V, _mm256_fmadd_ps(__builtin_bit_cast(__m256, a), __builtin_bit_cast(__m256, b),
+                         __builtin_bit_cast(__m256, c)));
+#else
+  return a * b + c;
+#endif
+}
+
+CVK_INLINE float fused(float a, float b, float c) {
+#if LANES >= 8
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// a * b, which no compiler rounds together with a sum that it is added to.
+CVK_INLINE V product(V a, V b) {
+  V rounded = a * b;
+#if defined(__x86_64__)
+  asm("" : "+v"(rounded));
+#elif defined(__aarch64__)
+  asm("" : "+w"(rounded));
+#endif
+  return rounded;
 }
 
 // e^x to 2 roundings, for a sum with 1: below -87 it stays at 2e-38, above 88.4 it is infinite.
@@ -237,13 +289,13 @@ CVK_INLINE V look_up(const float* table, I places) {
 CVK_INLINE V byte_silu(V y) {
   constexpr float PER_UNIT = SigmoidTable::PIECES / (2.0f * SigmoidTable::REACH);
   const V least = V{}, most = V{} + (SigmoidTable::PIECES - 0x1p-8f);
-  V place = y * PER_UNIT + SigmoidTable::PIECES / 2.0f;
+  V place = fused(y, V{} + PER_UNIT, V{} + SigmoidTable::PIECES / 2.0f);
   place = place > least ? place : least;
   place = place < most ? place : most;
   const I piece = __builtin_convertvector(place, I);
   const V t = place - __builtin_convertvector(piece, V);
-  const V bent = look_up(SIGMOID.c, piece) * t + look_up(SIGMOID.b, piece);
-  return y * (bent * t + look_up(SIGMOID.a, piece));
+  const V bent = fused(look_up(SIGMOID.c, piece), t, look_up(SIGMOID.b, piece));
+  return product(y, fused(bent, t, look_up(SIGMOID.a, piece)));
 }
 
 // In what T needs. Each of them keeps a NaN.

@@ -185,15 +185,15 @@ CVK_INLINE V scaled(V sum, V shift, const Gate<T>* gate, const Quantised& quanti
     return gate == nullptr ? y : y * load(gate);
   } else {
     const V whole = whole_sum(sum, quantised.surplus + column);
-    const V y = whole * load(quantised.scale + column) + shift;
-    return gate == nullptr ? y : y * load(gate) + quantised.offset;
+    const V y = fused(whole, load(quantised.scale + column), shift);
+    return gate == nullptr ? y : fused(y, load(gate), V{} + quantised.offset);
   }
 }
 
 template <typename T>
 CVK_INLINE V with_residual(V y, const Quantised& quantised, const T* residual) {
   if constexpr (std::is_same_v<T, uint8_t>)
-    return y + load(residual) * quantised.residual_scale;
+    return fused(load(residual), V{} + quantised.residual_scale, y);
   else
     return y + load(residual);
 }
@@ -330,7 +330,7 @@ CVK_INLINE V activated(V y, const Quantised& quantised) {
     return activate<ACT, T>(y);
   } else {
     if constexpr (ACT == Act::SILU)
-      y = activate<ACT, T>(y) * quantised.out_scale + quantised.out_zero;
+      y = fused(activate<ACT, T>(y), V{} + quantised.out_scale, V{} + quantised.out_zero);
     return clamped<T>(y, quantised.low, quantised.high);
   }
 }
@@ -480,12 +480,12 @@ CVK_INLINE V prepared(const Data<T>& data, const T* x, const Gate<T>* gate, int6
   constexpr bool BYTES = std::is_same_v<E, uint8_t>;
   V u = load(x + c);
   if (data.input_scale != nullptr) {
-    u = u * load(data.input_scale + c) + load(data.input_shift + c);
+    u = fused(u, load(data.input_scale + c), load(data.input_shift + c));
     if (!BYTES || gate != nullptr) u = activate<Act::RELU>(u);
   }
-  if (gate != nullptr) u = u * load(gate + c);
-  if (BYTES && gate != nullptr) u += load(gate + data.quantised.gate_shifts + c);
-  if constexpr (!BYTES) return u;
+  if constexpr (!BYTES) return gate == nullptr ? u : u * load(gate + c);
+  if constexpr (BYTES)
+    if (gate != nullptr) u = fused(u, load(gate + c), load(gate + data.quantised.gate_shifts + c));
   const V high = V{} + 255.0f;
   return u > high ? high : u;
 }
@@ -514,12 +514,13 @@ CVK_TARGET static void gather_tap(const Problem& problem, const Data<T>& data, i
   for (; c < C; ++c) {
     float u = Number<T>::widen(x[c * stride]);
     if (data.input_scale != nullptr) {
-      u = u * data.input_scale[c] + data.input_shift[c];
+      u = fused(u, data.input_scale[c], data.input_shift[c]);
       u = u < 0.0f ? 0.0f : u;
     }
-    if (gate != nullptr) u *= Number<Gate<T>>::widen(gate[c]);
     if constexpr (std::is_same_v<T, uint8_t>)
-      if (gate != nullptr) u += gate[data.quantised.gate_shifts + c];
+      u = gate == nullptr ? u : fused(u, gate[c], gate[data.quantised.gate_shifts + c]);
+    else if (gate != nullptr)
+      u *= Number<T>::widen(gate[c]);
     to[c] = number_of(u, E{});
   }
 }

@@ -181,7 +181,8 @@ CVK_INLINE void make_pixels(const Problem& problem, const QuadTask& task,
       I total = __builtin_bit_cast(I, ordered[g]);
       total += __builtin_bit_cast(I, load(reinterpret_cast<const float*>(task.surplus) + g * 16));
       const V x = __builtin_convertvector(total, V);
-      const V y = activate<ACT, uint8_t>(x * load(task.scale + g * 16) + load(task.shift + g * 16));
+      const V y =
+          activate<ACT, uint8_t>(fused(x, load(task.scale + g * 16), load(task.shift + g * 16)));
       sums[g] += y;
       const V bytes = stored<uint8_t>(problem, y);
       if (G > 1 || task.kept == 16)

@@ -112,7 +112,7 @@ template <typename T>
 CVK_INLINE V stored(const Problem& problem, V y) {
   if constexpr (!std::is_same_v<T, uint8_t>) return y;
   const V low = V{}, high = V{} + 255.0f;
-  y = y * problem.out_scale + problem.out_zero;
+  y = fused(y, V{} + problem.out_scale, V{} + problem.out_zero);
   y = y < low ? low : y;
   return y > high ? high : y;
 }
@@ -124,7 +124,7 @@ CVK_INLINE V finish_row(const Problem& problem, const float* row, V scale, V shi
                         T* out) {
   V sum = V{};
   for (int64_t q = 0; q < problem.Q; ++q, row += LANES, out += problem.C) {
-    const V y = activate<ACT, T>(load(row) * scale + shift);
+    const V y = activate<ACT, T>(fused(load(row), scale, shift));
     sum += y;
     if (kept == LANES)
       store(out, stored<T>(problem, y));
