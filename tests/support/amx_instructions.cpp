@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "common/number.h"
+#include "common/sigmoid_table.h"
 #include "conv_bn_act/problem.h"
 #include "conv_bn_act/tiled.h"
 
