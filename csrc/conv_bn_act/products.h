@@ -410,15 +410,21 @@ CVK_TARGET static void finish_tile(const Problem& problem, const float* sums, in
       if (quantised.wide_out != nullptr) return finish_to(quantised.wide_out);
     finish_to(out);
   };
-  switch (problem.act) {
-    case Act::NONE:
-      return finish_by(Constant<Act::NONE>{});
-    case Act::RELU:
-      return finish_by(Constant<Act::RELU>{});
-    case Act::RELU6:
-      return finish_by(Constant<Act::RELU6>{});
-    case Act::SILU:
-      return finish_by(Constant<Act::SILU>{});
+  // Of bytes, what is no SiLU is in their limits already.
+  if constexpr (std::is_same_v<T, uint8_t>) {
+    return problem.act == Act::SILU ? finish_by(Constant<Act::SILU>{})
+                                    : finish_by(Constant<Act::NONE>{});
+  } else {
+    switch (problem.act) {
+      case Act::NONE:
+        return finish_by(Constant<Act::NONE>{});
+      case Act::RELU:
+        return finish_by(Constant<Act::RELU>{});
+      case Act::RELU6:
+        return finish_by(Constant<Act::RELU6>{});
+      case Act::SILU:
+        return finish_by(Constant<Act::SILU>{});
+    }
   }
 }
 

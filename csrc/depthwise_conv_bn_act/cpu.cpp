@@ -1,6 +1,7 @@
 // depthwise_conv_bn_act on the CPU. Schema: cvkernels/ops/depthwise_conv_bn_act/native.py.
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -29,7 +30,14 @@ namespace of_quads {
 template <typename T>
 auto best_band(const Problem& problem) {
 #define CVK_SELECT(isa) return isa::select<T>(problem)
-  CVK_BEST_ISA(CVK_SELECT);
+#if defined(__x86_64__) && defined(__GLIBC__)
+  // Processors with AVX-512 mostly have AVX512-VNNI, too: see launch_quads.
+  if constexpr (std::is_same_v<T, uint8_t>) {
+    if (takes(InstructionSet::AVX2)) CVK_SELECT(avx2);
+    CVK_SELECT(baseline);
+  } else
+#endif
+    CVK_BEST_ISA(CVK_SELECT);
 #undef CVK_SELECT
 }
 
@@ -106,6 +114,7 @@ bool launch_quads(const Problem& problem, const void* x_data, const float* weigh
   }
   const int64_t count = static_cast<int64_t>(channels.size()), bands = problem.bands();
   const int64_t products = std::min(problem.P, Problem::BAND) * problem.Q * BLOCK;
+  constexpr float infinity = std::numeric_limits<float>::infinity();
   parallel_for(0, problem.N * bands * count, cvkernels::grain_of(products),
                [&](int64_t first, int64_t last) {
                  alignas(64) static thread_local uint8_t ring[5 * QUADS * 64 * 4];
@@ -125,6 +134,8 @@ bool launch_quads(const Problem& problem, const void* x_data, const float* weigh
                    task.surplus = surplus + c;
                    task.ring = ring;
                    task.row_sums = parts == nullptr ? nullptr : row_sums.data();
+                   task.low = problem.act == Act::NONE ? -infinity : 0.0f;
+                   task.high = problem.act == Act::RELU6 ? 6.0f : infinity;
                    const MakeQuads make = groups == 4   ? select_quads<4>(problem)
                                           : groups == 2 ? select_quads<2>(problem)
                                                         : select_quads<1>(problem);

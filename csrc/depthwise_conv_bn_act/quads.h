@@ -113,6 +113,7 @@ struct QuadTask {
   const int32_t* surplus;  // what is added to sums of products
   uint8_t* ring;           // [K, QUADS, 64 * G]
   float* row_sums;         // [band, 16 * G], null where no sums are taken
+  float low, high;         // what an activation other than SiLU clamps to
 };
 
 // Columns of out that are made of the rows in a ring, which stays in the first cache.
@@ -148,11 +149,12 @@ CVK_TARGET static void fill_quads(const Problem& problem, const QuadTask& task, 
 }
 
 // COUNT neighbouring pixels of out, whose quads begin at rows[r]; sums[G] of what they become.
-template <Act ACT, int G, int K, int STRIDE, int COUNT>
+template <bool SILU, int G, int K, int STRIDE, int COUNT>
 CVK_INLINE void make_pixels(const Problem& problem, const QuadTask& task,
                             const uint8_t* const* rows, uint8_t* out, V* sums) {
   using Vector = typename BytesOf<G>::Vector;
   Vector* const kind = nullptr;
+  const V low = V{} + task.low, high = V{} + task.high;
   constexpr int T = K == 5 ? 2 : 1, BYTES = 16 * G, NEXT = 4 / STRIDE;
   Vector acc[COUNT][4];
   for (int i = 0; i < COUNT; ++i)
@@ -181,8 +183,8 @@ CVK_INLINE void make_pixels(const Problem& problem, const QuadTask& task,
       I total = __builtin_bit_cast(I, ordered[g]);
       total += __builtin_bit_cast(I, load(reinterpret_cast<const float*>(task.surplus) + g * 16));
       const V x = __builtin_convertvector(total, V);
-      const V y =
-          activate<ACT, uint8_t>(fused(x, load(task.scale + g * 16), load(task.shift + g * 16)));
+      V y = fused(x, load(task.scale + g * 16), load(task.shift + g * 16));
+      y = SILU ? byte_silu(y) : y < low ? low : y > high ? high : y;
       sums[g] += y;
       const V bytes = stored<uint8_t>(problem, y);
       if (G > 1 || task.kept == 16)
@@ -193,7 +195,7 @@ CVK_INLINE void make_pixels(const Problem& problem, const QuadTask& task,
   }
 }
 
-template <Act ACT, int G, int K, int STRIDE>
+template <bool SILU, int G, int K, int STRIDE>
 CVK_TARGET static void make_quads(const Problem& problem, const QuadTask& task) {
   constexpr int64_t ROW = QUADS * 64 * G;
   constexpr int64_t MORE = K == 5 ? 4 / STRIDE : 0;
@@ -218,10 +220,10 @@ CVK_TARGET static void make_quads(const Problem& problem, const QuadTask& task) 
       uint8_t* out = task.out + (p * problem.Q + begin) * problem.C;
       int64_t q = 0;
       for (; q + 2 <= count; q += 2, out += 2 * problem.C) {
-        make_pixels<ACT, G, K, STRIDE, 2>(problem, task, rows, out, sums);
+        make_pixels<SILU, G, K, STRIDE, 2>(problem, task, rows, out, sums);
         for (int r = 0; r < K; ++r) rows[r] += 2 * 64 * G;
       }
-      if (q < count) make_pixels<ACT, G, K, STRIDE, 1>(problem, task, rows, out, sums);
+      if (q < count) make_pixels<SILU, G, K, STRIDE, 1>(problem, task, rows, out, sums);
       if (row_sums != nullptr)
         for (int g = 0; g < G; ++g) store(row_sums + g * 16, sums[g]);
     }
@@ -230,25 +232,17 @@ CVK_TARGET static void make_quads(const Problem& problem, const QuadTask& task) 
 
 using MakeQuads = void (*)(const Problem&, const QuadTask&);
 
-template <Act ACT, int G>
+template <bool SILU, int G>
 CVK_TARGET static MakeQuads select_quads(const Problem& problem) {
   if (problem.kernel == 3)
-    return problem.stride == 1 ? &make_quads<ACT, G, 3, 1> : &make_quads<ACT, G, 3, 2>;
-  return problem.stride == 1 ? &make_quads<ACT, G, 5, 1> : &make_quads<ACT, G, 5, 2>;
+    return problem.stride == 1 ? &make_quads<SILU, G, 3, 1> : &make_quads<SILU, G, 3, 2>;
+  return problem.stride == 1 ? &make_quads<SILU, G, 5, 1> : &make_quads<SILU, G, 5, 2>;
 }
 
 template <int G>
 CVK_TARGET static MakeQuads select_quads(const Problem& problem) {
-  switch (problem.act) {
-    case Act::NONE:
-      return select_quads<Act::NONE, G>(problem);
-    case Act::RELU:
-      return select_quads<Act::RELU, G>(problem);
-    case Act::RELU6:
-      return select_quads<Act::RELU6, G>(problem);
-    default:
-      return select_quads<Act::SILU, G>(problem);
-  }
+  return problem.act == Act::SILU ? select_quads<true, G>(problem)
+                                  : select_quads<false, G>(problem);
 }
 
 #endif

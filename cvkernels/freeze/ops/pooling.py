@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cvkernels.freeze.steps import Site
 
 
-class _Pool(Op, writes=True, placeable=True):
+class Pool(Op, writes=True, placeable=True):
     """A pool; ``window`` has the fields of :class:`cvkernels.ops.common.pool.Window`."""
 
     def shape(self, node: Node, x: tuple) -> tuple:
@@ -32,7 +32,7 @@ class _Pool(Op, writes=True, placeable=True):
         return (*x[:2], *size)
 
 
-class MaxPool(_Pool, name="max_pool", runs_plans=True):
+class MaxPool(Pool, name="max_pool", runs_plans=True):
     """A max pool; behind a convolution that runs image by image, a part of its step."""
 
     window: tuple
@@ -65,7 +65,7 @@ class _Average(Op, runs_plans=True):
         return _written(site, avg_pool.plan, *arguments, input_bn=bn)
 
 
-class AvgPool(_Average, _Pool, name="avg_pool"):
+class AvgPool(_Average, Pool, name="avg_pool"):
     """An average pool with the options of torch.nn.functional.avg_pool2d."""
 
     window: tuple

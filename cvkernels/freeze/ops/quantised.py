@@ -15,7 +15,7 @@ from torch import Tensor
 from cvkernels import extension
 from cvkernels.freeze.graph import Node, Op, Run, Step, TensorSpec
 from cvkernels.freeze.ops.convolution import Conv, Sums
-from cvkernels.freeze.ops.pooling import _Pool
+from cvkernels.freeze.ops.pooling import Pool
 from cvkernels.freeze.ops.squeeze_excite import Squeeze
 from cvkernels.ops.common.derived_weights import derived
 from cvkernels.ops.common.plan import Plan
@@ -158,7 +158,7 @@ class QuantisedDepthwise(_Int8, name="depthwise_int8"):
         return site.written(lambda env, y: convolve(env[x], y, env[sums]))
 
 
-class QuantisedMaxPool(_Int8, _Pool, name="max_pool_int8", placeable=True):
+class QuantisedMaxPool(_Int8, Pool, name="max_pool_int8", placeable=True):
     """A max pool of bytes, which stand for numbers as those of x do."""
 
     window: tuple
@@ -169,7 +169,7 @@ class QuantisedMaxPool(_Int8, _Pool, name="max_pool_int8", placeable=True):
         return site.written(lambda env, y: pool(env[x], window, y))
 
 
-class QuantisedAvgPool(_Int8, _Pool, name="avg_pool_int8", placeable=True):
+class QuantisedAvgPool(_Int8, Pool, name="avg_pool_int8", placeable=True):
     """An average pool of bytes, which stand for numbers as those of x do, or as ``input_affine``
     [2, C] makes them."""
 
