@@ -1,4 +1,4 @@
-// conv_bn_act of bytes on the CPU. Schema: cvkernels/ops/conv_bn_act/quantised.py.
+// conv_bn_act of bytes on the CPU. Schema: cvkernels/ops/quantised/convolution.py.
 #include <algorithm>
 #include <cmath>
 #include <limits>

@@ -1,7 +1,6 @@
 // Between numbers and the bytes that stand for them, on the CPU. Schemas:
-// cvkernels/ops/quantised/native.py.
+// cvkernels/ops/quantised/maps.py.
 #include <algorithm>
-#include <vector>
 
 #include "common/arguments.h"
 #include "common/cpu.h"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,10 @@ from cvkernels.freeze.progress import progress
 from cvkernels.ops.quantised.quantisation import LEVELS
 
 BINS = 2048
+# Whatever PyTorch's defaults are.
+_LIKE: Any = {"dtype": torch.float64, "device": "cpu"}
 # Shares of the largest value that are tried as the end of a range.
-SHARES = torch.linspace(0.2, 1.0, 81, dtype=torch.float64)
+SHARES = [share / 100 for share in range(20, 101)]
 
 
 @dataclass
@@ -30,7 +33,7 @@ class Observed:
 
     low: float = 0.0
     high: float = 0.0
-    counts: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
+    counts: Tensor = field(default_factory=lambda: torch.zeros(BINS, **_LIKE))
     means: Tensor | None = None
     images: int = 0
 
@@ -58,12 +61,13 @@ class Observed:
         if not low < high:
             return low, high
         width = (high - low) / BINS
-        centers = low + width * (torch.arange(BINS, dtype=torch.float64) + 0.5)
+        centers = low + width * (torch.arange(BINS, **_LIKE) + 0.5)
+        shares = torch.tensor(SHARES, **_LIKE)
         for _ in range(2):
             if self.high > 0:
-                high = self._best(centers, low, SHARES * self.high, upper=True)
+                high = self._best(centers, low, shares * self.high, upper=True)
             if self.low < 0:
-                low = self._best(centers, high, SHARES * self.low, upper=False)
+                low = self._best(centers, high, shares * self.low, upper=False)
         return low, high
 
     def _best(self, centers: Tensor, other: float, ends: Tensor, upper: bool) -> float:

@@ -160,7 +160,7 @@ class _Rewriter:
             return torch.cat(scales), torch.cat(zeros)
         scale, zero = self.pairs[node] if node in self.bytes else self._pair(node)
         channels = self._channels(node)
-        make = {"dtype": torch.float64}
+        make = {"dtype": torch.float64, "device": "cpu"}
         return torch.full((channels,), scale, **make), torch.full((channels,), float(zero), **make)
 
     def _pair(self, node: Node) -> Quantisation:

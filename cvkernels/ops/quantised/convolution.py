@@ -89,8 +89,7 @@ class Convolution:
         scale = self.weight_scale.double() * operand.scale / unit
         sums = self.weight.sum((1, 2, 3), dtype=torch.int64)
         shift = self.bias.double() / unit - scale * sums * operand.zero
-        residual_scale = offset = 0.0
-        offset = float(zero)
+        residual_scale, offset = 0.0, float(zero)
         if self.residual is not None:
             residual_scale = self.residual.scale / unit
             offset -= residual_scale * self.residual.zero
@@ -160,17 +159,8 @@ def _compiled(conv: Convolution) -> Callable[..., Tensor]:
     run = getattr(torch.ops.cvkernels, OP).default
     scales, affine, (_, C, *kernel) = conv.scales(), conv.input_affine, conv.weight.shape
     zero, x_zero = conv.multiplied.zero, float(conv.x.zero)
-    options = (
-        *kernel,
-        *conv.stride,
-        *conv.padding,
-        *conv.dilation,
-        code(conv.act),
-        zero,
-        x_zero,
-        conv.gate_scale(),
-    )
-    options += scales.numbers
+    geometry = (*kernel, *conv.stride, *conv.padding, *conv.dilation, code(conv.act))
+    options = (*geometry, zero, x_zero, conv.gate_scale(), *scales.numbers)
     vectors = scales.vectors()
     few = C % QUAD != 0 and C < FEW and conv.dilation[1] == 1
     # Rows of an image that is read as it is get more channels.
