@@ -2,7 +2,8 @@
 // name as CVK_SOURCE. In a namespace of the set's name the source sees CVK_TARGET, the attribute
 // that each of its functions must have, LANES, the floats of a vector, and simd.h. CVK_BEST_ISA
 // chooses among them. One set more is a part more below and a line more there. With CVK_DOTS there
-// is one that multiplies pairs of bfloat16, HAS_DOTS there, which CVK_BEST_DOTS chooses first. With
+// is one that multiplies pairs of bfloat16, HAS_DOTS there, and the baseline for every processor
+// without, which computes so in tests alone; CVK_BEST_DOTS chooses among these. With
 // CVK_BYTE_DOTS there are two that multiply four bytes each, HAS_BYTE_DOTS there, and no AVX-512
 // without; CVK_BEST_BYTE_DOTS chooses among these.
 
@@ -18,9 +19,7 @@ namespace avx512bf16 {
 #undef HAS_DOTS
 #undef LANES
 }  // namespace avx512bf16
-#endif
-
-#if defined(CVK_BYTE_DOTS)
+#elif defined(CVK_BYTE_DOTS)
 namespace avx512vnni {
 #define LANES 16
 #define HAS_BYTE_DOTS 1
@@ -53,6 +52,7 @@ namespace avx512 {
 }  // namespace avx512
 #endif
 
+#if !defined(CVK_DOTS)
 namespace avx2 {
 #define LANES 8
 #define CVK_TARGET __attribute__((target("arch=x86-64-v3")))
@@ -61,6 +61,7 @@ namespace avx2 {
 #undef CVK_TARGET
 #undef LANES
 }  // namespace avx2
+#endif
 #endif
 
 namespace baseline {
@@ -83,7 +84,7 @@ namespace baseline {
 #define CVK_BEST_DOTS(RUN)                                   \
   do {                                                       \
     if (takes(InstructionSet::AVX512_BF16)) RUN(avx512bf16); \
-    CVK_BEST_ISA(RUN);                                       \
+    RUN(baseline);                                           \
   } while (false)
 #define CVK_BEST_BYTE_DOTS(RUN)                              \
   do {                                                       \

@@ -670,9 +670,12 @@ CVK_TARGET static void multiply_strip(const Problem& problem, const Data<T>& dat
   const int64_t parts = problem.parts(), depth = problem.depth();
   const int64_t panel_size = problem.panel_size();
   const auto [low, high] = limits(problem, data);
+  // Few compute in float16 on a CPU: its products are those of floats, compiled once for both.
+  using Tile = std::conditional_t<std::is_same_v<T, float16>, float, T>;
   // Whether a tile stores what becomes of its sums itself: SiLU is taken of floats.
   const bool finishes =
-      std::is_same_v<T, float> || (problem.act != Act::SILU && data.quantised.wide_out == nullptr);
+      std::is_same_v<T, float> ||
+      (std::is_same_v<T, Tile> && problem.act != Act::SILU && data.quantised.wide_out == nullptr);
   // Bytes of each pixel that are fetched while the tile before it is multiplied: of those that lie
   // in x, where the first column reads them from memory.
   const bool fetches = !std::is_same_v<U, float> && !problem.gathers() && parts == 1;
@@ -688,7 +691,7 @@ CVK_TARGET static void multiply_strip(const Problem& problem, const Data<T>& dat
     for (int64_t number = 0; number < tiles; ++number) {
       const auto [row, end] = part_of(count, tiles, number);
       const int64_t height = end - row;
-      const Multiply<T, U> tile = tile_of<T, U>(height, kept, &width);
+      const Multiply<Tile, U> tile = tile_of<Tile, U>(height, kept, &width);
       const int64_t pixel = rows.begin + row;
       if (column == panels.begin * PANEL && ahead > 0)
         for (int64_t next = end; next < std::min(count, end + HIGHEST); ++next)
@@ -710,21 +713,22 @@ CVK_TARGET static void multiply_strip(const Problem& problem, const Data<T>& dat
       Quantised quantised{};
       if constexpr (std::is_same_v<T, uint8_t>)
         quantised = data.quantised.at(pixel * problem.out_stride, column);
-      if (finishes && width <= kept) {
-        tile(operand + row, stride, parts, depth, weight, panel_size, zeros,
-             {out, problem.out_stride, shift, gates, residual, problem.residual_stride, low, high,
-              nullptr, quantised});
-        const int64_t pending = end - activated;
-        if (std::is_same_v<T, float> && problem.act == Act::SILU &&
-            (pending * width >= TOGETHER || end == count)) {
-          apply_silu(out + (height - pending) * problem.out_stride, problem.out_stride, pending,
-                     width);
-          activated = end;
+      if constexpr (std::is_same_v<T, Tile>)
+        if (finishes && width <= kept) {
+          tile(operand + row, stride, parts, depth, weight, panel_size, zeros,
+               {out, problem.out_stride, shift, gates, residual, problem.residual_stride, low, high,
+                nullptr, quantised});
+          const int64_t pending = end - activated;
+          if (std::is_same_v<T, float> && problem.act == Act::SILU &&
+              (pending * width >= TOGETHER || end == count)) {
+            apply_silu(out + (height - pending) * problem.out_stride, problem.out_stride, pending,
+                       width);
+            activated = end;
+          }
+          continue;
         }
-        continue;
-      }
       tile(operand + row, stride, parts, depth, weight, panel_size, zeros,
-           Epilogue<T>::of_sums(sums, WIDEST * LANES));
+           Epilogue<Tile>::of_sums(sums, WIDEST * LANES));
       finish_tile(problem, sums, WIDEST * LANES, height, width, kept, shift, gates, residual, out,
                   quantised);
     }

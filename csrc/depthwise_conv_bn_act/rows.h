@@ -119,9 +119,9 @@ CVK_INLINE V stored(const Problem& problem, V y) {
 
 // out = act(row * scale + shift) for the first `kept` channels of a row's pixels; returns their
 // sum. A loop of its own, so that act's constants stay in registers.
-template <typename T, Act ACT>
-CVK_INLINE V finish_row(const Problem& problem, const float* row, V scale, V shift, int64_t kept,
-                        T* out) {
+template <Act ACT, typename T>
+CVK_INLINE V finish_row_by(const Problem& problem, const float* row, V scale, V shift, int64_t kept,
+                           T* out) {
   V sum = V{};
   for (int64_t q = 0; q < problem.Q; ++q, row += LANES, out += problem.C) {
     const V y = activate<ACT, T>(fused(load(row), scale, shift));
@@ -134,44 +134,49 @@ CVK_INLINE V finish_row(const Problem& problem, const float* row, V scale, V shi
   return sum;
 }
 
-// One row of out for one block of channels, COLUMNS pixels at a time in registers; adds it to sums.
-// unfinished[padded Q, LANES] holds the row before its activation.
-template <typename T, int K, int STRIDE, int COLUMNS>
-CVK_TARGET static void make_row(const Problem& problem, int64_t block, const float* const* rows,
-                                const float* weight, const float* scale, const float* shift, T* out,
-                                float* unfinished, float* sums) {
-  const int64_t count = std::min(BLOCK, problem.C - block * BLOCK), Q = problem.Q;
-  for (int64_t lane = 0; lane < count; lane += LANES) {
-    for (int64_t q = 0; q < Q; q += COLUMNS) {
-      V acc[COLUMNS], w[K];
-      clear_each<COLUMNS>(acc);
+// unfinished[padded Q, LANES]: the sums of products of one row of out, COLUMNS pixels at a time in
+// registers. Functions of no T, and finish_row's of no filter: compiled once for all of the others.
+template <int K, int STRIDE, int COLUMNS>
+CVK_TARGET static void multiply_row(int64_t Q, const float* const* rows, int64_t lane,
+                                    const float* weight, float* unfinished) {
+  for (int64_t q = 0; q < Q; q += COLUMNS) {
+    V acc[COLUMNS], w[K];
+    clear_each<COLUMNS>(acc);
 #pragma GCC unroll 1
-      for (int r = 0; r < K; ++r) {
-        load_blocks<K>(w, weight + r * K * BLOCK + lane);
-        add_filter_row<Sums::COLUMNS, K, STRIDE, COLUMNS>(acc, rows[r] + q * STRIDE * BLOCK + lane,
-                                                          w);
-      }
-      store_each<COLUMNS>(acc, unfinished + q * LANES);
+    for (int r = 0; r < K; ++r) {
+      load_blocks<K>(w, weight + r * K * BLOCK + lane);
+      add_filter_row<Sums::COLUMNS, K, STRIDE, COLUMNS>(acc, rows[r] + q * STRIDE * BLOCK + lane,
+                                                        w);
     }
-    const int64_t kept = std::min<int64_t>(LANES, count - lane);
-    const V s = load(scale + lane), b = load(shift + lane);
-    V sum = load(sums + lane);
-    switch (problem.act) {
-      case Act::NONE:
-        sum += finish_row<T, Act::NONE>(problem, unfinished, s, b, kept, out + lane);
-        break;
-      case Act::RELU:
-        sum += finish_row<T, Act::RELU>(problem, unfinished, s, b, kept, out + lane);
-        break;
-      case Act::RELU6:
-        sum += finish_row<T, Act::RELU6>(problem, unfinished, s, b, kept, out + lane);
-        break;
-      case Act::SILU:
-        sum += finish_row<T, Act::SILU>(problem, unfinished, s, b, kept, out + lane);
-        break;
-    }
-    store(sums + lane, sum);
+    store_each<COLUMNS>(acc, unfinished + q * LANES);
   }
+}
+
+template <int K>
+auto select_multiply_row(const Problem& problem) {
+  const auto columns = problem.columns();
+#define CVK_COLUMNS(STRIDE)                     \
+  (columns == 8   ? &multiply_row<K, STRIDE, 8> \
+   : columns == 7 ? &multiply_row<K, STRIDE, 7> \
+                  : &multiply_row<K, STRIDE, 6>)
+  return problem.stride == 1 ? CVK_COLUMNS(1) : CVK_COLUMNS(2);
+#undef CVK_COLUMNS
+}
+
+template <typename T>
+CVK_TARGET static V finish_row(const Problem& problem, const float* row, V scale, V shift,
+                               int64_t kept, T* out) {
+  switch (problem.act) {
+    case Act::NONE:
+      return finish_row_by<Act::NONE>(problem, row, scale, shift, kept, out);
+    case Act::RELU:
+      return finish_row_by<Act::RELU>(problem, row, scale, shift, kept, out);
+    case Act::RELU6:
+      return finish_row_by<Act::RELU6>(problem, row, scale, shift, kept, out);
+    case Act::SILU:
+      return finish_row_by<Act::SILU>(problem, row, scale, shift, kept, out);
+  }
+  return V{};
 }
 
 // The K rows of x that row p of out reads, of a ring of them in scratch, which holds K + 1 rows,
@@ -195,10 +200,11 @@ CVK_TARGET static void find_rows(const Problem& problem, const Task& task, const
 
 // One task: its band of output rows, from a ring of K rows of x in scratch. sums[blocks][BLOCK] of
 // the task.
-template <typename T, int K, int STRIDE, int COLUMNS>
+template <typename T, int K>
 CVK_TARGET static void make_band(const Problem& problem, const Task& task, const void* x_data,
                                  const float* weight, const float* affine, void* out_data,
                                  float* scratch, float* unfinished, float* sums) {
+  const auto multiply = select_multiply_row<K>(problem);
   const int64_t block_size = problem.scratch_width() * BLOCK;
   const int64_t row_size = problem.group() * block_size;
   const T* x = static_cast<const T*>(x_data) + task.n * problem.x_stride_n;
@@ -210,13 +216,20 @@ CVK_TARGET static void make_band(const Problem& problem, const Task& task, const
     const float* ring[K];
     find_rows<T, K>(problem, task, x, p, scratch, row_size, next, ring);
     for (int64_t b = task.block_begin; b < task.block_end; ++b) {
-      const int64_t local = b - task.block_begin;
+      const int64_t local = b - task.block_begin, count = std::min(BLOCK, problem.C - b * BLOCK);
       const float* rows[K];
       for (int r = 0; r < K; ++r) rows[r] = ring[r] + local * block_size;
-      make_row<T, K, STRIDE, COLUMNS>(problem, b, rows, weight + b * K * K * BLOCK,
-                                      affine + b * BLOCK, affine + (problem.blocks() + b) * BLOCK,
-                                      out + p * problem.Q * problem.C + b * BLOCK, unfinished,
-                                      sums + local * BLOCK);
+      const float* scale = affine + b * BLOCK;
+      const float* shift = affine + (problem.blocks() + b) * BLOCK;
+      T* row_out = out + p * problem.Q * problem.C + b * BLOCK;
+      float* sum = sums + local * BLOCK;
+      for (int64_t lane = 0; lane < count; lane += LANES) {
+        multiply(problem.Q, rows, lane, weight + b * K * K * BLOCK, unfinished);
+        const int64_t kept = std::min<int64_t>(LANES, count - lane);
+        store(sum + lane,
+              load(sum + lane) + finish_row<T>(problem, unfinished, load(scale + lane),
+                                               load(shift + lane), kept, row_out + lane));
+      }
     }
   }
 }
@@ -278,12 +291,5 @@ auto select_gradient(const Problem& problem) {
 
 template <typename T>
 auto select(const Problem& problem) {
-  const auto columns = problem.columns();
-#define CVK_COLUMNS(K, STRIDE)                  \
-  (columns == 8   ? &make_band<T, K, STRIDE, 8> \
-   : columns == 7 ? &make_band<T, K, STRIDE, 7> \
-                  : &make_band<T, K, STRIDE, 6>)
-  if (problem.kernel == 3) return problem.stride == 1 ? CVK_COLUMNS(3, 1) : CVK_COLUMNS(3, 2);
-  return problem.stride == 1 ? CVK_COLUMNS(5, 1) : CVK_COLUMNS(5, 2);
-#undef CVK_COLUMNS
+  return problem.kernel == 3 ? &make_band<T, 3> : &make_band<T, 5>;
 }
