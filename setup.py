@@ -329,8 +329,8 @@ def ninja_file(
         targets.append(("libtorch_cuda.so", "nvcc", sources("*.cu"), libs))
     for output, (soname, rule, files, libs) in zip(outputs, targets, strict=True):
         objects = [f"{file}.o" for file in files]
-        for file, obj in zip(files, objects, strict=True):
-            lines.append(f"build {obj}: {rule} {_target(ROOT / file)}")
+        for file in slowest_first(files):
+            lines.append(f"build {file}.o: {rule} {_target(ROOT / file)}")
         lines += [f"build {soname}: stub", f"  soname = {soname}"]
         lines += [f"build {_target(output)}: link {' '.join(objects)} | {soname}"]
         lines += [f"  stub = {soname}", f"  libs = {libs}"]
@@ -375,6 +375,18 @@ def torch_cuda() -> str:
 
 def sources(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob(pattern))
+
+
+def slowest_first(files: list[str]) -> list[str]:
+    """The order to compile in, so that no long compilation is left to run alone at the end:
+    module.cpp instantiates pybind11, the others what lies beside them."""
+
+    def work(file: str) -> float:
+        if file.endswith("module.cpp"):
+            return float("inf")
+        return sum(path.stat().st_size for path in (ROOT / file).parent.iterdir())
+
+    return sorted(files, key=work, reverse=True)
 
 
 def write_if_changed(path: Path, text: str) -> None:
