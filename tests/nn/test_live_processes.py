@@ -62,7 +62,7 @@ def test_another_process_writes(warm, learner, case):
 
 # Shards
 
-UPDATES = 12
+UPDATES = 6
 # What a patched block does with its parameters does not depend on who gathers them.
 SHARDED = {
     f"{key}-{parts}": (*case, parts)
