@@ -61,10 +61,15 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if not any("::" in argument for argument in config.args):
+        deselect(config, items, tiers.beyond_pairs(items))
+        if not config.getoption("full"):
+            deselect(config, items, tiers.left_out(items))
     items[:] = tiers.longest_first(items)
-    if config.getoption("full") or any("::" in argument for argument in config.args):
-        return
-    if out := tiers.left_out(items):
+
+
+def deselect(config, items, out):
+    if out:
         config.hook.pytest_deselected(items=[item for item in items if item in out])
         items[:] = [item for item in items if item not in out]
 

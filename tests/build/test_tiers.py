@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.support.tiers import MOST, covering, left_out, longest_first
+from tests.support.tiers import MOST, beyond_pairs, covering, left_out, longest_first
 
 pytestmark = pytest.mark.fast
 
@@ -55,6 +55,15 @@ def test_what_is_left_out():
     assert len(few) == MOST and not out & {alone, *few}
     assert out >= set(marked) and len(set(long) - out) == 2
     assert len(set(many) - out) == MOST
+
+
+def test_pairwise_functions_have_each_pair_and_no_more():
+    marked, others = cases("test_marked", 6, 3, 4, pairwise=()), cases("test_others", 6, 3, 4)
+    out = beyond_pairs([*marked, *others])
+    kept = [case.callspec.params for case in marked if case not in out]
+    assert out < set(marked) and 6 * 4 <= len(kept) < 6 * 3 * 4 * 2 / 3
+    every = set().union(*(pairs(case.callspec.params) for case in marked))
+    assert every == set().union(*map(pairs, kept))
 
 
 def test_functions_of_a_module_are_left_the_same_values():

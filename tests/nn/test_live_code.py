@@ -87,6 +87,7 @@ def answers_counted(twins, counts):
     return answers, counted
 
 
+@pytest.mark.pairwise
 @pytest.mark.few(30)
 @each_replaced((*FORWARDS, *FUNCTIONS))
 @warmth
@@ -102,6 +103,7 @@ def test_code_replaced(warm, case, what, monkeypatch):
     twins.check("restored")
 
 
+@pytest.mark.pairwise
 @pytest.mark.few(20)
 @each_replaced(FORWARDS)
 @warmth

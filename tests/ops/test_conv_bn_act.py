@@ -64,6 +64,7 @@ def test_cudnn_reads_nothing_of_the_memory_that_it_writes():
         assert torch.equal(run("cudnn")(*args, **kwargs), out)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("conv", ODD.values(), ids=ODD.keys())
@@ -80,6 +81,7 @@ PROLOGUES = {
 }  # fmt: skip
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", [name for name in FUSED if name != "onednn"])
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gate"])
 @pytest.mark.parametrize("prologue", [None, *PROLOGUES])
@@ -100,6 +102,7 @@ def test_prologue_runs_before_padding(conv, prologue, gated, backend, memory_for
         assert_matches(run(backend, cache=cache), conv_bn_act_reference, args, kwargs)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", [name for name in FUSED if name not in ("onednn", "cudnn")])
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("act", ACTS)

@@ -55,6 +55,7 @@ def by_config(config, layout=CHANNELS_LAST):
     return run
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_matches_the_reference(case, dtype, memory_format, device):

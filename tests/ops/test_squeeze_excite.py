@@ -137,6 +137,7 @@ def test_products_with_16_bit_weights_keep_more_digits_than_those(m, dtype, devi
         assert max_error(ours, theirs) <= torch.finfo(dtype).eps / 32 * theirs.abs().max()
 
 
+@pytest.mark.pairwise
 @fused
 @pytest.mark.parametrize(("m", "act", "residual"), ends(SMALL))
 @dtypes
@@ -146,6 +147,7 @@ def test_se_scale_scales_each_channel(m, dtype, act, residual, memory_format, wh
     assert_matches(se_scale, se_scale_reference, (x, gate, added if residual else None, act))
 
 
+@pytest.mark.pairwise
 @fused
 @small_maps
 @dtypes

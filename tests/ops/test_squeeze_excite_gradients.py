@@ -69,6 +69,7 @@ def make_residual(x, act, name, *how):
     return leaf(added, added.dtype)
 
 
+@pytest.mark.pairwise
 @gradients
 @dtypes
 def test_gradients_of_se_scale(name, m, act, residual, dtype, memory_format, where):
@@ -79,6 +80,7 @@ def test_gradients_of_se_scale(name, m, act, residual, dtype, memory_format, whe
     assert_matches_grad(lambda *a: ops.se_scale(*a, name), se_scale_reference, call)
 
 
+@pytest.mark.pairwise
 @gradients
 @dtypes
 def test_gradients_of_squeeze_excite(name, m, act, residual, dtype, memory_format, where):

@@ -4,6 +4,9 @@ The default tier has every test function but those marked full. Of one with many
 parameters it runs those that cover pairs of values, at most MOST of them, or ``few(count)``: a
 fault that needs three values at once is left to the full tier. ``few(count, together=True)`` takes
 the same parameters in each function of a module, where it is making ready for them that takes long.
+
+Functions marked pairwise have, in every tier, only the combinations that cover pairs of values: of
+parameters that do not meet in the code, three at once find what two do.
 """
 
 from __future__ import annotations
@@ -40,6 +43,24 @@ def covering(
     return chosen
 
 
+def parameters_of(cases: Iterable) -> list[Combination]:
+    """Of each case; a value is one object in all combinations, and need not be hashable."""
+    return [{key: id(v) for key, v in case.callspec.params.items()} for case in cases]
+
+
+def beyond_pairs(items: Iterable) -> set:
+    """The items that no tier runs, of functions marked pairwise."""
+    functions = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("pairwise"):
+            functions[item.nodeid.partition("[")[0]].append(item)
+    out = set()
+    for name, cases in functions.items():
+        chosen = covering(parameters_of(cases), zlib.crc32(name.encode()))
+        out |= {case for place, case in enumerate(cases) if place not in chosen}
+    return out
+
+
 def left_out(items: Iterable) -> set:
     """The items that only the full tier runs."""
     functions, out = defaultdict(list), set()
@@ -54,9 +75,8 @@ def left_out(items: Iterable) -> set:
         if few and few.kwargs.get("together"):
             modules[name.partition("::")[0], few.args[0]] += cases
         elif few or len(cases) > MOST:
-            # A value is one object in all combinations; it need not be hashable.
-            values = [{key: id(v) for key, v in case.callspec.params.items()} for case in cases]
-            chosen = covering(values, zlib.crc32(name.encode()), few.args[0] if few else MOST)
+            most = few.args[0] if few else MOST
+            chosen = covering(parameters_of(cases), zlib.crc32(name.encode()), most)
             out |= {case for place, case in enumerate(cases) if place not in chosen}
     for (_, count), cases in modules.items():
         names = sorted({case.callspec.id for case in cases}, key=lambda n: zlib.crc32(n.encode()))
