@@ -36,6 +36,7 @@ _one_trace = ForkSafeLock()
 # What torch.fx would trace into, and the graph knows as one op or as none.
 WHOLE = {
     ("timm.layers.norm_act", "BatchNormAct2d"),
+    ("timm.layers.conv2d_same", "Conv2dSame"),
     ("timm.layers.drop", "DropPath"),
     ("timm.models._efficientnet_blocks", "DropPath"),
     ("torchvision.ops.stochastic_depth", "StochasticDepth"),

@@ -28,7 +28,7 @@ CALLABLES: dict[Any, str] = {
     operator.mul: "mul", operator.imul: "mul", torch.mul: "mul",
     torch.cat: "cat", torch.concat: "cat", torch.flatten: "flatten", torch.mean: "mean",
     F.adaptive_avg_pool2d: "adaptive_avg_pool2d", F.max_pool2d: "max_pool2d",
-    F.avg_pool2d: "avg_pool2d", F.dropout: "dropout",
+    F.avg_pool2d: "avg_pool2d", F.dropout: "dropout", F.pad: "pad",
 }  # fmt: skip
 _ACT_MODULES = {**ACTIVATIONS, nn.Sigmoid: "sigmoid"}
 # Adds the node of an op on these inputs to the graph, as part of the layer at hand.
@@ -52,6 +52,8 @@ def convert_module(emit: Emit, module: nn.Module, x: Any, *rest: Any) -> Any:
         return _norm(emit, module, x)
     if type(module).__name__ in ("StochasticDepth", "DropPath"):
         return x
+    if type(module).__name__ == "Conv2dSame" and isinstance(module, nn.Conv2d):  # timm's
+        return _same_conv(emit, module, x)
     rule = MODULES.get(type(module))
     return None if rule is None else rule(emit, module, x)
 
@@ -140,6 +142,17 @@ def _avg_pool2d(
     return emit(ops.AvgPool(window, count_include_pad, divisor_override), [x])
 
 
+def _pad(
+    emit: Emit, x: Any, pad: Any, mode: str = "constant", value: float | None = None
+) -> Node | None:  # fmt: skip
+    """Of the rows and columns of a map by zeros; negative ones would cut it."""
+    plain = isinstance(x, Node) and mode == "constant" and not value
+    if not plain or len(pad) != 4 or any(type(n) is not int or n < 0 for n in pad):
+        return None
+    left, right, top, bottom = pad
+    return emit(ops.Pad((top, bottom), (left, right)), [x])
+
+
 def _dropout(
     emit: Emit, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Node | None:
@@ -156,7 +169,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "add": partial(_binary, ops.Add), "mul": partial(_binary, ops.Mul),
     "cat": _cat, "flatten": _flatten, "view": _view, "reshape": _view, "mean": _mean,
     "adaptive_avg_pool2d": _adaptive_avg_pool2d, "max_pool2d": _max_pool2d,
-    "avg_pool2d": _avg_pool2d, "dropout": _dropout, "contiguous": _contiguous,
+    "avg_pool2d": _avg_pool2d, "dropout": _dropout, "contiguous": _contiguous, "pad": _pad,
 }  # fmt: skip
 
 
@@ -209,6 +222,19 @@ def _conv(emit: Emit, conv: nn.Conv2d, x: Node) -> Node | None:
     return emit(op, [x])
 
 
+def _same_conv(emit: Emit, conv: nn.Conv2d, x: Node) -> Node:
+    """A convolution whose padding follows from the size of its map, as in TensorFlow."""
+    sides = (conv.kernel_size, conv.stride, conv.dilation)
+    padding = (0, 0)
+    if tuple(conv.stride) == (1, 1) and all(taps % 2 for taps in conv.kernel_size):
+        down, along = (d * (taps // 2) for taps, _, d in zip(*sides, strict=True))
+        padding = (down, along)
+    elif max(conv.kernel_size) > 1:
+        x = emit(ops.SamePad(*map(_pair, sides)), [x])
+    op = ops.Conv(conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
+    return emit(op, [x])
+
+
 def _norm(emit: Emit, bn: nn.Module, x: Node) -> Node | None:
     if why_not_affine(bn):
         return None
@@ -236,6 +262,7 @@ MODULES: dict[type[nn.Module], Callable[..., Any]] = {
     nn.Conv2d: _conv,
     **dict.fromkeys(BATCH_NORMS, _norm),
     nn.Linear: lambda emit, m, x: emit(ops.Linear(m.weight, m.bias), [x]),
+    nn.ZeroPad2d: _of(_pad, "padding"),
     nn.Flatten: _of(_flatten, "start_dim end_dim"),
     nn.AdaptiveAvgPool2d: _of(_adaptive_avg_pool2d, "output_size"),
     nn.MaxPool2d: _of(_max_pool2d, "kernel_size stride padding dilation ceil_mode return_indices"),

@@ -9,6 +9,7 @@ A graph has the ops below. Lowering replaces some of them by others, which only 
     add, mul            a, b
     cat                 parts, along the channels
     part                x, of which it takes some channels
+    pad, pad_same       x
     max_pool, avg_pool  x
     mean                x
     se                  x; residual where ``roles`` names it
@@ -36,14 +37,25 @@ from cvkernels.freeze.ops.quantised import (
     QuantisedSqueeze,
 )
 from cvkernels.freeze.ops.squeeze_excite import Excite, Scale, Squeeze, SqueezeExcite
-from cvkernels.freeze.ops.structure import Buffer, Call, Cat, Concat, Flatten, Input, Part
+from cvkernels.freeze.ops.structure import (
+    Buffer,
+    Call,
+    Cat,
+    Concat,
+    Flatten,
+    Input,
+    Pad,
+    Part,
+    SamePad,
+)
 
 GRAPH_OPS: dict[str, type[Op]] = {
     op.name: op
     for op in (
-        Input, Conv, Affine, Act, Add, Mul, Cat, Part, MaxPool, AvgPool, Mean, SqueezeExcite, Sums,
-        Squeeze, Excite, Linear, Flatten, Call, Quantise, Dequantise, QuantisedConv,
-        QuantisedDepthwise, QuantisedMaxPool, QuantisedAvgPool, QuantisedMean, QuantisedSqueeze,
+        Input, Conv, Affine, Act, Add, Mul, Cat, Part, Pad, SamePad, MaxPool, AvgPool, Mean,
+        SqueezeExcite, Sums, Squeeze, Excite, Linear, Flatten, Call, Quantise, Dequantise,
+        QuantisedConv, QuantisedDepthwise, QuantisedMaxPool, QuantisedAvgPool, QuantisedMean,
+        QuantisedSqueeze,
     )
 }  # fmt: skip
 PLAN_OPS = (PlannedConv, Scratch, ConvPool, Depthwise, Scale, Copy, Concat, Buffer)

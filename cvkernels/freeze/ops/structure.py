@@ -64,6 +64,70 @@ class Input(Op, name="input", roles=()):
         return pixels[:, top : top + H, left : left + W, :C].permute(0, 3, 1, 2)
 
 
+class _Pad(Op, writes=True):
+    """x with pixels of ``fill`` around it."""
+
+    def amounts(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows above and below a map of this size, and columns before and after it."""
+        raise NotImplementedError
+
+    def shape(self, node: Node, x: tuple) -> tuple:
+        node.check(len(x) == 4, "[N, C, H, W]", x)
+        rows, columns = self.amounts(*x[2:])
+        return (*x[:2], x[2] + sum(rows), x[3] + sum(columns))
+
+    def build(self, site: Site) -> Run:
+        (x,), fill = site.inputs, self.fill
+        height, width = site.step.inputs[0].value.shape[2:]
+        (top, _), (left, _) = self.amounts(height, width)
+        below, behind = top + height, left + width
+        inside = (..., slice(top, below), slice(left, behind))
+        around = [
+            (..., slice(None, top), slice(None)),
+            (..., slice(below, None), slice(None)),
+            (..., slice(top, below), slice(None, left)),
+            (..., slice(top, below), slice(behind, None)),
+        ]
+
+        def write(env: list, y: Tensor) -> None:
+            y[inside].copy_(env[x])
+            for border in around:
+                y[border].fill_(fill)
+
+        return site.written(write)
+
+
+class Pad(_Pad, name="pad"):
+    """x with ``rows`` of ``fill`` above and below it, and ``columns`` before and after it."""
+
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    fill: int = 0
+
+    def amounts(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        return self.rows, self.columns
+
+
+class SamePad(_Pad, name="pad_same"):
+    """x padded as TensorFlow's "SAME" is, for one output of a convolution for each stride begun:
+    as much before the map as after it, or one less."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    fill: int = 0
+
+    def amounts(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        def along(size: int, taps: int, stride: int, dilation: int) -> tuple[int, int]:
+            reach = ((size - 1) // stride) * stride + dilation * (taps - 1) + 1
+            total = max(0, reach - size)
+            return total // 2, total - total // 2
+
+        axes = zip((height, width), self.kernel, self.stride, self.dilation, strict=True)
+        rows, columns = (along(*axis) for axis in axes)
+        return rows, columns
+
+
 class Cat(Op, name="cat", writes=True):
     """A concatenation along the channels, as a buffer that the parts are written into."""
 

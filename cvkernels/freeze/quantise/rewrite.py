@@ -9,6 +9,7 @@ them scales each channel for itself, as DenseNet's norms do: then each part has 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,7 @@ class _Rewriter:
             op = node.op
             if node in self.convs:
                 can.add(node)
-            elif isinstance(op, (ops.MaxPool, ops.Part, ops.Cat)):
+            elif isinstance(op, (ops.MaxPool, ops.Part, ops.Cat, ops.Pad, ops.SamePad)):
                 if all(source in can for source in node.inputs):
                     can.add(node)
             elif isinstance(op, ops.AvgPool) and node.inputs[0] in can:
@@ -231,6 +232,8 @@ class _Rewriter:
     def _moved(self, node: Node) -> Op:
         """The op on bytes of one that computes nothing but pools."""
         op = node.op
+        if isinstance(op, (ops.Pad, ops.SamePad)):
+            return replace(op, fill=self.pairs[node].zero)
         if isinstance(op, ops.MaxPool):
             return ops.QuantisedMaxPool(op.window)
         if isinstance(op, ops.AvgPool):
@@ -254,7 +257,8 @@ class _Rewriter:
     def _conv(self, node: Node) -> Node:
         op, x = node.op, node.inputs[0]
         rounded, scale, bias = self._weights(node)
-        fills = isinstance(x.op, ops.Input) and rounded.shape[1] < QUAD
+        image = x.inputs[0] if isinstance(x.op, (ops.Pad, ops.SamePad)) else x
+        fills = isinstance(image.op, ops.Input) and rounded.shape[1] < QUAD
         source, pair = self._as_bytes(x, QUAD if fills else None)
         if fills:
             rounded = F.pad(rounded, (0, 0, 0, 0, 0, QUAD - rounded.shape[1]))
