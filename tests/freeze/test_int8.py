@@ -108,6 +108,15 @@ def test_threads_share_a_frozen_model(resnet, images):
         assert all(torch.equal(result, expected) for result in results)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_processors_with_fused_multiply_adds_give_equal_bits(name, images):
+    frozen = in_int8(model_of(name), images)
+    expected = frozen(images)
+    for instructions in set(extension.instruction_sets()) - {"baseline"}:
+        with extension.limited_to(instructions):
+            assert torch.equal(frozen(images), expected)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "densenet121"])
 def test_a_saved_model_is_the_same(name, images, tmp_path):
     frozen = in_int8(model_of(name), images)
