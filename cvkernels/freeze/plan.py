@@ -23,6 +23,7 @@ from cvkernels.freeze.programs import Env, Segment, recordable
 from cvkernels.freeze.progress import progress
 from cvkernels.freeze.steps import Site
 from cvkernels.functional import DerivedWeights
+from cvkernels.ops.common.autograd import has_dispatch_modes
 from cvkernels.ops.common.launches import Launched, collecting
 from cvkernels.ops.common.traffic import Traffic
 from cvkernels.ops.common.work import Prediction, Work, model_of, predict
@@ -95,11 +96,12 @@ class Plan:
         captured = self.on_cuda and torch.cuda.is_current_stream_capturing()
         env = self._new_env() if captured else self._idle_env()
         env[0] = self.staged(x)
-        if record.active() is None and not torch.autograd._profiler_enabled():
+        watched = record.active() is not None or torch.autograd._profiler_enabled()
+        if watched or has_dispatch_modes():
+            self._run_watched(env)
+        else:
             for run in self.run_order:
                 run(env)
-        else:
-            self._run_watched(env)
         results = [
             copied(env[number], x) if shared else laid_out(env[number], x)
             for number, shared in self.results
@@ -267,7 +269,7 @@ class Plan:
         return step.op.views and any(self._needs_copy(source) for source in step.inputs)
 
     def _run_watched(self, env: Env) -> None:
-        """Step by step, for ``explain`` or a profiler to see."""
+        """Step by step, for ``explain``, a profiler or a mode to see."""
         env.programs.clear()  # the steps make their tensors anew
         recorder = record.active()
         for step, run in self.steps:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cvkernels.ops.common import flops
 from cvkernels.ops.common.norm import BatchNormParams
 
 
@@ -84,7 +85,12 @@ def without_gradient(backward: Callable) -> Callable:
 
 def transformed() -> bool:
     """Whether a transform, mode or tracer would lose what runs past PyTorch's dispatcher."""
-    return _transform() is not None or _dispatch_modes() > 0 or _tracer()
+    return _transform() is not None or has_dispatch_modes() or _tracer()
+
+
+def has_dispatch_modes() -> bool:
+    """Whether a mode sees each operator; those that count operations learn the compiled ops'."""
+    return _dispatch_modes() > 0 and flops.tell()
 
 
 def observed() -> bool:

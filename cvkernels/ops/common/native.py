@@ -50,9 +50,12 @@ def lacks(op: str, call: Call) -> str:
 
 def directs(call: Call) -> bool:
     """Whether a plan of the call may do an op's work past PyTorch's dispatcher."""
+    if call.once:
+        if not torch.compiler.is_compiling():
+            autograd.has_dispatch_modes()  # one that counts operations learns the op's
+        return False
     return (
         call.device == "cpu"
-        and not call.once
         and call.x.is_cpu
         and type(call.x) in (Tensor, Parameter)
         and not autograd.observed()

@@ -195,7 +195,8 @@ class PlanTable:
         return (
             options, backend, _requested(), _grad_enabled() and x.requires_grad,
             # observed(), whose call would cost as much as all of these
-            _transform() or _dispatch_modes() or _tracer() or _function_mode() or _profiler(),
+            _transform() or _dispatch_modes() and has_dispatch_modes() or _tracer()
+            or _function_mode() or _profiler(),
             x.shape, x.stride(), x.dtype, x.device,
         )  # fmt: skip
 
@@ -217,6 +218,7 @@ def _dense(t: Tensor) -> bool:
 _STRIDED = torch.strided
 _requested, _grad_enabled = in_force, torch.is_grad_enabled
 _transform, _dispatch_modes = autograd._transform, autograd._dispatch_modes
+has_dispatch_modes = autograd.has_dispatch_modes
 _tracer, _function_mode = autograd._tracer, autograd._function_mode
 _profiler = autograd._profiler
 
