@@ -18,11 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
-# Of ImageNet, which the published weights of most networks were trained with.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
-# What PIL raises for files that are no image, or only a part of one.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+from cvkernels.images import MEAN, STD, SUFFIXES, UnreadableImage, image_files, read
+
 # The label of an image that could not be read; F.cross_entropy ignores it.
 NO_LABEL = -100
 Key = tuple[int, int]
@@ -63,7 +60,7 @@ class Samples(Dataset):
         name, label = self.items[index]
         try:
             image = self.load(index)
-        except UNREADABLE:
+        except UnreadableImage:
             return torch.zeros(3, self.size, self.size), NO_LABEL, name
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -108,19 +105,13 @@ def split_of(data: str, size: int, out: Path) -> Split:
     return Split(*sets, classes)
 
 
-def image_files(folder: Path) -> list[Path]:
-    """All images below a folder, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-
-
 def opener(items: Sequence[tuple[str, int]]) -> Callable[[int], Image.Image]:
     """Opens the file that an item names."""
     return functools.partial(_open, items)
 
 
 def _open(items: Sequence[tuple[str, int]], index: int) -> Image.Image:
-    with Image.open(items[index][0]) as image:
-        return image.convert("RGB")
+    return read(items[index][0])
 
 
 def _tensors() -> list[Callable]:

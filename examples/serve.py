@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from train import Place
 
 import cvkernels
+from cvkernels.images import SUFFIXES, image_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -89,9 +90,9 @@ def rows_of(batch: data.Batch, logits: Tensor, classes: list[str], top: int) -> 
 def classify(options: argparse.Namespace, place: Place) -> tuple[list[dict], list[str], float]:
     """This process' rows, its unreadable images, and the seconds it took without preparation."""
     model, classes, size = network(options)
-    items = [(str(path), 0) for path in data.image_files(options.images)]
+    items = [(str(path), 0) for path in image_files(options.images)]
     if not items:
-        raise ValueError(f"{options.images} holds no images ({' '.join(data.SUFFIXES)})")
+        raise ValueError(f"{options.images} holds no images ({' '.join(SUFFIXES)})")
     samples = data.Samples(items, data.opener(items), data.plain(size), size)
     batches = data.Batches(len(items), options.batch, rank=place.rank, world=place.world)
     example = torch.zeros(options.batch, 3, size, size, device=place.device)

