@@ -24,6 +24,7 @@ from cvkernels.info import info
 from cvkernels.models import create_model, list_models
 from cvkernels.nn.fused.module import refresh
 from cvkernels.patch import patch, restore
+from cvkernels.profile import profile
 from cvkernels.verify import verify
 
 try:
@@ -44,6 +45,7 @@ __all__ = [
     "models",
     "nn",
     "patch",
+    "profile",
     "refresh",
     "restore",
     "tune",

@@ -1,51 +1,117 @@
-"""The command line: ``python -m cvkernels info | verify NAME | explain NAME | demo``."""
+"""The command line: ``python -m cvkernels`` with ``info``, ``verify NAME``, ``explain NAME``,
+``profile NAME`` or ``demo``; ``--help`` after each has its options.
+
+The exit status is 0, or 1 where ``verify`` finds an error too large, 2 after an error, which is one
+line, and 130 after Ctrl-C.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
+import os
+import signal
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
 import cvkernels
+from cvkernels.tables import first_line, terminal_columns
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line, with the option that was meant where one is near."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        _, unrecognised, words = message.partition("unrecognized arguments: ")
+        if unrecognised:
+            wrong = words.split()[0].partition("=")[0]
+            near = difflib.get_close_matches(wrong, _options_of(self), n=1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        self.exit(2, f"error: {message} (--help lists what there is)\n")
+
+
+def _options_of(parser: argparse.ArgumentParser) -> list[str]:
+    """Of the parser and of its commands."""
+    found: list[str] = []
+    for action in parser._actions:
+        found += action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            found += [o for command in action.choices.values() for o in _options_of(command)]
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m cvkernels", description=cvkernels.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    options = _parser().parse_args(arguments)
+    try:
+        status = _COMMANDS[options.command](options)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # Whoever reads has seen enough; what is still buffered goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (ValueError, ImportError, OSError, RuntimeError, MemoryError) as error:
+        print(f"error: {_in_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _in_one_line(error: Exception) -> str:
+    """With the lines below a heading, where it is one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines or not lines[0].endswith(":"):
+        return first_line(error)
+    return " ".join(lines[:3]) + (f" (and {len(lines) - 3} more)" if len(lines) > 3 else "")
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m cvkernels", description=cvkernels.__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("info", help="versions, devices, what is missing and what mends it")
     for name, purpose in (
         ("verify", "errors of every layer against float64, next to stock PyTorch's"),
         ("explain", "which kernel runs where, bytes moved, and why not where not"),
+        ("profile", "the measured time of each step of the frozen network"),
     ):
-        command = commands.add_parser(name, help=purpose)
-        command.add_argument("name", help="a builder, such as resnet50")
-        command.add_argument("--batch", type=_positive, default=2)
-        command.add_argument("--size", type=_positive, default=224, help="pixels a side")
-        command.add_argument("--dtype", choices=list(_DTYPES), default="float32")
-        devices = ["cpu", "cuda"] + ["meta"] * (name == "explain")
-        command.add_argument("--device", choices=devices, default=_default_device())
-        if name == "explain":
-            frozen = "what freeze makes of it; for cuda without a GPU, the plan that one would get"
-            command.add_argument("--frozen", action="store_true", help=frozen)
-    demo = commands.add_parser("demo", help="stock and ours on real photographs, side by side")
-    demo.add_argument("photos", nargs="*", help="image files; default: those of scikit-learn")
-    demo.add_argument("--network", action="append", help="of the five, repeatable; default: all")
-    demo.add_argument("--weights", help="a name such as DEFAULT (downloads), or a checkpoint")
-    demo.add_argument("--device", choices=["cpu", "cuda"], default=_default_device())
-    demo.add_argument("--json", type=Path, metavar="FILE", help="write the rows too")
-    demo.add_argument("--runs", type=_positive, default=20, help="timed runs of each")
-    options = parser.parse_args(arguments)
-    try:
-        return _COMMANDS[options.command](options)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, ImportError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        _add_of_network(name, commands.add_parser(name, help=purpose))
+    _add_demo(commands.add_parser("demo", help="stock and ours on photographs, side by side"))
+    return parser
+
+
+def _add_of_network(name: str, command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("name", help="such as resnet50, torchvision/resnet50 or timm/resnet50")
+    add("--batch", type=_positive, default=2)
+    add("--size", type=_positive, default=224, help="pixels a side")
+    add("--dtype", choices=list(_DTYPES), default="float32")
+    devices = ["cpu", "cuda"] + ["meta"] * (name == "explain")
+    add("--device", choices=devices, default=_default_device())
+    if name == "explain":
+        frozen = "what freeze makes of it; for cuda without a GPU, the plan that one would get"
+        add("--frozen", action="store_true", help=frozen)
+    if name == "profile":
+        add("--runs", type=_positive, default=20, help="of which times are medians")
+        add("--json", type=Path, metavar="FILE", help="write the rows too")
+        add("--plot", type=Path, metavar="FILE", help="write a picture too (.svg, .png, .pdf)")
+
+
+def _add_demo(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("photos", nargs="*", help="image files; default: those of scikit-learn")
+    add("--network", action="append", help="of the five, repeatable; default: all")
+    add("--weights", help="a name such as DEFAULT (downloads), or a checkpoint")
+    add("--device", choices=["cpu", "cuda"], default=_default_device())
+    add("--json", type=Path, metavar="FILE", help="write the rows too")
+    add("--runs", type=_positive, default=20, help="timed runs of each")
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -66,6 +132,20 @@ def _explain(options: argparse.Namespace) -> int:
     return 0
 
 
+def _profile(options: argparse.Namespace) -> int:
+    if options.plot is not None:
+        from cvkernels.plots import require_matplotlib
+
+        require_matplotlib()
+    profile = cvkernels.profile(*_model_and_example(options), runs=options.runs)
+    print(profile.table(min(terminal_columns() or 100, 100)))
+    if options.json is not None:
+        options.json.write_text(json.dumps(profile.as_dict(), indent=1) + "\n")
+    if options.plot is not None:
+        profile.plot(options.plot)
+    return 0
+
+
 def _demo(options: argparse.Namespace) -> int:
     from cvkernels.demo import NETWORKS, demo
 
@@ -82,7 +162,10 @@ def _demo(options: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"info": _info, "verify": _verify, "explain": _explain, "demo": _demo}
+_COMMANDS = {
+    "info": _info, "verify": _verify, "explain": _explain, "profile": _profile,
+    "demo": _demo,
+}  # fmt: skip
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -98,13 +181,17 @@ def _positive(text: str) -> int:
 
 
 def _model_and_example(options: argparse.Namespace) -> tuple[torch.nn.Module, torch.Tensor]:
+    from cvkernels.trained import build
+
     torch.manual_seed(0)
     dtype = _DTYPES[options.dtype]
     with torch.device(options.device):
-        model = cvkernels.create_model(options.name).eval().to(dtype)
+        model = build(options.name).to(dtype)
         example = torch.randn(options.batch, 3, options.size, options.size).to(dtype)
     return model, example
 
 
 if __name__ == "__main__":
+    # Names of files may hold what the terminal's encoding does not.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.exit(main())

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Iterable, Sequence
+
+# Text is not shortened to less.
+NARROWEST = 8
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -18,6 +23,59 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
             for cell, width, right in zip(line, widths, rightward, strict=True)
         ).rstrip()
         for line in lines
+    )
+
+
+def fitted_table(
+    header: Sequence[str], rows: Iterable[Sequence[object]], columns: int | None
+) -> str:
+    """:func:`text_table` within so many columns; None stands for as many as it needs.
+
+    Text is shortened in its middle, the longest first. Where that does not do, each row becomes
+    lines of their own, one for each cell.
+    """
+    cells = [[_cell(value) for value in row] for row in rows]
+    if columns is None or not cells:
+        return text_table(header, cells)
+    parts = list(zip(header, *cells, strict=True))
+    widths = [max(map(len, column)) for column in parts]
+    text = [i for i, part in enumerate(parts) if not all(map(_is_number, part[1:]))]
+    while sum(widths) + 2 * (len(widths) - 1) > columns:
+        widest = max(text, key=lambda i: widths[i], default=None)
+        if widest is None or widths[widest] <= NARROWEST:
+            return _records(header, cells, columns)
+        widths[widest] -= 1
+    titles = [shortened(title, width) for title, width in zip(header, widths, strict=True)]
+    return text_table(
+        titles,
+        [[shortened(c, width) for c, width in zip(row, widths, strict=True)] for row in cells],
+    )
+
+
+def terminal_columns() -> int | None:
+    """Of the terminal that standard output is; None where it is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def shortened(text: str, width: int) -> str:
+    """The text with its middle left out where it is longer than ``width``."""
+    if len(text) <= width:
+        return text
+    if width < NARROWEST:
+        return text[:width]
+    head = (width - 2) // 2
+    return f"{text[:head]}..{text[len(text) - (width - 2 - head) :]}"
+
+
+def _records(header: Sequence[str], rows: Iterable[Sequence[str]], columns: int) -> str:
+    width = max(map(len, header))
+    return "\n\n".join(
+        "\n".join(
+            f"{title.ljust(width)}  {shortened(cell, columns - width - 2)}"[:columns]
+            for title, cell in zip(header, row, strict=True)
+            if cell
+        )
+        for row in rows
     )
 
 

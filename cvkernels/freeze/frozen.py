@@ -360,7 +360,7 @@ class Frozen(nn.Module):
     def convolutions(self, x: Tensor) -> list[tuple[Conv, Problem]]:
         """The convolutions that a table of choices knows, as they run on x."""
         self._check(x)
-        return _plan_of(self.plan_for(x)).convolutions()
+        return plan_of(self.plan_for(x)).convolutions()
 
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
@@ -404,7 +404,7 @@ class Frozen(nn.Module):
         if not self._plans:
             raise ValueError("report: there is no plan yet; call the frozen model once")
         latest = max(self._plans, key=lambda shape: self._used.get(shape, -1))
-        return report(_plan_of(self._plans[latest]), tuple(latest), self.seconds_to_first_batch)
+        return report(plan_of(self._plans[latest]), tuple(latest), self.seconds_to_first_batch)
 
     def remember(self, model: nn.Module, example: Tensor) -> None:
         """Keep what :func:`cvkernels.verify` compares with: no copy, and a weak reference to the
@@ -523,7 +523,8 @@ def _read(path: str | Path) -> Any:
         ) from error
 
 
-def _plan_of(plan: Plan | CudaGraph) -> Plan:
+def plan_of(plan: Plan | CudaGraph) -> Plan:
+    """The steps themselves, of a CUDA graph too."""
     return plan.plan if isinstance(plan, CudaGraph) else plan
 
 

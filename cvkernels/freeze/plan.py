@@ -162,7 +162,7 @@ class Plan:
         one is asked for, and may run several times."""
         env = self._idle_env()
         env.programs.clear()  # the steps make their tensors anew
-        env[0] = self._in_channels_last(x)
+        env[0] = self.staged(x)
         for step, run in self.steps:
             if run is not None:
                 yield step, functools.partial(run, env)

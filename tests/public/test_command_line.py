@@ -1,8 +1,10 @@
+import re
+
 import pytest
 import torch
 
-from cvkernels import demo
 from cvkernels.__main__ import main
+from cvkernels.tables import fitted_table, shortened, text_table
 
 
 def test_info(capsys):
@@ -47,8 +49,6 @@ def test_errors_are_one_line(arguments, message, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1
-    import re
-
     assert re.match(message, error)
 
 
@@ -61,26 +61,38 @@ def test_interrupt_ends_quietly(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
-@pytest.mark.full
-def test_demo_compares_every_network_on_given_photographs(tmp_path, monkeypatch):
-    pytest.importorskip("torchvision")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["explain", "resnet18", "--bacth=3"], "did you mean --batch?"),
+        (["explian", "resnet18"], "invalid choice: 'explian'"),
+        (["profile", "resnet18", "--runs", "0"], "must be at least 1, got 0"),
+        (["profile", "resnet18", "--batch", "x"], "invalid"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_misspelt_options_are_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
+
+
+def test_networks_of_other_libraries(capsys):
     pytest.importorskip("timm")
-    image = pytest.importorskip("PIL.Image")
-    numpy = pytest.importorskip("numpy")
-    pytest.importorskip("rich")
-    pixels = numpy.random.default_rng(0).integers(0, 255, (300, 280, 3), dtype=numpy.uint8)
-    image.fromarray(pixels).save(tmp_path / "photo.png")
-    monkeypatch.setattr(demo, "BATCHES", (2,))
-    table = demo.demo([str(tmp_path / "photo.png")], runs=1)
-    assert [row.network for row in table.rows] == list(demo.NETWORKS)
-    for row in table.rows:
-        assert row.batch == 2 and row.largest_difference < 1e-3 and row.top5_agreement == 1.0
-        assert min(row.stock_ms, row.ours_ms) > 0
-    assert str(table).splitlines()[0].startswith("network")
+    words = ["--size", "32", "--batch", "1", "--device", "cpu"]
+    assert main(["explain", "timm/resnet18", *words]) == 0
+    assert "layer4.1.conv2" in capsys.readouterr().out
 
 
-def test_demo_refuses_a_file_that_is_no_image(tmp_path):
-    pytest.importorskip("torchvision")
-    (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(ValueError, match="text.png' is not an image"):
-        demo.load_photos([str(tmp_path / "text.png")])
+def test_tables_fit():
+    header, rows = ("layer", "op", "ms"), [("a.very.long.name.of.a.layer", "conv", "1.25")]
+    for columns in (40, 30, 20):
+        lines = fitted_table(header, rows * 2, columns).splitlines()
+        assert max(map(len, lines)) <= columns and len(lines) == 4
+        assert lines[2].startswith("a.") and lines[2].endswith("1.25")
+    lines = fitted_table(header, rows, 16).splitlines()
+    assert lines == ["layer  a.v..ayer", "op     conv", "ms     1.25"]
+    assert fitted_table(header, rows, None) == text_table(header, rows)
+    assert fitted_table(header, [], 5) == text_table(header, [])
+    assert shortened("abcdefghij", 9) == "abc..ghij"
