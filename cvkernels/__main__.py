@@ -1,8 +1,8 @@
 """The command line: ``python -m cvkernels`` with ``info``, ``verify NAME``, ``explain NAME``,
-``profile NAME`` or ``demo``; ``--help`` after each has its options.
+``profile NAME``, ``classify IMAGES`` or ``demo``; ``--help`` after each has its options.
 
-The exit status is 0, or 1 where ``verify`` finds an error too large, 2 after an error, which is one
-line, and 130 after Ctrl-C.
+The exit status is 0, or 1 where ``verify`` finds an error too large or ``classify`` leaves images
+out, 2 after an error, which is one line, and 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ def _parser() -> Parser:
         ("profile", "the measured time of each step of the frozen network"),
     ):
         _add_of_network(name, commands.add_parser(name, help=purpose))
+    _add_classify(commands.add_parser("classify", help="the classes of image files"))
     _add_demo(commands.add_parser("demo", help="stock and ours on photographs, side by side"))
     return parser
 
@@ -102,6 +103,28 @@ def _add_of_network(name: str, command: argparse.ArgumentParser) -> None:
         add("--runs", type=_positive, default=20, help="of which times are medians")
         add("--json", type=Path, metavar="FILE", help="write the rows too")
         add("--plot", type=Path, metavar="FILE", help="write a picture too (.svg, .png, .pdf)")
+
+
+def _add_classify(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("images", nargs="+", metavar="IMAGES", help="files, folders and patterns")
+    names = "of cvkernels, torchvision or timm, the first that has it; default: %(default)s"
+    add("--model", default="tf_efficientnet_lite0", metavar="NAME", help=names)
+    weights = (
+        "a checkpoint, or a name such as DEFAULT (downloads); the default model's are a package"
+    )
+    add("--weights", metavar="W", help=weights)
+    add("--classes", type=Path, metavar="FILE", help="a class's name on each line")
+    add("--precision", choices=["fp32", "bf16", "int8"], default="fp32")
+    add("--calibration", metavar="FOLDER", help="images for int8; default: those of IMAGES")
+    decibels = "that int8 keeps; less is ready sooner, -inf at once; default: %(default)s"
+    add("--tolerance", type=float, default=30.0, metavar="DB", help=decibels)
+    add("--top", type=_positive, default=5, help="classes of each image; default: %(default)s")
+    add("--size", type=_positive, help="pixels a side; default: what the weights were trained on")
+    add("--batch", type=_positive, default=16)
+    add("--device", choices=["cpu", "cuda"], default=_default_device())
+    add("--csv", type=Path, metavar="FILE", help="instead of a table; - is standard output")
+    add("--jsonl", type=Path, metavar="FILE", help="JSON lines; - is standard output")
 
 
 def _add_demo(command: argparse.ArgumentParser) -> None:
@@ -146,6 +169,12 @@ def _profile(options: argparse.Namespace) -> int:
     return 0
 
 
+def _classify(options: argparse.Namespace) -> int:
+    from cvkernels.classify import classify
+
+    return classify(options)
+
+
 def _demo(options: argparse.Namespace) -> int:
     from cvkernels.demo import NETWORKS, demo
 
@@ -164,7 +193,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 _COMMANDS = {
     "info": _info, "verify": _verify, "explain": _explain, "profile": _profile,
-    "demo": _demo,
+    "classify": _classify, "demo": _demo,
 }  # fmt: skip
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

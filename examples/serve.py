@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from train import Place
 
 import cvkernels
+from cvkernels.classify import likeliest
 from cvkernels.images import SUFFIXES, image_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,15 +77,8 @@ def network(options: argparse.Namespace) -> tuple[nn.Module, list[str], int]:
 
 def rows_of(batch: data.Batch, logits: Tensor, classes: list[str], top: int) -> list[dict]:
     """What is printed of a batch's readable images."""
-    found = logits.float().softmax(1).topk(min(top, len(classes)))
-    rows = []
-    for index, name in enumerate(batch.names):
-        if name in batch.unreadable:
-            continue
-        best = zip(found.indices[index].tolist(), found.values[index].tolist(), strict=True)
-        answers = [{"class": classes[i], "probability": round(p, 6)} for i, p in best]
-        rows.append({"image": name, "predictions": answers})
-    return rows
+    rows = likeliest(batch.names, logits, classes, top)
+    return [row.as_dict() for row in rows if row.image not in batch.unreadable]
 
 
 def classify(options: argparse.Namespace, place: Place) -> tuple[list[dict], list[str], float]:

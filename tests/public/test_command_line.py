@@ -64,10 +64,12 @@ def test_interrupt_ends_quietly(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["classify", "a.jpg", "--presicion", "bf16"], "did you mean --precision?"),
         (["explain", "resnet18", "--bacth=3"], "did you mean --batch?"),
         (["explian", "resnet18"], "invalid choice: 'explian'"),
         (["profile", "resnet18", "--runs", "0"], "must be at least 1, got 0"),
         (["profile", "resnet18", "--batch", "x"], "invalid"),
+        (["classify"], "required: IMAGES"),
         ([], "required: COMMAND"),
     ],
 )
