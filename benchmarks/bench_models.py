@@ -22,6 +22,7 @@ from benchmarks.harness import peers
 from benchmarks.harness.case import Case, network_case
 from benchmarks.harness.command_line import Refused
 from cvkernels.demo import NETWORKS, load_photos, stock_and_ours
+from cvkernels.photographs import shifted
 
 BATCHES = {"cpu": (1, 16), "cuda": (1, 128)}
 
@@ -54,9 +55,7 @@ def inputs_of(batch: int, dtype: torch.dtype, device: torch.device) -> tuple[tup
 
     The photographs over and over, each time shifted by some pixels.
     """
-    photos = photographs()
-    rounds = range(-(-batch // len(photos)))
-    images = torch.cat([photos.roll((7 * i, 5 * i), (2, 3)) for i in rounds])[:batch]
+    images = shifted(photographs(), batch)
     x = images.to(device, dtype).contiguous()
     return (x, x.contiguous(memory_format=torch.channels_last)), {}
 

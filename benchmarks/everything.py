@@ -72,7 +72,7 @@ def parts(device: str) -> list[Part]:
             options = ("--op", op, "--dtype", "bf16", "--compiled", "none", "--seconds", "0.3")
             minutes = KERNEL_MINUTES.get(op, FEW_KERNEL_MINUTES) / 2
             made.append(_part("kernels", f"bf16-{op}", options, minutes))
-    runs = ("cvkernels", "demo", "--runs", "9", "--device", device)
+    runs = ("cvkernels", "demo", "--part", "networks", "--runs", "9", "--device", device)
     return [*made, Part("demo", runs, 2)]
 
 

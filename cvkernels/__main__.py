@@ -13,6 +13,9 @@ import json
 import os
 import signal
 import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -129,12 +132,14 @@ def _add_classify(command: argparse.ArgumentParser) -> None:
 
 def _add_demo(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("photos", nargs="*", help="image files; default: those of scikit-learn")
+    add("photos", nargs="*", help="image files; default: scikit-image's and scikit-learn's")
+    add("--part", action="append", choices=["photographs", "networks"], help="default: both")
     add("--network", action="append", help="of the five, repeatable; default: all")
-    add("--weights", help="a name such as DEFAULT (downloads), or a checkpoint")
+    add("--weights", help="of the five: a name such as DEFAULT (downloads), or a checkpoint")
     add("--device", choices=["cpu", "cuda"], default=_default_device())
     add("--json", type=Path, metavar="FILE", help="write the rows too")
-    add("--runs", type=_positive, default=20, help="timed runs of each")
+    add("--plot", type=Path, metavar="FILE", help="write a picture of the photographs' part")
+    add("--runs", type=_positive, default=20, help="timed runs of each of the five, at most")
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -176,19 +181,42 @@ def _classify(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from cvkernels.demo import NETWORKS, demo
+    from cvkernels.demo import NETWORKS, check_networks, demo
+    from cvkernels.plots import require_matplotlib
+    from cvkernels.recognise import recognise
 
-    table = demo(
-        options.photos,
-        networks=options.network or tuple(NETWORKS),
-        weights=options.weights,
-        device=options.device,
-        runs=options.runs,
-    )
-    print(table)
+    networks = options.network or tuple(NETWORKS)
+    check_networks(networks)
+    if options.plot is not None:
+        require_matplotlib()
+    parts: Sequence[str] = options.part or ("photographs", "networks")
+    columns = min(terminal_columns() or 100, 100)
+    found: dict[str, Any] = {}
+    if "photographs" in parts:
+        with _timed("photographs"):
+            recognition = recognise(options.photos, device=options.device)
+            print(recognition.table(columns))
+        found["photographs"] = recognition.as_dict()
+        if options.plot is not None:
+            recognition.plot(options.plot)
+    if "networks" in parts:
+        with _timed("networks"):
+            table = demo(
+                options.photos, networks=networks, weights=options.weights,
+                device=options.device, runs=options.runs,
+            )  # fmt: skip
+            print(table.table(columns))
+        found |= table.as_dict()
     if options.json is not None:
-        options.json.write_text(json.dumps(table.as_dict(), indent=1) + "\n")
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
+
+
+@contextmanager
+def _timed(part: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    print(f"({part}: {time.perf_counter() - start:.0f} s)\n", flush=True)
 
 
 _COMMANDS = {

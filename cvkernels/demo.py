@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from cvkernels import extension, models
+from cvkernels.freeze.progress import progress
+from cvkernels.images import Preparation
 from cvkernels.info import cpu_name
 from cvkernels.memory_use import peak_memory
-from cvkernels.tables import text_table
+from cvkernels.photographs import photographs
+from cvkernels.tables import fitted_table, wrapped
 
 # Each network, and the library whose model is the stock one.
 NETWORKS = {
@@ -29,8 +32,15 @@ HEADER = (
     "network", "batch", "max logit diff", "same top-5", "stock ms", "ours ms", "stock/ours",
     "stock peak MB", "ours peak MB",
 )  # fmt: skip
+# As printed, within 100 columns.
+SHORT_HEADER = (
+    "network", "batch", "max diff", "same top-5", "stock ms", "ours ms", "stock/ours", "stock MB",
+    "ours MB",
+)  # fmt: skip
 # A warm-up run fills caches and prepacks weights.
 WARM_UP = 2
+# Seconds of timed runs after which a row has no more of them, if it has this many.
+SECONDS, LEAST = 6.0, 3
 
 
 class Row(NamedTuple):
@@ -61,7 +71,13 @@ class Table:
         return cls([Row(**row) for row in content["rows"]], content["conditions"])
 
     def __str__(self) -> str:
-        return f"{text_table(HEADER, self.cells())}\n{self.conditions}"
+        return self.table(None)
+
+    def table(self, columns: int | None) -> str:
+        """As it is printed, within so many columns; None: as many as it needs."""
+        table = fitted_table(SHORT_HEADER, self.cells(), columns)
+        about = f"{self.conditions}; MB are what a call holds of memory at most"
+        return f"{table}\n{wrapped(about, columns)}"
 
     def cells(self) -> list[tuple[str, ...]]:
         """The rows as text, under :data:`HEADER`."""
@@ -92,59 +108,52 @@ def demo(
             None means seeded random weights with the photographs' batch-norm statistics; nothing is
             downloaded then.
         device: "cpu" or "cuda". Stock runs in channels_last, its faster layout.
-        runs: timed runs of each; their median is reported, the two interleaved.
+        runs: timed runs of each, fewer where they take longer than :data:`SECONDS`; their median is
+            reported, the two interleaved.
 
     Raises:
         ImportError: a package of the ``demo`` extra is missing.
-        ValueError: a file is no image, or a network is none of those.
+        UnreadableImage: a file is no image.
+        ValueError: a network is none of those.
     """
-    from rich.progress import Progress
-
-    for network in networks:
-        if network not in NETWORKS:
-            raise ValueError(f"demo: network must be one of {', '.join(NETWORKS)}, got {network!r}")
-
-    images = load_photos(photos).to(device)
+    check_networks(networks)
+    pictures = load_photos(photos).to(device)
     rows = []
-    with Progress(transient=True) as progress:
-        task = progress.add_task("demo", total=len(networks) * len(BATCHES) * runs)
-        for network in networks:
-            stock, ours = stock_and_ours(network, weights, images)
-            for batch in BATCHES:
-                progress.update(task, description=f"{network}, batch {batch}")
-                x = images[torch.arange(batch) % len(images)]
-                rows.append(_compare(network, stock, ours, x, runs, lambda: progress.advance(task)))
+    for network in networks:
+        stock, ours = stock_and_ours(network, weights, pictures)
+        for batch in BATCHES:
+            x = pictures[torch.arange(batch) % len(pictures)]
+            with progress(f"{network}, batch {batch}", runs) as advance:
+                rows.append(_compare(network, stock, ours, x, runs, advance))
     cpu = f"{torch.get_num_threads()} threads of {cpu_name()}"
     where = torch.cuda.get_device_name() if device == "cuda" else cpu
     revision = extension.build_info().get("git_revision", "")
     source = f"weights {weights}" if weights else "seeded random weights"
     return Table(
         rows,
-        f"{len(images)} photograph(s) at 224 x 224, float32, {where}, torch {torch.__version__}, "
+        f"{len(pictures)} photograph(s) at 224 x 224, float32, {where}, torch {torch.__version__}, "
         f"commit {revision or 'unknown'}, {source}; stock is torchvision's, of "
-        f"SENet timm's, in channels_last; medians of {runs} interleaved runs",
+        f"SENet timm's, in channels_last; medians of {runs} interleaved runs, fewer after "
+        f"{SECONDS:.0f} s",
     )
 
 
+def check_networks(networks: Sequence[str]) -> None:
+    """Raise a ValueError for one that is none of :data:`NETWORKS`."""
+    for network in networks:
+        if network not in NETWORKS:
+            raise ValueError(f"demo: network must be one of {', '.join(NETWORKS)}, got {network!r}")
+
+
 def load_photos(paths: Sequence[str]) -> Tensor:
-    """Tensor[N, 3, 224, 224], normalised as ImageNet's: the files, or scikit-learn's photos."""
-    from PIL import Image, UnidentifiedImageError
-    from torchvision.transforms import v2
+    """Tensor[N, 3, 224, 224], normalised as ImageNet's: the files, or scikit-learn's photos.
 
-    pictures = []
-    for path in paths:
-        try:
-            pictures.append(Image.open(Path(path)).convert("RGB"))
-        except UnidentifiedImageError as error:
-            raise ValueError(f"demo: {path!r} is not an image that pillow can read") from error
-    if not paths:
-        from sklearn.datasets import load_sample_images
-
-        pictures = [Image.fromarray(array) for array in load_sample_images().images]
-    size = (v2.Resize(256, antialias=True), v2.CenterCrop(224))
-    norm = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    transform = v2.Compose([v2.ToImage(), *size, v2.ToDtype(torch.float32, scale=True), norm])
-    return torch.stack([transform(picture) for picture in pictures])
+    Raises:
+        UnreadableImage: a file is no image.
+        ImportError: no file is given, and scikit-learn is not installed.
+    """
+    files = list(paths) or photographs(["sklearn.datasets.images"])
+    return torch.stack([Preparation().of_file(Path(file)) for file in files])
 
 
 def stock_and_ours(
@@ -203,7 +212,10 @@ def _compare(
         for call in calls:
             call()
     times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(runs):
+    end = time.perf_counter() + SECONDS
+    for done in range(runs):
+        if done >= LEAST and time.perf_counter() > end:
+            break
         for call, measured in zip(calls, times, strict=True):
             _synchronise(x)
             start = time.perf_counter()

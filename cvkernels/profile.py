@@ -15,7 +15,7 @@ from cvkernels.freeze.frozen import Frozen, freeze, plan_of
 from cvkernels.freeze.progress import progress
 from cvkernels.info import cpu_name
 from cvkernels.plots import drawing
-from cvkernels.tables import fitted_table
+from cvkernels.tables import fitted_table, wrapped
 
 HEADER = ("layer", "op", "backend", "kernels", "MB", "ms", "share", "GB/s")
 
@@ -80,7 +80,7 @@ class Profile:
         return (
             f"{fitted_table(HEADER, lines, columns)}\n"
             f"one call: {self.whole_ms:.3f} ms; its steps one by one: {total:.3f} ms\n"
-            f"{self.conditions}"
+            f"{wrapped(self.conditions, columns)}"
         )
 
     def plot(self, path: str | Path) -> None:

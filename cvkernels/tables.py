@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 
 # Text is not shortened to less.
@@ -55,6 +56,11 @@ def fitted_table(
 def terminal_columns() -> int | None:
     """Of the terminal that standard output is; None where it is none."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def wrapped(text: str, columns: int | None) -> str:
+    """The text in lines of so many columns."""
+    return text if columns is None else textwrap.fill(text, columns)
 
 
 def shortened(text: str, width: int) -> str:
