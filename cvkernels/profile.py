@@ -20,6 +20,10 @@ from cvkernels.tables import fitted_table, wrapped
 HEADER = ("layer", "op", "backend", "kernels", "MB", "ms", "share", "GB/s")
 
 
+# What a narrow terminal does without, in this order.
+OPTIONAL = ("kernels", "GB/s", "backend", "MB", "op")
+
+
 class StepTime(NamedTuple):
     """One step of the plan: what it is, the bytes that it has to move, and its median time."""
 
@@ -42,26 +46,31 @@ class Profile:
 
     Attributes:
         rows: :class:`StepTime`, measured one by one, each of which pays Python and a dispatcher.
+        steps_ms: the median of the rounds over all steps; on a busy machine more than the sum of
+            the steps' medians.
         whole_ms: the median of whole calls, which repeat on a CPU what was recorded, and on a GPU
             a graph.
     """
 
-    def __init__(self, rows: list[StepTime], whole_ms: float, conditions: str) -> None:
+    def __init__(
+        self, rows: list[StepTime], steps_ms: float, whole_ms: float, conditions: str
+    ) -> None:
         self.rows = rows
+        self.steps_ms = steps_ms
         self.whole_ms = whole_ms
         self.conditions = conditions
 
-    @property
-    def steps_ms(self) -> float:
-        return sum(row.ms for row in self.rows)
-
     def as_dict(self) -> dict[str, Any]:
-        rows = [row._asdict() for row in self.rows]
-        return {"conditions": self.conditions, "whole_ms": self.whole_ms, "rows": rows}
+        return {
+            "conditions": self.conditions,
+            "whole_ms": self.whole_ms,
+            "steps_ms": self.steps_ms,
+            "rows": [row._asdict() for row in self.rows],
+        }
 
     def table(self, columns: int | None = 100) -> str:
         """The table within so many columns; None: as many as it needs."""
-        total = self.steps_ms
+        total = sum(row.ms for row in self.rows)
         lines: list[tuple] = [
             (
                 r.layer, r.op, r.backend, r.kernels, f"{r.bytes_moved / 1e6:.3f}", f"{r.ms:.3f}",
@@ -78,8 +87,8 @@ class Profile:
             )
         )  # fmt: skip
         return (
-            f"{fitted_table(HEADER, lines, columns)}\n"
-            f"one call: {self.whole_ms:.3f} ms; its steps one by one: {total:.3f} ms\n"
+            f"{fitted_table(HEADER, lines, columns, OPTIONAL)}\n"
+            f"one call: {self.whole_ms:.3f} ms; its steps one by one: {self.steps_ms:.3f} ms\n"
             f"{wrapped(self.conditions, columns)}"
         )
 
@@ -130,6 +139,7 @@ def profile(model: nn.Module, example: Tensor, *, runs: int = 20) -> Profile:
     whole: list[float] = []
     with torch.no_grad(), progress("profile", runs) as advance:
         for _ in range(runs):
+            frozen(example)  # records anew what the steps one by one have dropped
             whole.append(_seconds(lambda: frozen(example), example))
             for step, run in plan.each_step(example):
                 times.setdefault(step, []).append(_seconds(run, example))
@@ -140,7 +150,9 @@ def profile(model: nn.Module, example: Tensor, *, runs: int = 20) -> Profile:
         traffic = plan.traffic[step]
         ms = 1e3 * statistics.median(seconds)
         rows.append(StepTime(step.layer, step.op.name, plan.backends[step], note, *traffic, ms))
-    return Profile(rows, 1e3 * statistics.median(whole), _conditions(frozen, example, runs))
+    rounds = map(sum, zip(*times.values(), strict=True))
+    steps_ms, whole_ms = (1e3 * statistics.median(seconds) for seconds in (rounds, whole))
+    return Profile(rows, steps_ms, whole_ms, _conditions(frozen, example, runs))
 
 
 def _conditions(frozen: Frozen, example: Tensor, runs: int) -> str:

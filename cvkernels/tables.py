@@ -7,8 +7,8 @@ import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 
-# Text is not shortened to less.
-NARROWEST = 8
+# Text is not shortened to less, and while columns can be left out, not to less than a little.
+NARROWEST, LITTLE = 8, 24
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -28,29 +28,51 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def fitted_table(
-    header: Sequence[str], rows: Iterable[Sequence[object]], columns: int | None
+    header: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    columns: int | None,
+    optional: Sequence[str] = (),
 ) -> str:
     """:func:`text_table` within so many columns; None stands for as many as it needs.
 
-    Text is shortened in its middle, the longest first. Where that does not do, each row becomes
-    lines of their own, one for each cell.
+    Text is shortened in its middle, the longest first, a little; then the columns ``optional`` are
+    left out, in their order; then it is shortened more. Where that does not do, each row becomes
+    lines, one for each cell.
     """
     cells = [[_cell(value) for value in row] for row in rows]
     if columns is None or not cells:
         return text_table(header, cells)
-    parts = list(zip(header, *cells, strict=True))
-    widths = [max(map(len, column)) for column in parts]
+    shown = list(header)
+    for left_out, least in [
+        ("", LITTLE),
+        *((title, LITTLE) for title in optional),
+        ("", NARROWEST),
+    ]:
+        shown = [title for title in shown if title != left_out]
+        places = [header.index(title) for title in shown]
+        chosen = [[row[place] for place in places] for row in cells]
+        if (widths := _fitted_widths(shown, chosen, columns, least)) is not None:
+            lines = (
+                [shortened(cell, width) for cell, width in zip(line, widths, strict=True)]
+                for line in (shown, *chosen)
+            )
+            return text_table(next(lines), lines)
+    return _records(header, cells, columns)
+
+
+def _fitted_widths(
+    header: Sequence[str], rows: Sequence[Sequence[str]], columns: int, least: int
+) -> list[int] | None:
+    """Of each column, text narrowed to ``least`` until all fit; None if that does not do."""
+    parts = list(zip(header, *rows, strict=True))
+    widths = [max(map(len, part)) for part in parts]
     text = [i for i, part in enumerate(parts) if not all(map(_is_number, part[1:]))]
     while sum(widths) + 2 * (len(widths) - 1) > columns:
         widest = max(text, key=lambda i: widths[i], default=None)
-        if widest is None or widths[widest] <= NARROWEST:
-            return _records(header, cells, columns)
+        if widest is None or widths[widest] <= least:
+            return None
         widths[widest] -= 1
-    titles = [shortened(title, width) for title, width in zip(header, widths, strict=True)]
-    return text_table(
-        titles,
-        [[shortened(c, width) for c, width in zip(row, widths, strict=True)] for row in cells],
-    )
+    return widths
 
 
 def terminal_columns() -> int | None:

@@ -95,6 +95,10 @@ def test_tables_fit():
         assert lines[2].startswith("a.") and lines[2].endswith("1.25")
     lines = fitted_table(header, rows, 16).splitlines()
     assert lines == ["layer  a.v..ayer", "op     conv", "ms     1.25"]
+    lines = fitted_table(header, rows, 36, optional=["op"]).splitlines()
+    assert lines[0].split() == ["layer", "op", "ms"]
+    lines = fitted_table(header, rows, 16, optional=["op"]).splitlines()
+    assert lines == ["layer         ms", "----------  ----", "a.ve..ayer  1.25"]
     assert fitted_table(header, rows, None) == text_table(header, rows)
     assert fitted_table(header, [], 5) == text_table(header, [])
     assert shortened("abcdefghij", 9) == "abc..ghij"
