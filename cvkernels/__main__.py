@@ -11,7 +11,6 @@ import argparse
 import difflib
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,11 @@ import torch
 
 import cvkernels
 from cvkernels.tables import first_line, terminal_columns
+
+# What a shell reports for a process that SIGINT or SIGPIPE ends.
+INTERRUPTED, BROKEN_PIPE = 130, 141
+# Packages whose name is not that of the module.
+PACKAGES = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,18 +62,21 @@ def main(arguments: list[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return INTERRUPTED
     except BrokenPipeError:
         # Whoever reads has seen enough; what is still buffered goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return BROKEN_PIPE
     except (ValueError, ImportError, OSError, RuntimeError, MemoryError) as error:
         print(f"error: {_in_one_line(error)}", file=sys.stderr)
         return 2
 
 
 def _in_one_line(error: Exception) -> str:
-    """With the lines below a heading, where it is one."""
+    """With the lines below a heading, where it is one; a missing package with its command."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        return f"{package} is not installed: pip install {PACKAGES.get(package, package)}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines or not lines[0].endswith(":"):
         return first_line(error)
@@ -77,7 +84,9 @@ def _in_one_line(error: Exception) -> str:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m cvkernels", description=cvkernels.__doc__)
+    parser = Parser(
+        prog="python -m cvkernels", description=(cvkernels.__doc__ or "").partition("\n")[0]
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("info", help="versions, devices, what is missing and what mends it")
     for name, purpose in (
@@ -120,7 +129,7 @@ def _add_classify(command: argparse.ArgumentParser) -> None:
     add("--classes", type=Path, metavar="FILE", help="a class's name on each line")
     add("--precision", choices=["fp32", "bf16", "int8"], default="fp32")
     add("--calibration", metavar="FOLDER", help="images for int8; default: those of IMAGES")
-    decibels = "that int8 keeps; less is ready sooner, -inf at once; default: %(default)s"
+    decibels = "that int8 keeps on them; less is ready sooner; default: %(default)s"
     add("--tolerance", type=float, default=30.0, metavar="DB", help=decibels)
     add("--top", type=_positive, default=5, help="classes of each image; default: %(default)s")
     add("--size", type=_positive, help="pixels a side; default: what the weights were trained on")

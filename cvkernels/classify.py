@@ -218,7 +218,9 @@ def _run(
 def _opened(path: Path, stack: ExitStack) -> Any:
     if str(path) == "-":
         return sys.stdout
-    return stack.enter_context(path.open("w", encoding="utf-8", newline=""))
+    return stack.enter_context(
+        path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
+    )
 
 
 def _say(line: str) -> None:

@@ -129,7 +129,7 @@ def read(path: str | Path, side: int | None = None) -> Image:
             if (count := image.width * image.height) > MOST:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST:,}")
             with _one_large_image if count > LARGE else contextlib.nullcontext():
-                rgb = _in_rgb(image)
+                rgb = _in_rgb(image if side is None else _reduced(image, side))
                 if image.getexif().get(ORIENTATION, 1) != 1:
                     rgb = ImageOps.exif_transpose(rgb)
                 return rgb
@@ -150,6 +150,15 @@ def _opened(path: str | Path) -> Iterator[Image]:
             Image.MAX_IMAGE_PIXELS = limit
     with image:
         yield image
+
+
+def _reduced(image: Image, side: int) -> Image:
+    """A large image smaller, before a copy in RGB or turned is made of it."""
+    factor = min(image.size) // (2 * side)
+    averaged = image.mode in ("L", "RGB", "RGBA", "CMYK")
+    if factor < 2 or not averaged or image.width * image.height <= LARGE:
+        return image
+    return image.reduce(factor)
 
 
 def _in_rgb(image: Image) -> Image:

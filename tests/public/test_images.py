@@ -76,6 +76,17 @@ def test_a_palette_with_transparency_says_nothing(tmp_path):
         assert read(tmp_path / "a.png").size == flat.size
 
 
+def test_large_images_are_reduced_before_they_are_converted(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "LARGE", 4000)
+    for mode, name in (("RGB", "a.png"), ("L", "b.png"), ("P", "c.gif"), ("CMYK", "d.tif")):
+        picture(800, 600, mode).save(tmp_path / name)
+        small = read(tmp_path / name, 30).resize((80, 60))
+        assert largest_difference(small, picture(mode=mode).convert("RGB")) <= 60
+        whole = read(tmp_path / name)
+        assert whole.size == (800, 600) and small.mode == whole.mode == "RGB"
+    assert read(tmp_path / "a.png", 30).size == (80, 60)
+
+
 @pytest.mark.parametrize("ending", ["jpg", "png", "tif"])
 def test_turned_as_exif_says(ending, tmp_path):
     exif = image.Exif()
