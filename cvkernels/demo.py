@@ -39,8 +39,8 @@ SHORT_HEADER = (
 )  # fmt: skip
 # What a narrow terminal does without, in this order.
 OPTIONAL = ("same top-5", "stock MB", "ours MB", "max diff")
-# A warm-up run fills caches and prepacks weights.
-WARM_UP = 2
+# After those that measure memory and give the logits, which prepack the weights.
+WARM_UP = 1
 # Seconds of timed runs after which a row has no more of them, if it has this many.
 SECONDS, LEAST = 6.0, 3
 
