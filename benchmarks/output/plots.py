@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.harness.report import Rates, Row
-from benchmarks.output import results
+from benchmarks.output import results, summary
 
 # The same output for the same input: no dates and random ids in a committed file.
 matplotlib.rcParams["svg.hashsalt"] = "cvkernels"
@@ -31,6 +31,7 @@ def draw(folder: Path) -> list[Path]:
     if inference:
         figures["networks"] = network_bars(inference)
         figures["first-batch"] = first_batch(inference)
+        figures[Path(summary.FIGURE).stem] = precisions(summary.rows_of(folder))
     if any(row.op in DEPTH and row.saved_bytes for row in training):
         figures["densenet-memory"] = depth_memory(training)
     return [_save(figure, folder, name) for name, figure in figures.items()]
@@ -93,6 +94,53 @@ def network_bars(rows: Sequence[Row]) -> plt.Figure:
         _bars(axes, rows, chosen, lambda row: _images(row) / row.time_us * 1e6)
         axes.set(title=f"{panel[1]}, {panel[0]}", ylabel="images per second")
     grid[0, 0].legend(fontsize="small", ncols=2)
+    return figure
+
+
+# How README.md's plot marks a variant; those of ours are filled.
+MARKS = {
+    "cvkernels, frozen": dict(marker="o", markersize=8, color="C3"),
+    "cvkernels, int8 guarded at 30 dB": dict(marker="v", markersize=7, color="C3", alpha=0.5),
+    "cvkernels, imported": dict(marker="o", markersize=4, color="C3", alpha=0.5),
+    "ONNX Runtime": dict(marker="s", markersize=6, color="C0", fillstyle="none"),
+    "OpenVINO": dict(marker="D", markersize=6, color="C2", fillstyle="none"),
+    "torch.compile with freezing": dict(marker="^", markersize=6, color="C1", fillstyle="none"),
+    "PyTorch": dict(marker="x", markersize=6, color="k"),
+}
+
+
+def precisions(rows: Sequence[Row]) -> plt.Figure:
+    """Images per second at the largest batch: a group per network, a column per precision."""
+    batch = max(map(summary.images_of, rows))
+    rows = [row for row in rows if summary.images_of(row) == batch]
+    networks = list(dict.fromkeys(row.op for row in rows))
+    kinds = [kind for kind in summary.PRECISIONS if any(row.dtype == kind for row in rows)]
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    width = len(kinds) + 1
+
+    def place_of(row: Row) -> int:
+        return networks.index(row.op) * width + kinds.index(row.dtype)
+
+    for label, style in MARKS.items():
+        chosen = [row for row in rows if summary.label_of(row) == label]
+        speeds = [batch / row.time_us * 1e6 for row in chosen]
+        if chosen:
+            axes.plot(list(map(place_of, chosen)), speeds, linestyle="", label=label, **style)
+    columns = [(n * width + k, kind) for n in range(len(networks)) for k, kind in enumerate(kinds)]
+    axes.set_xticks(*zip(*columns, strict=True), fontsize="small")
+    for index, network in enumerate(networks):
+        middle = index * width + (len(kinds) - 1) / 2
+        axes.annotate(network, (middle, 0), (0, -22), xycoords=("data", "axes fraction"),
+                      textcoords="offset points", ha="center", va="top")  # fmt: skip
+        axes.axvline((index + 1) * width - 1, color="0.85", linewidth=0.8)
+    axes.set(yscale="log", ylabel=f"images per second, batch {batch}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="y", which="minor", labelsize="small")
+    axes.grid(axis="y", which="both", color="0.92")
+    axes.set_xlim(-1, len(networks) * width - 1)
+    axes.set_ylim(top=1.2 * max(batch / row.time_us * 1e6 for row in rows))
+    figure.legend(loc="outside upper center", fontsize="small", ncols=4)
     return figure
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -11,15 +10,15 @@ from pathlib import Path
 
 from benchmarks.harness.environment import ROOT
 from benchmarks.harness.report import Report, Row
-from benchmarks.output import results
+from benchmarks.output import markdown, results, summary
 from cvkernels.demo import HEADER, Table
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- networks -->", "<!-- end of networks -->"
 # Runtimes of other projects, which run a network in the form in which it is deployed.
 RUNTIMES = ("openvino", "onnxruntime", "tensorrt")
-# The columns of README.md's table for each machine, and the variant that each is about.
-SUMMARY = {"imported": "cvkernels", "frozen": "cvkernels freeze"}
+# The columns of the speed-ups of each dtype, and the variant that each is about.
+SPEED_UPS = {"imported": "cvkernels", "frozen": "cvkernels freeze"}
 
 
 def write() -> None:
@@ -32,41 +31,7 @@ def pages() -> dict[Path, str]:
     before, _, rest = README.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
     made = {machine / "README.md": machine_page(machine) for machine in results.machine_folders()}
-    return {README: f"{before}{BEGIN}\n\n{summary()}\n\n{END}{after}", **made}
-
-
-def summary(folder: Path | None = None) -> str:
-    """A row per network: geometric mean and worst of the speed-ups on each machine, by dtype."""
-    folder = folder or results.RESULTS
-    machines = {m: results.rows(m, "models") for m in results.machine_folders(folder)}
-    ours = [row for rows in machines.values() for row in rows if row.vs_eager and not row.peer]
-    header = ["network"]
-    lines = {row.op: [row.op] for row in ours}
-    kinds = {
-        (machine, dtype): [row for row in of_machine if row.dtype == dtype]
-        for machine, of_machine in machines.items()
-        for dtype in sorted({row.dtype for row in of_machine}, key=lambda name: name != "fp32")
-    }
-    for (machine, dtype), rows in kinds.items():
-        names = (*SUMMARY, "frozen, vs runtimes")
-        header += [f"{machine.name}, {dtype}: {name}" for name in names]
-        runtimes = _vs_runtimes(rows)
-        for network, line in lines.items():
-            for variant in SUMMARY.values():
-                same = [row for row in rows if (row.op, row.variant) == (network, variant)]
-                line.append(_mean_and_worst([row.vs_eager for row in same if row.vs_eager]))
-            chosen = (network, SUMMARY["frozen"])
-            found = [ratio for key, ratio in runtimes.items() if (key[0], key[3]) == chosen]
-            line.append(_mean_and_worst(found))
-    links = [f"[{machine.name}]({_link(machine / 'README.md', ROOT)})" for machine in machines]
-    batches = sorted({int(row.case.removeprefix("batch ")) for row in ours})
-    caption = (
-        "Speed-ups over stock PyTorch in channels_last, and over the better of the runtimes "
-        "(OpenVINO, ONNX Runtime): geometric mean and, in brackets, worst of batches "
-        f"{' and '.join(map(str, batches))}, each within its dtype. "
-        f"All figures: {', '.join(links)}. {provenance(folder)}"
-    )
-    return f"{_markdown(header, list(lines.values()))}\n\n{caption}"
+    return {README: f"{before}{BEGIN}\n\n{summary.block()}\n\n{END}{after}", **made}
 
 
 def machine_page(machine: Path) -> str:
@@ -76,43 +41,43 @@ def machine_page(machine: Path) -> str:
         "Made of the JSON files beside it by `python -m benchmarks readme`; "
         "[how it is measured](../../../README.md#measure).",
     ]
+    if networks := results.rows(machine, "models"):
+        parts += ["## Speed-ups", speed_ups(networks)]
     if (demo := machine / "demo.json").exists():
         table = Table.from_dict(json.loads(demo.read_text()))
-        parts += ["## Demo", _markdown(HEADER, table.cells()), f"{table.conditions}."]
+        parts += ["## Demo", markdown.table(HEADER, table.cells()), f"{table.conditions}."]
     for kind, make in TABLES.items():
         if reports := results.reports(machine, kind):
             parts += [f"## {kind.capitalize()}", make(reports), _conditions(reports)]
     plots = sorted(path for path in machine.glob("*.svg") if "roofline" not in path.name)
-    parts += [f"![{path.stem}]({_link(path, machine)})" for path in plots]
-    rooflines = [f"[{p.stem}]({_link(p, machine)})" for p in sorted(machine.glob("roofline*.svg"))]
+    parts += [f"![{path.stem}]({path.name})" for path in plots]
+    rooflines = [f"[{p.stem}]({p.name})" for p in sorted(machine.glob("roofline*.svg"))]
     parts += [f"Rooflines: {', '.join(rooflines)}."] if rooflines else []
     return "\n\n".join(parts) + "\n"
 
 
-def provenance(folder: Path) -> str:
-    """Which devices the figures are of."""
-    devices = {
-        report.environment["device"]: "driver" in report.environment
-        for machine in results.machine_folders(folder)
-        for kind in TABLES
-        for report in results.reports(machine, kind)
-    }
-    cpus, gpus = (
-        ", ".join(name for name, is_gpu in devices.items() if is_gpu == wanted)
-        for wanted in (False, True)
+def speed_ups(rows: Sequence[Row]) -> str:
+    """A row per network: geometric mean and worst over the batches, by dtype."""
+    header = ["network"]
+    lines = {row.op: [row.op] for row in rows}
+    for dtype in sorted({row.dtype for row in rows}, key=lambda name: name != "fp32"):
+        same = [row for row in rows if row.dtype == dtype]
+        header += [f"{dtype}: {name}" for name in (*SPEED_UPS, "frozen, vs runtimes")]
+        runtimes = _vs_runtimes(same)
+        for network, line in lines.items():
+            for variant in SPEED_UPS.values():
+                ours = [row for row in same if (row.op, row.variant) == (network, variant)]
+                line.append(markdown.mean_and_worst([r.vs_eager for r in ours if r.vs_eager]))
+            chosen = (network, SPEED_UPS["frozen"])
+            found = [ratio for key, ratio in runtimes.items() if (key[0], key[3]) == chosen]
+            line.append(markdown.mean_and_worst(found))
+    batches = sorted({summary.images_of(row) for row in rows})
+    caption = (
+        "Speed-ups over stock PyTorch in channels_last, and over the better of the runtimes "
+        "(OpenVINO, ONNX Runtime): geometric mean and, in brackets, worst of batches "
+        f"{' and '.join(map(str, batches))}, each within its dtype."
     )
-    texts = [f"Figures of CPUs are measured on {cpus}."] if cpus else []
-    texts.append(
-        f"Figures of GPUs are measured on {gpus}."
-        if gpus
-        else "No figure of a GPU is measured: what `explain` says for a meta example "
-        "(kernels, bytes) is counted from the plan, and no time of a GPU is claimed."
-    )
-    return " ".join(texts)
-
-
-def _link(path: Path, page: Path) -> str:
-    return str(path.relative_to(page)) if path.is_relative_to(page) else path.name
+    return f"{markdown.table(header, list(lines.values()))}\n\n{caption}"
 
 
 def inference_table(reports: Sequence[Report]) -> str:
@@ -126,30 +91,26 @@ def inference_table(reports: Sequence[Report]) -> str:
     ratios: dict[str, list[float]] = defaultdict(list)
     runtimes = _vs_runtimes(rows)
     lines = []
-    for (network, case, dtype), group in _grouped(rows).items():
-        cells = [_ms(group.get(name)) for name in variants]
+    for (network, case, dtype), group in markdown.grouped(rows).items():
+        cells = [markdown.ms(group.get(name)) for name in variants]
         for name in ours:
             row = group.get(name)
             found = [getattr(row, "vs_eager", None), getattr(row, "vs_freezing", None)]
             found.append(runtimes.get((network, case, dtype, name)))
             for what, ratio in zip(compared, found, strict=False):
                 ratios[f"{name} {what}"] += [] if ratio is None else [ratio]
-            cells += map(_ratio, found)
-            cells.append(_errors(row))
+            cells += map(markdown.ratio, found)
+            cells.append(markdown.errors(row))
         lines.append([network, case.removeprefix("batch "), dtype, *cells])
-    means = [
-        f"{what} {_geomean(found)} ({min(found):.2f}x to {max(found):.2f}x)"
-        for what, found in ratios.items()
-        if found
-    ]
-    summary = [f"Geometric means (worst to best): {'; '.join(means)}."] if means else []
-    return "\n\n".join([_markdown(header, lines), *summary, _first_batches(rows)])
+    means = [f"{what} {markdown.mean_and_range(found)}" for what, found in ratios.items() if found]
+    overall = [f"Geometric means (worst to best): {'; '.join(means)}."] if means else []
+    return "\n\n".join([markdown.table(header, lines), *overall, _first_batches(rows)])
 
 
 def _vs_runtimes(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], float]:
     """Speed-up over the best of the runtimes, by network, case, dtype and variant of ours."""
     ratios = {}
-    for key, group in _grouped(rows).items():
+    for key, group in markdown.grouped(rows).items():
         times = [group[name].time_us for name in RUNTIMES if name in group and group[name].time_us]
         for name, row in group.items():
             if times and row.time_us and not row.peer:
@@ -162,10 +123,15 @@ def _first_batches(rows: Sequence[Row]) -> str:
     variants = list(dict.fromkeys(row.variant for row in rows))
     header = ["network", "batch", "dtype", *(f"{name}: s, peak MB" for name in variants)]
     lines = [
-        [network, case.removeprefix("batch "), dtype, *(_start(group.get(v)) for v in variants)]
-        for (network, case, dtype), group in _grouped(rows).items()
+        [
+            network,
+            case.removeprefix("batch "),
+            dtype,
+            *(markdown.start(group.get(v)) for v in variants),
+        ]
+        for (network, case, dtype), group in markdown.grouped(rows).items()
     ]
-    return _markdown(header, lines)
+    return markdown.table(header, lines)
 
 
 def training_table(reports: Sequence[Report]) -> str:
@@ -176,15 +142,15 @@ def training_table(reports: Sequence[Report]) -> str:
     ]  # fmt: skip
     lines = [
         [
-            row.op, row.case.removeprefix("batch "), row.dtype, row.variant, _ms(row),
-            _ratio(row.vs_eager), _ratio(row.vs_compile),
-            _number(row.saved_bytes, 1e6, "{:.1f}"), _number(row.peak_bytes, 1e6, "{:.0f}"),
-            _errors(row),
+            row.op, row.case.removeprefix("batch "), row.dtype, row.variant, markdown.ms(row),
+            markdown.ratio(row.vs_eager), markdown.ratio(row.vs_compile),
+            markdown.number(row.saved_bytes, 1e6, "{:.1f}"),
+            markdown.number(row.peak_bytes, 1e6, "{:.0f}"), markdown.errors(row),
         ]
         for report in reports
         for row in report.rows
     ]  # fmt: skip
-    return _markdown(header, lines)
+    return markdown.table(header, lines)
 
 
 def int8_table(reports: Sequence[Report]) -> str:
@@ -198,31 +164,27 @@ def int8_table(reports: Sequence[Report]) -> str:
     ratios: dict[str, list[float]] = defaultdict(list)
     runtimes = [f"{name} int8" for name in RUNTIMES]
     lines = []
-    for (network, case, _), group in _grouped(rows).items():
+    for (network, case, _), group in markdown.grouped(rows).items():
         cells = [network, case.removeprefix("batch ")]
         for name in variants:
             row = group.get(name)
             agreement = ""
             if row is not None and row.decibels is not None:
                 agreement = f"{row.decibels:.1f}, {row.top1:.0%}"
-            cells += [_ms(row), agreement]
+            cells += [markdown.ms(row), agreement]
         times = [group[name].time_us for name in runtimes if name in group and group[name].time_us]
         for name in ours:
             time = getattr(group.get(name), "time_us", None)
             ratio = min(times) / time if times and time else None
             ratios[name] += [] if ratio is None else [ratio]
-            cells.append(_ratio(ratio))
+            cells.append(markdown.ratio(ratio))
         lines.append(cells)
-    means = [
-        f"{name} {_geomean(found)} ({min(found):.2f}x to {max(found):.2f}x)"
-        for name, found in ratios.items()
-        if found
-    ]
+    means = [f"{name} {markdown.mean_and_range(found)}" for name, found in ratios.items() if found]
     text = (
         "Every variant is quantised on the same photographs, shifted; dB and top-1 are those of "
         f"the measured batch beside float64. Against the better runtime: {'; '.join(means)}."
     )
-    return f"{_markdown(header, lines)}\n\n{text}"
+    return f"{markdown.table(header, lines)}\n\n{text}"
 
 
 def kernel_table(reports: Sequence[Report]) -> str:
@@ -244,13 +206,13 @@ def kernel_table(reports: Sequence[Report]) -> str:
         lines.append([
             *key,
             str(len(rows)),
-            _geomean(eager),
+            markdown.geomean(eager),
             f"{worst.vs_eager:.2f}x ({worst.case})" if worst else "",
-            f"{_geomean(compiled)} ({len(compiled)})" if compiled else "",
+            f"{markdown.geomean(compiled)} ({len(compiled)})" if compiled else "",
             f"{statistics.median(bounds):.0%}" if bounds else "",
             str(sum(row.status != "measured" for row in rows)),
         ])  # fmt: skip
-    return _markdown(header, lines)
+    return markdown.table(header, lines)
 
 
 TABLES: dict[str, Callable[[Sequence[Report]], str]] = {
@@ -259,13 +221,6 @@ TABLES: dict[str, Callable[[Sequence[Report]], str]] = {
     "training": training_table,
     "kernels": kernel_table,
 }
-
-
-def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
-    groups: dict[tuple[str, str, str], dict[str, Row]] = defaultdict(dict)
-    for row in rows:
-        groups[row.op, row.case, row.dtype][row.variant] = row
-    return groups
 
 
 def _conditions(reports: Sequence[Report]) -> str:
@@ -286,43 +241,3 @@ def _conditions(reports: Sequence[Report]) -> str:
     if not all(report.complete for report in reports):
         parts.append("A part was interrupted.")
     return " ".join(parts)
-
-
-def _ms(row: Row | None) -> str:
-    if row is None:
-        return ""
-    if row.time_us is None:
-        return "" if row.status == "measured" else row.status
-    return f"{row.time_us / 1e3:.1f} ({row.p20_us / 1e3:.1f}-{row.p80_us / 1e3:.1f})"
-
-
-def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x"
-
-
-def _errors(row: Row | None) -> str:
-    if row is None or row.max_error is None:
-        return ""
-    return f"{row.max_error:.1e} (eager {row.eager_error:.1e})"
-
-
-def _start(row: Row | None) -> str:
-    if row is None or row.first_batch_s is None:
-        return "" if row is None else row.status
-    return f"{row.first_batch_s:.1f}, {_number(row.peak_bytes, 1e6, '{:.0f}')}"
-
-
-def _number(value: float | None, unit: float, form: str) -> str:
-    return "" if value is None or math.isnan(value) else form.format(value / unit)
-
-
-def _geomean(values: Sequence[float]) -> str:
-    return f"{statistics.geometric_mean(values):.2f}x" if values else ""
-
-
-def _mean_and_worst(values: Sequence[float]) -> str:
-    return f"{_geomean(values)} ({min(values):.2f}x)" if values else ""
-
-
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *lines))

@@ -12,6 +12,7 @@ from benchmarks.harness.environment import ROOT, cpu_name
 from benchmarks.harness.report import Report, Row
 
 RESULTS = ROOT / "benchmarks" / "results"
+KINDS = ("models", "int8", "training", "kernels")
 # Of a processor's name, what tells it from no other.
 NOISE_WORDS = {"amd", "intel", "nvidia", "r", "tm", "cpu", "processor", "core", "geforce"}
 SERIES = {"xeon"}  # says something where nothing else does

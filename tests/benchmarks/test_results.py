@@ -7,14 +7,14 @@ import torch
 
 from benchmarks.harness.command_line import write_report
 from benchmarks.harness.report import Rates, Report, Row
-from benchmarks.output import readme, results
+from benchmarks.output import readme, results, summary
 
 ENVIRONMENT = {"device": "abacus", "threads": 10, "commit": "abc"}
 
 
-def row(op, part, case, variant, time, **columns):
+def row(op, part, case, variant, time, dtype="fp32", **columns):
     columns = {"status": "measured", "time_us": time, "p20_us": time, "p80_us": time, **columns}
-    return Row(op, part, case, "4x4", "fp32", variant, **columns)
+    return Row(op, part, case, "4x4", dtype, variant, **columns)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def folder(tmp_path):
         for variant in ("eager", "cvkernels")
     ]
     int8 = [
-        row("resnet50", "inference", "batch 1", variant, time, decibels=30.2, top1=0.5)
+        row("resnet50", "inference", "batch 1", variant, time, "int8", decibels=30.2, top1=0.5)
         for variant, time in (("openvino int8", 3000.0), ("onnxruntime int8", 9000.0),
                               ("cvkernels int8", 2000.0), ("cvkernels int8, 30 dB", 4000.0))
     ]  # fmt: skip
@@ -79,29 +79,75 @@ def test_tables_hold_every_row_losing_and_missing_ones_too(folder):
     assert "| pool | forward | fp32 | cvkernels | 2 | 1.00x | 0.50x (loses) |" in text
 
 
-def test_summary_holds_mean_and_worst_of_each_network(folder):
-    frozen = [
-        row("resnet50", "inference", f"batch {batch}", name, time, vs_eager=vs_eager)
+def frozen_rows():
+    return [
+        row("resnet50", "inference", f"batch {batch}", name, time, kept_bytes=10**7, **columns)
         for batch, vs_eager in ((1, 2.0), (16, 8.0))
-        for name, time in (("cvkernels freeze", 1000.0), ("openvino", 1500.0))
+        for name, time, columns in (
+            ("cvkernels freeze", 1000.0, {"vs_eager": vs_eager, "peak_bytes": 10**6}),
+            ("openvino", 1500.0, {"peak_bytes": 10**7}),
+            ("eager channels_last", 1200.0 if batch == 1 else 8000.0, {}),
+        )
     ]
-    write_report(folder / "models-frozen.json", Report(ENVIRONMENT, rows=frozen))
-    text = readme.summary(folder.parent)
-    assert "| resnet50 | 1.50x (1.50x) | 4.00x (2.00x) | 1.50x (1.50x) |" in text
-    assert "batches 1 and 16, each within its dtype" in text
+
+
+@pytest.fixture
+def summarised(folder):
+    write_report(folder / "models-all.json", Report(ENVIRONMENT, rows=frozen_rows()))
+    return summary.block(folder.parent)
+
+
+def test_summary_has_a_row_per_network_and_its_conditions(summarised):
+    assert "| resnet50 | 1.0 | 1.5 (OpenVINO) | 1.50x | 11 | 20 |" in summarised
+    text = " ".join(summarised.split())
+    assert "abacus, 10 threads; batch 16 at 224 x 224, random weights." in text
+    assert "fp32 1.34x (1.20x to 1.50x);" in text, "of the fastest peer at each batch"
     assert "Figures of CPUs are measured on abacus." in text
     assert "No figure of a GPU is measured" in text
 
 
+def test_summary_compares_int8_with_int8(summarised):
+    text = " ".join(summarised.split())
+    assert "int8 1.50x (1.50x to 1.50x); int8 guarded at 30 dB 0.75x" in text
+    lines = [line for line in summarised.splitlines() if not line.startswith(("|", "!"))]
+    assert max(map(len, lines)) <= 118
+
+
+def test_summary_is_of_the_machine_with_most_precisions(folder):
+    other = folder.parent / "aaa"
+    other.mkdir()
+    write_report(other / "models-all.json", Report(ENVIRONMENT, rows=frozen_rows()))
+    write_report(folder / "models-all.json", Report(ENVIRONMENT, rows=frozen_rows()))
+    assert (
+        summary.block(folder.parent).startswith("![Images")
+        and "aaa" not in (summary.block(folder.parent).splitlines()[0])
+    )
+
+
+def test_speed_ups_hold_mean_and_worst_of_each_network(folder):
+    rows = [
+        row("resnet50", "inference", "batch 1", "cvkernels", 2000.0, vs_eager=1.5), *frozen_rows()
+    ]  # fmt: skip
+    text = readme.speed_ups(rows)
+    assert "| resnet50 | 1.50x (1.50x) | 4.00x (2.00x) | 1.50x (1.50x) |" in text
+    assert "batches 1 and 16, each within its dtype" in text
+
+
 def test_partial_folders_are_not_shown(folder):
+    (folder.parent / "whole").mkdir()
+    write_report(folder.parent / "whole/models-all.json", Report(ENVIRONMENT, rows=frozen_rows()))
     folder.rename(folder.with_name("abacus.partial"))
-    assert "abacus" not in readme.summary(folder.parent)
+    assert "abacus.partial" not in summary.block(folder.parent)
 
 
 def test_gpu_results_are_said_to_be_measured(folder):
     report = Report({**ENVIRONMENT, "device": "H200", "driver": "1"})
     write_report(folder / "kernels-gpu.json", report)
-    assert "Figures of GPUs are measured on H200." in readme.provenance(folder.parent)
+    assert "Figures of GPUs are measured on H200." in summary.provenance(folder.parent)
+
+
+def test_every_kind_of_results_has_a_table():
+    assert tuple(readme.TABLES) == results.KINDS
 
 
 def test_plots_are_drawn_from_the_files_and_repeatable(folder):
@@ -111,7 +157,7 @@ def test_plots_are_drawn_from_the_files_and_repeatable(folder):
     names = {path.name: path.read_bytes() for path in plots.draw(folder)}
     assert set(names) == {
         "roofline-pool-fp32.svg", "roofline-conv-fp32.svg", "networks.svg", "first-batch.svg",
-        "densenet-memory.svg",
+        "densenet-memory.svg", "precisions.svg",
     }  # fmt: skip
     assert {path.name: path.read_bytes() for path in plots.draw(folder)} == names
     figure = plots.depth_memory(results.rows(folder, "training"))
