@@ -103,7 +103,7 @@ def explain(model: nn.Module, example: Tensor | tuple, *, frozen: bool = False) 
 
     Raises:
         TypeError: example is not a tensor or a tuple with one.
-        What :func:`cvkernels.freeze` raises, with ``frozen``.
+        ValueError: with ``frozen``, where :func:`cvkernels.freeze` raises it.
     """
     if frozen:
         return _explain_frozen(model, example)

@@ -39,7 +39,7 @@ def machine_page(machine: Path) -> str:
     parts = [
         f"# Measured on {machine.name}",
         "Made of the JSON files beside it by `python -m benchmarks readme`; "
-        "[how it is measured](../../../README.md#measure).",
+        "[how it is measured](../../../docs/pages/measure.md).",
     ]
     if networks := results.rows(machine, "models"):
         parts += ["## Speed-ups", speed_ups(networks)]

@@ -12,7 +12,9 @@ pytestmark = pytest.mark.fast
 ROOT = Path(__file__).resolve().parents[2]
 OPS = sorted(p.name for p in (ROOT / "cvkernels/ops").iterdir() if (p / "op.py").is_file())
 SOURCES = sorted((ROOT / "cvkernels").rglob("*.py"))
-SCRIPTS = sorted(p for name in ("benchmarks", "examples") for p in (ROOT / name).rglob("*.py"))
+SCRIPTS = sorted(
+    p for name in ("benchmarks", "docs", "examples") for p in (ROOT / name).rglob("*.py")
+)
 HEADERS = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh"))
 # Each layer may import itself and those before it.
 LAYERS = (
@@ -21,8 +23,8 @@ LAYERS = (
     " __init__"
 ).split()
 ALLOWED_TOP = (
-    "pyproject.toml setup.py csrc cvkernels benchmarks examples tests README.md CONTRIBUTING.md"
-    " CHANGELOG.md LICENSE"
+    "pyproject.toml setup.py csrc cvkernels benchmarks docs examples tests README.md"
+    " CONTRIBUTING.md CHANGELOG.md LICENSE"
 ).split()
 LONGEST_FUNCTION = 60  # lines outside a kernel, without the docstring
 # Private names that other modules import all the same. This list only shrinks.
