@@ -54,6 +54,13 @@ def test_ci_runs_what_contributors_run(ci):
     assert ".ci/run" in commands_of(ci)
 
 
+def test_the_documents_are_built_by_one_script(ci):
+    assert ".ci/docs python site" in commands_of(ci)
+    assert '.ci/docs .venv/bin/python "$scratch/site"' in (ROOT / ".ci/run").read_text()
+    script = (ROOT / ".ci/docs").read_text()
+    assert "mkdocs build --strict -f docs/mkdocs.yml" in script and "tests/docs" in script
+
+
 def test_ci_runs_cells_of_the_matrix(ci, matrix):
     (command,) = [run for run in commands_of(ci) if run.startswith(".ci/matrix")]
     axes = dict(ci["jobs"]["matrix"]["strategy"]["matrix"])
