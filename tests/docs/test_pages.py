@@ -73,6 +73,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.few(len(WITH_CODE))
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", WITH_CODE, ids=named)
 def test_code_runs(path):
@@ -98,6 +99,7 @@ def anchors_of(path):
 
 
 @pytest.mark.fast
+@pytest.mark.few(len(DOCUMENTS))
 @pytest.mark.parametrize("path", DOCUMENTS, ids=named)
 def test_links_lead_somewhere(path):
     for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", path.read_text()):
@@ -107,6 +109,7 @@ def test_links_lead_somewhere(path):
 
 
 @pytest.mark.fast
+@pytest.mark.few(len(DOCUMENTS))
 @pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=named)
 def test_lines_are_of_reasonable_width(path):
     tables_and_links = ("| ", "![", "[")
