@@ -7,6 +7,7 @@ its own, which begins with the page's first block.
 
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from typing import NamedTuple
@@ -115,6 +116,22 @@ def test_lines_are_of_reasonable_width(path):
     tables_and_links = ("| ", "![", "[")
     lines = path.read_text().splitlines()
     assert not [line for line in lines if len(line) > 120 and not line.startswith(tables_and_links)]
+
+
+@pytest.mark.fast
+@pytest.mark.few(len(DOCUMENTS))
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=named)
+def test_commands_are_those_there_are(path, capsys):
+    from cvkernels.__main__ import main
+
+    for command in re.findall(r"python -m cvkernels ([a-z][^`&#|<>\n]*)", path.read_text()):
+        name, *words = shlex.split(command)
+        with pytest.raises(SystemExit) as end:
+            main([name, "--help"])
+        assert end.value.code == 0, command
+        options = [word for word in words if word.startswith("--")]
+        text = capsys.readouterr().out
+        assert not [option for option in options if option not in text], command
 
 
 @pytest.mark.fast
