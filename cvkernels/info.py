@@ -15,6 +15,9 @@ from cvkernels import extension
 from cvkernels.ops.conv_bn_act import onednn
 
 
+COLUMNS = 100  # past which a remedy is a line of its own
+
+
 class Item(NamedTuple):
     """One line of :func:`info`. ``remedy`` is the command that mends what is missing, or empty."""
 
@@ -34,12 +37,14 @@ class Info:
         return next(item for item in self.items if item.name == name)
 
     def __str__(self) -> str:
-        width = max(len(item.name) for item in self.items)
-        return "\n".join(
-            f"{item.name.ljust(width)}  {'yes' if item.available else 'no '}  {item.detail}"
-            + (f"  ->  {item.remedy}" if item.remedy else "")
-            for item in self.items
-        )
+        width, lines = max(len(item.name) for item in self.items), []
+        for item in self.items:
+            line = f"{item.name.ljust(width)}  {'yes' if item.available else 'no '}  {item.detail}"
+            if item.remedy:
+                joint = "  " if len(line + item.remedy) + 6 <= COLUMNS else f"\n{'':{width + 7}}"
+                line += f"{joint}->  {item.remedy}"
+            lines.append(line)
+        return "\n".join(lines)
 
     __repr__ = __str__
 
@@ -49,11 +54,12 @@ def info() -> Info:
     return Info(
         [
             _package("cvkernels", "pip install cvkernels"),
-            Item("python", True, f"{platform.python_version()} on {platform.platform()}"),
+            Item("python", True, f"{platform.python_version()} on {_system()}"),
             Item("torch", True, f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"),
             _gpus(),
             _package("triton", "pip install triton"),
             *_compiled(),
+            *_instruction_sets(),
             _onednn(),
             _package("torchvision", "pip install torchvision"),
             _package("timm", "pip install timm"),
@@ -68,6 +74,11 @@ def cpu_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _system() -> str:
+    libc = " ".join(platform.libc_ver())
+    return ", ".join(filter(None, [f"{platform.system()} {platform.machine()}", libc.strip()]))
 
 
 def _package(name: str, remedy: str) -> Item:
@@ -97,18 +108,28 @@ def _gpus() -> Item:
 
 
 def _compiled() -> list[Item]:
-    built = ", ".join(f"{key} {value}" for key, value in extension.build_info().items())
-    if sets := extension.instruction_sets():
-        built += f"; instruction sets {', '.join(sets)}, of which the last is used"
-    if refusal := extension.amx_refusal():
-        built += f"; the operating system refuses AMX: {refusal}"
-    details = {"cpu": built, "cuda": "loaded"}
+    built = extension.build_info().items()
+    details = {
+        "cpu": ", ".join(f"{key} {value}" for key, value in built if value),
+        "cuda": "loaded",
+    }
     return [
         Item(f"compiled {half} ops", True, details[half])
         if status.available
         else Item(f"compiled {half} ops", False, status.reason, status.remedy)
         for half, status in extension.status().items()
     ]
+
+
+def _instruction_sets() -> list[Item]:
+    """Those that the compiled CPU ops take, where they are there."""
+    items = []
+    if sets := extension.instruction_sets():
+        others = f"{', '.join(sets[:-1])}, and " if len(sets) > 1 else ""
+        items.append(Item("instruction sets", True, f"{others}{sets[-1]}, which is used"))
+    if refusal := extension.amx_refusal():
+        items.append(Item("amx", False, f"the operating system refuses it: {refusal}"))
+    return items
 
 
 def _onednn() -> Item:

@@ -27,7 +27,7 @@ from cvkernels.freeze.graph import Graph, Op, TensorSpec, fill
 from cvkernels.freeze.image import lay_out_image
 from cvkernels.freeze.lock import ForkSafeLock
 from cvkernels.freeze.ops import Call, Conv
-from cvkernels.freeze.plan import Plan, converted
+from cvkernels.freeze.plan import Plan, converted, refuse_traces
 from cvkernels.freeze.projections import merge_projections
 from cvkernels.freeze.quantise import Quantised, quantise
 from cvkernels.freeze.report import Report, report
@@ -365,6 +365,7 @@ class Frozen(nn.Module):
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"frozen model: the input must be a tensor, got {type(x).__name__}")
+        refuse_traces(x)
         if x.dim() != 4 or x.shape[1] != self.channels:
             way_out = "; give a single image a batch of one with x[None]" if x.dim() == 3 else ""
             raise InputValueError(

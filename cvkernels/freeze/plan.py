@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from cvkernels import backend, record
 from cvkernels.freeze.backends import is_gpu
@@ -270,6 +271,7 @@ class Plan:
 
     def _run_watched(self, env: Env) -> None:
         """Step by step, for ``explain``, a profiler or a mode to see."""
+        refuse_traces()
         env.programs.clear()  # the steps make their tensors anew
         recorder = record.active()
         for step, run in self.steps:
@@ -301,6 +303,17 @@ class Plan:
             return "called as it is"
         note = "" if step.source is None else step.source.note
         return f"frozen; {note}" if note else "frozen"
+
+
+def refuse_traces(x: Tensor | None = None) -> None:
+    """Raise where torch.export, make_fx or torch.jit.trace records a call, on x: kernels write into
+    memory that no graph has."""
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    if mode is not None or isinstance(x, FakeTensor) or torch.jit.is_tracing():
+        raise RuntimeError(
+            "frozen model: a frozen model cannot be traced or exported, and has no fake tensors; "
+            "trace or export the model that it came from"
+        )
 
 
 def laid_out(value: Any, x: Tensor) -> Any:

@@ -214,5 +214,6 @@ def forbids_kept(x: Tensor) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_function_stack()
         or torch._C._len_torch_dispatch_stack()
+        or torch.autograd._profiler_enabled()
         or not torch._C._get_mkldnn_enabled()
     )
