@@ -14,7 +14,6 @@ import torch
 from cvkernels import extension
 from cvkernels.ops.conv_bn_act import onednn
 
-
 COLUMNS = 100  # past which a remedy is a line of its own
 
 
