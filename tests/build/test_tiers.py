@@ -49,7 +49,7 @@ def cases(name, *sizes, **marks):
 
 def test_what_is_left_out():
     alone = Item(nodeid="test_alone", get_closest_marker={}.get)
-    few, many = cases("test_few", 2, 2, 2), cases("test_many", 4, 3, 3)
+    few, many = cases("test_few", MOST), cases("test_many", 4, 3, 3)
     marked, long = cases("test_marked", 2, full=()), cases("test_long", 3, 2, few=(2,))
     out = left_out([alone, *few, *many, *marked, *long])
     assert len(few) == MOST and not out & {alone, *few}

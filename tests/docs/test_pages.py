@@ -74,7 +74,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.few(len(WITH_CODE))
+@pytest.mark.few(5)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", WITH_CODE, ids=named)
 def test_code_runs(path):
@@ -165,6 +165,7 @@ def test_the_reference_names_all_that_is_public():
         assert any(re.search(rf"\b{name}\b", text) for text in reference.values()), name
 
 
+@pytest.mark.full  # .ci/docs builds it, too
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocstrings")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]

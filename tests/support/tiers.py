@@ -18,7 +18,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 
-MOST = 8  # combinations of one function's parameters
+MOST = 7  # combinations of one function's parameters
 
 Combination = dict[str, Hashable]
 
