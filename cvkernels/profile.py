@@ -128,7 +128,7 @@ def profile(model: nn.Module, example: Tensor, *, runs: int = 20) -> Profile:
             leaves them. Times are medians.
 
     Raises:
-        What :func:`cvkernels.freeze` raises.
+        ValueError, TypeError, RuntimeError: as :func:`cvkernels.freeze` does.
     """
     frozen = model if isinstance(model, Frozen) else freeze(model, example)
     if frozen.dtype != example.dtype:
