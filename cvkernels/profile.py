@@ -18,8 +18,6 @@ from cvkernels.plots import drawing
 from cvkernels.tables import fitted_table, wrapped
 
 HEADER = ("layer", "op", "backend", "kernels", "MB", "ms", "share", "GB/s")
-
-
 # What a narrow terminal does without, in this order.
 OPTIONAL = ("kernels", "GB/s", "backend", "MB", "op")
 

@@ -174,7 +174,7 @@ def _preparation(library: str, name: str, model: nn.Module, weights: str) -> Pre
 
         return _of_timm(timm.data.resolve_model_data_config(model))
     if (enum := _torchvisions(library, name)) is not None:
-        preset = enum[weights].transforms() if weights in enum.__members__ else _default(enum)
+        preset = enum[weights if weights in enum.__members__ else "DEFAULT"].transforms()
         return Preparation(
             preset.crop_size[0], preset.resize_size[0], preset.interpolation.value,
             tuple(preset.mean), tuple(preset.std),
@@ -185,11 +185,6 @@ def _preparation(library: str, name: str, model: nn.Module, weights: str) -> Pre
         config = timm.models.get_pretrained_cfg(name)
         return Preparation() if config is None else _of_timm(config.to_dict())
     return Preparation()
-
-
-def _default(enum: Any) -> Any:
-    """The transforms of its default weights."""
-    return enum["DEFAULT"].transforms()
 
 
 def _of_timm(config: dict[str, Any]) -> Preparation:

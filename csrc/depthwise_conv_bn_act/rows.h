@@ -135,7 +135,8 @@ CVK_INLINE V finish_row_by(const Problem& problem, const float* row, V scale, V 
 }
 
 // unfinished[padded Q, LANES]: the sums of products of one row of out, COLUMNS pixels at a time in
-// registers. Functions of no T, and finish_row's of no filter: compiled once for all of the others.
+// registers. It depends on no type, and finish_row on no filter: each is compiled once for all of
+// the other's.
 template <int K, int STRIDE, int COLUMNS>
 CVK_TARGET static void multiply_row(int64_t Q, const float* const* rows, int64_t lane,
                                     const float* weight, float* unfinished) {
